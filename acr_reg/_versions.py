@@ -1,0 +1,46 @@
+"""Refuses, by name, an interpreter or a torch too old for this package.
+
+acr_reg/__init__.py calls this before it imports anything else, so that an old environment is told what it lacks and
+does not stumble over syntax or functions it has never heard of. Both files are therefore written in the language of
+Python 3.7; tests/test_versions.py holds them to it.
+"""
+
+import re
+import sys
+from typing import Optional, Tuple
+
+OLDEST_PYTHON = (3, 10)
+OLDEST_TORCH = (2, 1)  # the first with scaled_dot_product_attention's `scale`
+
+
+def require_supported_versions(python: Optional[Tuple[int, ...]] = None, torch_version: Optional[str] = None) -> None:
+    """Returns if this Python and this torch are new enough; raises ImportError naming the first that is not.
+
+    Both are read from the running process unless given: python as (3, 11), torch_version as "2.1.0+cu118". Local
+    builds and pre-releases count as the release they are named after ("2.1.0a0+git1f2e3d4" is 2.1); a version that
+    does not begin with two numbers cannot be compared and is let through.
+    """
+    python = tuple(sys.version_info[:2]) if python is None else python[:2]
+    if python < OLDEST_PYTHON:
+        raise ImportError(
+            "acr_reg runs on Python {} or newer, found Python {} ({}). Next: make an environment with a newer "
+            "interpreter, for example `python3.11 -m venv`, and install acr_reg there.".format(
+                _dotted(OLDEST_PYTHON), _dotted(python), sys.executable
+            )
+        )
+    if torch_version is None:
+        import torch  # only here: on an old interpreter torch may be missing, and is not what the message is about
+
+        torch_version = str(torch.__version__)
+    numbers = re.match(r"(\d+)\.(\d+)", torch_version)
+    if numbers and (int(numbers.group(1)), int(numbers.group(2))) < OLDEST_TORCH:
+        raise ImportError(
+            "acr_reg needs torch {0} or newer, found torch {1}. Next: `pip install 'torch>={0}'`, in an environment "
+            "of its own where the code that you train with pins an older torch.".format(
+                _dotted(OLDEST_TORCH), torch_version
+            )
+        )
+
+
+def _dotted(numbers: Tuple[int, ...]) -> str:
+    return ".".join(str(number) for number in numbers)
