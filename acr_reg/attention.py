@@ -1,0 +1,316 @@
+"""The attention of one encoder run, as the factors or the maps that the model itself computed, on its autograd graph.
+
+With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and its output
+O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from acr_reg.tokens import Lattice, LayoutError, TokenLayout, class_token_positions
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedTensors:
+    """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B H, N, M).
+
+    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there. ``heads`` unflattens (B H, ...);
+    ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+    map: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+    heads: int | None = None
+
+    def detach(self) -> RecordedTensors:
+        tensors: dict[str, Any] = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """Self-attention of one layer: its ``factors`` (query, key, ...) or its explicit map, and where its tokens sit.
+
+    ``index`` counts the model's attention layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the map are
+    probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of the batch: the
+    recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on the graph.
+    """
+
+    index: int
+    name: str
+    recorded: RecordedTensors
+    located: TokenLayout | str
+    dropout: float = 0.0
+    stochastic: bool = True
+    images: slice = field(default_factory=lambda: slice(None))
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The :class:`TokenLayout`; a :class:`LayoutError` that says why where it is not known."""
+        if isinstance(self.located, str):
+            raise LayoutError(f"layer {self.index} ({self.name}): {self.located}")
+        return self.located
+
+    @property
+    def is_factored(self) -> bool:
+        return self.recorded.map is None
+
+    @property
+    def query(self) -> Tensor | None:
+        """(B, H, N, d), or None for an explicit map."""
+        return self.batched(self.recorded.query)
+
+    @property
+    def key(self) -> Tensor | None:
+        """(B, H, M, d), or None for an explicit map. Grouped keys are repeated for each query head."""
+        return self._per_query_head(self.batched(self.recorded.key))
+
+    @property
+    def value(self) -> Tensor | None:
+        """(B, H, M, d), or None where it was not seen. Grouped values are repeated for each query head."""
+        return self._per_query_head(self.batched(self.recorded.value))
+
+    @property
+    def output(self) -> Tensor | None:
+        """A V, (B, H, N, d), or None where it was not seen."""
+        return self.batched(self.recorded.output)
+
+    @property
+    def explicit(self) -> Tensor | None:
+        """The map that met V before dropout, (B, H, N, M), or None for a fused layer."""
+        return self.batched(self.recorded.map)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, M)"""
+        if (explicit := self.explicit) is not None:
+            batch, heads, queries, keys = explicit.shape
+        else:
+            query, key = self.query, self.key
+            assert query is not None and key is not None
+            batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+        return batch, heads, queries, keys
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(t is not None and t.requires_grad for t in (self.recorded.map, self.recorded.query, self.recorded.key))
+
+    def batched(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the batch."""
+        if tensor is None:
+            return None
+        if tensor.ndim == 3:
+            tensor = rearrange(tensor, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
+        return tensor[self.images]
+
+    def _per_query_head(self, tensor: Tensor | None) -> Tensor | None:
+        query = self.recorded.query
+        if tensor is None or query is None or query.ndim < 4 or tensor.shape[1] == query.shape[1]:
+            return tensor
+        return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+
+    def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
+
+        ``queries`` and ``keys`` (1-D token indices) select and reorder its rows and columns; from factors they do so before any
+        product is formed, so softmax(Q K^T) permuted on both axes costs softmax((PQ)(PK)^T). ``keys`` must then name every key
+        once, since a softmax needs all of them.
+        """
+        if (explicit := self.explicit) is not None:
+            return _select(_select(at_least_float32(explicit), -2, queries), -1, keys)
+        query, key = self.query, self.key
+        assert query is not None and key is not None
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = at_least_float32(query), at_least_float32(key)
+            scale = self.recorded.scale if self.recorded.scale is not None else 1.0 / math.sqrt(query.shape[-1])
+            scores = (_select(query, -2, queries) * scale) @ _select(key, -2, keys).transpose(-2, -1)
+            mask = self._mask()
+            if mask is not None:
+                mask = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
+                mask = _select(_select(mask, -2, queries), -1, keys)
+                scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
+            return scores.softmax(-1)
+
+    def _mask(self) -> Tensor | None:
+        mask = self.recorded.mask
+        if self.recorded.causal:
+            _, _, queries, keys = self.shape
+            assert self.recorded.query is not None
+            return torch.ones(queries, keys, dtype=torch.bool, device=self.recorded.query.device).tril()
+        if mask is None or mask.ndim < 3:
+            return mask
+        if mask.ndim == 3:
+            assert self.recorded.query is not None
+            # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N, d).
+            if self.recorded.query.ndim == 4 or mask.shape[0] == 1:
+                return mask[None]
+            mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
+        return mask if mask.shape[0] == 1 else mask[self.images]
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precisions as float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _select(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    return tensor if index is None else tensor.index_select(dim, index)
+
+
+class AttentionMaps(Sequence[LayerAttention]):
+    """The attention layers of one encoder run, in the model's order.
+
+    ``batch_norms`` names the BatchNorm modules that were in training mode: they couple the images of the batch.
+
+    >>> import torch
+    >>> maps = [torch.rand(2, 3, 1 + 4 * 6, 1 + 4 * 6).softmax(-1) for _ in range(2)]
+    >>> attention = AttentionMaps.from_tensors(maps, num_prefix_tokens=1, grid=(4, 6))
+    >>> attention
+    AttentionMaps(layers 0, 1; 2 images; 3 heads; 25 tokens: 1 prefix + 4 x 6)
+    >>> attention.chunk(2)[0].weights()[0].shape
+    torch.Size([1, 3, 25, 25])
+    """
+
+    def __init__(self, layers: Iterable[LayerAttention], batch_norms: Sequence[str] = ()) -> None:
+        self._layers = tuple(layers)
+        self.batch_norms = tuple(batch_norms)
+        if not self._layers:
+            raise ValueError("found no attention layer; expected at least one; give the maps of at least one layer")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Sequence[Tensor],
+        num_prefix_tokens: int,
+        grid: tuple[int, int],
+        class_tokens: int | Sequence[int] | None = None,
+    ) -> AttentionMaps:
+        """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
+
+        ``grid`` is (height, width) in tokens, N = M = ``num_prefix_tokens`` + height * width. ``class_tokens``: how many of the
+        first prefix tokens, or which, are class tokens; it may be left out with one prefix token or none. Raises ValueError
+        where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is not finite: those are
+        logits, or not attention.
+        """
+        if isinstance(tensors, Tensor):
+            raise TypeError("found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))")
+        layout = _grid_layout(grid, num_prefix_tokens, class_tokens)
+        layers = []
+        for index, tensor in enumerate(tensors):
+            probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
+            _check_probabilities(probabilities, index, layout)
+            layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
+        if len({layer.shape[0] for layer in layers}) > 1:
+            raise ValueError(
+                f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch size; "
+                "give maps of the same images"
+            )
+        return cls(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # int -> a layer, slice -> a tuple of them
+        return self._layers[position]
+
+    def __repr__(self) -> str:
+        batch, heads, queries, keys = self[0].shape
+        tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
+        located = self[0].located
+        where = f": {located.num_prefix_tokens} prefix + {located.query}" if isinstance(located, TokenLayout) else ", grid unknown"
+        return f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers' indices in the model."""
+        return tuple(layer.index for layer in self)
+
+    @property
+    def batch_size(self) -> int:
+        return self[0].shape[0]
+
+    def weights(self) -> list[Tensor]:
+        """The map of every layer, (B, H, N, M) in [0, 1]: this forms N x M maps, the loss and the CAM need not."""
+        return [layer.weights() for layer in self]
+
+    def select(self, layers: Iterable[int]) -> AttentionMaps:
+        """The layers of these model indices; negative ones count from the last recorded layer."""
+        by_index = {layer.index: layer for layer in self}
+        wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
+        missing = [i for i in wanted if i not in by_index]
+        if missing:
+            raise IndexError(f"found no layer {missing}; expected some of {list(self.layers)}; choose layers= among those")
+        return self._with_layers(by_index[i] for i in wanted)
+
+    def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:
+        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images, view(images)])``."""
+        size, rest = divmod(self.batch_size, chunks)
+        if rest or not size:
+            raise ValueError(
+                f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as were concatenated"
+            )
+        start = self[0].images.start or 0
+        parts = [slice(start + i * size, start + (i + 1) * size) for i in range(chunks)]
+        return tuple(self._with_layers(replace(layer, images=part) for layer in self) for part in parts)
+
+    def detach(self) -> AttentionMaps:
+        """The same maps without a graph, as the fixed side of a teacher and student pair."""
+        return self._with_layers(replace(layer, recorded=layer.recorded.detach()) for layer in self)
+
+    def with_layout(
+        self, grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None = None
+    ) -> AttentionMaps:
+        """The same maps on the ``grid`` (height, width) given, where the capture could not tell it."""
+        layout = _grid_layout(grid, num_prefix_tokens, class_tokens)
+        for layer in self:
+            _check_tokens(layer.shape, layer.index, layout)
+        return self._with_layers(replace(layer, located=layout) for layer in self)
+
+    def _with_layers(self, layers: Iterable[LayerAttention]) -> AttentionMaps:
+        return AttentionMaps(layers, self.batch_norms)
+
+
+def _grid_layout(grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None) -> TokenLayout:
+    lattice = Lattice(*grid)
+    return TokenLayout(lattice, lattice, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
+
+
+def _check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
+    if tuple(shape[-2:]) != (layout.num_queries, layout.num_keys):
+        raise LayoutError(
+            f"layer {index}: found {shape[-2]} queries and {shape[-1]} keys; expected {layout.num_queries} "
+            f"({layout.num_prefix_tokens} prefix + {layout.query}); correct grid= or num_prefix_tokens="
+        )
+
+
+def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
+    if maps.ndim != 4 or not maps.is_floating_point():
+        raise ValueError(
+            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, H, N, M) or "
+            "(B, N, M); give the probabilities, not stacked or flattened"
+        )
+    _check_tokens(maps.shape, index, layout)
+    rows = at_least_float32(maps.detach())
+    off = (rows.sum(-1) - 1).abs().max().item()
+    allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if math.isnan(off) or math.isinf(off):
+        raise ValueError(f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them")
+    if off > allowed or rows.min().item() < 0:
+        raise ValueError(
+            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); expected "
+            f"probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
+        )

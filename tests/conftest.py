@@ -1,0 +1,65 @@
+"""Test-wide settings: tests that build the package go last, and the core's tests can run without the extras."""
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+EXTRAS = ("PIL", "matplotlib", "rich", "scipy", "skimage", "sklearn", "timm", "torchvision", "transformers")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A broken function is then reported in seconds. The sort is stable: the rest keeps its order."""
+    items.sort(key=lambda item: item.get_closest_marker("packaging") is not None)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """.ci/lowest sets the variable; everywhere else a missing extra is a failure."""
+    if os.environ.get("ACR_REG_CORE_ONLY") == "1":
+        config.pluginmanager.register(CoreOnly())
+
+
+class CoreOnly:
+    """Leaves out files that import an extra, and skips tests that turn out to need one that is not installed."""
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        if collection_path.suffix != ".py" or not imports_an_extra(collection_path):
+            return None
+        print(f"{collection_path.name}: left out, it imports an extra")
+        return True
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self) -> Iterator[None]:
+        return (yield from skipping_where_an_extra_is_missing())
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Iterator[None]:
+        return (yield from skipping_where_an_extra_is_missing())
+
+
+def imports_an_extra(file: Path) -> bool:
+    """Whether the file, or a file beside it that it imports, imports an extra at its top level."""
+    source = file.read_text(encoding="utf-8")
+    if re.search(rf"^(?:from|import) (?:(?:{'|'.join(EXTRAS)})\b|acr_reg\.(?:demo|__main__)\b)", source, re.MULTILINE):
+        return True
+    names = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
+    return any((file.parent / f"{name}.py").exists() and imports_an_extra(file.parent / f"{name}.py") for name in names)
+
+
+def skipping_where_an_extra_is_missing() -> Iterator[None]:
+    try:
+        return (yield)
+    except Exception as error:
+        missing = next((e for e in (error, error.__cause__) if isinstance(e, ModuleNotFoundError)), None)
+        if missing is not None and str(missing.name).partition(".")[0] in EXTRAS:
+            pytest.skip(f"needs {missing.name}, and only the core is installed")
+        raise
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The models are small: more threads than one only wait for each other."""
+    torch.set_num_threads(1)
