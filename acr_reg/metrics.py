@@ -1,0 +1,240 @@
+"""How good class maps are as segmentations: mIoU for every background threshold, in one pass over the pixels.
+
+Class maps are scored as the seeds they are used for: a pixel takes the class of the highest map, or background (id 0)
+where no map exceeds a threshold. The best threshold is found by a sweep. Instead of an argmax and a confusion matrix
+for each threshold, every pixel is counted once, in the histogram bin of the thresholds its highest value exceeds;
+cumulative sums over the bins then give the counts for all thresholds at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["CamMeanIoU", "CamScores"]
+
+FloatArray = npt.NDArray[np.floating]
+ROUNDING = 1e-5  # how far normalised or resized maps may leave [0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class CamScores:
+    """Scores of one data set. IoU and mIoU lie in [0, 1]; T thresholds, C classes (background included).
+
+    Attributes:
+        thresholds: (T,) background thresholds, ascending; (0,) without a background class.
+        miou: (T,) mIoU at each threshold; (1,) without a background class.
+        best_threshold: the lowest threshold with the highest mIoU; None without a background class.
+        best_miou: mIoU at that threshold.
+        per_class_iou: (C,) IoU at that threshold; NaN for a class neither in the masks nor predicted.
+        false_positive_rate: (C,) pixels wrongly given to the class over its union, at that threshold.
+        false_negative_rate: (C,) pixels of the class missed over its union. IoU and the two rates sum to 1.
+    """
+
+    thresholds: FloatArray
+    miou: FloatArray
+    best_threshold: float | None
+    best_miou: float
+    per_class_iou: FloatArray
+    false_positive_rate: FloatArray
+    false_negative_rate: FloatArray
+
+
+class CamMeanIoU:
+    """mIoU of class maps against masks, for all background thresholds, fed image by image.
+
+    With background, id 0 is background and ids 1 .. num_classes - 1 are the classes of the maps. At threshold t a
+    pixel is background where its highest map value is <= t, otherwise it takes the class of the highest map: the
+    argmax over [t, map 1, map 2, ...], in which the first wins ties. Values and thresholds are compared in the
+    precision of the maps (at least float32), as evaluation scripts do that put both in one array. Without background,
+    ids are 0 .. num_classes - 1 and a pixel takes the class of the highest of the maps given: one result, no threshold.
+
+    IoU counts pixels over the whole data set. mIoU is the mean over classes whose union (in the masks or predicted,
+    at that threshold) is not empty; the others are NaN and left out. Counters of parts of a data set, kept with equal
+    settings, add up: ``a + b``.
+
+    Args:
+        num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
+        thresholds: ascending values in [0, 1]; default 0, 0.01, ..., 0.99. Unused without background.
+        background: whether id 0 is background.
+        ignore_index: mask value of pixels that count nowhere; it wins over a class of the same id.
+
+    Raises:
+        ValueError: fewer than 2 ids with background or 1 without, or thresholds not ascending within [0, 1].
+
+    Example: two rows of two pixels, one map of class 1, right for thresholds from 0.2 to below 0.6.
+
+    >>> import numpy as np
+    >>> metric = CamMeanIoU(num_classes=2)
+    >>> metric.update(cam=np.array([[[0.9, 0.2], [0.6, 0.0]]]), mask=np.array([[1, 0], [1, 255]]), classes=[1])
+    >>> scores = metric.compute()
+    >>> scores.best_threshold, scores.best_miou
+    (0.2, 1.0)
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        thresholds: Sequence[float] | FloatArray | None = None,
+        background: bool = True,
+        ignore_index: int = 255,
+    ) -> None:
+        smallest = 2 if background else 1
+        if num_classes < smallest:
+            raise ValueError(f"num_classes is {num_classes}, expected at least {smallest}; background counts as one")
+        if not background:
+            thresholds = []
+        values = np.asarray(np.arange(100) / 100 if thresholds is None else thresholds, dtype=np.float64)
+        ascending = values.ndim == 1 and bool((np.diff(values) > 0).all())
+        if not ascending or not bool(((values >= 0) & (values <= 1)).all()) or (background and values.size == 0):
+            raise ValueError(f"thresholds are {values}, expected a list of strictly ascending values in [0, 1]")
+        self.num_classes = num_classes
+        self.thresholds = values
+        self.background = background
+        self.ignore_index = ignore_index
+        # Row: class. Column: how many thresholds the highest map value of the pixel exceeds.
+        self._predicted = np.zeros((num_classes, values.size + 1), dtype=np.int64)  # by class of the highest map
+        self._correct = np.zeros_like(self._predicted)  # by class of the mask, where it can be predicted
+        self._truth = np.zeros(num_classes, dtype=np.int64)
+
+    def update(self, cam: npt.ArrayLike, mask: npt.ArrayLike, classes: Sequence[int] | None = None) -> None:
+        """Count one image. Nothing is counted if an error is raised.
+
+        Args:
+            cam: (K, H, W) maps of K classes; in [0, 1] with background, any finite values without.
+            mask: (H, W) integer ids of the truth, ignore_index where unknown.
+            classes: ids of the K maps; the classes left out are never predicted. Default: all, in order (background
+                excluded). K = 0 is an image without classes: all background.
+
+        Raises:
+            ValueError: shapes that disagree (resize the maps first), NaN or values outside [0, 1], ids out of range,
+                repeated classes, or no map without background.
+        """
+        maps, truth = np.asarray(cam), np.asarray(mask)
+        if maps.ndim != 3 or truth.ndim != 2:
+            raise ValueError(f"cam is {maps.shape} and mask {truth.shape}, expected (K, H, W) and (H, W)")
+        if maps.shape[1:] != truth.shape:
+            raise ValueError(
+                f"cam has size {maps.shape[1]}x{maps.shape[2]} and mask {truth.shape[0]}x{truth.shape[1]} (HxW); "
+                "resize the maps to the mask"
+            )
+        self._check_values(maps)
+        ids = self._checked_classes(classes, len(maps))
+        counted = truth != self.ignore_index
+        truth = self._checked_truth(truth[counted])
+
+        # Ascending ids: in a tie the lowest wins, in whatever order the maps came.
+        order = np.argsort(ids)
+        maps = maps.astype(np.result_type(maps.dtype, np.float32), copy=False)[order][:, counted]
+        if len(ids):
+            best, highest = ids[order][maps.argmax(axis=0)], maps.max(axis=0)
+        else:
+            best, highest = np.zeros_like(truth), np.zeros(truth.size, dtype=maps.dtype)
+        exceeded = np.searchsorted(self.thresholds.astype(maps.dtype), highest, side="left")
+
+        # Background is right wherever the mask says so and the threshold is high enough, whatever the highest map.
+        right = (best == truth) | (truth == 0) if self.background else best == truth
+        self._predicted += self._histogram(best, exceeded)
+        self._correct += self._histogram(truth[right], exceeded[right])
+        self._truth += np.bincount(truth, minlength=self.num_classes)
+
+    def compute(self) -> CamScores:
+        """Scores of all images counted so far.
+
+        Raises:
+            ValueError: no pixel was counted.
+        """
+        if self._truth.sum() == 0:
+            raise ValueError("no pixel was counted; call update with at least one mask that is not all ignore_index")
+        predicted, correct = self._counts()
+        union = predicted + self._truth[:, None] - correct
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
+            iou = correct / union
+            wrong = (predicted - correct) / union
+            missed = (self._truth[:, None] - correct) / union
+        miou = np.nanmean(iou, axis=0)
+        best = int(miou.argmax())
+        return CamScores(
+            thresholds=self.thresholds.copy(),
+            miou=miou,
+            best_threshold=float(self.thresholds[best]) if self.background else None,
+            best_miou=float(miou[best]),
+            per_class_iou=iou[:, best],
+            false_positive_rate=wrong[:, best],
+            false_negative_rate=missed[:, best],
+        )
+
+    def __add__(self, other: CamMeanIoU) -> CamMeanIoU:
+        """The counter of both data sets together; both must have been made with equal settings."""
+        if not isinstance(other, CamMeanIoU):
+            return NotImplemented
+        if self._settings() != other._settings():
+            raise ValueError(f"settings differ: {self._settings()} and {other._settings()}; make both counters alike")
+        total = CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
+        total._predicted = self._predicted + other._predicted
+        total._correct = self._correct + other._correct
+        total._truth = self._truth + other._truth
+        return total
+
+    def _counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Pixels predicted as each class, and rightly so: (C, T), or (C, 1) without background."""
+        if not self.background:
+            return self._predicted, self._correct
+        # A pixel belongs to a class at threshold j if its value exceeds more than j thresholds (columns j + 1 on),
+        # and to background otherwise (columns 0 .. j).
+        predicted = self._predicted[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        correct = self._correct[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
+        predicted[0] = self._predicted.sum(axis=0).cumsum()[:-1]
+        correct[0] = self._correct[0].cumsum()[:-1]
+        return predicted, correct
+
+    def _histogram(self, ids: npt.NDArray[np.int64], bins: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
+        shape = self._predicted.shape
+        return np.bincount(ids * shape[1] + bins, minlength=self._predicted.size).reshape(shape)
+
+    def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
+        if maps.dtype.kind not in "fiub":
+            raise ValueError(f"cam has dtype {maps.dtype}, expected real numbers")
+        if maps.size == 0:
+            return
+        low, high = float(maps.min()), float(maps.max())
+        if not np.isfinite([low, high]).all():
+            raise ValueError("cam holds NaN or infinite values; look at its normalisation (0 / 0 in an empty map?)")
+        if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
+            raise ValueError(f"cam holds values from {low:.4g} to {high:.4g}, expected [0, 1]; normalise each map")
+
+    def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
+        first = 1 if self.background else 0
+        valid = f"ids {first} to {self.num_classes - 1}" + (" (0 is background)" if self.background else "")
+        ids = np.arange(first, self.num_classes) if classes is None else np.asarray(classes)
+        if ids.shape != (count,):
+            missing = "; pass classes if only some are given" if classes is None else ""
+            raise ValueError(f"cam has {count} maps and there are {ids.size} classes, expected one id per map{missing}")
+        if count == 0 and not self.background:
+            raise ValueError("cam has no map, expected at least one: without background every pixel takes a class")
+        if count == 0:
+            return np.zeros(0, dtype=np.int64)
+        if ids.dtype.kind not in "iu":
+            raise ValueError(f"classes are of type {ids.dtype}, expected whole numbers: {valid}")
+        if ids.min() < first or ids.max() >= self.num_classes:
+            raise ValueError(f"classes are {ids.tolist()}, expected {valid}")
+        if len(np.unique(ids)) != count:
+            raise ValueError(f"classes are {ids.tolist()}, expected each class once")
+        return ids.astype(np.int64)
+
+    def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
+        if truth.dtype.kind not in "iu":
+            raise ValueError(f"mask has dtype {truth.dtype}, expected whole numbers")
+        if truth.size and (truth.min() < 0 or truth.max() >= self.num_classes):
+            wrong = sorted({int(i) for i in np.unique(truth) if not 0 <= i < self.num_classes})
+            raise ValueError(
+                f"mask holds ids {wrong[:8]}, expected 0 to {self.num_classes - 1} or {self.ignore_index} (ignored); "
+                "look at num_classes and ignore_index"
+            )
+        return truth.astype(np.int64)
+
+    def _settings(self) -> tuple[int, tuple[float, ...], bool, int]:
+        return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
