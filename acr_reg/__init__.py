@@ -1,0 +1,41 @@
+"""acr_reg: all-pairs consistency regularization (arXiv 2308.04321) for any vision transformer, in three lines."""
+
+from ._versions import require_supported_versions
+
+require_supported_versions()
+
+from acr_reg.attention import AttentionMaps, LayerAttention  # noqa: E402
+from acr_reg.cam import class_token_gradient_cam, multi_view_cam, propagate_cam  # noqa: E402
+from acr_reg.capture import AttentionCapture, CaptureError, capture_attention  # noqa: E402
+from acr_reg.functional import normalize_cam  # noqa: E402
+from acr_reg.losses import AllPairsConsistencyLoss  # noqa: E402
+from acr_reg.metrics import CamMeanIoU, CamScores  # noqa: E402
+from acr_reg.tokens import Lattice, LayoutError, TokenLayout  # noqa: E402
+from acr_reg.views import Compose, HorizontalFlip, Identity, Rotate90, Scale, VerticalFlip, View  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AllPairsConsistencyLoss",
+    "AttentionCapture",
+    "AttentionMaps",
+    "CamMeanIoU",
+    "CamScores",
+    "CaptureError",
+    "Compose",
+    "HorizontalFlip",
+    "Identity",
+    "Lattice",
+    "LayerAttention",
+    "LayoutError",
+    "Rotate90",
+    "Scale",
+    "TokenLayout",
+    "VerticalFlip",
+    "View",
+    "capture_attention",
+    "class_token_gradient_cam",
+    "multi_view_cam",
+    "normalize_cam",
+    "propagate_cam",
+]
