@@ -1,6 +1,7 @@
 """The attention of one encoder run, as the factors or the maps that the model itself computed, on its autograd graph.
 
-With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and its output
+With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and
+its output
 O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
 """
 
@@ -20,10 +21,11 @@ from acr_reg.tokens import Lattice, LayoutError, TokenLayout, class_token_positi
 
 @dataclass(frozen=True, eq=False)
 class RecordedTensors:
-    """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B H, N, M).
+    """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B
+    H, N, M).
 
-    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there. ``heads`` unflattens (B H, ...);
-    ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
+    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there. ``heads`` unflattens (B H,
+    ...); ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
     """
 
     query: Tensor | None = None
@@ -37,7 +39,9 @@ class RecordedTensors:
     heads: int | None = None
 
     def detach(self) -> RecordedTensors:
-        tensors: dict[str, Any] = {name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors: dict[str, Any] = {
+            name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
         return replace(self, **tensors)
 
 
@@ -45,9 +49,10 @@ class RecordedTensors:
 class LayerAttention:
     """Self-attention of one layer: its ``factors`` (query, key, ...) or its explicit map, and where its tokens sit.
 
-    ``index`` counts the model's attention layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the map are
-    probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of the batch: the
-    recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on the graph.
+    ``index`` counts the model's attention layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the
+    map are probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of
+    the batch: the recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on
+    the graph.
     """
 
     index: int
@@ -107,10 +112,13 @@ class LayerAttention:
 
     @property
     def requires_grad(self) -> bool:
-        return any(t is not None and t.requires_grad for t in (self.recorded.map, self.recorded.query, self.recorded.key))
+        return any(
+            t is not None and t.requires_grad for t in (self.recorded.map, self.recorded.query, self.recorded.key)
+        )
 
     def batched(self, tensor: Tensor | None) -> Tensor | None:
-        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the batch."""
+        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the "
+        "batch."""
         if tensor is None:
             return None
         if tensor.ndim == 3:
@@ -126,9 +134,9 @@ class LayerAttention:
     def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
 
-        ``queries`` and ``keys`` (1-D token indices) select and reorder its rows and columns; from factors they do so before any
-        product is formed, so softmax(Q K^T) permuted on both axes costs softmax((PQ)(PK)^T). ``keys`` must then name every key
-        once, since a softmax needs all of them.
+        ``queries`` and ``keys`` (1-D token indices) select and reorder its rows and columns; from factors they do so
+        before any product is formed, so softmax(Q K^T) permuted on both axes costs softmax((PQ)(PK)^T). ``keys`` must
+        then name every key once, since a softmax needs all of them.
         """
         if (explicit := self.explicit) is not None:
             return _select(_select(at_least_float32(explicit), -2, queries), -1, keys)
@@ -155,7 +163,8 @@ class LayerAttention:
             return mask
         if mask.ndim == 3:
             assert self.recorded.query is not None
-            # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N, d).
+            # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N,
+            # d).
             if self.recorded.query.ndim == 4 or mask.shape[0] == 1:
                 return mask[None]
             mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
@@ -201,22 +210,29 @@ class AttentionMaps(Sequence[LayerAttention]):
     ) -> AttentionMaps:
         """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
 
-        ``grid`` is (height, width) in tokens, N = M = ``num_prefix_tokens`` + height * width. ``class_tokens``: how many of the
-        first prefix tokens, or which, are class tokens; it may be left out with one prefix token or none. Raises ValueError
-        where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is not finite: those are
-        logits, or not attention.
+        ``grid`` is (height, width) in tokens, N = M = ``num_prefix_tokens`` + height * width. ``class_tokens``: how
+        many of the first prefix tokens, or which, are class tokens; it may be left out with one prefix token or none.
+        Raises ValueError where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is
+        not finite: those are logits, or not attention.
         """
         if isinstance(tensors, Tensor):
-            raise TypeError("found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))")
+            raise TypeError(
+                "found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))"
+            )
         layout = _grid_layout(grid, num_prefix_tokens, class_tokens)
         layers = []
         for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"layer {index}: found a {type(tensor).__name__}; expected a tensor; convert it by torch.as_tensor"
+                )
             probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
             _check_probabilities(probabilities, index, layout)
             layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
         if len({layer.shape[0] for layer in layers}) > 1:
             raise ValueError(
-                f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch size; "
+                f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch "
+                "size; "
                 "give maps of the same images"
             )
         return cls(layers)
@@ -231,8 +247,14 @@ class AttentionMaps(Sequence[LayerAttention]):
         batch, heads, queries, keys = self[0].shape
         tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
         located = self[0].located
-        where = f": {located.num_prefix_tokens} prefix + {located.query}" if isinstance(located, TokenLayout) else ", grid unknown"
-        return f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
+        where = (
+            f": {located.num_prefix_tokens} prefix + {located.query}"
+            if isinstance(located, TokenLayout)
+            else ", grid unknown"
+        )
+        return (
+            f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
+        )
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -253,16 +275,20 @@ class AttentionMaps(Sequence[LayerAttention]):
         wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
         missing = [i for i in wanted if i not in by_index]
         if missing:
-            raise IndexError(f"found no layer {missing}; expected some of {list(self.layers)}; choose layers= among those")
+            raise IndexError(
+                f"found no layer {missing}; expected some of {list(self.layers)}; choose layers= among those"
+            )
         return self._with_layers(by_index[i] for i in wanted)
 
     def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:
-        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images, view(images)])``."""
-        size, rest = divmod(self.batch_size, chunks)
-        if rest or not size:
+        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images, "
+        "view(images)])``."""
+        if chunks < 1 or self.batch_size % chunks:
             raise ValueError(
-                f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as were concatenated"
+                f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as "
+                "were concatenated"
             )
+        size = self.batch_size // chunks
         start = self[0].images.start or 0
         parts = [slice(start + i * size, start + (i + 1) * size) for i in range(chunks)]
         return tuple(self._with_layers(replace(layer, images=part) for layer in self) for part in parts)
@@ -284,7 +310,11 @@ class AttentionMaps(Sequence[LayerAttention]):
         return AttentionMaps(layers, self.batch_norms)
 
 
-def _grid_layout(grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None) -> TokenLayout:
+def _grid_layout(
+    grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None
+) -> TokenLayout:
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise LayoutError(f"found grid={grid!r}; expected (height, width) in tokens; pass grid=(14, 14) for 196")
     lattice = Lattice(*grid)
     return TokenLayout(lattice, lattice, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
 
@@ -300,7 +330,8 @@ def _check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None
 def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(
-            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, H, N, M) or "
+            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, "
+            "H, N, M) or "
             "(B, N, M); give the probabilities, not stacked or flattened"
         )
     _check_tokens(maps.shape, index, layout)
@@ -308,9 +339,12 @@ def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     off = (rows.sum(-1) - 1).abs().max().item()
     allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if math.isnan(off) or math.isinf(off):
-        raise ValueError(f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them")
+        raise ValueError(
+            f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them"
+        )
     if off > allowed or rows.min().item() < 0:
         raise ValueError(
-            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); expected "
+            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); "
+            "expected "
             f"probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
         )

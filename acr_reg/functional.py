@@ -1,4 +1,5 @@
-"""The consistency terms as pure functions, after "All-pairs Consistency Learning for Weakly Supervised Semantic Segmentation"
+"""The consistency terms as pure functions, after "All-pairs Consistency Learning for Weakly Supervised Semantic "
+"Segmentation"
 (Sun et al., ICCV 2023 workshop, arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020).
 
 With attention maps A1, A2 of an image and of its view, and P the view's permutation of patch tokens:
@@ -30,8 +31,8 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     """The distance of two non-negative rows (..., M) -> (...).
 
     "l1": sum |a - b|, in [0, 2] for probabilities. "l2": sum (a - b)^2. "js": the Jensen-Shannon divergence in nats,
-    1/2 sum a ln(a/m) + b ln(b/m) with m = (a + b)/2, which stays non-negative for rows that do not sum to 1. A callable is
-    given both and reduces the last axis.
+    1/2 sum a ln(a/m) + b ln(b/m) with m = (a + b)/2, which stays non-negative for rows that do not sum to 1. A callable
+    is given both and reduces the last axis.
     """
     if distance == "l1":
         return (a - b).abs().sum(-1)
@@ -50,7 +51,8 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     result = distance(a, b)
     if result.shape != a.shape[:-1]:
         raise ValueError(
-            f"found a distance of shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}; expected {tuple(a.shape[:-1])}; "
+            f"found a distance of shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}; expected "
+            f"{tuple(a.shape[:-1])}; "
             "reduce the last axis only"
         )
     return result
@@ -83,9 +85,10 @@ def align_layer(
 ) -> AlignedLayer:
     """Carries layer ``b``, computed on ``view(images)``, onto the tokens of layer ``a``, computed on ``images``.
 
-    Where the lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any product;
-    elsewhere both axes are resampled by the same weights and each row keeps the mass it gave to patches. ``valid`` (B, H, W) is
-    False where the images are padding. ``rows`` in (0, 1] samples that share of the patch rows (torch's global generator).
+    Where the lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any
+    product; elsewhere both axes are resampled by the same weights and each row keeps the mass it gave to patches.
+    ``valid`` (B, H, W) is False where the images are padding. ``rows`` in (0, 1] samples that share of the patch rows
+    (torch's global generator).
     """
     _check_pair(a, b, view)
     inverse = view.inverse
@@ -108,9 +111,10 @@ def align_layer(
         patches_b = map_b[..., prefix_b:]
     else:
         map_b = b.weights()
-        patches_b = _resample(map_b[..., prefix_b:], keys)
+        patches_b = _resample(map_b[..., prefix_b:], keys, b.stochastic)
         patches_b = torch.cat(
-            [patches_b[:, :, list(classes_b)], queries.tokens(patches_b[:, :, prefix_b:], dim=-2)[:, :, sampled]], dim=-2
+            [patches_b[:, :, list(classes_b)], queries.tokens(patches_b[:, :, prefix_b:], dim=-2)[:, :, sampled]],
+            dim=-2,
         )
     patches_a = map_a[..., prefix_a:]
     count = len(classes_a)
@@ -127,7 +131,9 @@ def align_layer(
         patches_b[:, :, count:],
         keys_valid,
         rows_valid[:, sampled],
-        (entropy(map_a) + entropy(map_b)) / 2 if a.stochastic and b.stochastic else torch.full((), math.nan, device=device),
+        (entropy(map_a) + entropy(map_b)) / 2
+        if a.stochastic and b.stochastic
+        else torch.full((), math.nan, device=device),
     )
 
 
@@ -135,7 +141,8 @@ def _check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
     name = f"layer {a.index} ({a.name})"
     if a.shape[:2] != b.shape[:2]:
         raise ValueError(
-            f"{name}: found {a.shape[0]} images with {a.shape[1]} heads in one view and {b.shape[0]} with {b.shape[1]} in the other; "
+            f"{name}: found {a.shape[0]} images with {a.shape[1]} heads in one view and {b.shape[0]} with {b.shape[1]} "
+            "in the other; "
             "expected the same; take both views' maps from the same model and images"
         )
     for kind, grid_a, grid_b in (("query", a.layout.query, b.layout.query), ("key", a.layout.key, b.layout.key)):
@@ -143,12 +150,14 @@ def _check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
         rounding = 0 if view.zoom == (1.0, 1.0) else 1  # a scaled image need not hold a whole number of patches
         if abs(grid_b.height - expected[0]) > rounding or abs(grid_b.width - expected[1]) > rounding:
             raise ValueError(
-                f"{name}: found {kind} grids of {grid_a} and {grid_b}; expected {expected[0]} x {expected[1]} for the second under "
+                f"{name}: found {kind} grids of {grid_a} and {grid_b}; expected {expected[0]} x {expected[1]} for the "
+                "second under "
                 f"{view!r}; pass the view that was applied to the second view's images"
             )
     if len(a.layout.class_tokens or ()) != len(b.layout.class_tokens or ()):
         raise ValueError(
-            f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both views; "
+            f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both "
+            "views; "
             "capture both with the same class_tokens="
         )
 
@@ -171,28 +180,36 @@ def _rows(class_tokens: tuple[int, ...], patches: Tensor) -> Tensor:
     return torch.cat([torch.tensor(class_tokens, dtype=torch.long, device=patches.device), patches])
 
 
-def _resample(patches: Tensor, keys: LatticeMap) -> Tensor:
+def _resample(patches: Tensor, keys: LatticeMap, stochastic: bool) -> Tensor:
     """Resamples where rows look, and gives each row back the mass it had."""
     moved = keys.tokens(patches)
+    if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
+        return moved * (len(keys.source) / len(keys.target))
     mass = patches.sum(-1, keepdim=True)
     return moved * (mass / moved.sum(-1, keepdim=True).clamp_min(torch.finfo(moved.dtype).tiny))
 
 
 def valid_tokens(valid: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W), True on image and False on padding -> (B, height * width), True where at least half a token is image."""
+    """(B, H, W), True on image and False on padding -> (B, height * width), True where at least half a token is "
+    "image."""
     share = torch.nn.functional.adaptive_avg_pool2d(valid[:, None].float(), (height, width))
     return share[:, 0].flatten(1) >= 0.5
 
 
 def _check_valid(valid: Tensor, batch: int) -> None:
     if not isinstance(valid, Tensor):
-        raise TypeError(f"found valid of type {type(valid).__name__}; expected a tensor (B, H, W); pass one mask per image")
+        raise TypeError(
+            f"found valid of type {type(valid).__name__}; expected a tensor (B, H, W); pass one mask per image"
+        )
     if valid.ndim != 3 or valid.shape[0] != batch:
-        raise ValueError(f"found valid of shape {tuple(valid.shape)}; expected ({batch}, H, W); pass one mask per image")
+        raise ValueError(
+            f"found valid of shape {tuple(valid.shape)}; expected ({batch}, H, W); pass one mask per image"
+        )
 
 
 def entropy(rows: Tensor) -> Tensor:
-    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform. Detached."""
+    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform. "
+    "Detached."""
     rows = rows.detach()
     return torch.special.entr(rows).sum(-1).mean() / math.log(rows.shape[-1])
 
@@ -209,7 +226,9 @@ def _consistency(
     if normalize == "mean":
         distances = distances / keys
     elif normalize != "row":
-        raise ValueError(f'found normalize={normalize!r}; expected "row" (per query row) or "mean" (the paper\'s); choose one')
+        raise ValueError(
+            f'found normalize={normalize!r}; expected "row" (per query row) or "mean" (the paper\'s); choose one'
+        )
     if row_weight is None:
         return distances.mean()
     weight = row_weight.to(distances.dtype)[:, None].expand(distances.shape)
@@ -226,9 +245,9 @@ def activation_consistency(
 ) -> Tensor:
     """Region activation consistency (L_act of arXiv 2308.04321): a scalar >= 0, differentiable.
 
-    ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and ``present``
-    (B, C) leave out padding and absent classes. With ``normalize="mean"`` this is 1/(B C M) sum |a - b|, the published form; "row"
-    is M times that: the distance per query row, which means the same at every token count.
+    ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and
+    ``present`` (B, C) leave out padding and absent classes. With ``normalize="mean"`` this is 1/(B C M) sum |a - b|,
+    the published form; "row" is M times that: the distance per query row, which means the same at every token count.
 
     >>> import torch
     >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
@@ -248,15 +267,16 @@ def affinity_consistency(
 ) -> Tensor:
     """Region affinity consistency (L_aff of arXiv 2308.04321): a scalar >= 0, differentiable.
 
-    ``a``, ``b``: patch rows over aligned patches, (B, H, N, M). ``rows_valid`` (B or 1, N) and ``keys_valid`` (B or 1, M) leave out
-    tokens that one view does not show. With ``normalize="mean"`` this is 1/(B N M) sum |a - b|, the published form; "row" is M
-    times that.
+    ``a``, ``b``: patch rows over aligned patches, (B, H, N, M). ``rows_valid`` (B or 1, N) and ``keys_valid`` (B or 1,
+    M) leave out tokens that one view does not show. With ``normalize="mean"`` this is 1/(B N M) sum |a - b|, the
+    published form; "row" is M times that.
     """
     return _consistency(a, b, distance, normalize, keys_valid, rows_valid)
 
 
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max") -> Tensor:
-    """Class maps (B, C, h, w) in [0, 1], per image and class: relu(cam) over its maximum, or min-max. An empty map stays 0."""
+    """Class maps (B, C, h, w) in [0, 1], per image and class: relu(cam) over its maximum, or min-max. An empty map "
+    "stays 0."""
     cam = at_least_float32(cam)
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)
@@ -277,18 +297,21 @@ def cam_consistency(
 ) -> Tensor:
     """Equivariance of class maps (SEAM's L_ER, eq. 4 of arXiv 2004.04581): a scalar >= 0, differentiable.
 
-    ``cam_a`` (B, C, h, w) of images, ``cam_b`` (B, C, h', w') of ``view(images)``; the mean distance per pixel over classes with
-    ``labels`` (B, C) > 0 and pixels where ``valid`` (B, H, W). Each map is normalised by itself before it is aligned.
+    ``cam_a`` (B, C, h, w) of images, ``cam_b`` (B, C, h', w') of ``view(images)``; the mean distance per pixel over
+    classes with ``labels`` (B, C) > 0 and pixels where ``valid`` (B, H, W). Each map is normalised by itself before it
+    is aligned.
     """
     if cam_a.ndim != 4 or cam_b.ndim != 4 or cam_a.shape[:2] != cam_b.shape[:2]:
         raise ValueError(
-            f"found class maps of shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}; expected (B, C, h, w) with the same B and C; "
+            f"found class maps of shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}; expected (B, C, h, w) with the "
+            "same B and C; "
             "pass the maps of the same images and classes"
         )
     expected = view.output_size(cam_a.shape[-2:])
-    if any(abs(found - size) > 1 for found, size in zip(cam_b.shape[-2:], expected)):
+    if any(abs(found - size) > 1 for found, size in zip(cam_b.shape[-2:], expected, strict=True)):
         raise ValueError(
-            f"found cam_a of {tuple(cam_a.shape[-2:])} and cam_b of {tuple(cam_b.shape[-2:])}; expected cam_b of about {expected} "
+            f"found cam_a of {tuple(cam_a.shape[-2:])} and cam_b of {tuple(cam_b.shape[-2:])}; expected cam_b of about "
+            f"{expected} "
             f"under {view!r}; pass the view that was applied to the images of cam_b"
         )
     cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)

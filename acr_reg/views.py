@@ -1,9 +1,9 @@
 """Views: augmentations that know how to carry a map, or an affinity between tokens, back to the image they came from.
 
-A :class:`View` is one axis-aligned affine map between a source image and its augmented output, in coordinates that run from 0
-to 1 along each axis, with half-pixel centres (torchvision's convention, ``align_corners=False``). It acts on anything laid over
-the image by mapping centres: where the centres of one lattice fall on those of the other, that is an index, exact to the bit;
-elsewhere it is a bilinear resampling, antialiased when shrinking.
+A :class:`View` is one axis-aligned affine map between a source image and its augmented output, in coordinates that run
+from 0 to 1 along each axis, with half-pixel centres (torchvision's convention, ``align_corners=False``). It acts on
+anything laid over the image by mapping centres: where the centres of one lattice fall on those of the other, that is an
+index, exact to the bit; elsewhere it is a bilinear resampling, antialiased when shrinking.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class View:
-    """An augmentation as one axis-aligned affine map. Made by HorizontalFlip, VerticalFlip, Rotate90, Scale, Compose, Identity.
+    """An augmentation as one axis-aligned affine map. Made by HorizontalFlip, VerticalFlip, Rotate90, Scale, Compose,
+    Identity.
 
-    ``y`` and ``x`` say where the source's rows and columns are read; with ``transposed`` the source's y runs along the output's
-    x. ``zoom`` is the output's (height, width) over the source's, in the output's orientation. Immutable, comparable,
-    printable, picklable.
+    ``y`` and ``x`` say where the source's rows and columns are read; with ``transposed`` the source's y runs along the
+    output's x. ``zoom`` is the output's (height, width) over the source's, in the output's orientation. Immutable,
+    comparable, printable, picklable.
 
     >>> import torch
     >>> image = torch.arange(6.0).reshape(1, 1, 2, 3)
@@ -68,7 +69,9 @@ class View:
 
     @property
     def inverse(self) -> View:
-        """The view that leads back: ``view.inverse(view(images))`` has the images' size and orientation."""
+        """The view that leads back: ``view.inverse(view(images))`` has the images' orientation, and their size too
+        unless a scaled size was rounded; :meth:`align` leads back onto a given size.
+        """
         (y, x), zoom = (self.y.inverse(), self.x.inverse()), (1.0 / self.zoom[0], 1.0 / self.zoom[1])
         if self.transposed:
             (y, x), zoom = (x, y), (zoom[1], zoom[0])
@@ -81,16 +84,22 @@ class View:
         output = round(height * self.zoom[0]), round(width * self.zoom[1])
         if min(output) < 1:
             raise ValueError(
-                f"found {self!r} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; expected at least 1 x 1; "
+                f"found {self!r} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; expected "
+                "at least 1 x 1; "
                 "scale less"
             )
         return output
 
     def __call__(self, maps: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W')."""
+        if not isinstance(maps, Tensor):
+            raise TypeError(
+                f"found a {type(maps).__name__}; expected a tensor (..., H, W); convert images to tensors first"
+            )
         if maps.ndim < 2 or not (maps.is_floating_point() or self._keeps_pixels(maps.shape[-2:], size)):
             raise TypeError(
-                f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point where "
+                f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point "
+                "where "
                 f"{self!r} resamples; convert images with .float()"
             )
         return self._pixel_map(maps.shape[-2:], size, str(maps.device))(maps)
@@ -128,6 +137,8 @@ def VerticalFlip() -> View:
 
 def Rotate90(k: int = 1) -> View:
     """``k`` quarter turns counter-clockwise, as ``torch.rot90`` over (H, W)."""
+    if not isinstance(k, int):
+        raise TypeError(f"found k={k!r}; expected a whole number of quarter turns; Rotate90(2) is half a turn")
     mirrored = Axis(-1.0, 1.0)
     turned = {
         0: View(),
@@ -153,7 +164,13 @@ def Scale(factor: float | tuple[float, float]) -> View:
 def Compose(views: Sequence[View]) -> View:
     """The views one after another, the first first, as one view: resampled once."""
     composed = View()
+    if isinstance(views, View):
+        raise TypeError("found one View; expected a sequence of them; Compose([first, second])")
     for view in views:
+        if not isinstance(view, View):
+            raise TypeError(
+                f"found a {type(view).__name__} among the views; expected Views; for instance HorizontalFlip()"
+            )
         composed = _then(composed, view)
     return View(composed.y, composed.x, composed.transposed, composed.zoom, f"Compose({list(views)})")
 
@@ -171,7 +188,8 @@ def _then(first: View, second: View) -> View:
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """Where each target position along one axis reads its source: an ``index`` (exact), or rows of ``weights`` that sum to 1.
+    """Where each target position along one axis reads its source: an ``index`` (exact), or rows of ``weights`` that sum
+    to 1.
 
     ``valid`` is False for target positions whose centre lies outside the source.
     """
@@ -216,7 +234,9 @@ class LatticeMap:
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Dense maps (..., source height, source width) -> (..., target height, target width)."""
-        mapped = _read(_read(maps, -2, self.y), -1, self.x)
+        # Half precision is resampled in float32 and rounded once.
+        precise = maps if self.is_exact else at_least_float32(maps)
+        mapped = _read(_read(precise, -2, self.y), -1, self.x).to(maps.dtype)
         return mapped.mT if self.transposed else mapped
 
     def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
@@ -232,11 +252,8 @@ def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
     if axis.index is not None:
         return values.index_select(dim, axis.index)
     assert axis.weights is not None
-    # Half precision is resampled in float32 and rounded once.
-    precise = at_least_float32(values)
     with torch.autocast(values.device.type, enabled=False):
-        mapped = (precise.movedim(dim, -1) @ axis.weights.mT.to(precise.dtype)).movedim(-1, dim)
-    return mapped.to(values.dtype)
+        return (values.movedim(dim, -1) @ axis.weights.mT.to(values)).movedim(-1, dim)
 
 
 @lru_cache(maxsize=256)
@@ -284,4 +301,4 @@ def _axis_map(axis: Axis, source: _Line, target: _Line, device: str) -> AxisMap:
     reach = max(1.0, abs(step))
     distances = (positions.clamp(0, source.count - 1)[:, None] - torch.arange(source.count)[None, :]).abs()
     weights = (1 - distances / reach).clamp(min=0)
-    return AxisMap(None, (weights / weights.sum(1, keepdim=True)).to(device), valid.to(device))
+    return AxisMap(None, weights / weights.sum(1, keepdim=True), valid.to(device))  # float64 is not on every device

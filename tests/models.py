@@ -72,7 +72,8 @@ class MultiheadBlock(nn.Module):
 
 def _timm(name: str, fused: bool, patch: int = 16) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        timm = pytest.importorskip("timm")
+        import timm
+
         model = timm.create_model(name, img_size=(2 * patch, 3 * patch), num_classes=5, depth=3)
         for module in model.modules():
             if hasattr(module, "fused_attn"):
@@ -83,7 +84,8 @@ def _timm(name: str, fused: bool, patch: int = 16) -> Callable[[], nn.Module]:
 
 
 def _torchvision() -> nn.Module:
-    torchvision = pytest.importorskip("torchvision")
+    import torchvision
+
     model = torchvision.models.VisionTransformer(64, 16, 2, 2, 32, 64, num_classes=5)
     nn.init.normal_(model.heads.head.weight)
     return model
@@ -91,7 +93,8 @@ def _torchvision() -> nn.Module:
 
 def _transformers(kind: str, implementation: str) -> Callable[[], nn.Module]:
     def build() -> nn.Module:
-        tf = pytest.importorskip("transformers")
+        import transformers as tf
+
         common = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
         config, model = {
             "vit": lambda: (tf.ViTConfig(image_size=(32, 48), patch_size=16, **common), tf.ViTForImageClassification),
