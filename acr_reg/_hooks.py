@@ -59,8 +59,8 @@ class _LeaveHook(_Hook):
 
 
 class HookSet:
-    """The hooks of one watcher on any number of modules. They go when :meth:`remove` is called or the watcher is "
-    "collected."""
+    """The hooks of one watcher on any number of modules. They go when :meth:`remove` is called or the watcher is
+    collected."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._number = next(_NUMBERS)
@@ -105,6 +105,6 @@ def is_running(frame: FrameType) -> bool:
 
 
 def in_backward() -> bool:
-    """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer. Seen on 2.1 to "
-    "2.14."""
+    """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer. Seen on 2.1 to
+    2.14."""
     return torch._C._current_graph_task_id() != -1  # nothing public says so

@@ -112,8 +112,8 @@ class Recorder:
             self._leave_mode(state, self._names[module])
 
     def _drop_interrupted(self, state: _ThreadState) -> None:
-        """Clears what a KeyboardInterrupt or SystemExit left behind: entries whose forward is no longer on the "
-        "stack."""
+        """Clears what a KeyboardInterrupt or SystemExit left behind: entries whose forward is no longer on the
+        stack."""
         if not state.entries or is_running(state.entries[-1].frame):
             return
         if state.run is not None:

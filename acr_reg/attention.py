@@ -117,8 +117,8 @@ class LayerAttention:
         )
 
     def batched(self, tensor: Tensor | None) -> Tensor | None:
-        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the "
-        "batch."""
+        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the
+        batch."""
         if tensor is None:
             return None
         if tensor.ndim == 3:
@@ -281,8 +281,8 @@ class AttentionMaps(Sequence[LayerAttention]):
         return self._with_layers(by_index[i] for i in wanted)
 
     def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:
-        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images, "
-        "view(images)])``."""
+        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images,
+        view(images)])``."""
         if chunks < 1 or self.batch_size % chunks:
             raise ValueError(
                 f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as "

@@ -47,8 +47,7 @@ def class_token_gradient_cam(
         labels: (B, C), > 0 for the classes wanted; the maps of the others are 0. None computes every class.
         start_layer: the first layer used: an index of the model's, or negative from the last recorded layer.
         query: "class" reads the class token's row (class c reads token c where there is one per class); "all" averages
-        the
-            contributions of all query rows, as LeGrad does (arXiv 2404.03214), for models without a class token.
+            the contributions of all query rows, as LeGrad does (arXiv 2404.03214), for models without a class token.
         create_graph: let the map itself carry gradient. A fused kernel has no second derivative: capture the model with
             ``double_backward=True`` first.
 
@@ -190,8 +189,8 @@ def _has_second_derivative(layer: LayerAttention) -> bool:
 
 
 def _target(layer: LayerAttention) -> Tensor:
-    """The tensor whose gradient tells dy/dA: the map itself, or the kernel's output. Whole batch, as it lies on the "
-    "graph."""
+    """The tensor whose gradient tells dy/dA: the map itself, or the kernel's output. Whole batch, as it lies on the
+    graph."""
     target = layer.recorded.output if layer.is_factored else layer.recorded.map
     assert target is not None
     return target

@@ -39,14 +39,13 @@ def capture_attention(
     Args:
         model: any module; its kernels, outputs, parameters, modes and state dict stay as they are.
         layers: indices of the attention layers to keep, in the order they run (negative: from the last); None keeps
-        all.
+            all.
         modules: names (or modules) within which attention counts, e.g. one of two encoders; None means anywhere.
         patch_size, num_prefix_tokens, class_tokens: where the model's own fields do not say (see ``infer_layout``).
             ``class_tokens`` is a count from the first prefix token, or their positions; token c belongs to class c.
         keep: what :meth:`AttentionCapture.take` does with several encoder runs since the last take: "only" refuses
-        them,
-            "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are released at
-            once.
+            them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
+            released at once.
         no_grad: also record runs under ``torch.no_grad``, which cost nothing otherwise.
         double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
 

@@ -190,8 +190,8 @@ def _resample(patches: Tensor, keys: LatticeMap, stochastic: bool) -> Tensor:
 
 
 def valid_tokens(valid: Tensor, height: int, width: int) -> Tensor:
-    """(B, H, W), True on image and False on padding -> (B, height * width), True where at least half a token is "
-    "image."""
+    """(B, H, W), True on image and False on padding -> (B, height * width), True where at least half a token is
+    image."""
     share = torch.nn.functional.adaptive_avg_pool2d(valid[:, None].float(), (height, width))
     return share[:, 0].flatten(1) >= 0.5
 
@@ -208,8 +208,8 @@ def _check_valid(valid: Tensor, batch: int) -> None:
 
 
 def entropy(rows: Tensor) -> Tensor:
-    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform. "
-    "Detached."""
+    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform.
+    Detached."""
     rows = rows.detach()
     return torch.special.entr(rows).sum(-1).mean() / math.log(rows.shape[-1])
 
@@ -275,8 +275,8 @@ def affinity_consistency(
 
 
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max") -> Tensor:
-    """Class maps (B, C, h, w) in [0, 1], per image and class: relu(cam) over its maximum, or min-max. An empty map "
-    "stays 0."""
+    """Class maps (B, C, h, w) in [0, 1], per image and class: relu(cam) over its maximum, or min-max. An empty map
+    stays 0."""
     cam = at_least_float32(cam)
     if mode == "minmax":
         cam = cam - cam.amin((-2, -1), keepdim=True)

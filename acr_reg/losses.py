@@ -43,13 +43,12 @@ class AllPairsConsistencyLoss(nn.Module):
         cam_weight: default 1, used when class maps are passed.
         distance: "l1", "l2", "js" or a callable of two (..., M) rows that reduces the last axis.
         normalize: "row" is the distance per query row, independent of the number of tokens; "mean" the paper's mean
-        over pairs.
+            over pairs.
         layers: indices of the layers to use (negative: from the last); None uses all. Layers without gradient (a frozen
-        lower
-            half) are left out of the mean.
+            lower half) are left out of the mean.
         heads: "mean" compares the average over heads, as published; "each" compares head by head.
         rows: the share in (0, 1] of patch query rows compared in each call, sampled anew; class rows are always
-        compared.
+            compared.
         cam_normalize: "max" (relu, then over the maximum per image and class), "minmax" or None.
 
     A term that cannot exist (no class token, no class maps) raises where its weight was given, else it is left out and
@@ -144,10 +143,9 @@ class AllPairsConsistencyLoss(nn.Module):
             attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model.
             cam_a, cam_b: class maps (B, C, h, w) of both, differentiable; None leaves the cam term out.
             view: overrides the view given at construction. With ``view_a``, the first maps were made on
-            ``view_a(images)``
-                and the second on ``view(images)``.
+                ``view_a(images)`` and the second on ``view(images)``.
             labels: (B, C), > 0 for the classes present: leaves out the class-token rows and class maps of absent
-            classes.
+                classes.
             valid: (B, H, W), False where the first view's images are padding, at any resolution.
             scale: the caller's schedule, e.g. a warm-up; multiplies the loss, not the terms.
 

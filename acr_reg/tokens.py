@@ -121,16 +121,16 @@ class ModelFields:
 
 
 def class_token_positions(class_tokens: int | Sequence[int] | None, num_prefix_tokens: int) -> tuple[int, ...] | None:
-    """``class_tokens`` as users give it, as positions: an int counts them from the first; None is known for 0 or 1 "
-    "prefix tokens."""
+    """``class_tokens`` as users give it, as positions: an int counts them from the first; None is known for 0 or 1
+    prefix tokens."""
     if class_tokens is None:
         return tuple(range(num_prefix_tokens)) if num_prefix_tokens <= 1 else None
     return tuple(range(class_tokens)) if isinstance(class_tokens, int) else tuple(class_tokens)
 
 
 def read_fields(model: nn.Module) -> ModelFields:
-    """Reads patch size and prefix tokens off the names and shapes that timm, torchvision, transformers and WSSS hosts "
-    "use."""
+    """Reads patch size and prefix tokens off the names and shapes that timm, torchvision, transformers and WSSS hosts
+    use."""
     class_tokens = _count_parameters(model, _CLASS_TOKEN_NAMES)
     others = _count_parameters(model, _OTHER_PREFIX_NAMES)
     stated = {n for m in model.modules() if isinstance(n := getattr(m, "num_prefix_tokens", None), int)}
@@ -140,8 +140,8 @@ def read_fields(model: nn.Module) -> ModelFields:
 
 
 def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
-    """Tokens held by parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one; a name counts once (its "
-    "largest)."""
+    """Tokens held by parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one; a name counts once (its
+    largest)."""
     counts: dict[str, int] = {}
     for full_name, parameter in model.named_parameters():
         name = full_name.rpartition(".")[2]

@@ -1,5 +1,5 @@
-"""The plain vision transformers that capture must serve, built from config with random weights, on a grid with h != "
-"w."""
+"""The plain vision transformers that capture must serve, built from config with random weights, on a grid with h !=
+w."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class PlainEncoder(nn.Module):
 
 
 class ExplicitBlock(nn.Module):
-    """Softmax and matmul by hand, for a copy of which every step is known; ``need_weights`` style models look like "
-    "this."""
+    """Softmax and matmul by hand, for a copy of which every step is known; ``need_weights`` style models look like
+    this."""
 
     def __init__(self, width: int = 32, heads: int = 4, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Class-token-gradient CAM against one backward per class and image on an unfused model; propagation; merging of "
-"views."""
+"""Class-token-gradient CAM against one backward per class and image on an unfused model; propagation; merging of
+views."""
 
 from __future__ import annotations
 
