@@ -151,7 +151,7 @@ def _check_cam_inputs(
                     f"layer {layer.index} ({layer.name}): found {len(tokens)} class tokens for {logits.shape[1]} "
                     "classes; expected 1 or one "
                     'per class; pass class_tokens= to capture_attention, or query="all" for a model without class '
-                    'tokens'
+                    "tokens"
                 )
         if layer.layout.query != layers[0].layout.query or layer.layout.key != layers[0].layout.key:
             raise ValueError(

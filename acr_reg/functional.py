@@ -1,6 +1,7 @@
-"""The consistency terms as pure functions, after "All-pairs Consistency Learning for Weakly Supervised Semantic "
-"Segmentation"
-(Sun et al., ICCV 2023 workshop, arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020).
+"""The consistency terms as pure functions.
+
+After "All-pairs Consistency Learning for Weakly Supervised Semantic Segmentation" (Sun et al., ICCV 2023 workshop,
+arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020, arXiv 2004.04581).
 
 With attention maps A1, A2 of an image and of its view, and P the view's permutation of patch tokens:
 

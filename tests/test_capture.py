@@ -133,6 +133,7 @@ def test_an_image_of_another_size_gives_another_grid(implementation: str) -> Non
 
 def test_any_entry_point() -> None:
     import timm
+
     model = timm.create_model("vit_tiny_patch16_224", img_size=(32, 48), num_classes=5)
     with capture_attention(model) as attention:
         for _ in range(2):
