@@ -1,0 +1,55 @@
+"""Command line: ``python -m acr_reg COMMAND``. Each command is a module with add_arguments(parser) and run(args)."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NamedTuple
+
+from acr_reg.demo.errors import CommandError
+
+
+class Command(NamedTuple):
+    module: str
+    summary: str
+
+
+# Only the module of the command asked for is imported: the others may need packages that are not installed.
+COMMANDS = {
+    "demo": Command("acr_reg.demo.command", "train without and with ACR on the same images and compare"),
+    "evaluate": Command("acr_reg.demo.evaluate", "score saved class maps against masks at every background threshold"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns its exit code; 2 for an error of the user, as argparse does."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments else ""
+    parser = argparse.ArgumentParser(prog="python -m acr_reg", description="Attention consistency: commands.")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    try:
+        for known, command in COMMANDS.items():
+            subparser = subparsers.add_parser(known, help=command.summary, description=command.summary)
+            if known == name:
+                module = import_module(command.module)
+                module.add_arguments(subparser)
+        args = parser.parse_args(arguments)
+        return int(module.run(args))
+    except CommandError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "acr_reg"):
+            raise
+        message = f'this command needs the package {package}; install it with: pip install "acr-reg[demo]"'
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(f"{parser.prog} {name}: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
