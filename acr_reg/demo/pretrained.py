@@ -1,0 +1,120 @@
+"""timm's ViT-S/14 with its lower blocks frozen: their tokens are computed once and only the upper half trains."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from acr_reg.demo.errors import CommandError
+
+NAME = "vit_small_patch14_dinov2"
+PATCH = 14  # pixels
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+# What is known of weights, by the SHA-256 of their file.
+KNOWN_WEIGHTS = {
+    "b732d1ee7bdd2d4b95f8deb17f95b9e9010678c23a5a90db61b53dcd7551fdb4": "saliency-tuned weights, not image-level WSSS",
+}
+
+
+class UpperHalf(nn.Module):
+    """Tokens (B,1+N,D) of the lower blocks -> logits (B,C)."""
+
+    def __init__(self, vit: Any, frozen: int) -> None:
+        super().__init__()
+        self.num_prefix_tokens = 1
+        self.blocks = vit.blocks[frozen:]
+        self.norm = vit.norm
+        self.head = vit.head
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.norm(self.blocks(tokens)[:, 0]))
+
+
+class LowerHalf(nn.Module):
+    """Images (B,3,H,W) -> tokens (B,1+N,D), never trained."""
+
+    def __init__(self, vit: Any, frozen: int) -> None:
+        super().__init__()
+        self.patch_embed = vit.patch_embed
+        self.cls_token = vit.cls_token
+        self.pos_embed = vit.pos_embed
+        self.blocks = vit.blocks[:frozen]
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        patches = self.patch_embed(images)
+        tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
+        return self.blocks(tokens + self.pos_embed)
+
+
+def build(num_classes: int, size: int, frozen: int, weights: Path | None) -> tuple[LowerHalf, UpperHalf]:
+    """Both halves for images of `size` x `size` pixels; the head is new, from torch's global generator."""
+    if size % PATCH or size < PATCH:
+        raise CommandError(
+            f"--size is {size}, expected a multiple of {PATCH}; try {max(1, round(size / PATCH)) * PATCH}"
+        )
+    vit = timm.create_model(NAME, pretrained=False, img_size=size, num_classes=num_classes)
+    if not 0 < frozen < len(vit.blocks):
+        raise CommandError(f"--frozen is {frozen}, expected 1 to {len(vit.blocks) - 1} of {len(vit.blocks)} blocks")
+    state = load_weights(weights) if weights is not None else download_weights()
+    state["pos_embed"] = resize_positions(state["pos_embed"], size // PATCH)
+    missing, unexpected = vit.load_state_dict(state, strict=False)
+    missing = [name for name in missing if not name.startswith("head.")]
+    if missing or unexpected:
+        raise CommandError(
+            f"found weights without {missing[:3]} and with {list(unexpected)[:3]}; expected those of timm's {NAME}; "
+            "give others by --weights"
+        )
+    return LowerHalf(vit, frozen), UpperHalf(vit, frozen)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """An .npz of arrays or a torch file of tensors, under timm's names, in float32."""
+    try:
+        if path.suffix == ".npz":
+            with np.load(path) as arrays:
+                state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: tensor.float() for name, tensor in state.items()}
+    except (OSError, ValueError, AttributeError, RuntimeError) as error:
+        expected = "expected an .npz or torch file of tensors"
+        raise CommandError(f"--weights {path} cannot be read: {error}; {expected}") from error
+
+
+def download_weights() -> dict[str, Tensor]:
+    try:
+        return timm.create_model(NAME, pretrained=True, num_classes=0).state_dict()
+    except Exception as error:  # the hub raises whatever its network stack does
+        raise CommandError(
+            f"the weights of {NAME} could not be downloaded ({type(error).__name__}); expected a connection to the "
+            "Hugging Face hub, or a file: give it by --weights FILE"
+        ) from error
+
+
+def resize_positions(positions: Tensor, side: int) -> Tensor:
+    """A position table (1,1+n*n,D) for side x side patches: plain bicubic, as these weights were trained for."""
+    first, table = positions[:, :1], positions[:, 1:]
+    old = round(table.shape[1] ** 0.5)
+    if old == side:
+        return positions
+    table = table.reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    table = F.interpolate(table, (side, side), mode="bicubic", align_corners=False)
+    return torch.cat([first, table.flatten(2).transpose(1, 2)], dim=1)
+
+
+def describe(weights: Path | None) -> str:
+    """What is known of the weights' origin, to stand beside every figure."""
+    if weights is None:
+        return f"timm's {NAME}"
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    return KNOWN_WEIGHTS.get(digest, f"weights of {weights.name}: whether they have seen masks is not known here")

@@ -1,0 +1,79 @@
+"""One training loop for every condition: two views of the same images, with or without the consistency loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from acr_reg import AllPairsConsistencyLoss, AttentionMaps, capture_attention
+from acr_reg.demo.meter import Meter
+
+Batch = tuple[Tensor, Tensor, Tensor]  # the model's input, that of the other view, labels (B,C)
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a training did and cost. `history` holds one dict per step: loss, and with ACR its unweighted terms."""
+
+    history: list[dict[str, float]]
+    seconds: float
+    cpu_seconds: float
+    peak_memory: int | None
+
+
+def train(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    optimizer: Optimizer,
+    scheduler: LRScheduler,
+    acr: AllPairsConsistencyLoss | None = None,
+    grid: tuple[int, int] | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> Training:
+    """Trains `model` on every batch in turn; `grid` is needed where the model is given tokens, not images.
+
+    `advance` is called after each step.
+    """
+    model.train()
+    history = []
+    with Meter() as meter, capture_attention(model) if acr is not None else nullcontext() as attention:
+        for images, viewed, labels in batches:
+            logits_a = model(images)
+            attn_a = None if attention is None else with_grid(attention.take(), grid)
+            logits_b = model(viewed)
+            attn_b = None if attention is None else with_grid(attention.take(), grid)
+            loss = F.multilabel_soft_margin_loss(logits_a, labels) + F.multilabel_soft_margin_loss(logits_b, labels)
+            step = {"classification": loss.item()}
+            if acr is not None:
+                consistency, terms = acr(attn_a, attn_b, return_terms=True)
+                loss = loss + consistency
+                step |= {name: term.item() for name, term in terms.items()}
+            optimizer.zero_grad()
+            loss.backward()
+            del attn_a, attn_b
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            scheduler.step()
+            history.append(step)
+            advance()
+    return Training(history, meter.seconds, meter.cpu_seconds, meter.peak_memory)
+
+
+def with_grid(attention: AttentionMaps, grid: tuple[int, int] | None) -> AttentionMaps:
+    """Maps of a model that saw tokens, not an image, know no grid: it is given here, one class token first."""
+    return attention if grid is None else attention.with_layout(grid, num_prefix_tokens=1)
+
+
+def shuffled(count: int, size: int, steps: int, seed: int) -> Iterable[Tensor]:
+    """`steps` batches of `size` indices below `count`, in epochs; the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    epochs = -(-steps * size // count)
+    order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])
+    return order[: steps * size].split(size)
