@@ -7,6 +7,7 @@ on modules.
 
 from __future__ import annotations
 
+import threading
 import types
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -59,6 +60,16 @@ _SAME_MAP_NAMES = {
 }
 
 
+class _MultiHead(threading.local):
+    """What nn.MultiheadAttention says of its products; shared, since only the innermost mode sees its call."""
+
+    heads: int | None = None
+    refusal: str | None = None
+
+
+_inside = _MultiHead()
+
+
 class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered."""
 
@@ -68,8 +79,6 @@ class AttentionMode(TorchFunctionMode):
         self._math_kernel = math_kernel
         self._traces: dict[int, _Trace] = {}
         self._met: set[int] = set()  # ids of followed probabilities that met their values
-        self._heads: int | None = None
-        self._refusal: str | None = None
 
     def forget(self) -> list[Tensor]:
         """Drops the softmaxes being followed and returns those that met no V."""
@@ -96,9 +105,9 @@ class AttentionMode(TorchFunctionMode):
             output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
         recorded = RecordedTensors(
-            query, key, value, output, None, mask, causal, scale, self._heads if query.ndim == 3 else None
+            query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
-        self._report(AttentionCall(recorded, dropout, True, self._refusal))
+        self._report(AttentionCall(recorded, dropout, True, _inside.refusal))
         return output
 
     def _multi_head(self, args: Any, kwargs: Any) -> Any:
@@ -108,14 +117,14 @@ class AttentionMode(TorchFunctionMode):
         """
         query, key = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key")))
         heads = args[4] if len(args) > 4 else kwargs["num_heads"]
-        before = self._heads, self._refusal
-        self._heads = heads
-        self._refusal = None if query is key else "cross-attention: queries and keys are not the same tokens"
+        before = _inside.heads, _inside.refusal
+        _inside.heads = heads
+        _inside.refusal = None if query is key else "cross-attention: queries and keys are not the same tokens"
         try:
             with self:
                 return _open_multi_head(*args, **kwargs)
         finally:
-            self._heads, self._refusal = before
+            _inside.heads, _inside.refusal = before
 
     def _softmax(self, probability: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
         dim = kwargs.get("dim", dim)
@@ -136,7 +145,8 @@ class AttentionMode(TorchFunctionMode):
             return
         if isinstance(result, Tensor) and result.is_floating_point():
             trace = next(t for t in traces if t is not None)
-            same = name in _SAME_MAP_NAMES and result.shape == trace.alias.shape
+            overwritten = "dropout" in name and any(result is operand for operand in operands)
+            same = name in _SAME_MAP_NAMES and result.shape == trace.alias.shape and not overwritten
             # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
             # otherwise.
             dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
@@ -145,15 +155,20 @@ class AttentionMode(TorchFunctionMode):
             )
 
     def _met_value(self, name: str, trace: _Trace, operands: list[Tensor], transposed: bool, output: Tensor) -> None:
-        """The operand that meets V is the effective attention; before dropout where nothing else changed it."""
+        """The operand that meets V is the effective attention; before dropout where nothing else changed it.
+
+        Its first product is that with V: a later one (a refinement of class maps) is no other layer.
+        """
+        if id(trace.probability) in self._met:
+            return
         self._met.add(id(trace.probability))
         attention = trace.alias if trace.mixed else trace.probability
         plain = name != "einsum" and not transposed
-        refusal = self._refusal
+        refusal = _inside.refusal
         if transposed and name != "einsum":
             refusal = "the map is the second operand of its product: attention over channels or a transposed layout"
         recorded = RecordedTensors(
-            value=operands[1] if plain else None, output=output if plain else None, map=attention, heads=self._heads
+            value=operands[1] if plain else None, output=output if plain else None, map=attention, heads=_inside.heads
         )
         self._report(AttentionCall(recorded, trace.dropout, not trace.mixed, refusal))
 

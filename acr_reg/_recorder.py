@@ -18,6 +18,9 @@ from acr_reg.tokens import LayoutError, ModelFields, TokenLayout, infer_layout, 
 
 Keep = Literal["only", "first", "last", "all"]
 
+_PADDED_AT_MOST = 64  # pixels, no patch is larger
+_NAMED_AT_MOST = 8  # runs that an error about too many of them lists
+
 
 @dataclass(eq=False)
 class Run:
@@ -56,6 +59,7 @@ class _ThreadState(threading.local):
         self.images: tuple[int, int, int] | None = None
         self.image_module: nn.Module | None = None
         self.seen: Tensor | None = None
+        self.given: tuple[int, int, int] | None = None  # (B, H, W) that the outermost module was given
 
 
 class Recorder:
@@ -78,7 +82,7 @@ class Recorder:
         self._image_modules: set[nn.Module] = set()
         self._runs: list[Run] = []
         self._without_grad = 0
-        self._in_backward = 0
+        self.padding: str | None = None  # the warning that is due where the model pads its images
         self._state = _ThreadState()
         self._hooks = HookSet(self)
         # Until the first run is taken every module is watched; then only those that turned out to matter.
@@ -93,7 +97,6 @@ class Recorder:
             self._without_grad += 1
             return
         if in_backward():  # checkpointing recomputes what the first pass has already shown
-            self._in_backward += 1
             return
         self._note_images(module, args, state)
         if not state.entries:
@@ -128,6 +131,7 @@ class Recorder:
         if mode is None:
             return
         mode.__exit__(None, None, None)
+        state.seen = None
         unmet = mode.forget()
         if unmet and state.run is not None:
             state.run.skipped.append((name, f"a softmax over {tuple(unmet[0].shape)} that met no values"))
@@ -141,14 +145,32 @@ class Recorder:
         first = args[0] if args else None
         if not isinstance(first, Tensor) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
             return
-        reads_images = isinstance(module, nn.Conv2d) and module.in_channels == first.shape[1]
+        size = (first.shape[0], first.shape[2], first.shape[3])
+        reads_images = isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
         if state.entries and first is not state.seen and not reads_images:
             return
+        if not state.entries:
+            state.given = size
+        elif state.given is not None and state.given != size and size[0] == state.given[0]:
+            self._note_padding(state.given, size)
         if state.run is not None:
             state.run.closed = True
         state.seen = first
-        state.images = (first.shape[0], first.shape[2], first.shape[3])
+        state.images = size
         state.image_module = module
+
+    def _note_padding(self, given: tuple[int, int, int], read: tuple[int, int, int]) -> None:
+        """Padding to whole patches moves the tokens of a flipped image; resizing does not, and changes more than "
+        "that."""
+        added = [read[i] - given[i] for i in (1, 2)]
+        if min(added) >= 0 and max(added) < _PADDED_AT_MOST:
+            self.padding = (
+                f"found images of {given[1]} x {given[2]} px that the model pads to {read[1]} x {read[2]}, so the "
+                "tokens of a "
+                f"flipped image lie up to {max(added)} px off those they are matched with; expected whole patches; "
+                "resize or crop "
+                "the images to a multiple of the patch size before both forwards"
+            )
 
     # ---- called by the mode
 
@@ -187,9 +209,11 @@ class Recorder:
         if self.keep in ("only", "last"):
             for earlier in finished:
                 earlier.release()
-        elif self.keep == "first" and finished:
+            finished = finished[-(_NAMED_AT_MOST - 1) :]  # warm-up steps that nobody takes must not pile up
+        if self.keep == "first" and finished:
             run.release()
-        self._runs = [*finished, run]
+        else:
+            self._runs = [*finished, run]
         return run
 
     # ---- called by the handle
@@ -205,6 +229,10 @@ class Recorder:
             alike = [m for m in self._names if type(m) in kinds]
             self._hooks.watch_only([*self._image_modules, *self._attention_modules, *alike])
         return runs, tuple(skip for run in runs for skip in run.skipped)
+
+    def counted(self, runs: list[Run]) -> str:
+        """How many runs there were: of those that nobody takes only the last few are remembered."""
+        return f"{len(runs)} or more" if len(runs) >= _NAMED_AT_MOST and self.keep == "only" else str(len(runs))
 
     def clear(self) -> None:
         for run in self._runs:
@@ -234,9 +262,10 @@ class Recorder:
 
     def nothing_captured(self, skipped: Iterable[tuple[str, str]]) -> str:
         reasons = [f"{name}: {reason}" for name, reason in skipped]
-        if self._without_grad:
+        without_grad, self._without_grad = self._without_grad, 0
+        if without_grad:
             reasons.append(
-                f"{self._without_grad} module calls ran under torch.no_grad (capture with no_grad=True to record them; "
+                f"{without_grad} module calls ran under torch.no_grad (capture with no_grad=True to record them; "
                 "reentrant "
                 "checkpointing also runs its forward without a graph: use_reentrant=False)"
             )

@@ -49,7 +49,7 @@ class RecordedTensors:
 class LayerAttention:
     """Self-attention of one layer: its ``factors`` (query, key, ...) or its explicit map, and where its tokens sit.
 
-    ``index`` counts the model's attention layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the
+    ``index`` counts the run's captured layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the
     map are probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of
     the batch: the recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on
     the graph.
@@ -266,7 +266,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         return self[0].shape[0]
 
     def weights(self) -> list[Tensor]:
-        """The map of every layer, (B, H, N, M) in [0, 1]: this forms N x M maps, the loss and the CAM need not."""
+        """The map of every layer, (B, H, N, M) in [0, 1]: all of them at once."""
         return [layer.weights() for layer in self]
 
     def select(self, layers: Iterable[int]) -> AttentionMaps:

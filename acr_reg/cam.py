@@ -90,6 +90,7 @@ def class_token_gradient_cam(
     if silent and wanted.any():
         _warn_silent([layers[i] for i in sorted(silent)], query)
     maps = maps if create_graph else maps.detach()
+    _check_finite(maps, "the class maps")
     return rearrange(maps, "b c (h w) -> b c h w", h=grid.height)
 
 
@@ -125,6 +126,11 @@ def _check_cam_inputs(
             f"found logits of shape {tuple(logits.shape)} for attention of {attention.batch_size} images; expected (B, "
             "C) of the same "
             "images; take() the maps of the run that made these logits, or chunk() them as the logits were"
+        )
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(
+            f"found labels of type {type(labels).__name__}; expected a tensor {tuple(logits.shape)}; wrap them by "
+            "torch.tensor"
         )
     if labels is not None and labels.shape != logits.shape:
         raise ValueError(
@@ -287,13 +293,29 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
         )
     if steps < 1:
         raise ValueError(f"found steps={steps}; expected at least 1; leave propagation out for 0")
-    prefix = [layer.layout.num_prefix_tokens for layer in chosen]
-    affinity = torch.stack([a.weights()[:, :, p:, p:].mean(1) for a, p in zip(chosen, prefix, strict=True)]).sum(0)
+    affinity = sum(_patch_affinity(layer) for layer in chosen)
+    assert isinstance(affinity, Tensor)
     values = rearrange(at_least_float32(cam), "b c h w -> b (h w) c").to(affinity.dtype)
     with torch.autocast(cam.device.type, enabled=False):
         for _ in range(steps):
             values = affinity @ values
+    _check_finite(values, "the propagated map")
     return rearrange(values, "b (h w) c -> b c h w", h=grid.height)
+
+
+def _patch_affinity(layer: LayerAttention) -> Tensor:
+    """mean_h A[patches, patches], (B, N, N)."""
+    prefix = layer.layout.num_prefix_tokens
+    return layer.weights()[:, :, prefix:, prefix:].mean(1)
+
+
+def _check_finite(maps: Tensor, what: str) -> None:
+    if not torch.isfinite(maps).all():
+        raise ValueError(
+            f"found NaN or infinite values in {what}; expected finite ones; look for NaN in the logits, the given map "
+            "or "
+            "the attention, such as an overflow in half precision or a row whose keys are all masked"
+        )
 
 
 def multi_view_cam(

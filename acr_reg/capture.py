@@ -7,6 +7,7 @@ calls (see ``_interception``). Every encoder run becomes one :class:`~acr_reg.at
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from types import TracebackType
@@ -88,6 +89,7 @@ class AttentionCapture:
         self._recorder: Recorder | None = recorder
         self._layers = None if layers is None else tuple(layers)
         self._hints = hints
+        self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
         """(module name, reason) of what the last taken run used that is not token-to-token self-attention."""
 
@@ -122,9 +124,9 @@ class AttentionCapture:
             raise CaptureError(recorder.nothing_captured(refused))
         keep = recorder.keep
         if keep == "only" and len(runs) > 1:
+            listed = "; ".join(each.summary() for each in runs)
             raise CaptureError(
-                f"found {len(runs)} encoder runs since the last take: {'; '.join(r.summary() for r in runs)}; expected "
-                "one; take() "
+                f"found {recorder.counted(runs)} encoder runs since the last take: {listed}; expected one; take() "
                 'after each forward, or choose keep="first", "last" or "all" (then take(i))'
             )
         if keep == "all" and run is None and len(runs) > 1:
@@ -166,6 +168,9 @@ class AttentionCapture:
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
             raise CaptureError(recorder.nothing_captured(self.skipped))
+        if recorder.padding is not None and not self._warned:
+            self._warned = True
+            warnings.warn(recorder.padding, stacklevel=3)
         maps = AttentionMaps(layers, recorder.training_batch_norms())
         return maps if self._layers is None else maps.select(self._layers)
 

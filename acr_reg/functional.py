@@ -284,7 +284,7 @@ def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max") -> Tensor
     elif mode != "max":
         raise ValueError(f'found mode={mode!r}; expected "max" or "minmax"; choose one')
     cam = cam.relu()
-    return cam / cam.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(cam.dtype).eps)
+    return cam / cam.amax((-2, -1), keepdim=True).clamp_min(torch.finfo(cam.dtype).tiny)
 
 
 def cam_consistency(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -160,6 +161,8 @@ class AllPairsConsistencyLoss(nn.Module):
                     "capture_attention, or wrap "
                     "tensors by AttentionMaps.from_tensors(list, num_prefix_tokens=, grid=)"
                 )
+        if not math.isfinite(scale):
+            raise ValueError(f"found scale={scale}; expected a finite number; look at the schedule that computed it")
         relation = self._relation(view, view_a)
         pairs = self._pairs(attn_a, attn_b)
         first = pairs[0][0]

@@ -15,6 +15,7 @@ from torch import nn
 
 # Longer prefixes exist (prompt tuning), but beyond this a guess is more often a wrong grid than a long prefix.
 MAX_GUESSED_PREFIX = 24
+_LARGEST_GUESSED_PATCH = 32  # px; above, the channels of channel attention begin to look like a few huge patches
 # Where the patch size is to be guessed: those that divide the image, and these, under which a margin may be left over.
 _COMMON_PATCHES = (8, 14, 16, 32)
 
@@ -222,7 +223,8 @@ def _fits(
     if patch is not None:
         patches = [patch]
     else:
-        dividing = [p for p in range(1, min(height, width) + 1) if height % p == 0 and width % p == 0]
+        largest = min(height, width, _LARGEST_GUESSED_PATCH)
+        dividing = [p for p in range(1, largest + 1) if height % p == 0 and width % p == 0]
         patches = [(p, p) for p in (*_COMMON_PATCHES, *dividing)]  # of patches with the same grid, a dividing one stays
     fits = {}
     for size in patches:

@@ -332,3 +332,16 @@ def test_views_of_other_sizes_meet_on_one_grid() -> None:
         multi_view_cam(pooled, images, [])
     with pytest.raises(ValueError, match='found merge=\'mean\'; expected "sum" or "max"'):
         multi_view_cam(pooled, images, [Identity()], merge="mean")  # type: ignore[arg-type]
+
+
+def test_nan_is_an_error_and_not_a_map() -> None:
+    model, images = multihead_vit(), torch.randn(2, 3, 32, 48)
+    with capture_attention(model) as attention:
+        logits = model(images) * torch.tensor(float("nan"))
+        maps = attention.take()
+        with pytest.raises(ValueError, match="found NaN or infinite values in the class maps"):
+            class_token_gradient_cam(logits, maps)
+        with pytest.raises(ValueError, match="found NaN or infinite values in the propagated map"):
+            propagate_cam(torch.full((2, 5, 4, 6), float("nan")), maps)
+        with pytest.raises(TypeError, match="found labels of type list"):
+            class_token_gradient_cam(logits, maps, [[1, 0]])  # type: ignore[arg-type]

@@ -553,3 +553,103 @@ def test_double_backward_runs_the_differentiable_kernel() -> None:
         torch.testing.assert_close(out, model(x))
     (first,) = torch.autograd.grad(out[:, 0].sum(), layer.recorded.query, create_graph=True)
     assert torch.autograd.grad(first.square().sum(), model.head.weight)[0].abs().max() > 0
+
+
+# ---- what reviewers found
+
+
+def test_a_second_product_with_a_map_is_no_layer() -> None:
+    class Refining(PlainEncoder):
+        """As MCTformer does: class maps are refined by the attention of the blocks."""
+
+        def forward(self, images: Tensor) -> Tensor:
+            maps = []
+            for block in self.encoder:
+                block.drop.register_forward_hook(lambda _m, _i, out: maps.append(out))
+            logits = super().forward(images)
+            patches = sum(a.mean(1) for a in maps)[:, 1:, 1:]
+            return logits + (patches @ patches.new_ones(len(images), 24, 5)).mean(1)
+
+    model = Refining(nn.Sequential(ExplicitBlock(), ExplicitBlock()))
+    with capture_attention(model) as attention:
+        for _ in range(2):
+            model(images())
+            assert [layer.name for layer in attention.take()] == ["encoder.0", "encoder.1"]
+
+
+def test_two_captures_see_the_same_heads_and_refusals_of_multihead_attention() -> None:
+    module = nn.MultiheadAttention(32, 4, batch_first=True)
+    tokens, others = torch.randn(2, 25, 32), torch.randn(2, 25, 32)
+    with capture_attention(module) as one, capture_attention(module) as two:
+        module(tokens, tokens, tokens)
+        assert one.take()[0].shape == two.take()[0].shape == (2, 4, 25, 25)
+        module(tokens, others, others)
+        for attention in (one, two):
+            with pytest.raises(CaptureError, match="cross-attention"):
+                attention.take()
+
+
+def test_runs_that_nobody_takes_do_not_pile_up() -> None:
+    model = explicit_vit(1)
+    for keep in ("only", "last", "first"):
+        with capture_attention(model, keep=keep) as attention:
+            for _ in range(20):
+                model(images(1))
+            assert len(attention._recorder._runs) <= 8
+            if keep == "only":
+                with pytest.raises(CaptureError, match="found 8 or more encoder runs"):
+                    attention.take()
+            else:
+                assert len(attention.take()) == 1
+
+
+def test_images_padded_by_the_model_are_warned_of_once() -> None:
+    import timm
+
+    model = timm.create_model(
+        "vit_tiny_patch16_224", dynamic_img_size=True, dynamic_img_pad=True, num_classes=5, depth=1
+    )
+    with capture_attention(model) as attention:
+        model(images(size=(32, 48)))
+        attention.take()
+    with capture_attention(model) as attention:
+        model(images(size=(26, 42)))
+        with pytest.warns(UserWarning, match=r"found images of 26 x 42 px that the model pads to 32 x 48.*up to 6 px"):
+            attention.take()
+        model(images(size=(26, 42)))
+        attention.take()
+
+
+def test_no_image_outlives_its_run() -> None:
+    model = explicit_vit(1)
+    with capture_attention(model) as attention:
+        batch = images()
+        model.proj(batch)
+        probe = weakref.ref(batch)
+        del batch
+        gc.collect()
+        assert probe() is None
+        model(images())
+        assert len(attention.take()) == 1
+
+
+@pytest.mark.parametrize("size", [(48, 48), (48, 80)])
+def test_grids_of_models_that_take_any_size(size: tuple[int, int]) -> None:
+    import timm
+    import transformers as tf
+
+    common = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vit = tf.ViTForImageClassification(tf.ViTConfig(image_size=32, patch_size=16, **common))
+    clip = tf.CLIPVisionModelWithProjection(tf.CLIPVisionConfig(image_size=32, patch_size=16, **common))
+    flexible = timm.create_model("vit_tiny_patch16_224", dynamic_img_size=True, num_classes=5, depth=1)
+    for model, options in (
+        (flexible, {}),
+        (vit, {"interpolate_pos_encoding": True}),
+        (clip, {"interpolate_pos_encoding": True}),
+    ):
+        with capture_attention(model) as attention:
+            model(images(size=size), **options)
+            layout = attention.take()[0].layout
+        assert (layout.query.height, layout.query.width) == (size[0] // 16, size[1] // 16)
+        assert layout.query.extent == size
+        assert layout.num_prefix_tokens == 1

@@ -38,7 +38,7 @@ class SceneSettings:
     gain as much.
     """
 
-    pretrain_steps: int = 600
+    pretrain_steps: int = 450
     continue_steps: int = 200
     batch_size: int = 48
     pretrain_rate: float = 3e-3

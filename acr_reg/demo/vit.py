@@ -92,7 +92,7 @@ def conv_stem(width: int, kernel: int) -> nn.Sequential:
     widths = [3, width // 4, width // 2, width]
     layers: list[nn.Module] = []
     for incoming, outgoing in pairwise(widths):
-        layers += [nn.Conv2d(incoming, outgoing, kernel, stride=2, padding=1), nn.GroupNorm(1, outgoing), nn.GELU()]
+        layers += [nn.Conv2d(incoming, outgoing, kernel, stride=2, padding=1), nn.BatchNorm2d(outgoing), nn.GELU()]
     return nn.Sequential(*layers[:-1])  # the last one's output is the tokens, not activated
 
 
