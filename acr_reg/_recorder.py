@@ -166,10 +166,8 @@ class Recorder:
         if min(added) >= 0 and max(added) < _PADDED_AT_MOST:
             self.padding = (
                 f"found images of {given[1]} x {given[2]} px that the model pads to {read[1]} x {read[2]}, so the "
-                "tokens of a "
-                f"flipped image lie up to {max(added)} px off those they are matched with; expected whole patches; "
-                "resize or crop "
-                "the images to a multiple of the patch size before both forwards"
+                f"tokens of a flipped image lie up to {max(added)} px off those they are matched with; expected whole "
+                "patches; resize or crop the images to a multiple of the patch size before both forwards"
             )
 
     # ---- called by the mode
@@ -266,13 +264,11 @@ class Recorder:
         if without_grad:
             reasons.append(
                 f"{without_grad} module calls ran under torch.no_grad (capture with no_grad=True to record them; "
-                "reentrant "
-                "checkpointing also runs its forward without a graph: use_reentrant=False)"
+                "reentrant checkpointing also runs its forward without a graph: use_reentrant=False)"
             )
         return (
-            f"found no token-to-token attention of {type(self.model).__name__} since the last take"
-            f"{' (' + '; '.join(reasons) + ')' if reasons else ''}; expected at least one layer that goes through "
+            f"found no token-to-token attention of {type(self.model).__name__} since the last "
+            f"take{' (' + '; '.join(reasons) + ')' if reasons else ''}; expected at least one layer that goes through "
             "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; run this model (not a copy "
-            "or a traced "
-            "one) before take(), and take() once per forward"
+            "or a traced one) before take(), and take() once per forward"
         )

@@ -1,8 +1,7 @@
 """The attention of one encoder run, as the factors or the maps that the model itself computed, on its autograd graph.
 
 With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and
-its output
-O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
+its output O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
 """
 
 from __future__ import annotations
@@ -232,8 +231,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         if len({layer.shape[0] for layer in layers}) > 1:
             raise ValueError(
                 f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch "
-                "size; "
-                "give maps of the same images"
+                "size; give maps of the same images"
             )
         return cls(layers)
 
@@ -331,8 +329,7 @@ def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(
             f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, "
-            "H, N, M) or "
-            "(B, N, M); give the probabilities, not stacked or flattened"
+            "H, N, M) or (B, N, M); give the probabilities, not stacked or flattened"
         )
     _check_tokens(maps.shape, index, layout)
     rows = at_least_float32(maps.detach())
@@ -345,6 +342,5 @@ def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if off > allowed or rows.min().item() < 0:
         raise ValueError(
             f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); "
-            "expected "
-            f"probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
+            f"expected probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
         )

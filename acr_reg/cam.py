@@ -1,5 +1,4 @@
-"""Class activation maps from a class token's attention gradient, their propagation over the affinity, and merging over
-views.
+"""Class maps from a class token's attention gradient, their propagation over the affinity, and merging over views.
 
 The map of class c sums, over layers l from ``start_layer`` up, the positive part of how much the class score y_c would
 change with the class token's attention (GETAM, Sun et al., arXiv 2112.02841; ACR, arXiv 2308.04321):
@@ -34,8 +33,7 @@ def class_token_gradient_cam(
     query: Literal["class", "all"] = "class",
     create_graph: bool = False,
 ) -> Tensor:
-    """Class maps (B, C, h, w) >= 0, not normalised, from the gradient of ``logits`` (B, C) with respect to
-    ``attention``.
+    """Class maps (B, C, h, w) >= 0, not normalised, from the gradient of ``logits`` (B, C) by ``attention``.
 
     With G = dy_c / dA, of the class row, a layer contributes
         "grad": mean_h relu(G)                       "grad_s": mean_h relu(G) squared, element by element
@@ -100,8 +98,7 @@ def _layers_from(attention: AttentionMaps, start_layer: int) -> list[LayerAttent
     if not layers or (start_layer < 0 and -start_layer > len(attention)):
         raise ValueError(
             f"found start_layer={start_layer}; expected one of the captured layers {attention.layers}; choose an index "
-            "among those, or "
-            f"one from {-len(attention)} to -1"
+            f"among those, or one from {-len(attention)} to -1"
         )
     return layers
 
@@ -118,14 +115,13 @@ def _check_cam_inputs(
     if method not in ("grad", "grad_s", "cam_grad", "cam_grad_s") or query not in ("class", "all"):
         raise ValueError(
             f"found method={method!r}, query={query!r}; expected a method of grad, grad_s, cam_grad, cam_grad_s and a "
-            "query of class, "
-            "all; choose among those"
+            "query of class, all; choose among those"
         )
     if logits.ndim != 2 or logits.shape[0] != attention.batch_size:
         raise ValueError(
             f"found logits of shape {tuple(logits.shape)} for attention of {attention.batch_size} images; expected (B, "
-            "C) of the same "
-            "images; take() the maps of the run that made these logits, or chunk() them as the logits were"
+            "C) of the same images; take() the maps of the run that made these logits, or chunk() them as the logits "
+            "were"
         )
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(
@@ -140,15 +136,15 @@ def _check_cam_inputs(
     if attention.batch_norms and logits.shape[0] > 1:
         raise ValueError(
             f"found BatchNorm in training mode ({', '.join(attention.batch_norms[:3])}), which couples the images of a "
-            "batch; expected "
-            "each score to depend on its own image; call eval() on the BatchNorm modules before the forward"
+            "batch; expected each score to depend on its own image; call eval() on the BatchNorm modules before the "
+            "forward"
         )
     for layer in layers:
         if layer.is_factored and layer.dropout > 0:
             raise ValueError(
                 f"layer {layer.index} ({layer.name}): found attention dropout {layer.dropout} active in a fused "
-                "kernel, where dy/dA is not "
-                "dO V^T; expected none; run the forward in eval mode, or with attention dropout 0"
+                "kernel, where dy/dA is not dO V^T; expected none; run the forward in eval mode, or with attention "
+                "dropout 0"
             )
         if query == "class":
             tokens = layer.layout.known_class_tokens()
@@ -162,8 +158,7 @@ def _check_cam_inputs(
         if layer.layout.query != layers[0].layout.query or layer.layout.key != layers[0].layout.key:
             raise ValueError(
                 f"found layers on grids {layers[0].layout.key} and {layer.layout.key}; expected one grid; choose a "
-                "start_layer in the last "
-                "stage"
+                "start_layer in the last stage"
             )
     wanted = torch.ones_like(logits, dtype=torch.bool) if labels is None else labels.to(logits.device) > 0
     return wanted
@@ -176,15 +171,15 @@ def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_g
         what = "the logits" if not logits.requires_grad else ", ".join(f"layer {x.index} ({x.name})" for x in lost)
         raise ValueError(
             f"found no graph under {what}; expected logits and attention of one forward with gradients enabled; run it "
-            "outside "
-            "torch.no_grad, do not detach, and where the whole backbone is frozen start from images.requires_grad_()"
+            "outside torch.no_grad, do not detach, and where the whole backbone is frozen start from "
+            "images.requires_grad_()"
         )
     fused = [layer for layer in layers if layer.is_factored and not _has_second_derivative(layer)]
     if create_graph and fused:
         raise ValueError(
             f"found create_graph=True on fused attention ({', '.join(f'layer {x.index} ({x.name})' for x in fused)}), "
-            "whose backward has no "
-            "derivative; expected a differentiable kernel; capture_attention(model, double_backward=True)"
+            "whose backward has no derivative; expected a differentiable kernel; capture_attention(model, "
+            "double_backward=True)"
         )
 
 
@@ -221,15 +216,13 @@ def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) 
         if "second time" in str(error) or "freed" in str(error):
             raise RuntimeError(
                 "found a graph that backward() has already freed; expected it alive; compute the CAM before "
-                "loss.backward(), or call "
-                "backward(retain_graph=True)"
+                "loss.backward(), or call backward(retain_graph=True)"
             ) from error
         raise
     if all(gradient is None for gradient in found):
         raise ValueError(
             "found logits that do not depend on these maps; expected the maps of the run that made the logits; take() "
-            "after that "
-            "forward"
+            "after that forward"
         )
     return [layer.batched(gradient) for layer, gradient in zip(layers, found, strict=True)]
 
@@ -313,8 +306,7 @@ def _check_finite(maps: Tensor, what: str) -> None:
     if not torch.isfinite(maps).all():
         raise ValueError(
             f"found NaN or infinite values in {what}; expected finite ones; look for NaN in the logits, the given map "
-            "or "
-            "the attention, such as an overflow in half precision or a row whose keys are all masked"
+            "or the attention, such as an overflow in half precision or a row whose keys are all masked"
         )
 
 
@@ -345,8 +337,7 @@ def multi_view_cam(
         if maps.ndim != 4 or maps.shape[0] != images.shape[0]:
             raise ValueError(
                 f"found maps of shape {tuple(maps.shape)} from cam_fn; expected ({images.shape[0]}, C, h, w); return "
-                "one map per image "
-                "and class"
+                "one map per image and class"
             )
         size = size if size is not None else view.inverse.output_size(maps.shape[-2:])
         aligned = view.align(maps, size)

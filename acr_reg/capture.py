@@ -1,8 +1,7 @@
 """Captures the self-attention of any forward pass, on its graph, without changing the model or its outputs.
 
 :func:`capture_attention` hooks the model's modules; while an attention module runs, a torch function mode sees the
-kernel it
-calls (see ``_interception``). Every encoder run becomes one :class:`~acr_reg.attention.AttentionMaps`.
+kernel it calls (see ``_interception``). Every encoder run becomes one :class:`~acr_reg.attention.AttentionMaps`.
 """
 
 from __future__ import annotations
@@ -76,8 +75,7 @@ def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
     if found is None or not any(found is m for m in known.values()):
         raise ValueError(
             f"found {module!r}, which is no module of {type(model).__name__}; expected names from "
-            "model.named_modules(), such as "
-            f"{[name for name in known if name][:4]}; correct modules="
+            f"model.named_modules(), such as {[name for name in known if name][:4]}; correct modules="
         )
     return found
 

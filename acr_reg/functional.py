@@ -53,8 +53,7 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     if result.shape != a.shape[:-1]:
         raise ValueError(
             f"found a distance of shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}; expected "
-            f"{tuple(a.shape[:-1])}; "
-            "reduce the last axis only"
+            f"{tuple(a.shape[:-1])}; reduce the last axis only"
         )
     return result
 
@@ -143,8 +142,7 @@ def _check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
     if a.shape[:2] != b.shape[:2]:
         raise ValueError(
             f"{name}: found {a.shape[0]} images with {a.shape[1]} heads in one view and {b.shape[0]} with {b.shape[1]} "
-            "in the other; "
-            "expected the same; take both views' maps from the same model and images"
+            "in the other; expected the same; take both views' maps from the same model and images"
         )
     for kind, grid_a, grid_b in (("query", a.layout.query, b.layout.query), ("key", a.layout.key, b.layout.key)):
         expected = view.output_size((grid_a.height, grid_a.width))
@@ -152,14 +150,12 @@ def _check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
         if abs(grid_b.height - expected[0]) > rounding or abs(grid_b.width - expected[1]) > rounding:
             raise ValueError(
                 f"{name}: found {kind} grids of {grid_a} and {grid_b}; expected {expected[0]} x {expected[1]} for the "
-                "second under "
-                f"{view!r}; pass the view that was applied to the second view's images"
+                f"second under {view!r}; pass the view that was applied to the second view's images"
             )
     if len(a.layout.class_tokens or ()) != len(b.layout.class_tokens or ()):
         raise ValueError(
             f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both "
-            "views; "
-            "capture both with the same class_tokens="
+            "views; capture both with the same class_tokens="
         )
 
 
@@ -305,15 +301,13 @@ def cam_consistency(
     if cam_a.ndim != 4 or cam_b.ndim != 4 or cam_a.shape[:2] != cam_b.shape[:2]:
         raise ValueError(
             f"found class maps of shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}; expected (B, C, h, w) with the "
-            "same B and C; "
-            "pass the maps of the same images and classes"
+            "same B and C; pass the maps of the same images and classes"
         )
     expected = view.output_size(cam_a.shape[-2:])
     if any(abs(found - size) > 1 for found, size in zip(cam_b.shape[-2:], expected, strict=True)):
         raise ValueError(
             f"found cam_a of {tuple(cam_a.shape[-2:])} and cam_b of {tuple(cam_b.shape[-2:])}; expected cam_b of about "
-            f"{expected} "
-            f"under {view!r}; pass the view that was applied to the images of cam_b"
+            f"{expected} under {view!r}; pass the view that was applied to the images of cam_b"
         )
     cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)
     if normalize is not None:

@@ -158,8 +158,7 @@ class AllPairsConsistencyLoss(nn.Module):
             if not isinstance(maps, AttentionMaps):
                 raise TypeError(
                     f"found {name} of type {type(maps).__name__}; expected AttentionMaps; take() them from "
-                    "capture_attention, or wrap "
-                    "tensors by AttentionMaps.from_tensors(list, num_prefix_tokens=, grid=)"
+                    "capture_attention, or wrap tensors by AttentionMaps.from_tensors(list, num_prefix_tokens=, grid=)"
                 )
         if not math.isfinite(scale):
             raise ValueError(f"found scale={scale}; expected a finite number; look at the schedule that computed it")
@@ -195,8 +194,7 @@ class AllPairsConsistencyLoss(nn.Module):
         if view is None:
             raise ValueError(
                 "found no view; expected the one applied to the second maps' images; "
-                "AllPairsConsistencyLoss(HorizontalFlip()) or "
-                "acr(..., view=HorizontalFlip())"
+                "AllPairsConsistencyLoss(HorizontalFlip()) or acr(..., view=HorizontalFlip())"
             )
         _check_view(view)
         if view_a is None:
@@ -209,8 +207,7 @@ class AllPairsConsistencyLoss(nn.Module):
         if attn_a.layers != attn_b.layers:
             raise ValueError(
                 f"found layers {attn_a.layers} in one view and {attn_b.layers} in the other; expected the same; take "
-                "both from the "
-                "same model, once per forward"
+                "both from the same model, once per forward"
             )
         if self.layers is not None:
             attn_a, attn_b = attn_a.select(self.layers), attn_b.select(self.layers)
@@ -221,9 +218,8 @@ class AllPairsConsistencyLoss(nn.Module):
         if not learning:
             raise ValueError(
                 f"found no gradient in the maps of either view (layers {attn_a.layers}); expected at least one view to "
-                "carry it; run "
-                "the model outside torch.no_grad with unfrozen query and key weights, or compute the value alone under "
-                "torch.no_grad"
+                "carry it; run the model outside torch.no_grad with unfrozen query and key weights, or compute the "
+                "value alone under torch.no_grad"
             )
         return learning
 
@@ -290,8 +286,7 @@ def _present(layer: LayerAttention, labels: Tensor | None) -> Tensor | None:
     if labels.shape[1] != count:
         raise ValueError(
             f"found labels of width {labels.shape[1]}; expected {count}, one for each class token; pass labels without "
-            "background, in "
-            "the order of the class tokens"
+            "background, in the order of the class tokens"
         )
     return labels > 0
 
@@ -313,8 +308,8 @@ def _check_cams(cam_a: Tensor | None, cam_b: Tensor | None, batch: int, learns: 
         )
     if learns and not (cam_a.requires_grad or cam_b.requires_grad):
         raise ValueError(
-            "found no gradient in cam_a or cam_b; expected at least one to carry it; make them with create_graph=True, "
-            "or set cam_weight=0 to watch the term alone"
+            "found no gradient in cam_a or cam_b; expected at least one to carry it; make them with "
+            "create_graph=True, or set cam_weight=0 to watch the term alone"
         )
 
 
@@ -328,8 +323,7 @@ def _check_labels(labels: Tensor | None, batch: int, classes: int | None) -> Non
     if labels.ndim != 2 or labels.shape[0] != batch or (classes is not None and labels.shape[1] != classes):
         raise ValueError(
             f"found labels of shape {tuple(labels.shape)}; expected ({batch}, "
-            f"{classes if classes is not None else 'C'}); pass one row "
-            "of 0 and 1 per image, as wide as the class maps"
+            f"{classes if classes is not None else 'C'}); pass one row of 0 and 1 per image, as wide as the class maps"
         )
 
 
@@ -366,6 +360,5 @@ def _not_finite(pairs: list[tuple[LayerAttention, LayerAttention]], cam_a: Tenso
     ]
     return (
         f"found NaN or infinite values in {', '.join(layers) or 'the distance'}; expected finite maps; look for an "
-        "overflow in half "
-        "precision, rows whose keys are all masked, or a callable distance that divides by zero"
+        "overflow in half precision, rows whose keys are all masked, or a callable distance that divides by zero"
     )

@@ -88,8 +88,7 @@ class TokenLayout:
         if self.num_prefix_tokens < 0 or outside:
             raise LayoutError(
                 f"found class tokens at {outside or self.class_tokens} of {self.num_prefix_tokens} prefix tokens; "
-                "expected "
-                "positions within the prefix, counted from 0; correct num_prefix_tokens= or class_tokens="
+                "expected positions within the prefix, counted from 0; correct num_prefix_tokens= or class_tokens="
             )
 
     @property
@@ -105,9 +104,8 @@ class TokenLayout:
         if self.class_tokens is None:
             raise LayoutError(
                 f"found {self.num_prefix_tokens} prefix tokens and nothing that says which are class tokens; expected "
-                "to know; "
-                "pass class_tokens= (0 for one class token followed by registers, 20 for one token for each of 20 "
-                "classes)"
+                "to know; pass class_tokens= (1 for one class token followed by registers, 20 for one token for each "
+                "of 20 classes)"
             )
         return self.class_tokens
 
@@ -195,9 +193,8 @@ def infer_layout(
     if image_size is None:
         raise LayoutError(
             f"found {num_tokens} tokens and no image on their way (no module of the model was given a (B, C, H, W) "
-            "tensor of at "
-            "most 4 channels); expected one, to tell the grid; call attention.take().with_layout(grid=(h, w), "
-            "num_prefix_tokens=)"
+            "tensor of at most 4 channels); expected one, to tell the grid; call "
+            "attention.take().with_layout(grid=(h, w), num_prefix_tokens=)"
         )
     patch = _pair(patch_size) if patch_size is not None else fields.patch_size
     prefix = num_prefix_tokens if num_prefix_tokens is not None else fields.num_prefix_tokens
@@ -256,7 +253,6 @@ def _misfit(
     said += [f"{prefix} prefix tokens"] if prefix is not None else []
     return (
         f"{seen}; expected prefix tokens + grid to add up to that "
-        f"({' and '.join(said) or 'nothing is known of patch or prefix'}); "
-        "pass patch_size= and num_prefix_tokens= to capture_attention, or name the layout by with_layout(grid=, "
-        "num_prefix_tokens=)"
+        f"({' and '.join(said) or 'nothing is known of patch or prefix'}); pass patch_size= and num_prefix_tokens= to "
+        "capture_attention, or name the layout by with_layout(grid=, num_prefix_tokens=)"
     )

@@ -85,8 +85,7 @@ class View:
         if min(output) < 1:
             raise ValueError(
                 f"found {self!r} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; expected "
-                "at least 1 x 1; "
-                "scale less"
+                "at least 1 x 1; scale less"
             )
         return output
 
@@ -99,8 +98,7 @@ class View:
         if maps.ndim < 2 or not (maps.is_floating_point() or self._keeps_pixels(maps.shape[-2:], size)):
             raise TypeError(
                 f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point "
-                "where "
-                f"{self!r} resamples; convert images with .float()"
+                f"where {self!r} resamples; convert images with .float()"
             )
         return self._pixel_map(maps.shape[-2:], size, str(maps.device))(maps)
 
