@@ -90,7 +90,7 @@ class CamMeanIoU:
         values = np.asarray(np.arange(100) / 100 if thresholds is None else thresholds, dtype=np.float64)
         ascending = values.ndim == 1 and bool((np.diff(values) > 0).all())
         if not ascending or not bool(((values >= 0) & (values <= 1)).all()) or (background and values.size == 0):
-            raise ValueError(f"thresholds are {values}, expected a list of strictly ascending values in [0, 1]")
+            raise ValueError(f"thresholds are {values}, expected ascending values in [0, 1]; sort them, each once")
         self.num_classes = num_classes
         self.thresholds = values
         self.background = background
@@ -115,7 +115,9 @@ class CamMeanIoU:
         """
         maps, truth = np.asarray(cam), np.asarray(mask)
         if maps.ndim != 3 or truth.ndim != 2:
-            raise ValueError(f"cam is {maps.shape} and mask {truth.shape}, expected (K, H, W) and (H, W)")
+            raise ValueError(
+                f"cam is {maps.shape} and mask {truth.shape}, expected (K, H, W) and (H, W); stack one map per class"
+            )
         if maps.shape[1:] != truth.shape:
             raise ValueError(
                 f"cam has size {maps.shape[1]}x{maps.shape[2]} and mask {truth.shape[0]}x{truth.shape[1]} (HxW); "
@@ -197,7 +199,7 @@ class CamMeanIoU:
 
     def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
         if maps.dtype.kind not in "fiub":
-            raise ValueError(f"cam has dtype {maps.dtype}, expected real numbers")
+            raise ValueError(f"cam has dtype {maps.dtype}, expected real numbers; convert the maps to float")
         if maps.size == 0:
             return
         low, high = float(maps.min()), float(maps.max())
@@ -214,7 +216,9 @@ class CamMeanIoU:
             missing = "; pass classes if only some are given" if classes is None else ""
             raise ValueError(f"cam has {count} maps and there are {ids.size} classes, expected one id per map{missing}")
         if count == 0 and not self.background:
-            raise ValueError("cam has no map, expected at least one: without background every pixel takes a class")
+            raise ValueError(
+                "cam has no map, expected at least one without background; pass those of the classes present"
+            )
         if count == 0:
             return np.zeros(0, dtype=np.int64)
         if ids.dtype.kind not in "iu":
@@ -222,12 +226,14 @@ class CamMeanIoU:
         if ids.min() < first or ids.max() >= self.num_classes:
             raise ValueError(f"classes are {ids.tolist()}, expected {valid}")
         if len(np.unique(ids)) != count:
-            raise ValueError(f"classes are {ids.tolist()}, expected each class once")
+            raise ValueError(f"classes are {ids.tolist()}, expected each class once; merge or drop the repeated maps")
         return ids.astype(np.int64)
 
     def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
         if truth.dtype.kind not in "iu":
-            raise ValueError(f"mask has dtype {truth.dtype}, expected whole numbers")
+            raise ValueError(
+                f"mask has dtype {truth.dtype}, expected whole numbers; read the ids, not the colours, of the mask"
+            )
         if truth.size and (truth.min() < 0 or truth.max() >= self.num_classes):
             wrong = sorted({int(i) for i in np.unique(truth) if not 0 <= i < self.num_classes})
             raise ValueError(

@@ -86,7 +86,7 @@ def load_cams(path: str | os.PathLike[str]) -> Maps:
             with open(path, "rb") as file:
                 content = _read_npy(file)
         else:
-            raise ValueError(f"ends in {path.suffix!r}, expected .npy or .npz")
+            raise ValueError(f"ends in {path.suffix!r}, expected .npy or .npz; write the maps by save_cams")
         return _checked(_from_irn(content))
     except OSError:
         raise
@@ -96,7 +96,7 @@ def load_cams(path: str | os.PathLike[str]) -> Maps:
 
 def _checked(cams: Mapping[Any, Any]) -> Maps:
     if not isinstance(cams, Mapping):
-        raise ValueError(f"found {_kind(cams)}, expected a dict from class number to map")
+        raise ValueError(f"found {_kind(cams)}, expected a dict from class number to map; save it by save_cams")
     maps: Maps = {}
     for number, values in cams.items():
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < 0:
@@ -104,11 +104,15 @@ def _checked(cams: Mapping[Any, Any]) -> Maps:
             raise ValueError(f"found keys {found}, expected 0-based class numbers (PSA), or keys and high_res (IRN)")
         array = np.asarray(values)
         if array.ndim != 2 or array.dtype.kind not in "fiub":
-            raise ValueError(f"class {number} holds {_kind(array)}, expected a float (H, W) map")
+            raise ValueError(
+                f"class {number} holds {_kind(array)}, expected a float (H, W) map; save one map per class"
+            )
         maps[int(number)] = array.astype(np.float32)
     sizes = {number: array.shape for number, array in maps.items()}
     if len(set(sizes.values())) > 1:
-        raise ValueError(f"maps differ in size: {sizes}; expected all at the size of the image")
+        raise ValueError(
+            f"maps differ in size: {sizes}; expected all at the size of the image; resize them before saving"
+        )
     return maps
 
 
