@@ -160,8 +160,7 @@ class Recorder:
         state.image_module = module
 
     def _note_padding(self, given: tuple[int, int, int], read: tuple[int, int, int]) -> None:
-        """Padding to whole patches moves the tokens of a flipped image; resizing does not, and changes more than "
-        "that."""
+        """Padding to whole patches moves the tokens of a flipped image; resizing does not, and changes more."""
         added = [read[i] - given[i] for i in (1, 2)]
         if min(added) >= 0 and max(added) < _PADDED_AT_MOST:
             self.padding = (
@@ -182,11 +181,8 @@ class Recorder:
             return
         self._attention_modules.add(module)
         run = self._open_run(state, module)
-        recorded = call.recorded
-        seen = recorded.query if recorded.query is not None else recorded.map
-        assert seen is not None
         run.fired[module] += 1
-        run.shapes.append(tuple(seen.shape))
+        run.shapes.append(tuple(call.recorded.seen.shape))
         if run.kept:
             run.calls.append((self._names[module], call))
 
@@ -200,9 +196,8 @@ class Recorder:
         run = state.run = Run(images=state.images)
         if state.image_module is not None:
             self._image_modules.add(state.image_module)
-        state.images = state.image_module = state.seen = (
-            None  # what comes without an image of its own must not inherit one
-        )
+        # What comes without an image of its own must not inherit one.
+        state.images = state.image_module = state.seen = None
         finished = [r for r in self._runs if not r.failed]
         if self.keep in ("only", "last"):
             for earlier in finished:
@@ -269,6 +264,6 @@ class Recorder:
         return (
             f"found no token-to-token attention of {type(self.model).__name__} since the last "
             f"take{' (' + '; '.join(reasons) + ')' if reasons else ''}; expected at least one layer that goes through "
-            "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; run this model (not a copy "
-            "or a traced one) before take(), and take() once per forward"
+            "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; run this model (not a "
+            "copy, nor a compiled or traced one) before take(), and take() once per forward"
         )

@@ -37,6 +37,13 @@ class RecordedTensors:
     scale: float | None = None
     heads: int | None = None
 
+    @property
+    def seen(self) -> Tensor:
+        """The map, or where a fused kernel left none the query: what is always there."""
+        tensor = self.map if self.map is not None else self.query
+        assert tensor is not None
+        return tensor
+
     def detach(self) -> RecordedTensors:
         tensors: dict[str, Any] = {
             name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)
@@ -68,6 +75,10 @@ class LayerAttention:
         if isinstance(self.located, str):
             raise LayoutError(f"layer {self.index} ({self.name}): {self.located}")
         return self.located
+
+    @property
+    def device(self) -> torch.device:
+        return self.recorded.seen.device
 
     @property
     def is_factored(self) -> bool:

@@ -177,7 +177,7 @@ class AttentionCapture:
         if call.refusal is not None:
             return call.refusal
         recorded = call.recorded
-        largest = max(t.ndim for t in (recorded.query, recorded.map) if t is not None)
+        largest = recorded.seen.ndim
         if largest > 4:
             return f"{largest}-dimensional attention: windows or another layout than (B, H, N, M)"
         layer = LayerAttention(index, name, recorded, "", call.dropout, call.stochastic)

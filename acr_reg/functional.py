@@ -92,7 +92,7 @@ def align_layer(
     """
     _check_pair(a, b, view)
     inverse = view.inverse
-    device = _device(a)
+    device = str(a.device)
     queries = lattice_map(inverse, b.layout.query, a.layout.query, device)
     keys = lattice_map(inverse, b.layout.key, a.layout.key, device)
     prefix_a, prefix_b = a.layout.num_prefix_tokens, b.layout.num_prefix_tokens
@@ -157,12 +157,6 @@ def _check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
             f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both "
             "views; capture both with the same class_tokens="
         )
-
-
-def _device(layer: LayerAttention) -> str:
-    tensor = layer.recorded.map if layer.recorded.map is not None else layer.recorded.query
-    assert tensor is not None
-    return str(tensor.device)
 
 
 def _sample_rows(count: int, share: float, device: str) -> Tensor:

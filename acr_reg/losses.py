@@ -172,7 +172,7 @@ class AllPairsConsistencyLoss(nn.Module):
         terms: dict[str, Tensor] = {}
         if not return_terms:
             wanted = {name for name in wanted if self.weights[name]}
-        with torch.autocast(_device(first).type, enabled=False):
+        with torch.autocast(first.device.type, enabled=False):
             if wanted & {"activation", "affinity"}:
                 terms |= self._attention_terms(pairs, relation, labels, valid, wanted)
             if "cam" in wanted:
@@ -182,7 +182,7 @@ class AllPairsConsistencyLoss(nn.Module):
                         cam_a, cam_b, relation, self.distance, labels, valid, self.cam_normalize
                     )
         weighted = [self.weights[name] * terms[name] for name in ("activation", "affinity", "cam") if name in terms]
-        loss = scale * (torch.stack(weighted).sum() if weighted else torch.zeros((), device=_device(first)))
+        loss = scale * (torch.stack(weighted).sum() if weighted else torch.zeros((), device=first.device))
         if not torch.isfinite(loss):
             raise ValueError(_not_finite(pairs, cam_a, cam_b))
         if not return_terms:
@@ -252,13 +252,13 @@ class AllPairsConsistencyLoss(nn.Module):
     ) -> dict[str, Tensor]:
         """Means over layers of both attention terms and of the entropy."""
         sums: dict[str, list[Tensor]] = {}
+        learns = any(self.weights[name] for name in wanted & {"activation", "affinity"})
         for a, b in pairs:
             if self.distance == "js" and not (a.stochastic and b.stochastic):
                 raise ValueError(
                     f"layer {a.index} ({a.name}): found a map that is mixed after softmax; expected probabilities for "
                     '"js"; choose distance="l1" or "l2"'
                 )
-            learns = any(self.weights[name] for name in wanted & {"activation", "affinity"})
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 layer = align_layer(a, b, view, valid, self.rows)
                 rows = (layer.activation_a, layer.activation_b, layer.affinity_a, layer.affinity_b)
@@ -339,12 +339,6 @@ def _check_choice(name: str, found: object, choices: tuple[object, ...]) -> None
         raise ValueError(
             f"found {name}={found!r}; expected one of {', '.join(map(repr, choices))}; choose one of these"
         )
-
-
-def _device(layer: LayerAttention) -> torch.device:
-    tensor = layer.recorded.map if layer.recorded.map is not None else layer.recorded.query
-    assert tensor is not None
-    return tensor.device
 
 
 def _not_finite(pairs: list[tuple[LayerAttention, LayerAttention]], cam_a: Tensor | None, cam_b: Tensor | None) -> str:
