@@ -4,13 +4,15 @@ from ._versions import require_supported_versions
 
 require_supported_versions()
 
+from acr_reg._hooks import CaptureError  # noqa: E402
 from acr_reg.attention import AttentionMaps, LayerAttention  # noqa: E402
 from acr_reg.cam import class_token_gradient_cam, multi_view_cam, propagate_cam  # noqa: E402
-from acr_reg.capture import AttentionCapture, CaptureError, capture_attention  # noqa: E402
+from acr_reg.capture import AttentionCapture, capture_attention  # noqa: E402
+from acr_reg.check import Check, LayerCheck, check  # noqa: E402
 from acr_reg.functional import normalize_cam  # noqa: E402
 from acr_reg.losses import AllPairsConsistencyLoss  # noqa: E402
 from acr_reg.metrics import CamMeanIoU, CamScores  # noqa: E402
-from acr_reg.tokens import Lattice, LayoutError, TokenLayout  # noqa: E402
+from acr_reg.tokens import Lattice, LayoutError, TokenLayout, Window  # noqa: E402
 from acr_reg.views import Compose, HorizontalFlip, Identity, Rotate90, Scale, VerticalFlip, View  # noqa: E402
 
 __version__ = "0.1.0"
@@ -22,18 +24,22 @@ __all__ = [
     "CamMeanIoU",
     "CamScores",
     "CaptureError",
+    "Check",
     "Compose",
     "HorizontalFlip",
     "Identity",
     "Lattice",
     "LayerAttention",
+    "LayerCheck",
     "LayoutError",
     "Rotate90",
     "Scale",
     "TokenLayout",
     "VerticalFlip",
     "View",
+    "Window",
     "capture_attention",
+    "check",
     "class_token_gradient_cam",
     "multi_view_cam",
     "normalize_cam",

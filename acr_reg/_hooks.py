@@ -16,15 +16,25 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from acr_reg._torch import break_graph, is_compiling
+
+
+class CaptureError(RuntimeError):
+    """No attention, or not the attention that was asked for, was or could be captured."""
+
 
 class Watcher(Protocol):
-    def entered(self, module: nn.Module, args: tuple[Any, ...], frame: FrameType) -> None: ...
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None: ...
 
-    def left(self, module: nn.Module, failed: bool) -> None: ...
+    def left(self, module: nn.Module, result: Any, failed: bool) -> None: ...
 
 
 _WATCHERS: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
 _NUMBERS = count()
+_TRACED = (
+    "found {} tracing a captured model; expected the model itself to run, since hooks and maps are no part of a traced "
+    "graph; remove() the capture before tracing, or run the captured model uncompiled"
+)
 
 
 class _Hook:
@@ -44,10 +54,16 @@ class _Hook:
 
 
 class _EnterHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watcher = _WATCHERS.get(self.number)
-        if watcher is not None:
-            watcher.entered(module, args, sys._getframe(1))
+        if watcher is None:
+            return
+        if is_compiling():
+            break_graph()
+            raise CaptureError(_TRACED.format("torch.compile or torch.export"))
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise CaptureError(_TRACED.format("torch.jit.trace"))
+        watcher.entered(module, args, kwargs, sys._getframe(1))
 
 
 class _LeaveHook(_Hook):
@@ -55,7 +71,7 @@ class _LeaveHook(_Hook):
         watcher = _WATCHERS.get(self.number)
         if watcher is not None:
             # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
-            watcher.left(module, failed=result is None and sys.exc_info()[1] is not None)
+            watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
 
 
 class HookSet:
@@ -79,7 +95,7 @@ class HookSet:
             if module not in self._handles:
                 # Prepended, so that of two captures the one entered last leaves first.
                 self._handles[module] = [
-                    module.register_forward_pre_hook(_EnterHook(self._number)),
+                    module.register_forward_pre_hook(_EnterHook(self._number), with_kwargs=True),
                     module.register_forward_hook(_LeaveHook(self._number), prepend=True, always_call=True),
                 ]
 
@@ -102,9 +118,3 @@ def is_running(frame: FrameType) -> bool:
             return True
         current = current.f_back
     return False
-
-
-def in_backward() -> bool:
-    """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer. Seen on 2.1 to
-    2.14."""
-    return torch._C._current_graph_task_id() != -1  # nothing public says so

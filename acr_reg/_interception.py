@@ -1,17 +1,17 @@
 """Sees the attention that a model computes: a TorchFunctionMode that turns kernels and softmaxes into attention calls.
 
-While the mode is entered, F.scaled_dot_product_attention is seen with its factors; a softmax over the last axis is
-followed through dropout, casts and mixing to the matmul where it meets V. Nothing is computed twice, replaced or stored
-on modules.
+While the mode is entered, F.scaled_dot_product_attention is seen with its factors. Elsewhere scores are followed from
+the product of queries and keys through bias and mask to the softmax, and the probability through dropout, casts and
+mixing to the matmul where it meets V. Nothing is computed twice, replaced or stored on modules.
 """
 
 from __future__ import annotations
 
 import threading
-import types
+import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,31 +19,52 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from acr_reg._products import meeting, score_factors
+from acr_reg._torch import math_kernel, multi_head_attention_body
 from acr_reg.attention import RecordedTensors
 
 
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
-    """One use of attention. ``refusal`` says why it is not token-to-token self-attention; None where it may be."""
+    """One use of attention. ``refusal`` says why it is not token-to-token self-attention; None where it may be.
+
+    ``value_width`` is the length of a value's last axis, ``value_in_columns`` says that its last axis but one is the
+    one of neighbours in memory.
+    """
 
     recorded: RecordedTensors
+    value_width: int | None = None
+    value_in_columns: bool = False
     dropout: float = 0.0
     stochastic: bool = True
     refusal: str | None = None
 
+    @property
+    def key_count(self) -> int:
+        recorded = self.recorded
+        return recorded.seen.shape[-1] if recorded.key is None or recorded.map is not None else recorded.key.shape[-2]
 
-@dataclass(eq=False)
+
+@dataclass(frozen=True, eq=False)
 class _Trace:
-    """A tensor made from a softmax: ``alias`` is kept alive because traces are found by id()."""
+    """What is known of a tensor on the way from the scores to V. ``probability`` is None before the softmax.
 
-    alias: Tensor
-    probability: Tensor
+    ``alias`` is the tensor itself, weakly: traces are found by id(), which is used again once a tensor is gone.
+    """
+
+    alias: weakref.ref[Tensor]
+    factors: tuple[Tensor, Tensor] | None = None  # query and key, for checks
+    probability: Tensor | None = None
+    sources: frozenset[int] = frozenset()  # ids of all probabilities that went into it
+    transposed: bool = False  # keys on the last axis but one
+    reshaped: bool = False
     mixed: bool = False
     dropout: float = 0.0
+    refusal: str | None = None
 
 
 _SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
-_MATMUL_NAMES = {"matmul", "__matmul__", "bmm", "einsum"}
+_PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 # These change dtype, memory or dropout, never which probability stands where.
 _SAME_MAP_NAMES = {
     "dropout",
@@ -58,6 +79,8 @@ _SAME_MAP_NAMES = {
     "contiguous",
     "clone",
 }
+# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
+_SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
 
 
 class _MultiHead(threading.local):
@@ -71,44 +94,69 @@ _inside = _MultiHead()
 
 
 class AttentionMode(TorchFunctionMode):
-    """Reports every :class:`AttentionCall` made on this thread while it is entered."""
+    """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
-    def __init__(self, report: Callable[[AttentionCall], None], math_kernel: bool = False) -> None:
+    ``starts_graph`` is asked whether a layer that carries no gradient shall become the first of a graph.
+    ``for_checks`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[AttentionCall], None],
+        report_unknown: Callable[[str], None],
+        math_kernel: bool = False,
+        starts_graph: Callable[[], bool] | None = None,
+        for_checks: bool = False,
+    ) -> None:
         super().__init__()
         self._report = report
+        self._report_unknown = report_unknown
         self._math_kernel = math_kernel
+        self._starts_graph = starts_graph
+        self._for_checks = for_checks
         self._traces: dict[int, _Trace] = {}
-        self._met: set[int] = set()  # ids of followed probabilities that met their values
+        self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
+        self._met: set[int] = set()
 
-    def forget(self) -> list[Tensor]:
-        """Drops the softmaxes being followed and returns those that met no V."""
-        unmet = {id(t.probability): t.probability for t in self._traces.values() if id(t.probability) not in self._met}
+    def forget(self) -> list[str]:
+        """Drops the softmaxes being followed and says which met no V."""
+        if not self._traces and not self._unmet:
+            return []
+        unmet = list(dict.fromkeys(self._unmet.values()))
         self._traces.clear()
+        self._unmet.clear()
         self._met.clear()
-        return list(unmet.values())
+        return unmet
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self._fused(args, kwargs)
+            return self._fused(args, kwargs or {})
         if func is F.multi_head_attention_forward:
-            return self._multi_head(args, kwargs)
-        result = func(*args, **kwargs)
+            return self._multi_head(args, kwargs or {})
+        result = func(*args, **kwargs) if kwargs else func(*args)
+        name = getattr(func, "__name__", "")
         if func in _SOFTMAX:
-            self._softmax(result, *args[1:], **kwargs)
-        elif self._traces:
-            self._follow(getattr(func, "__name__", ""), args, kwargs, result)
+            self._softmax(result, *args, **(kwargs or {}))
+        elif self._traces or name in _PRODUCT_NAMES:
+            self._follow(name, args, kwargs or {}, result)
+        elif "attention" in name:  # an operator called past the public functions, or flex_attention
+            self._report_unknown(name)
         return result
 
     def _fused(self, args: Any, kwargs: Any) -> Tensor:
         with math_kernel() if self._math_kernel else nullcontext():
             output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
+        self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
-        self._report(AttentionCall(recorded, dropout, True, _inside.refusal))
+        self._report(AttentionCall(recorded, *_laid_out(value), dropout, True, _inside.refusal))
         return output
+
+    def _start_graph(self, tensor: Tensor) -> None:
+        if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
+            tensor.requires_grad_()
 
     def _multi_head(self, args: Any, kwargs: Any) -> Any:
         """Runs the function's own body with the mode on: by itself it dispatches once and hides what it does.
@@ -122,55 +170,119 @@ class AttentionMode(TorchFunctionMode):
         _inside.refusal = None if query is key else "cross-attention: queries and keys are not the same tokens"
         try:
             with self:
-                return _open_multi_head(*args, **kwargs)
+                return multi_head_attention_body(*args, **kwargs)
         finally:
             _inside.heads, _inside.refusal = before
 
-    def _softmax(self, probability: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
-        dim = kwargs.get("dim", dim)
-        if probability.ndim >= 3 and dim in (-1, probability.ndim - 1):
-            self._traces[id(probability)] = _Trace(probability, probability)
+    def _trace_of(self, tensor: Any) -> _Trace | None:
+        trace = self._traces.get(id(tensor))
+        return trace if trace is not None and trace.alias() is tensor else None
+
+    def _softmax(self, probability: Tensor, input: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
+        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
+        scores = self._trace_of(input)
+        if len(shape) < (2 if scores is not None else 3):  # probabilities of classes
+            return
+        refusal = None
+        if scores is None:  # a gate over channels or classes, or the weights of linear attention
+            refusal = f"a softmax over {shape} of what is no product of queries and keys: linear attention, or a gate"
+        elif len(shape) < 3:
+            refusal = f"a softmax over {shape}, between images and not their tokens"
+        elif dim not in (-1, len(shape) - 1):
+            refusal = f"a softmax over axis {dim} of {shape}, not over the last"
+        else:
+            self._start_graph(probability)
+        self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
+        factors = None if scores is None else scores.factors
+        sources = frozenset([id(probability)])
+        self._traces[id(probability)] = _Trace(weakref.ref(probability), factors, probability, sources, refusal=refusal)
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         operands = [
             a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)) if isinstance(a, Tensor)
         ]
-        traces = [self._traces.get(id(operand)) for operand in operands]
-        if not any(traces):
+        operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
+        traces = [self._trace_of(operand) for operand in operands]
+        if name in _PRODUCT_NAMES:
+            probable = [t is not None and t.probability is not None for t in traces]
+            if sum(probable) == 1 and len(traces) == 2:
+                self._met_values(name, args, operands, traces, result)
+            elif not any(probable) and isinstance(result, Tensor):
+                equation = args[0] if name == "einsum" else None
+                factors = score_factors(equation, operands) if self._for_checks else None
+                self._traces[id(result)] = _Trace(weakref.ref(result), factors)
             return
-        if name in _MATMUL_NAMES and len(traces) == 2 and (traces[0] is None) != (traces[1] is None):
-            trace = traces[0] or traces[1]
-            assert trace is not None
-            self._met_value(name, trace, operands, transposed=traces[0] is None, output=result)
+        found = [t for t in traces if t is not None]
+        if not found or not isinstance(result, Tensor) or not result.is_floating_point():
             return
-        if isinstance(result, Tensor) and result.is_floating_point():
-            trace = next(t for t in traces if t is not None)
-            overwritten = "dropout" in name and any(result is operand for operand in operands)
-            same = name in _SAME_MAP_NAMES and result.shape == trace.alias.shape and not overwritten
-            # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
-            # otherwise.
-            dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
-            self._traces[id(result)] = _Trace(
-                result, trace.probability, trace.mixed or not same, max(trace.dropout, dropped)
-            )
+        # Of several, the one most likely to be the attention: ConViT adds a softmax over positions.
+        trace = min(found, key=lambda t: (t.probability is None, t.refusal is not None))
+        if trace.probability is None:
+            self._traces[id(result)] = replace(trace, alias=weakref.ref(result))
+            return
+        alias = trace.alias()
+        assert alias is not None
+        same_rows = name in _SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
+        turned = not same_rows and _is_transposed(result, alias)
+        # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
+        # otherwise.
+        dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
+        overwritten = dropped > 0 and any(result is operand for operand in operands)
+        same = name in _SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
+        self._traces[id(result)] = replace(
+            trace,
+            alias=weakref.ref(result),
+            sources=frozenset().union(*(t.sources for t in found)),
+            transposed=trace.transposed != turned,
+            reshaped=trace.reshaped or same_rows,
+            mixed=trace.mixed or not (same or same_rows or turned),
+            dropout=max(trace.dropout, dropped),
+        )
 
-    def _met_value(self, name: str, trace: _Trace, operands: list[Tensor], transposed: bool, output: Tensor) -> None:
+    def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
         """The operand that meets V is the effective attention; before dropout where nothing else changed it.
 
         Its first product is that with V: a later one (a refinement of class maps) is no other layer.
         """
-        if id(trace.probability) in self._met:
+        position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
+        trace: _Trace = traces[position]
+        if trace.sources <= self._met:
             return
-        self._met.add(id(trace.probability))
-        attention = trace.alias if trace.mixed else trace.probability
-        plain = name != "einsum" and not transposed
-        refusal = _inside.refusal
-        if transposed and name != "einsum":
-            refusal = "the map is the second operand of its product: attention over channels or a transposed layout"
-        recorded = RecordedTensors(
-            value=operands[1] if plain else None, output=output if plain else None, map=attention, heads=_inside.heads
-        )
-        self._report(AttentionCall(recorded, trace.dropout, not trace.mixed, refusal))
+        self._met |= trace.sources
+        for source in trace.sources:
+            self._unmet.pop(source, None)
+        alias, probability = trace.alias(), trace.probability
+        assert alias is not None and probability is not None
+        found = meeting(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
+        changed = trace.mixed or trace.reshaped
+        attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
+        if changed and trace.transposed:
+            found = replace(found, refusal="a mixed map that is transposed before it meets the values")
+        # What only checks need is not kept: the product, and operands that may be views of larger tensors.
+        kept: dict[str, Any] = {}
+        if self._for_checks:
+            query, key = trace.factors or (None, None)
+            kept = {"query": query, "key": key, "value": found.value, "output": found.output}
+        recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
+        stochastic = not trace.mixed and not (trace.reshaped and trace.dropout > 0)
+        refusal = _inside.refusal or trace.refusal or found.refusal
+        self._report(AttentionCall(recorded, *_laid_out(found.value), trace.dropout, stochastic, refusal))
+
+
+def _laid_out(value: Tensor | None) -> tuple[int | None, bool]:
+    if value is None:
+        return None, False
+    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)
+
+
+def _is_transposed(result: Tensor, alias: Tensor) -> bool:
+    """Whether one is the other with its last two axes exchanged, on the same memory."""
+    return (
+        result.ndim == alias.ndim >= 2
+        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
+        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
+        and result.data_ptr() == alias.data_ptr()
+    )
 
 
 def _dropout_of(args: Any, kwargs: Any) -> float:
@@ -191,22 +303,3 @@ def _sdpa_arguments(
     enable_gqa: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
     return query, key, value, attn_mask, dropout_p, is_causal, scale
-
-
-def math_kernel() -> AbstractContextManager[Any]:
-    """The SDPA kernel whose backward is itself differentiable."""
-    try:
-        from torch.nn.attention import SDPBackend, sdpa_kernel
-    except ImportError:  # torch < 2.3
-        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
-    return sdpa_kernel(SDPBackend.MATH)
-
-
-# A copy of the public function's body that skips its one dispatch to modes; torch itself is not touched. Seen on 2.1 to
-# 2.14.
-_open_multi_head = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)

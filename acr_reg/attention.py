@@ -9,13 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg.tokens import Lattice, LayoutError, TokenLayout, class_token_positions
+from acr_reg.tokens import Lattice, LayoutError, TokenLayout, Window, class_token_positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,8 +23,8 @@ class RecordedTensors:
     """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B
     H, N, M).
 
-    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there. ``heads`` unflattens (B H,
-    ...); ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
+    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there; checks see both. ``heads``
+    unflattens (B H, ...); ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
     """
 
     query: Tensor | None = None
@@ -68,6 +68,15 @@ class LayerAttention:
     dropout: float = 0.0
     stochastic: bool = True
     images: slice = field(default_factory=lambda: slice(None))
+    window: Window | None = None
+
+    @property
+    def kind(self) -> Literal["global", "window", "reduced keys", "reduced queries"]:
+        """Whether every token looks at all others, only at its window, or one side has a grid of its own."""
+        if self.window is not None:
+            return "window"
+        queries, keys = self.shape[2:]
+        return "global" if queries == keys else "reduced keys" if keys < queries else "reduced queries"
 
     @property
     def layout(self) -> TokenLayout:
@@ -96,12 +105,12 @@ class LayerAttention:
 
     @property
     def value(self) -> Tensor | None:
-        """(B, H, M, d), or None where it was not seen. Grouped values are repeated for each query head."""
+        """(B, H, M, d), or None for an explicit map. Grouped values are repeated for each query head."""
         return self._per_query_head(self.batched(self.recorded.value))
 
     @property
     def output(self) -> Tensor | None:
-        """A V, (B, H, N, d), or None where it was not seen."""
+        """A V, (B, H, N, d), of a fused kernel; None for an explicit map, whose output no graph keeps."""
         return self.batched(self.recorded.output)
 
     @property
@@ -133,13 +142,17 @@ class LayerAttention:
             return None
         if tensor.ndim == 3:
             tensor = rearrange(tensor, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
+        elif tensor.ndim > 4:  # windows beside heads
+            tensor = tensor.flatten(1, -3)
         return tensor[self.images]
 
     def _per_query_head(self, tensor: Tensor | None) -> Tensor | None:
-        query = self.recorded.query
-        if tensor is None or query is None or query.ndim < 4 or tensor.shape[1] == query.shape[1]:
-            return tensor
-        return tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1)
+        if tensor is None:
+            return None
+        seen = self.batched(self.recorded.seen)
+        assert seen is not None
+        heads = seen.shape[1]
+        return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
     def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
@@ -171,6 +184,9 @@ class LayerAttention:
             return torch.ones(queries, keys, dtype=torch.bool, device=self.recorded.query.device).tril()
         if mask is None or mask.ndim < 3:
             return mask
+        if mask.ndim > 4:
+            assert self.recorded.query is not None
+            return mask.expand(*self.recorded.query.shape[:-2], *mask.shape[-2:]).flatten(1, -3)[self.images]
         if mask.ndim == 3:
             assert self.recorded.query is not None
             # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N,
@@ -194,6 +210,7 @@ class AttentionMaps(Sequence[LayerAttention]):
     """The attention layers of one encoder run, in the model's order.
 
     ``batch_norms`` names the BatchNorm modules that were in training mode: they couple the images of the batch.
+    ``run`` counts the encoder runs before this one since the last take; None where the caller chose it.
 
     >>> import torch
     >>> maps = [torch.rand(2, 3, 1 + 4 * 6, 1 + 4 * 6).softmax(-1) for _ in range(2)]
@@ -204,9 +221,12 @@ class AttentionMaps(Sequence[LayerAttention]):
     torch.Size([1, 3, 25, 25])
     """
 
-    def __init__(self, layers: Iterable[LayerAttention], batch_norms: Sequence[str] = ()) -> None:
+    def __init__(
+        self, layers: Iterable[LayerAttention], batch_norms: Sequence[str] = (), run: int | None = None
+    ) -> None:
         self._layers = tuple(layers)
         self.batch_norms = tuple(batch_norms)
+        self.run = run
         if not self._layers:
             raise ValueError("found no attention layer; expected at least one; give the maps of at least one layer")
 
@@ -217,11 +237,13 @@ class AttentionMaps(Sequence[LayerAttention]):
         num_prefix_tokens: int,
         grid: tuple[int, int],
         class_tokens: int | Sequence[int] | None = None,
+        key_grid: tuple[int, int] | None = None,
     ) -> AttentionMaps:
         """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
 
-        ``grid`` is (height, width) in tokens, N = M = ``num_prefix_tokens`` + height * width. ``class_tokens``: how
-        many of the first prefix tokens, or which, are class tokens; it may be left out with one prefix token or none.
+        ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width; ``key_grid`` the same for M,
+        where keys are fewer. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; it may
+        be left out with one prefix token or none.
         Raises ValueError where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is
         not finite: those are logits, or not attention.
         """
@@ -229,7 +251,7 @@ class AttentionMaps(Sequence[LayerAttention]):
             raise TypeError(
                 "found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))"
             )
-        layout = _grid_layout(grid, num_prefix_tokens, class_tokens)
+        layout = _grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         layers = []
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
@@ -272,7 +294,8 @@ class AttentionMaps(Sequence[LayerAttention]):
 
     @property
     def batch_size(self) -> int:
-        return self[0].shape[0]
+        """Images; a layer of windows holds several maps an image."""
+        return min(layer.shape[0] for layer in self)
 
     def weights(self) -> list[Tensor]:
         """The map of every layer, (B, H, N, M) in [0, 1]: all of them at once."""
@@ -297,35 +320,50 @@ class AttentionMaps(Sequence[LayerAttention]):
                 f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as "
                 "were concatenated"
             )
-        size = self.batch_size // chunks
-        start = self[0].images.start or 0
-        parts = [slice(start + i * size, start + (i + 1) * size) for i in range(chunks)]
-        return tuple(self._with_layers(replace(layer, images=part) for layer in self) for part in parts)
+        return tuple(self._with_layers(_part(layer, i, chunks) for layer in self) for i in range(chunks))
 
     def detach(self) -> AttentionMaps:
         """The same maps without a graph, as the fixed side of a teacher and student pair."""
         return self._with_layers(replace(layer, recorded=layer.recorded.detach()) for layer in self)
 
     def with_layout(
-        self, grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None = None
+        self,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        class_tokens: int | Sequence[int] | None = None,
+        key_grid: tuple[int, int] | None = None,
     ) -> AttentionMaps:
-        """The same maps on the ``grid`` (height, width) given, where the capture could not tell it."""
-        layout = _grid_layout(grid, num_prefix_tokens, class_tokens)
+        """The same maps on the ``grid`` (height, width) given, where the capture could not tell it. ``key_grid`` is
+        that of the keys, over the same image, where it is another."""
+        layout = _grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         for layer in self:
             _check_tokens(layer.shape, layer.index, layout)
         return self._with_layers(replace(layer, located=layout) for layer in self)
 
     def _with_layers(self, layers: Iterable[LayerAttention]) -> AttentionMaps:
-        return AttentionMaps(layers, self.batch_norms)
+        return AttentionMaps(layers, self.batch_norms, self.run)
+
+
+def _part(layer: LayerAttention, part: int, chunks: int) -> LayerAttention:
+    size = layer.shape[0] // chunks
+    start = (layer.images.start or 0) + part * size
+    return replace(layer, images=slice(start, start + size))
 
 
 def _grid_layout(
-    grid: tuple[int, int], num_prefix_tokens: int, class_tokens: int | Sequence[int] | None
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    class_tokens: int | Sequence[int] | None,
+    key_grid: tuple[int, int] | None = None,
 ) -> TokenLayout:
-    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise LayoutError(f"found grid={grid!r}; expected (height, width) in tokens; pass grid=(14, 14) for 196")
-    lattice = Lattice(*grid)
-    return TokenLayout(lattice, lattice, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
+    for given in (grid, key_grid or grid):
+        if not isinstance(given, (tuple, list)) or len(given) != 2:
+            raise LayoutError(f"found grid={given!r}; expected (height, width) in tokens; pass grid=(14, 14) for 196")
+    query = key = Lattice(*grid)
+    if key_grid is not None:
+        stride = grid[0] / key_grid[0], grid[1] / key_grid[1]
+        key = Lattice(*key_grid, stride, extent=query.extent)
+    return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
 
 
 def _check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:

@@ -171,8 +171,8 @@ def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_g
         what = "the logits" if not logits.requires_grad else ", ".join(f"layer {x.index} ({x.name})" for x in lost)
         raise ValueError(
             f"found no graph under {what}; expected logits and attention of one forward with gradients enabled; run it "
-            "outside torch.no_grad, do not detach, and where the whole backbone is frozen start from "
-            "images.requires_grad_()"
+            "outside torch.no_grad, do not detach, and where the whole backbone is frozen use "
+            "capture_attention(model, graph_from=) with the start_layer of the class map"
         )
     fused = [layer for layer in layers if layer.is_factored and not _has_second_derivative(layer)]
     if create_graph and fused:

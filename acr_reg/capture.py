@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from types import TracebackType
-from typing import Any
 
+import torch
 from torch import nn
 
-from acr_reg._interception import AttentionCall
-from acr_reg._recorder import Keep, Recorder, Run
+from acr_reg._hooks import CaptureError
+from acr_reg._kinds import explain_windows, is_pyramid
+from acr_reg._recorder import Keep, Recorder
+from acr_reg._runs import Run
+from acr_reg._torch import is_compiled, is_exported, is_replica
 from acr_reg.attention import AttentionMaps, LayerAttention
-
-
-class CaptureError(RuntimeError):
-    """No attention, or not the attention that was asked for, was captured."""
 
 
 def capture_attention(
@@ -33,6 +31,7 @@ def capture_attention(
     keep: Keep = "only",
     no_grad: bool = False,
     double_backward: bool = False,
+    graph_from: int | None = None,
 ) -> AttentionCapture:
     """Captures the self-attention of every forward pass of ``model`` from now on, whichever method starts it.
 
@@ -47,6 +46,8 @@ def capture_attention(
             them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
             released at once.
         no_grad: also record runs under ``torch.no_grad``, which cost nothing otherwise.
+        graph_from: start the autograd graph at this layer (negative: from the last) where none reaches it, as with a
+            frozen backbone, so that a class map by gradient works; layers below stay without a graph.
         double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
 
     Returns an :class:`AttentionCapture`: ``take()`` the maps after each forward, ``remove()`` (or leave its ``with``
@@ -64,9 +65,27 @@ def capture_attention(
         raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
     if keep not in ("only", "first", "last", "all"):
         raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
+    _refuse_traced(model)
     within = None if modules is None else [_named(model, module) for module in modules]
     hints = (patch_size, num_prefix_tokens, class_tokens)
-    return AttentionCapture(Recorder(model, within, keep, no_grad, double_backward), layers, hints)
+    return AttentionCapture(Recorder(model, within, keep, hints, no_grad, double_backward, graph_from), layers)
+
+
+def _refuse_traced(model: nn.Module) -> None:
+    """Modules whose kernels hooks and modes do not see would lose their layers without a word."""
+    kinds = {
+        "compiled": is_compiled,
+        "scripted or traced by torch.jit": lambda module: isinstance(module, torch.jit.ScriptModule),
+        "exported": is_exported,
+        "a replica of nn.DataParallel": is_replica,
+    }
+    for name, module in model.named_modules():
+        for kind, is_kind in kinds.items():
+            if is_kind(module):
+                raise CaptureError(
+                    f"found {name or 'a model'} ({type(module).__name__}), which is {kind}; expected modules that run "
+                    "as Python wrote them; capture the original model and run that"
+                )
 
 
 def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
@@ -83,10 +102,9 @@ def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
 class AttentionCapture:
     """The handle of a running capture. Made by :func:`capture_attention`."""
 
-    def __init__(self, recorder: Recorder, layers: Iterable[int] | None, hints: tuple[Any, Any, Any]) -> None:
+    def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
         self._recorder: Recorder | None = recorder
         self._layers = None if layers is None else tuple(layers)
-        self._hints = hints
         self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
         """(module name, reason) of what the last taken run used that is not token-to-token self-attention."""
@@ -117,6 +135,7 @@ class AttentionCapture:
         :class:`CaptureError` where there was no run, or more than ``keep`` allows.
         """
         recorder = self._running()
+        position = recorder.begun - 1
         runs, refused = recorder.finish()
         if not runs:
             raise CaptureError(recorder.nothing_captured(refused))
@@ -136,16 +155,20 @@ class AttentionCapture:
             raise CaptureError(
                 f"found {len(runs)} encoder runs; expected run {run} among them; call take(0) to take({len(runs) - 1})"
             )
-        return self._maps(recorder, runs[chosen])
+        return self._maps(recorder, runs[chosen], {"last": position, "all": None}.get(keep, 0))
 
     def take_all(self) -> list[AttentionMaps]:
-        """The maps of every encoder run since the last take, with ``keep="all"``; the list may be empty."""
+        """The maps of every encoder run since the last take, with ``keep="all"``; at least one, or a
+        :class:`CaptureError`."""
         recorder = self._running()
         if recorder.keep != "all":
             raise CaptureError(
                 f'found keep="{recorder.keep}"; expected keep="all"; capture with keep="all" to take every run'
             )
-        return [self._maps(recorder, run) for run in recorder.finish()[0]]
+        runs, refused = recorder.finish()
+        if not runs:
+            raise CaptureError(recorder.nothing_captured(refused))
+        return [self._maps(recorder, run) for run in runs]
 
     def _running(self) -> Recorder:
         if self._recorder is None:
@@ -154,45 +177,37 @@ class AttentionCapture:
             )
         return self._recorder
 
-    def _maps(self, recorder: Recorder, run: Run) -> AttentionMaps:
+    def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
+        unseen = recorder.unseen(run)
+        if unseen:
+            raise CaptureError(
+                f"found attention in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
+                f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
+                "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
+                "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
+            )
+        checkpointed = recorder.checkpointed(run)
+        if checkpointed:
+            raise CaptureError(
+                f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
+                "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
+            )
         layers: list[LayerAttention] = []
         skipped = list(run.skipped)
-        for name, call in run.calls:
-            layer = self._layer(recorder, run, len(layers), name, call)
-            if isinstance(layer, str):
-                skipped.append((name, layer))
+
+        pyramid = is_pyramid(run.calls)
+        for seen in run.calls:
+            placement = recorder.index.placement(seen, run.images, pyramid)
+            if isinstance(placement, str):
+                skipped.append((seen.name, placement))
             else:
-                layers.append(layer)
+                layers.append(placement.layer(len(layers), seen))
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
             raise CaptureError(recorder.nothing_captured(self.skipped))
-        if recorder.padding is not None and not self._warned:
+        if recorder.images.padding is not None and not self._warned:
             self._warned = True
-            warnings.warn(recorder.padding, stacklevel=3)
-        maps = AttentionMaps(layers, recorder.training_batch_norms())
+            warnings.warn(recorder.images.padding, stacklevel=3)
+        recorder.last_count = len(layers)
+        maps = AttentionMaps(explain_windows(layers), recorder.index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
-
-    def _layer(self, recorder: Recorder, run: Run, index: int, name: str, call: AttentionCall) -> LayerAttention | str:
-        """The layer's attention, or why it is not token-to-token self-attention."""
-        if call.refusal is not None:
-            return call.refusal
-        recorded = call.recorded
-        largest = recorded.seen.ndim
-        if largest > 4:
-            return f"{largest}-dimensional attention: windows or another layout than (B, H, N, M)"
-        layer = LayerAttention(index, name, recorded, "", call.dropout, call.stochastic)
-        batch, _, queries, keys = layer.shape
-        if queries != keys:
-            return f"{queries} queries but {keys} keys: reduced keys, pooling or cross-attention"
-        if queries == 1:
-            return "one token attends to itself: pooling"
-        images = run.images
-        flat = recorded.heads is None and largest == 3  # (B H, N, M) or (B, N, M), without a word about H
-        if flat and images is not None and batch % images[0] == 0:
-            layer = replace(layer, recorded=replace(recorded, heads=batch // images[0]))
-            batch = layer.shape[0]
-        if images is not None and batch != images[0]:
-            return f"a batch of {batch} for {images[0]} images: windows, or tokens regrouped"
-        size = None if images is None else (images[1], images[2])
-        located = recorder.layout(queries, size, self._hints)
-        return replace(layer, located=located)

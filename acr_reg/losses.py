@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from acr_reg._torch import is_freed
 from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.functional import (
     Distance,
@@ -204,11 +206,7 @@ class AllPairsConsistencyLoss(nn.Module):
 
     def _pairs(self, attn_a: AttentionMaps, attn_b: AttentionMaps) -> list[tuple[LayerAttention, LayerAttention]]:
         """The pairs of layers to compare: those chosen, less those in which neither view carries gradient."""
-        if attn_a.layers != attn_b.layers:
-            raise ValueError(
-                f"found layers {attn_a.layers} in one view and {attn_b.layers} in the other; expected the same; take "
-                "both from the same model, once per forward"
-            )
+        _check_same_modules(attn_a, attn_b)
         if self.layers is not None:
             attn_a, attn_b = attn_a.select(self.layers), attn_b.select(self.layers)
         pairs = list(zip(attn_a, attn_b, strict=True))
@@ -221,6 +219,7 @@ class AllPairsConsistencyLoss(nn.Module):
                 "carry it; run the model outside torch.no_grad with unfrozen query and key weights, or compute the "
                 "value alone under torch.no_grad"
             )
+        _check_alive(learning)
         return learning
 
     def _wanted(self, layer: LayerAttention, cam_a: Tensor | None) -> set[str]:
@@ -276,6 +275,41 @@ class AllPairsConsistencyLoss(nn.Module):
                     sums.setdefault("affinity", []).append(term)
                 sums.setdefault("entropy", []).append(layer.entropy)
         return {name: torch.stack(values).mean() for name, values in sums.items()}
+
+
+def _check_same_modules(attn_a: AttentionMaps, attn_b: AttentionMaps) -> None:
+    if attn_a.layers != attn_b.layers:
+        raise ValueError(
+            f"found layers {attn_a.layers} in one view and {attn_b.layers} in the other; expected the same; take "
+            "both from the same model, once per forward"
+        )
+    # Two branches, or a student and a teacher, may name the same block differently: its number must agree.
+    other = [(a.name, b.name) for a, b in zip(attn_a, attn_b, strict=True) if _block(a.name) != _block(b.name)]
+    if other:
+        raise ValueError(
+            f"found maps of {other[0][0]} in one view and of {other[0][1]} in the other; expected the same block; "
+            "where layers are dropped at random (LayerDrop), switch that off"
+        )
+    if None not in (attn_a.run, attn_b.run) and attn_a.run != attn_b.run:
+        raise ValueError(
+            f"found maps of encoder run {attn_a.run} since the last take in one view and of run {attn_b.run} in the "
+            'other; expected the same pass of both; capture with keep="first", or with keep="all" and take(i)'
+        )
+
+
+def _block(name: str) -> str:
+    return next(iter(re.findall(r"\d+", name)[-1:]), "")
+
+
+def _check_alive(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:
+    """The first layer tells for all of its forward."""
+    for side, layer in zip("ab", pairs[0], strict=True):
+        tensor = layer.recorded.output if layer.recorded.output is not None else layer.recorded.seen
+        if tensor.grad_fn is not None and is_freed(tensor):
+            raise ValueError(
+                f"found maps of view {side} whose graph backward() has already freed; expected maps of a forward that "
+                "is still to be differentiated; take() them anew in each step, and add the loss before backward()"
+            )
 
 
 def _present(layer: LayerAttention, labels: Tensor | None) -> Tensor | None:

@@ -8,7 +8,8 @@ from helpers import random_maps, says, wrap
 from torch import nn
 
 from acr_reg import AttentionMaps, Lattice, LayoutError, TokenLayout
-from acr_reg.tokens import ModelFields, class_token_positions, infer_layout, read_fields
+from acr_reg._inference import ModelFields, infer_layout, read_fields
+from acr_reg.tokens import class_token_positions
 
 UNKNOWN = ModelFields()
 

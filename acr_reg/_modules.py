@@ -1,0 +1,101 @@
+"""What a model's modules are: their names, which look like attention, and where their tokens sit."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from acr_reg._inference import ModelFields, infer_layout, read_fields
+from acr_reg._kinds import Placement, SeenCall, place, unordered_tokens
+from acr_reg._torch import BatchNorm
+from acr_reg.tokens import LayoutError, TokenLayout
+
+Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class tokens, as the user gives them
+
+_NEAREST = 4  # modules around an attention module that may say its window
+
+
+class ModuleIndex:
+    """The modules of one model, as they were when the capture began, and what was found out about them."""
+
+    def __init__(self, model: nn.Module, within: list[nn.Module] | None, hints: Hints) -> None:
+        self.model = model
+        self.names = {module: name or type(model).__name__ for name, module in model.named_modules()}
+        self.registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
+        self._modules = dict(model.named_modules())
+        self._within = None if within is None else {m for root in within for m in root.modules()}
+        self._hints = hints
+        self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
+        self._unordered = unordered_tokens(model)
+        self._fields: ModelFields | None = None
+        self._layouts: dict[Any, TokenLayout | str] = {}
+        self._placements: dict[Any, Placement | str] = {}
+
+    def counts(self, module: nn.Module) -> bool:
+        """Whether attention in this module was asked for."""
+        return self._within is None or module in self._within
+
+    def training_batch_norms(self) -> list[str]:
+        return [self.names[m] for m in self._batch_norms if m.training]
+
+    def alike(self, attention: set[nn.Module]) -> list[nn.Module]:
+        """The modules that look like those in which attention was seen: of their class, or of such a name and in the
+        same place of another block."""
+        kinds = {type(m) for m in attention}
+        places = {_place(self.names[m]) for m in attention}
+        return [
+            module
+            for module, name in self.names.items()
+            if self.counts(module)
+            and (type(module) in kinds or (_is_named_attention(name, module) and _place(name) in places))
+        ]
+
+    def named_attention(self) -> list[str]:
+        return [f"{n} ({type(m).__name__})" for m, n in self.names.items() if _is_named_attention(n, m)]
+
+    def placement(self, seen: SeenCall, images: tuple[int, int, int] | None, is_pyramid: bool) -> Placement | str:
+        """Where the tokens of a call sit, or why it is not token-to-token self-attention. Each sort of call is looked
+        at once."""
+        known = (seen.sort, images, is_pyramid)
+        if known not in self._placements:
+            self._placements[known] = place(
+                seen, self._around(seen.module), images, self._locating(is_pyramid), self._unordered
+            )
+        return self._placements[known]
+
+    def _around(self, module: nn.Module) -> Sequence[nn.Module]:
+        """The module and the nearest ones that it lies in, the innermost first."""
+        parts = self.names[module].split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts), max(0, len(parts) - _NEAREST), -1)]
+        return [self._modules[name] for name in names if name in self._modules] or [module]
+
+    def _locating(self, is_pyramid: bool) -> Callable[[int, int, tuple[int, int] | None], TokenLayout | str]:
+        if self._fields is None:
+            self._fields = read_fields(self.model)
+        fields = replace(self._fields, is_pyramid=is_pyramid)
+
+        def locate(queries: int, keys: int, size: tuple[int, int] | None) -> TokenLayout | str:
+            known = queries, keys, size, is_pyramid
+            if known not in self._layouts:
+                try:
+                    self._layouts[known] = infer_layout(queries, size, fields, *self._hints, num_keys=keys)
+                except LayoutError as error:
+                    self._layouts[known] = str(error)
+            return self._layouts[known]
+
+        return locate
+
+
+def _place(name: str) -> str:
+    """A module's name without the number of its block: blocks.3.attn is in the place of blocks.0.attn."""
+    head, number, tail = re.match(r"(.*?)(\d*)(\D*)$", name, re.DOTALL).groups()  # type: ignore[union-attr]
+    return f"{head}#{tail}" if number else name
+
+
+def _is_named_attention(name: str, module: nn.Module) -> bool:
+    return "att" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()

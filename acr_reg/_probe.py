@@ -1,0 +1,115 @@
+"""Measures where the tokens of a layer look on the image, by the gradient that reaches the pixels.
+
+The gradient of one token's query (or, of an unfused layer, of one row of its map) lies around the pixels that the token
+was made from; the centroid of its strongest part is the token's position. Under a view, the tokens that a lattice
+matches should stand at the same place of the image; by how much they do not is the offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from acr_reg.attention import AttentionMaps, LayerAttention
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views import View
+
+Side = Literal["query", "key"]
+Observe = Callable[[Tensor], AttentionMaps]
+
+_STRONG = 0.1  # of the largest gradient energy; the rest comes through attention below and normalisation, from anywhere
+# Where on the grid the probed tokens stand, (y, x): inside, away from padded borders.
+_PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
+
+
+@dataclass(frozen=True)
+class Offset:
+    """How far, in pixels, matched tokens are apart under a view (the largest of those probed), and how far a token of
+    the images stands from the lattice's centre for it."""
+
+    under_view: float
+    from_lattice: float
+
+
+def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[Side, Offset]]:
+    """Of the first layer on each layout, by its position in what ``observe`` returns: five tokens on noise of the size
+    of ``images``, since an image of one colour shows nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
+    probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
+    size_a, size_b = noise.shape[-2:], probe_b.images.shape[-2:]
+    found: dict[int, dict[Side, Offset]] = {}
+    layouts: set[TokenLayout] = set()
+    for position, layer in enumerate(probe_a.maps):
+        if isinstance(layer.located, str) or layer.located in layouts:
+            continue
+        layouts.add(layer.located)
+        found[position] = {}
+        for side in ("query", "key"):
+            lattice_a, lattice_b = _lattice(layer, side), _lattice(probe_b.maps[position], side)
+            tokens_a = _inner_tokens(lattice_a)
+            nominal_a = _centres(lattice_a)[tokens_a]
+            centres_b = _carried_back(_centres(lattice_b), view, size_b, size_a)
+            tokens_b = torch.cdist(nominal_a, centres_b).argmin(1)
+            missed = centres_b[tokens_b] - nominal_a  # of a view that maps no lattice onto the other
+            found_a = probe_a.positions(position, side, tokens_a)
+            found_b = _carried_back(probe_b.positions(position, side, tokens_b), view, size_b, size_a)
+            apart, away = (found_b - missed - found_a).norm(dim=1), (found_a - nominal_a).norm(dim=1)
+            found[position][side] = Offset(apart.max().item(), away.max().item())
+    return found
+
+
+class _Probe:
+    """One forward on a copy of the image for every token probed; a backward for each layer and side."""
+
+    def __init__(self, observe: Observe, image: Tensor) -> None:
+        self.images = image.detach().expand(len(_PLACES), -1, -1, -1).clone().requires_grad_()
+        self.maps = observe(self.images)
+
+    def positions(self, layer: int, side: Side, tokens: Tensor) -> Tensor:
+        """(P, 2): y and x, in pixels, of what each token was made from."""
+        seen = self.maps[layer]
+        of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
+        weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
+        (gradient,) = torch.autograd.grad((of_token * weights).sum(), self.images, retain_graph=True)
+        energy = gradient.double().square().sum(1).cpu()
+        strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
+        y = torch.arange(energy.shape[1], dtype=torch.float64) + 0.5
+        x = torch.arange(energy.shape[2], dtype=torch.float64) + 0.5
+        return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
+
+
+def _lattice(layer: LayerAttention, side: Side) -> Lattice:
+    return layer.layout.query if side == "query" else layer.layout.key
+
+
+def _centres(lattice: Lattice) -> Tensor:
+    """(tokens, 2): y and x of every centre, in pixels."""
+    y = lattice.offset[0] + (torch.arange(lattice.height, dtype=torch.float64) + 0.5) * lattice.stride[0]
+    x = lattice.offset[1] + (torch.arange(lattice.width, dtype=torch.float64) + 0.5) * lattice.stride[1]
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+
+
+def _inner_tokens(lattice: Lattice) -> Tensor:
+    return torch.tensor([int(y * lattice.height) * lattice.width + int(x * lattice.width) for y, x in _PLACES])
+
+
+def _carried_back(points: Tensor, view: View, size: torch.Size, source: torch.Size) -> Tensor:
+    """Points (P, 2) of a view's output, in its pixels, as points of its input."""
+    along = points / torch.tensor(size, dtype=points.dtype)
+    y, x = along.flip(1).unbind(1) if view.transposed else along.unbind(1)
+    carried = torch.stack([view.y.slope * y + view.y.start, view.x.slope * x + view.x.start], 1)
+    return carried * torch.tensor(source, dtype=points.dtype)
+
+
+def _of_token(layer: LayerAttention, side: Side) -> Tensor:
+    """(B, H, tokens, anything): what depends on one token more than on the others."""
+    tensor = layer.query if side == "query" else layer.key
+    if tensor is None:
+        tensor = layer.explicit if side == "query" or layer.explicit is None else layer.explicit.transpose(-2, -1)
+    assert tensor is not None
+    return tensor

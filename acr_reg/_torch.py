@@ -1,0 +1,128 @@
+"""Everything that is private in torch and used here, in one place: nothing public serves. Seen on torch 2.1 to 2.14.
+
+``tests/test_torch_private.py`` fails by name where a new torch has changed one of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, overrides
+from torch.overrides import TorchFunctionMode
+from torch.utils import checkpoint
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The class that all BatchNorm modules share."""
+
+# A copy of the public function's body that skips its one dispatch to modes, after which it would run unseen.
+multi_head_attention_body: Callable[..., Any] = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
+    "multi_head_attention_forward",
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint(use_reentrant=True) is running the calling code, without a graph."""
+    code = checkpoint.CheckpointFunction.forward.__code__
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def remove_mode(mode: TorchFunctionMode) -> None:
+    """Takes a mode off this thread's stack, wherever it stands: after an interruption others may lie above it."""
+    above = []
+    while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
+        top = overrides._pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        overrides._push_mode(other)
+
+
+def math_kernel() -> AbstractContextManager[Any]:
+    """The SDPA kernel whose backward is itself differentiable."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch < 2.3
+        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing this very line."""
+    public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the other
+    return bool(public() if public is not None else torch._utils.is_compiling())
+
+
+def break_graph() -> None:
+    """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not."""
+    torch._dynamo.graph_break()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile(module) or module.compile() made this module run what hooks do not see."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether nn.DataParallel made this module, for one forward on one device."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Whether torch.export left this module, whose kernels are ATen operators that no function mode can tell apart."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a backward has freed the graph that made this tensor, as its nearest nodes that saved anything tell.
+
+    Nothing is unpacked or recomputed: hooks of checkpointing and of offloading are kept from running.
+    """
+    todo, seen = [tensor.grad_fn], set()
+    with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):
+        while todo:
+            node = todo.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            freed, kept = _saved(node)
+            if freed:
+                return True
+            if not kept:
+                todo += [before for before, _ in node.next_functions]
+    return False
+
+
+def _saved(node: Any) -> tuple[bool, bool]:
+    """(whether what a node saved is freed, whether it saved anything)."""
+    for name in dir(node):
+        if not name.startswith("_raw_saved_"):
+            continue
+        try:
+            saved = getattr(node, name if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
+        except RuntimeError as error:
+            return "second time" in str(error), True
+        if saved is not None and saved != ():
+            return False, True
+    return False, False
