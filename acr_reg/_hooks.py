@@ -29,12 +29,17 @@ class Watcher(Protocol):
     def left(self, module: nn.Module, result: Any, failed: bool) -> None: ...
 
 
-_WATCHERS: weakref.WeakValueDictionary[int, Watcher] = weakref.WeakValueDictionary()
+_WATCHERS: dict[int, weakref.ref[Watcher]] = {}
 _NUMBERS = count()
 _TRACED = (
     "found {} tracing a captured model; expected the model itself to run, since hooks and maps are no part of a traced "
     "graph; remove() the capture before tracing, or run the captured model uncompiled"
 )
+
+
+def _watcher(number: int) -> Watcher | None:
+    reference = _WATCHERS.get(number)
+    return None if reference is None else reference()
 
 
 class _Hook:
@@ -55,7 +60,7 @@ class _Hook:
 
 class _EnterHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        watcher = _WATCHERS.get(self.number)
+        watcher = _watcher(self.number)
         if watcher is None:
             return
         if is_compiling():
@@ -68,7 +73,7 @@ class _EnterHook(_Hook):
 
 class _LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        watcher = _WATCHERS.get(self.number)
+        watcher = _watcher(self.number)
         if watcher is not None:
             # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
             watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
@@ -80,10 +85,10 @@ class HookSet:
 
     def __init__(self, watcher: Watcher) -> None:
         self._number = next(_NUMBERS)
-        _WATCHERS[self._number] = watcher
+        _WATCHERS[self._number] = weakref.ref(watcher)
         self._handles: dict[nn.Module, list[Any]] = {}
         # The finalizer must not hold the watcher, which holds this set.
-        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles)
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self._number)
 
     def watch_only(self, modules: Iterable[nn.Module]) -> None:
         """Hooks these modules and no others."""
@@ -103,7 +108,8 @@ class HookSet:
         self._finalizer()
 
 
-def _remove_all(handles: dict[nn.Module, list[Any]]) -> None:
+def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
+    _WATCHERS.pop(number, None)
     for module_handles in handles.values():
         for handle in module_handles:
             handle.remove()

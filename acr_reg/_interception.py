@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from acr_reg._torch import math_kernel, multi_head_attention_body
 from acr_reg.attention import RecordedTensors
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class AttentionCall:
     """One use of attention. ``refusal`` says why it is not token-to-token self-attention; None where it may be.
 
@@ -63,7 +63,22 @@ class _Trace:
     refusal: str | None = None
 
 
-_SOFTMAX = {torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax}
+class _Role(Enum):
+    """What a function may do to attention."""
+
+    OTHER = 0
+    FUSED = 1
+    MULTI_HEAD = 2
+    SOFTMAX = 3
+    PRODUCT = 4
+    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
+
+
+_ROLES: dict[Any, _Role] = {
+    F.scaled_dot_product_attention: _Role.FUSED,
+    F.multi_head_attention_forward: _Role.MULTI_HEAD,
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), _Role.SOFTMAX),
+}
 _PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 # These change dtype, memory or dropout, never which probability stands where.
 _SAME_MAP_NAMES = {
@@ -129,25 +144,32 @@ class AttentionMode(TorchFunctionMode):
         return unmet
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._fused(args, kwargs or {})
-        if func is F.multi_head_attention_forward:
-            return self._multi_head(args, kwargs or {})
-        result = func(*args, **kwargs) if kwargs else func(*args)
-        name = getattr(func, "__name__", "")
-        if func in _SOFTMAX:
-            self._softmax(result, *args, **(kwargs or {}))
-        elif self._traces or name in _PRODUCT_NAMES:
-            self._follow(name, args, kwargs or {}, result)
-        elif "attention" in name:  # an operator called past the public functions, or flex_attention
-            self._report_unknown(name)
+        role = _ROLES.get(func) or _learn_role(func)
+        if role is _Role.OTHER and not self._traces:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if role is _Role.FUSED:
+            return self._fused(args, kwargs)
+        if role is _Role.MULTI_HEAD:
+            return self._multi_head(args, kwargs)
+        result = func(*args, **kwargs)
+        if role is _Role.SOFTMAX:
+            self._softmax(result, *args, **kwargs)
+        elif role is _Role.UNKNOWN_KERNEL:
+            self._report_unknown(_name_of(func))
+        else:
+            self._follow(_name_of(func), args, kwargs, result)
         return result
 
     def _fused(self, args: Any, kwargs: Any) -> Tensor:
-        with math_kernel() if self._math_kernel else nullcontext():
-            output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
+        if self._math_kernel:
+            with math_kernel():
+                output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
+        else:
+            output = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
-        self._start_graph(output)
+        if self._starts_graph is not None:
+            self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
@@ -273,6 +295,17 @@ def _laid_out(value: Tensor | None) -> tuple[int | None, bool]:
     if value is None:
         return None, False
     return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)
+
+
+def _name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _learn_role(func: Any) -> _Role:
+    name = _name_of(func)
+    role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
+    _ROLES[func] = role
+    return role
 
 
 def _is_transposed(result: Tensor, alias: Tensor) -> bool:

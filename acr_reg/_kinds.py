@@ -19,12 +19,12 @@ from acr_reg.tokens import TokenLayout, Window
 
 Locate = Callable[[int, int, "tuple[int, int] | None"], "TokenLayout | str"]
 
-_OTHER_TOKENS = ("key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k")
+_OTHER_TOKENS = {"key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k"}
 _HEAD_NAMES = ("num_heads", "heads", "num_attention_heads", "n_heads")
 _WINDOW_NAMES = ("window_size", "partition_size", "win_size", "ws")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class SeenCall:
     """An attention call, where it was made and what its module took in and gave out."""
 
@@ -38,10 +38,9 @@ class SeenCall:
     @property
     def sort(self) -> tuple[Any, ...]:
         """Calls of one sort have their tokens in the same places."""
-        call = self.call
-        what = call.refusal, call.value_width, call.value_in_columns, call.recorded.heads, call.recorded.map is None
-        shapes = call.recorded.seen.shape, call.key_count, self.input_shape, self.output_shape
-        return self.name, self.cross, *what, *shapes
+        call, recorded = self.call, self.call.recorded
+        shapes = recorded.seen.shape, call.key_count, self.input_shape, self.output_shape
+        return self.name, self.cross, call.refusal, call.value_in_columns, recorded.map is None, shapes
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,16 @@ class Placement:
 def first_tensor(*values: Any) -> Tensor | None:
     """The first tensor among values, of which some may be tuples or dicts of tensors."""
     for value in values:
-        if isinstance(value, Mapping):
-            value = tuple(value.values())
-        if isinstance(value, (tuple, list)):
-            value = first_tensor(*value)
         if isinstance(value, Tensor):
             return value
+        if isinstance(value, (tuple, list)):
+            found = first_tensor(*value)
+        elif isinstance(value, Mapping):
+            found = first_tensor(*value.values())
+        else:
+            continue
+        if found is not None:
+            return found
     return None
 
 
@@ -90,11 +93,13 @@ def holds_rows(shape: Sequence[int] | None, module: nn.Module) -> bool:
 
 def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a module was given other tokens to look at than those that look: two tensors, by name or in order."""
-    query = first_tensor(args, kwargs)
-    named = [kwargs[name] for name in _OTHER_TOKENS if isinstance(kwargs.get(name), Tensor)]
-    if any(other is not query for other in named):
-        return True
     second = args[1] if len(args) > 1 else None
+    if second is None and _OTHER_TOKENS.isdisjoint(kwargs):
+        return False
+    query = first_tensor(args, kwargs)
+    named = [kwargs[name] for name in _OTHER_TOKENS & kwargs.keys()]
+    if any(isinstance(other, Tensor) and other is not query for other in named):
+        return True
     if query is None or not isinstance(second, Tensor) or second is query or not second.is_floating_point():
         return False
     alike = second.ndim == query.ndim == 3 and second.shape[0] == query.shape[0]

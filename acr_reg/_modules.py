@@ -32,6 +32,7 @@ class ModuleIndex:
         self._hints = hints
         self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
         self._unordered = unordered_tokens(model)
+        self._alike: set[nn.Module] | None = None
         self._fields: ModelFields | None = None
         self._layouts: dict[Any, TokenLayout | str] = {}
         self._placements: dict[Any, Placement | str] = {}
@@ -43,17 +44,19 @@ class ModuleIndex:
     def training_batch_norms(self) -> list[str]:
         return [self.names[m] for m in self._batch_norms if m.training]
 
-    def alike(self, attention: set[nn.Module]) -> list[nn.Module]:
+    def alike(self, attention: set[nn.Module]) -> set[nn.Module]:
         """The modules that look like those in which attention was seen: of their class, or of such a name and in the
         same place of another block."""
-        kinds = {type(m) for m in attention}
-        places = {_place(self.names[m]) for m in attention}
-        return [
-            module
-            for module, name in self.names.items()
-            if self.counts(module)
-            and (type(module) in kinds or (_is_named_attention(name, module) and _place(name) in places))
-        ]
+        if self._alike is None or not attention <= self._alike:
+            kinds = {type(m) for m in attention}
+            places = {_place(self.names[m]) for m in attention}
+            self._alike = {
+                module
+                for module, name in self.names.items()
+                if self.counts(module)
+                and (type(module) in kinds or (_is_named_attention(name, module) and _place(name) in places))
+            }
+        return self._alike
 
     def named_attention(self) -> list[str]:
         return [f"{n} ({type(m).__name__})" for m, n in self.names.items() if _is_named_attention(n, m)]

@@ -48,7 +48,8 @@ class Recorder:
         self._graph_from = graph_from
         self._for_checks = for_checks
         self._attention_modules: set[nn.Module] = set()
-        self._narrowed = False  # whether only these and their like are watched, the model and what reads its images
+        self._alike: set[nn.Module] = set()  # these and those that look like them
+        self._narrowed = False  # whether only those are watched, the model itself and what reads its images
         self._outside: list[str] = []  # what was seen in passes without any attention
         self._runs: list[Run] = []
         self._without_grad = 0
@@ -81,7 +82,7 @@ class Recorder:
         if module is self._root and outermost:
             self._begin_visit(state, entry)
         self._note_images(module, args, state, outermost)
-        if state.mode is None and (not self._narrowed or module in self._attention_modules or module is not self._root):
+        if state.mode is None and (not self._narrowed or module in self._alike):
             self._enter_mode(state)
             entry.opened_mode = True
         state.entries.append(entry)
@@ -94,9 +95,10 @@ class Recorder:
         if failed:
             self._fail(state)
         elif entry.reported:
-            shape = None if (tensor := first_tensor(result)) is None else tensor.shape
-            for seen in entry.calls:
-                seen.output_shape = shape
+            if entry.calls is not None:
+                shape = None if (tensor := first_tensor(result)) is None else tensor.shape
+                for seen in entry.calls:
+                    seen.output_shape = shape
             if state.entries:
                 state.entries[-1].reported = True
         else:
@@ -169,7 +171,7 @@ class Recorder:
         if run is None or run is not state.run:  # else the module makes several maps in one call
             run = entry.run = self._open_run(state, module)
             run.fired[module] += 1
-        run.shapes.append(tuple(call.recorded.seen.shape))
+        run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
         if run.kept:
             given = first_tensor(entry.args, entry.kwargs)
@@ -180,7 +182,7 @@ class Recorder:
                 is_cross_attention(entry.args, entry.kwargs),
                 None if given is None else given.shape,
             )
-            entry.calls.append(seen)
+            entry.calls = [seen] if entry.calls is None else [*entry.calls, seen]
             run.calls.append(seen)
 
     def _report_unknown(self, kernel: str) -> None:
@@ -229,14 +231,14 @@ class Recorder:
         runs = [replace(run, calls=list(run.calls)) for run in self._runs if run.is_whole]
         self.clear()
         if self._attention_modules and not self._narrowed and not self._state.entries:
-            alike = self.index.alike(self._attention_modules)
-            self._hooks.watch_only([self._root, *self.images.modules, *self._attention_modules, *alike])
+            self._alike = self.index.alike(self._attention_modules)
+            self._hooks.watch_only([self._root, *self.images.modules, *self._alike])
             self._narrowed = True
         return runs, tuple(skip for run in runs for skip in run.skipped)
 
     def unseen(self, run: Run) -> list[str]:
         """Modules of this run that look like attention and in which none was seen, or only an unknown kernel."""
-        silent = run.silent & set(self.index.alike(self._attention_modules)) - set(run.fired) if run.silent else ()
+        silent = (run.silent & self.index.alike(self._attention_modules)) - run.fired.keys() if run.silent else set()
         return [*(f"{name} ({kernel})" for name, kernel in run.unknown), *(self.index.names[m] for m in silent)]
 
     def checkpointed(self, run: Run) -> list[str]:

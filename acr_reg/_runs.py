@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -35,7 +36,7 @@ class Run:
     calls: list[SeenCall] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     fired: Counter[nn.Module] = field(default_factory=Counter)
-    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    shapes: list[Sequence[int]] = field(default_factory=list)
     unknown: list[tuple[str, str]] = field(default_factory=list)  # modules with kernels that leave nothing to record
     silent: set[nn.Module] = field(default_factory=set)  # modules that ran without any attention seen in them
     reentrant: set[nn.Module] = field(default_factory=set)  # modules that reentrant checkpointing ran without a graph
@@ -49,14 +50,14 @@ class Run:
         return not self.failed and not (self.visit is not None and self.visit.was_interrupted)
 
     def summary(self) -> str:
-        return f"{len(self.shapes)} attention calls, the first on {self.shapes[0]}" if self.shapes else "none"
+        return f"{len(self.shapes)} attention calls, the first on {tuple(self.shapes[0])}" if self.shapes else "none"
 
     def release(self) -> None:
         self.kept = False
         self.calls.clear()
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Entry:
     """A hooked module that is running, with what it was given."""
 
@@ -68,7 +69,7 @@ class Entry:
     visit: Visit | None = None
     run: Run | None = None
     reported: bool = False
-    calls: list[SeenCall] = field(default_factory=list)
+    calls: list[SeenCall] | None = None
 
 
 class ThreadState(threading.local):

@@ -45,7 +45,10 @@ def in_reentrant_checkpoint() -> bool:
 
 def remove_mode(mode: TorchFunctionMode) -> None:
     """Takes a mode off this thread's stack, wherever it stands: after an interruption others may lie above it."""
-    above = []
+    top = overrides._pop_mode()
+    if top is mode:
+        return
+    above = [top]
     while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
         top = overrides._pop_mode()
         if top is mode:
