@@ -32,22 +32,25 @@ class ImageWatch:
         self.modules: set[nn.Module] = set()
         self.padding: str | None = None  # the warning that is due where the model pads its images
 
-    def note(self, module: nn.Module, args: tuple[Any, ...], state: ImageState, outermost: bool) -> bool:
+    def note(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ImageState, outermost: bool
+    ) -> bool:
         """Whether ``module`` reads images: what the outermost one is given, and the innermost that is given the same.
 
         A convolution over as many channels reads images too, resized or normalised on the way. Elsewhere a (B, C, H, W)
         tensor may just as well be the queries of three heads.
         """
-        first = args[0] if args else None
+        first = args[0] if args else next(iter(kwargs.values()), None)
         if not isinstance(first, Tensor) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
             return False
         batch, channels, height, width = first.shape
         if outermost:
             state.given = (batch, channels, height, width)
         elif first is not state.seen:
-            reads_images = isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
-            if not reads_images or (state.given is not None and not _may_be_resized(state.given, first.shape)):
-                return False
+            if module not in self.modules:
+                reads_images = isinstance(module, nn.Conv2d) and max(module.kernel_size) > 1
+                if not reads_images or (state.given is not None and not _may_be_resized(state.given, first.shape)):
+                    return False
             if state.given is not None:
                 self._note_padding(state.given, first.shape)
         state.seen, state.size, state.module = first, (batch, height, width), module

@@ -101,4 +101,5 @@ def _place(name: str) -> str:
 
 
 def _is_named_attention(name: str, module: nn.Module) -> bool:
-    return "att" in f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    called = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
+    return re.search(r"attn|attention|mhsa|\batt\b", called) is not None

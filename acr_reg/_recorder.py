@@ -81,7 +81,7 @@ class Recorder:
         entry = Entry(module, args, kwargs, frame)
         if module is self._root and outermost:
             self._begin_visit(state, entry)
-        self._note_images(module, args, state, outermost)
+        self._note_images(module, args, kwargs, state, outermost)
         if state.mode is None and (not self._narrowed or module in self._alike):
             self._enter_mode(state)
             entry.opened_mode = True
@@ -112,10 +112,12 @@ class Recorder:
         entry.visit = Visit(entry.frame)
         state.coming = Run(visit=entry.visit)
 
-    def _note_images(self, module: nn.Module, args: tuple[Any, ...], state: ThreadState, outermost: bool) -> None:
+    def _note_images(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ThreadState, outermost: bool
+    ) -> None:
         if self._narrowed and module is not self._root and module not in self.images.modules:
             return  # the input of an attention module may look like an image of few rows
-        if self.images.note(module, args, state.images, outermost) and state.run is not None:
+        if self.images.note(module, args, kwargs, state.images, outermost) and state.run is not None:
             state.run.closed = True
 
     def _enter_mode(self, state: ThreadState) -> None:

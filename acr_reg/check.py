@@ -260,7 +260,8 @@ def _lines(report: Check) -> Iterator[str]:
     rows += [[_cell(getattr(layer, name)) for name in names] for layer in report.layers]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if report.layers:
-        yield from ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+        for row in rows:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
     for name, reason in report.skipped:
         yield f"skipped {name}: {reason}"
     if report.layers:

@@ -174,7 +174,8 @@ def _reaches_factors(model: nn.Module, layer: LayerAttention) -> bool:
     factors: list[Any] = [query, key] if query is not None and key is not None else []
     if factors and not layer.is_factored:  # the key is a view of what met the query
         factors[1] = GradientEdge(*key.grad_fn.next_functions[0])
-    parameters = [p for p in model.get_submodule(layer.name).parameters() if p.requires_grad] if layer.name else []
+    module = dict(model.named_modules()).get(layer.name, model)
+    parameters = [p for p in module.parameters() if p.requires_grad]
     wanted = factors + (parameters or [p for p in model.parameters() if p.requires_grad])
     gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
     reached = [g is not None and bool(g.isfinite().all()) and bool((g != 0).any()) for g in gradients]
