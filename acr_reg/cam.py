@@ -65,7 +65,7 @@ def class_token_gradient_cam(
     """
     layers = _layers_from(attention, start_layer)
     wanted = _check_cam_inputs(logits, attention, layers, labels, method, query)
-    grid = layers[0].layout.query if query == "all" else layers[0].layout.key
+    grid = layers[0].layout.key  # where the rows look, whichever they are
     batch, classes = logits.shape
     maps = torch.zeros(batch, classes, len(grid), dtype=at_least_float32(logits).dtype, device=logits.device)
     _check_differentiable(logits, layers, create_graph)
@@ -277,7 +277,14 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     both.
     """
     chosen = attention if layers is None else attention.select(layers)
-    grid = chosen[0].layout.key
+    grid = chosen[-1].layout.key
+    other = [layer.index for layer in chosen if layer.layout.query != grid or layer.layout.key != grid]
+    if other:
+        fitting = [layer.index for layer in chosen if layer.index not in other]
+        raise ValueError(
+            f"found layers {other} whose queries or keys are not on the grid of {grid} of layer {chosen[-1].index}; "
+            f"expected one grid for both; choose layers={fitting or 'those of one stage without reduced keys'}"
+        )
     if cam.ndim != 4 or cam.shape[0] != attention.batch_size or tuple(cam.shape[-2:]) != (grid.height, grid.width):
         raise ValueError(
             f"found a map of shape {tuple(cam.shape)} for {attention.batch_size} images on a grid of {grid}; expected "

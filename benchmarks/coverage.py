@@ -221,15 +221,28 @@ def _judge(
 
 
 def table(rows: list[Row]) -> str:
+    headings = (
+        "library",
+        "model",
+        "kind",
+        "layers",
+        "by",
+        "windows",
+        "on a grid",
+        "A V off",
+        "rows off",
+        "output change",
+    )
     lines = [
-        "| library | model | kind | layers | by | windows | on a grid | A V off | rows off | skipped, by name |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        f"| {' | '.join([*headings, 'gradient to q, k', 'logit by map', 'left out, by name'])} |",
+        f"|{'---|' * (len(headings) + 3)}",
     ]
     for row in rows:
         by = [f"{n} {name}" for name in ("factored", "explicit", "mixed") if (n := getattr(row, name))]
         layers = f"{row.captured} of {row.expected}" if row.green else f"**{row.captured} of {row.expected}**"
         cells = [row.library, f"`{row.name}`", row.kind, layers if row.expected else "refused", ", ".join(by) or "-"]
         cells += [str(row.windows or "-"), str(row.grids or "-"), _small(row.product_error), _small(row.row_error)]
+        cells += [_small(row.output_change), str(row.gradient_to_factors or "-"), str(row.gradient_by_map or "-")]
         lines.append(f"| {' | '.join([*cells, row.reason.replace('|', '/') or '-'])} |")
     return "\n".join(lines)
 
@@ -255,12 +268,14 @@ def document(rows: list[Row]) -> str:
 
 {summary(rows)}
 
-Made by `python benchmarks/coverage.py --write` on {date.today()} with {versions}; random weights, float32, CPU. In each
-green row with attention between tokens every layer was captured, outputs were equal to the bit with and without the
-capture, gradient reached query and key of every layer, and a logit had a gradient by every map. "Layers" is found of
-expected (counted by hand from the source); "by" says whether query and key of a fused kernel were recorded (factored)
-or the map, as it met V (mixed: combined across heads or gated after the softmax). Layers within windows can be read;
-the loss and the class maps refuse them by name, as they do layers "on a grid" does not count.
+Made by `python benchmarks/coverage.py --write` on {date.today()} with {versions}; random weights, float32, CPU.
+
+"Layers" is found of expected, counted by hand from the source; "by" says whether query and key of a fused kernel were
+recorded (factored) or the map as it met V (mixed: combined across heads or gated after the softmax). "On a grid" counts
+the layers whose tokens were placed on the image: the loss and the class maps take these, and refuse the others by name
+(windows, tokens in another order, texts). "A V off" and "rows off" are the worst relative error of map times V against
+the layer's own result, and of the sums of rows; "gradient to q, k" and "logit by map" count the layers in which a loss
+on the map reaches query and key, and in which a logit has a gradient by the map.
 
 {table(rows)}
 """
