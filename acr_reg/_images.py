@@ -33,7 +33,13 @@ class ImageWatch:
         self.padding: str | None = None  # the warning that is due where the model pads its images
 
     def note(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], state: ImageState, outermost: bool
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        state: ImageState,
+        outermost: bool,
+        is_root: bool,
     ) -> bool:
         """Whether ``module`` reads images: what the outermost one is given, and the innermost that is given the same.
 
@@ -44,7 +50,7 @@ class ImageWatch:
         if not isinstance(first, Tensor) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
             return False
         batch, channels, height, width = first.shape
-        if outermost:
+        if outermost and (is_root or _reads(module, channels, state)):
             state.given = (batch, channels, height, width)
         elif first is not state.seen:
             if module not in self.modules:
@@ -65,6 +71,13 @@ class ImageWatch:
                 f"tokens of a flipped image lie up to {max(added)} px off those they are matched with; expected whole "
                 "patches; resize or crop the images to a multiple of the patch size before both forwards"
             )
+
+
+def _reads(module: nn.Module, channels: int, state: ImageState) -> bool:
+    """Whether a part of the model that is called by itself has a convolution for images of so many channels."""
+    if state.size is not None and state.given is not None and channels != state.given[1]:
+        return False
+    return any(isinstance(m, nn.Conv2d) and m.in_channels == channels for m in module.modules())
 
 
 def _may_be_resized(images: Sequence[int], maps: Sequence[int]) -> bool:

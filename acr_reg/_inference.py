@@ -167,7 +167,7 @@ def infer_layout(
     # A class token may join in the last stage only; one that the user states is there.
     prefixes = [prefix, 0] if prefix and num_prefix_tokens is None else [prefix]
     fits, fitted = _first_fits(num_tokens, image_size, fields, prefixes), num_tokens
-    if len(fits) != 1 and num_keys != num_tokens:  # queries so few that no stage gives them: keys may be on a grid
+    if num_keys != num_tokens and (len(fits) != 1 or num_keys > num_tokens):  # the larger one tells more
         of_keys = _first_fits(num_keys, image_size, fields, prefixes)
         fits, fitted = (of_keys, num_keys) if len(of_keys) == 1 else (fits, fitted)
     if len(fits) != 1:
@@ -271,7 +271,8 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
             "grid of the same proportions; name it by with_layout(grid=, key_grid=, num_prefix_tokens=)"
         )
     rows, columns = grids[0]
-    by = next((r for r in range(1, height + 1) if height // r == rows and width // r == columns), None)
+    fits = [r for r in range(1, height + 1) if height // r == rows and width // r == columns]
+    by = min(fits, key=lambda r: (height % r + width % r, r), default=None)
     step = (float(by), float(by)) if by is not None else (height / rows, width / columns)
     return Lattice(rows, columns, (lattice.stride[0] * step[0], lattice.stride[1] * step[1]), extent=lattice.extent)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._products import meeting, score_factors
@@ -189,7 +189,7 @@ class AttentionMode(TorchFunctionMode):
         heads = args[4] if len(args) > 4 else kwargs["num_heads"]
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
-        _inside.refusal = None if query is key else "cross-attention: queries and keys are not the same tokens"
+        _inside.refusal = None if _same(query, key) else "cross-attention: queries and keys are not the same tokens"
         try:
             with self:
                 return multi_head_attention_body(*args, **kwargs)
@@ -227,13 +227,15 @@ class AttentionMode(TorchFunctionMode):
         traces = [self._trace_of(operand) for operand in operands]
         if name in _PRODUCT_NAMES:
             probable = [t is not None and t.probability is not None for t in traces]
-            if sum(probable) == 1 and len(traces) == 2:
+            if not any(probable):
+                self._start_scores(args[0] if name == "einsum" else None, operands, result)
+                return
+            if sum(probable) > 1 or len(traces) != 2:
+                return
+            if not isinstance(operands[probable.index(False)], nn.Parameter):
                 self._met_values(name, args, operands, traces, result)
-            elif not any(probable) and isinstance(result, Tensor):
-                equation = args[0] if name == "einsum" else None
-                factors = score_factors(equation, operands) if self._for_checks else None
-                self._traces[id(result)] = _Trace(weakref.ref(result), factors)
-            return
+                return
+            # else heads are mixed by a matrix of weights, which are no values
         found = [t for t in traces if t is not None]
         if not found or not isinstance(result, Tensor) or not result.is_floating_point():
             return
@@ -260,6 +262,11 @@ class AttentionMode(TorchFunctionMode):
             mixed=trace.mixed or not (same or same_rows or turned),
             dropout=max(trace.dropout, dropped),
         )
+
+    def _start_scores(self, equation: object, operands: list[Tensor], result: Any) -> None:
+        if isinstance(result, Tensor):
+            factors = score_factors(equation, operands) if self._for_checks else None
+            self._traces[id(result)] = _Trace(weakref.ref(result), factors)
 
     def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
         """The operand that meets V is the effective attention; before dropout where nothing else changed it.
@@ -306,6 +313,11 @@ def _learn_role(func: Any) -> _Role:
     role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
     _ROLES[func] = role
     return role
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def _is_transposed(result: Tensor, alias: Tensor) -> bool:

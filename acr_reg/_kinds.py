@@ -96,7 +96,7 @@ def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     second = args[1] if len(args) > 1 else None
     if second is None and _OTHER_TOKENS.isdisjoint(kwargs):
         return False
-    query = first_tensor(args, kwargs)
+    query = first_tensor(args, {name: value for name, value in kwargs.items() if name not in _OTHER_TOKENS}, kwargs)
     named = [kwargs[name] for name in _OTHER_TOKENS & kwargs.keys()]
     if any(isinstance(other, Tensor) and other is not query for other in named):
         return True
@@ -242,7 +242,7 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 
 def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
     """The same layers; those within windows with the reason in place of a layout, and the layers to use instead."""
-    usable = [layer.index for layer in layers if layer.window is None]
+    usable = [layer.index for layer in layers if layer.window is None and not isinstance(layer.located, str)]
     advice = f"choose layers={usable}, which see all of it" if usable else "no layer here does; take another model"
     reason = "found attention within {} ({} tokens each); expected every token to attend to the whole image; {}"
     return [

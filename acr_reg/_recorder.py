@@ -117,7 +117,8 @@ class Recorder:
     ) -> None:
         if self._narrowed and module is not self._root and module not in self.images.modules:
             return  # the input of an attention module may look like an image of few rows
-        if self.images.note(module, args, kwargs, state.images, outermost) and state.run is not None:
+        is_root = module is self._root
+        if self.images.note(module, args, kwargs, state.images, outermost, is_root) and state.run is not None:
             state.run.closed = True
 
     def _enter_mode(self, state: ThreadState) -> None:

@@ -361,16 +361,18 @@ def _grid_layout(
             raise LayoutError(f"found grid={given!r}; expected (height, width) in tokens; pass grid=(14, 14) for 196")
     query = key = Lattice(*grid)
     if key_grid is not None:
-        stride = grid[0] / key_grid[0], grid[1] / key_grid[1]
-        key = Lattice(*key_grid, stride, extent=query.extent)
+        key = Lattice(*key_grid)  # which has tokens
+        key = replace(key, stride=(grid[0] / key.height, grid[1] / key.width), extent=query.extent)
     return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
 
 
 def _check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
     if tuple(shape[-2:]) != (layout.num_queries, layout.num_keys):
+        prefix, query, key = layout.num_prefix_tokens, layout.query, layout.key
+        keys = f" and {layout.num_keys} keys ({prefix} prefix + {key})" if key != query else ""
         raise LayoutError(
             f"layer {index}: found {shape[-2]} queries and {shape[-1]} keys; expected {layout.num_queries} "
-            f"({layout.num_prefix_tokens} prefix + {layout.query}); correct grid= or num_prefix_tokens="
+            f"({prefix} prefix + {query}){keys}; correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}"
         )
 
 

@@ -64,8 +64,9 @@ def class_token_gradient_cam(
     torch.Size([1, 4, 2, 3])
     """
     layers = _layers_from(attention, start_layer)
+    grids = [layer.layout.key for layer in layers]  # says which is on none, before anything counts images
     wanted = _check_cam_inputs(logits, attention, layers, labels, method, query)
-    grid = layers[0].layout.key  # where the rows look, whichever they are
+    grid = grids[0]  # where the rows look, whichever they are
     batch, classes = logits.shape
     maps = torch.zeros(batch, classes, len(grid), dtype=at_least_float32(logits).dtype, device=logits.device)
     _check_differentiable(logits, layers, create_graph)

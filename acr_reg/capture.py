@@ -46,12 +46,13 @@ def capture_attention(
             them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
             released at once.
         no_grad: also record runs under ``torch.no_grad``, which cost nothing otherwise.
+        double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
         graph_from: start the autograd graph at this layer (negative: from the last) where none reaches it, as with a
             frozen backbone, so that a class map by gradient works; layers below stay without a graph.
-        double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
 
     Returns an :class:`AttentionCapture`: ``take()`` the maps after each forward, ``remove()`` (or leave its ``with``
-    block) when done. Dropping it also ends the capture.
+    block) when done. Dropping it also ends the capture. Raises :class:`CaptureError` for modules whose kernels cannot
+    be seen: compiled, scripted, traced or exported.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)

@@ -166,6 +166,7 @@ class AllPairsConsistencyLoss(nn.Module):
             raise ValueError(f"found scale={scale}; expected a finite number; look at the schedule that computed it")
         relation = self._relation(view, view_a)
         pairs = self._pairs(attn_a, attn_b)
+        _check_placed(pairs)
         first = pairs[0][0]
         _check_cams(cam_a, cam_b, first.shape[0], torch.is_grad_enabled() and self.weights["cam"] > 0)
         _check_labels(labels, first.shape[0], None if cam_a is None else cam_a.shape[1])
@@ -310,6 +311,13 @@ def _check_alive(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:
                 f"found maps of view {side} whose graph backward() has already freed; expected maps of a forward that "
                 "is still to be differentiated; take() them anew in each step, and add the loss before backward()"
             )
+
+
+def _check_placed(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:
+    """Says why a layer is on no grid before anything counts its images: windows hold several maps an image."""
+    for pair in pairs:
+        for layer in pair:
+            _ = layer.layout
 
 
 def _present(layer: LayerAttention, labels: Tensor | None) -> Tensor | None:
