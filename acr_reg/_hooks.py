@@ -33,7 +33,7 @@ _WATCHERS: dict[int, weakref.ref[Watcher]] = {}
 _NUMBERS = count()
 _TRACED = (
     "found {} tracing a captured model; expected the model itself to run, since hooks and maps are no part of a traced "
-    "graph; remove() the capture before tracing, or run the captured model uncompiled"
+    "graph; run the captured model uncompiled, or end the capture before tracing"
 )
 
 
@@ -64,7 +64,7 @@ class _EnterHook(_Hook):
         if watcher is None:
             return
         if is_compiling():
-            break_graph()
+            break_graph("a captured model cannot be traced")
             raise CaptureError(_TRACED.format("torch.compile or torch.export"))
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise CaptureError(_TRACED.format("torch.jit.trace"))
@@ -74,7 +74,7 @@ class _EnterHook(_Hook):
 class _LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         watcher = _watcher(self.number)
-        if watcher is not None:
+        if watcher is not None and not is_compiling():
             # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
             watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
+from acr_reg._hooks import CaptureError
 from acr_reg._inference import ModelFields, infer_layout, read_fields
 from acr_reg._kinds import Placement, SeenCall, place, unordered_tokens
-from acr_reg._torch import BatchNorm
+from acr_reg._torch import BatchNorm, is_compiled, is_exported, is_replica
 from acr_reg.tokens import LayoutError, TokenLayout
 
 Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class tokens, as the user gives them
@@ -20,16 +22,50 @@ Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class token
 _NEAREST = 4  # modules around an attention module that may say its window
 
 
+def refuse_traced(model: nn.Module) -> None:
+    """Modules whose kernels hooks and modes do not see would lose their layers without a word."""
+    kinds = {
+        "compiled": is_compiled,
+        "scripted or traced by torch.jit": lambda module: isinstance(module, torch.jit.ScriptModule),
+        "exported": is_exported,
+        "a replica of nn.DataParallel": is_replica,
+    }
+    for name, module in model.named_modules():
+        for kind, is_kind in kinds.items():
+            if is_kind(module):
+                raise CaptureError(
+                    f"found {name or 'a model'} ({type(module).__name__}), which is {kind}; expected modules that run "
+                    "as Python wrote them; capture the original model and run that"
+                )
+
+
+def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
+    known = dict(model.named_modules())
+    found = known.get(module) if isinstance(module, str) else module
+    if found is None or not any(found is m for m in known.values()):
+        raise ValueError(
+            f"found {module!r}, which is no module of {type(model).__name__}; expected names from "
+            f"model.named_modules(), such as {[name for name in known if name][:4]}; correct modules="
+        )
+    return found
+
+
 class ModuleIndex:
     """The modules of one model, as they were when the capture began, and what was found out about them."""
 
-    def __init__(self, model: nn.Module, within: list[nn.Module] | None, hints: Hints) -> None:
+    def __init__(self, model: nn.Module, within: Iterable[str | nn.Module] | None, hints: Hints) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
+        refuse_traced(model)
         self.model = model
         self.names = {module: name or type(model).__name__ for name, module in model.named_modules()}
         self.registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self._modules = dict(model.named_modules())
-        self._within = None if within is None else {m for root in within for m in root.modules()}
+        self._within = None if within is None else {m for part in within for m in _named(model, part).modules()}
         self._hints = hints
+        self.likely = {
+            m for m, n in self.names.items() if self.counts(m) and _is_named_attention(n, m) and _projects(m)
+        }
         self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
         self._unordered = unordered_tokens(model)
         self._alike: set[nn.Module] | None = None
@@ -53,10 +89,16 @@ class ModuleIndex:
             self._alike = {
                 module
                 for module, name in self.names.items()
-                if self.counts(module)
-                and (type(module) in kinds or (_is_named_attention(name, module) and _place(name) in places))
+                if self.counts(module) and (type(module) in kinds or (module in self.likely and _place(name) in places))
             }
         return self._alike
+
+    def beside(self, silent: set[nn.Module], fired: Iterable[nn.Module]) -> list[str]:
+        """Of modules in which nothing was seen, those that may be attention by their names and are no part of one in
+        which something was."""
+        seen = [f"{self.names[m]}." for m in fired]
+        names = [self.names[m] for m in silent & self.likely]
+        return [name for name in names if not any(name.startswith(other) for other in seen)]
 
     def named_attention(self) -> list[str]:
         return [f"{n} ({type(m).__name__})" for m, n in self.names.items() if _is_named_attention(n, m)]
@@ -103,3 +145,7 @@ def _place(name: str) -> str:
 def _is_named_attention(name: str, module: nn.Module) -> bool:
     called = f"{name.rpartition('.')[2]} {type(module).__name__}".lower()
     return re.search(r"attn|attention|mhsa|\batt\b", called) is not None
+
+
+def _projects(module: nn.Module) -> bool:
+    return any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in module.modules())

@@ -28,8 +28,8 @@ _PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
 
 @dataclass(frozen=True)
 class Offset:
-    """How far, in pixels, matched tokens are apart under a view (the largest of those probed), and how far a token of
-    the images stands from the lattice's centre for it."""
+    """How far matched tokens are apart under a view, and a token of the images from the lattice's centre for it: the
+    largest of those probed, in pixels of the images as the model reads them."""
 
     under_view: float
     from_lattice: float
@@ -41,7 +41,6 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
-    size_a, size_b = noise.shape[-2:], probe_b.images.shape[-2:]
     found: dict[int, dict[Side, Offset]] = {}
     layouts: set[TokenLayout] = set()
     for position, layer in enumerate(probe_a.maps):
@@ -53,12 +52,14 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
             lattice_a, lattice_b = _lattice(layer, side), _lattice(probe_b.maps[position], side)
             tokens_a = _inner_tokens(lattice_a)
             nominal_a = _centres(lattice_a)[tokens_a]
-            centres_b = _carried_back(_centres(lattice_b), view, size_b, size_a)
+            centres_b = _carried_back(_centres(lattice_b), view)
             tokens_b = torch.cdist(nominal_a, centres_b).argmin(1)
             missed = centres_b[tokens_b] - nominal_a  # of a view that maps no lattice onto the other
             found_a = probe_a.positions(position, side, tokens_a)
-            found_b = _carried_back(probe_b.positions(position, side, tokens_b), view, size_b, size_a)
-            apart, away = (found_b - missed - found_a).norm(dim=1), (found_a - nominal_a).norm(dim=1)
+            found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
+            pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
+            apart = ((found_b - missed - found_a) * pixels).norm(dim=1)
+            away = ((found_a - nominal_a) * pixels).norm(dim=1)
             found[position][side] = Offset(apart.max().item(), away.max().item())
     return found
 
@@ -71,15 +72,14 @@ class _Probe:
         self.maps = observe(self.images)
 
     def positions(self, layer: int, side: Side, tokens: Tensor) -> Tensor:
-        """(P, 2): y and x, in pixels, of what each token was made from."""
+        """(P, 2): y and x, from 0 to 1 over the image, of what each token was made from."""
         seen = self.maps[layer]
         of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
         weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
         (gradient,) = torch.autograd.grad((of_token * weights).sum(), self.images, retain_graph=True)
         energy = gradient.double().square().sum(1).cpu()
         strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
-        y = torch.arange(energy.shape[1], dtype=torch.float64) + 0.5
-        x = torch.arange(energy.shape[2], dtype=torch.float64) + 0.5
+        y, x = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in energy.shape[1:])
         return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
 
 
@@ -88,22 +88,21 @@ def _lattice(layer: LayerAttention, side: Side) -> Lattice:
 
 
 def _centres(lattice: Lattice) -> Tensor:
-    """(tokens, 2): y and x of every centre, in pixels."""
+    """(tokens, 2): y and x of every centre, from 0 to 1 over the image."""
     y = lattice.offset[0] + (torch.arange(lattice.height, dtype=torch.float64) + 0.5) * lattice.stride[0]
     x = lattice.offset[1] + (torch.arange(lattice.width, dtype=torch.float64) + 0.5) * lattice.stride[1]
-    return torch.stack(torch.meshgrid(y, x, indexing="ij"), -1).flatten(0, 1)
+    grid = torch.meshgrid(y / lattice.extent[0], x / lattice.extent[1], indexing="ij")
+    return torch.stack(grid, -1).flatten(0, 1)
 
 
 def _inner_tokens(lattice: Lattice) -> Tensor:
     return torch.tensor([int(y * lattice.height) * lattice.width + int(x * lattice.width) for y, x in _PLACES])
 
 
-def _carried_back(points: Tensor, view: View, size: torch.Size, source: torch.Size) -> Tensor:
-    """Points (P, 2) of a view's output, in its pixels, as points of its input."""
-    along = points / torch.tensor(size, dtype=points.dtype)
-    y, x = along.flip(1).unbind(1) if view.transposed else along.unbind(1)
-    carried = torch.stack([view.y.slope * y + view.y.start, view.x.slope * x + view.x.start], 1)
-    return carried * torch.tensor(source, dtype=points.dtype)
+def _carried_back(points: Tensor, view: View) -> Tensor:
+    """Points (P, 2) of a view's output as points of its input, from 0 to 1 over each."""
+    y, x = points.flip(1).unbind(1) if view.transposed else points.unbind(1)
+    return torch.stack([view.y.slope * y + view.y.start, view.x.slope * x + view.x.start], 1)
 
 
 def _of_token(layer: LayerAttention, side: Side) -> Tensor:

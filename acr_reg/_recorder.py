@@ -29,7 +29,7 @@ class Recorder:
     def __init__(
         self,
         model: nn.Module,
-        within: list[nn.Module] | None = None,
+        within: Iterable[str | nn.Module] | None = None,
         keep: Keep = "only",
         hints: Hints = (None, None, None),
         no_grad: bool = False,
@@ -76,6 +76,8 @@ class Recorder:
                 state.current.reentrant.add(module)
             return
         if in_backward():  # checkpointing recomputes what the first pass has already shown
+            if self._double_backward:  # by the kernel of the first pass
+                self._recompute(state, Entry(module, args, kwargs, frame, recomputes=True))
             return
         outermost = not state.entries
         entry = Entry(module, args, kwargs, frame)
@@ -92,7 +94,9 @@ class Recorder:
         if not state.entries or state.entries[-1].module is not module:
             return
         entry = state.entries.pop()
-        if failed:
+        if entry.recomputes:
+            pass
+        elif failed:
             self._fail(state)
         elif entry.reported:
             if entry.calls is not None:
@@ -127,6 +131,12 @@ class Recorder:
         mode.__enter__()
         state.mode = mode
 
+    def _recompute(self, state: ThreadState, entry: Entry) -> None:
+        if state.mode is None:
+            self._enter_mode(state)
+            entry.opened_mode = True
+        state.entries.append(entry)
+
     def _close(self, state: ThreadState, entry: Entry) -> None:
         if entry.visit is not None:
             entry.visit.frame = None
@@ -135,8 +145,10 @@ class Recorder:
         mode, state.mode = state.mode, None
         remove_mode(mode)
         state.images.seen = None
-        name = self.index.names[entry.module]
         unmet = mode.forget()
+        if entry.recomputes:
+            return
+        name = self.index.names[entry.module]
         state.current.skipped += [(name, what) for what in unmet]
         if state.current is state.coming:
             self._outside += [f"{name}: {what}" for what in unmet]
@@ -157,9 +169,10 @@ class Recorder:
     # ---- called by the mode
 
     def _entry(self) -> Entry | None:
-        """The innermost module that is running. None where only an interruption left the mode on this thread."""
+        """The innermost module that is running. None where what is seen now is nobody's: a mode that an interruption
+        left on this thread, or a recomputation."""
         entries = self._state.entries
-        return entries[-1] if entries and is_running(entries[-1].frame) else None
+        return entries[-1] if entries and is_running(entries[-1].frame) and not entries[-1].recomputes else None
 
     def _report(self, call: AttentionCall) -> None:
         state, entry = self._state, self._entry()
@@ -235,7 +248,7 @@ class Recorder:
         self.clear()
         if self._attention_modules and not self._narrowed and not self._state.entries:
             self._alike = self.index.alike(self._attention_modules)
-            self._hooks.watch_only([self._root, *self.images.modules, *self._alike])
+            self._hooks.watch_only([self._root, *self.images.modules, *self._alike, *self.index.likely])
             self._narrowed = True
         return runs, tuple(skip for run in runs for skip in run.skipped)
 
@@ -243,6 +256,11 @@ class Recorder:
         """Modules of this run that look like attention and in which none was seen, or only an unknown kernel."""
         silent = (run.silent & self.index.alike(self._attention_modules)) - run.fired.keys() if run.silent else set()
         return [*(f"{name} ({kernel})" for name, kernel in run.unknown), *(self.index.names[m] for m in silent)]
+
+    def beside(self, run: Run) -> list[tuple[str, str]]:
+        """(name, reason) of modules of this run that may be attention of which nothing was seen."""
+        names = self.index.beside(run.silent, run.fired)
+        return [(name, "nothing was seen in it: no attention, or by another kernel") for name in names]
 
     def checkpointed(self, run: Run) -> list[str]:
         """Modules of this run whose graph reentrant checkpointing hides."""
@@ -276,7 +294,7 @@ class Recorder:
                 "reentrant checkpointing also runs its forward without a graph: use_reentrant=False)"
             )
         named = self.index.named_attention()
-        if named and not reasons:
+        if named and not any(name.partition(" ")[0] in reason for name in named for reason in reasons):
             reasons.append(f"nothing of the kind was seen in {', '.join(named[:3])}{' and more' * (len(named) > 3)}")
         return (
             f"found no token-to-token attention of {type(self._root).__name__} since the last "

@@ -66,6 +66,7 @@ class Entry:
     kwargs: dict[str, Any]
     frame: FrameType
     opened_mode: bool = False
+    recomputes: bool = False  # in a backward, what checkpointing threw away
     visit: Visit | None = None
     run: Run | None = None
     reported: bool = False

@@ -73,14 +73,20 @@ def is_compiling() -> bool:
     return bool(public() if public is not None else torch._utils.is_compiling())
 
 
-def break_graph() -> None:
+def break_graph(why: str) -> None:
     """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not."""
-    torch._dynamo.graph_break()
+    if "msg" in torch._dynamo.graph_break.__code__.co_varnames:  # not in torch 2.1
+        torch._dynamo.graph_break(why)
+    else:
+        torch._dynamo.graph_break()
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile(module) or module.compile() made this module run what hooks do not see."""
+    """Whether torch.compile(module), module.compile() or a compiled forward made this module run what hooks do not
+    see."""
     if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    if hasattr(module.forward, "_torchdynamo_orig_callable"):
         return True
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
 
@@ -100,20 +106,28 @@ def is_exported(module: nn.Module) -> bool:
 def is_freed(tensor: Tensor) -> bool:
     """Whether a backward has freed the graph that made this tensor, as its nearest nodes that saved anything tell.
 
-    Nothing is unpacked or recomputed: hooks of checkpointing and of offloading are kept from running.
+    Nothing is unpacked or recomputed: hooks of checkpointing and of offloading are kept from running. Within such
+    hooks, of which torch then lets none be disabled, the answer is no.
     """
-    todo, seen = [tensor.grad_fn], set()
-    with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):
-        while todo:
-            node = todo.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            freed, kept = _saved(node)
-            if freed:
-                return True
-            if not kept:
-                todo += [before for before, _ in node.next_functions]
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):
+            return _any_freed(tensor.grad_fn)
+    except RuntimeError:
+        return False
+
+
+def _any_freed(node: Any) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        freed, kept = _saved(node)
+        if freed:
+            return True
+        if not kept:
+            todo += [before for before, _ in node.next_functions]
     return False
 
 

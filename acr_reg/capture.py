@@ -10,14 +10,12 @@ import warnings
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-import torch
 from torch import nn
 
 from acr_reg._hooks import CaptureError
 from acr_reg._kinds import explain_windows, is_pyramid
 from acr_reg._recorder import Keep, Recorder
 from acr_reg._runs import Run
-from acr_reg._torch import is_compiled, is_exported, is_replica
 from acr_reg.attention import AttentionMaps, LayerAttention
 
 
@@ -62,42 +60,10 @@ def capture_attention(
     >>> maps
     AttentionMaps(layers 0; 2 images; 4 heads; 25 tokens: 1 prefix + 4 x 6)
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
     if keep not in ("only", "first", "last", "all"):
         raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
-    _refuse_traced(model)
-    within = None if modules is None else [_named(model, module) for module in modules]
     hints = (patch_size, num_prefix_tokens, class_tokens)
-    return AttentionCapture(Recorder(model, within, keep, hints, no_grad, double_backward, graph_from), layers)
-
-
-def _refuse_traced(model: nn.Module) -> None:
-    """Modules whose kernels hooks and modes do not see would lose their layers without a word."""
-    kinds = {
-        "compiled": is_compiled,
-        "scripted or traced by torch.jit": lambda module: isinstance(module, torch.jit.ScriptModule),
-        "exported": is_exported,
-        "a replica of nn.DataParallel": is_replica,
-    }
-    for name, module in model.named_modules():
-        for kind, is_kind in kinds.items():
-            if is_kind(module):
-                raise CaptureError(
-                    f"found {name or 'a model'} ({type(module).__name__}), which is {kind}; expected modules that run "
-                    "as Python wrote them; capture the original model and run that"
-                )
-
-
-def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
-    known = dict(model.named_modules())
-    found = known.get(module) if isinstance(module, str) else module
-    if found is None or not any(found is m for m in known.values()):
-        raise ValueError(
-            f"found {module!r}, which is no module of {type(model).__name__}; expected names from "
-            f"model.named_modules(), such as {[name for name in known if name][:4]}; correct modules="
-        )
-    return found
+    return AttentionCapture(Recorder(model, modules, keep, hints, no_grad, double_backward, graph_from), layers)
 
 
 class AttentionCapture:
@@ -194,7 +160,7 @@ class AttentionCapture:
                 "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
             )
         layers: list[LayerAttention] = []
-        skipped = list(run.skipped)
+        skipped = [*run.skipped, *recorder.beside(run)]
 
         pyramid = is_pyramid(run.calls)
         for seen in run.calls:

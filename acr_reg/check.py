@@ -17,10 +17,12 @@ from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.capture import AttentionCapture
 from acr_reg.losses import AllPairsConsistencyLoss
 from acr_reg.tokens import Lattice, LayoutError, TokenLayout
-from acr_reg.views import HorizontalFlip, View
+from acr_reg.views import HorizontalFlip, View, require_view
 
 _OFF_ROWS = 1e-4
 _OFF_PRODUCT = 1e-4
+_OFF_IN_HALF = 1e-2  # both, where the layer computed in half precision
+_HALF = (torch.float16, torch.bfloat16)
 _OFF_GRID = 2.0  # tokens: farther from its place, a token stands in another order or grid
 _OFF_STRIDE = 0.25  # of a token: matched tokens farther apart see rather different pixels
 
@@ -77,7 +79,7 @@ def check(
     view: View | None = None,
     *,
     forward: Callable[[Tensor], Any] | None = None,
-    modules: Sequence[str | nn.Module] | None = None,
+    modules: Iterable[str | nn.Module] | None = None,
     layers: Iterable[int] | None = None,
     patch_size: int | Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
@@ -110,30 +112,39 @@ def check(
     >>> report.ok, report.layers[0].kind, report.layers[0].queries
     (True, 'global', '4 x 6')
     """
-    if not isinstance(images, Tensor) or images.ndim != 4:
-        raise ValueError(f"found images of {_shape(images)}; expected a tensor (B, C, H, W); stack a few photos")
+    if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not images.numel():
+        raise ValueError(
+            f"found images of {_shape(images)}; expected a floating point tensor (B, C, H, W); stack a few photos, "
+            "normalised as in training"
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
     view = HorizontalFlip() if view is None else view
+    require_view(view)
     hints = (patch_size, num_prefix_tokens, class_tokens)
-    within = None if modules is None else [model.get_submodule(m) if isinstance(m, str) else m for m in modules]
     call = model if forward is None else forward
+    skipped: tuple[tuple[str, str], ...] = ()
     with _left_as_it_was(model):
-        recorder = Recorder(model, within, "first", hints, for_checks=True)
-        with AttentionCapture(recorder, layers) as attention:
+        try:
+            recorder = Recorder(model, modules, "first", hints, for_checks=True)
+            with AttentionCapture(recorder, layers) as attention:
 
-            def observe(batch: Tensor) -> AttentionMaps:
-                attention.clear()
-                call(batch)
-                return attention.take()
+                def observe(batch: Tensor) -> AttentionMaps:
+                    attention.clear()
+                    call(batch)
+                    return attention.take()
 
-            batch = images.detach().clone().requires_grad_()  # so that a frozen backbone is seen as a whole
-            try:
-                observe(batch)
-                maps_a = observe(batch)  # once more: from the second run on only attention modules are watched
-                skipped = attention.skipped
-                maps_b = observe(view(images.detach()).clone().requires_grad_())
-            except (CaptureError, LayoutError) as error:
-                return Check(type(model).__name__, view, (), attention.skipped, (str(error),), {}, 0, 0)
-            offsets = token_offsets(observe, images, view)
+                # Gradient from the images on, so that a frozen backbone is seen as a whole.
+                batch = images.detach().clone().requires_grad_()
+                try:
+                    observe(batch)
+                    maps_a = observe(batch)  # once more: from the second run on only attention modules are watched
+                    maps_b = observe(view(images.detach()).clone().requires_grad_())
+                finally:
+                    skipped = attention.skipped
+                offsets = token_offsets(observe, images, view)
+        except (CaptureError, LayoutError) as error:
+            return Check(type(model).__name__, view, (), skipped, (str(error),), {}, 0, 0)
     checked = tuple(_layer(layer, offsets.get(position, {}), view) for position, layer in enumerate(maps_a))
     terms, refusal = _terms(maps_a, maps_b, view)
     same: dict[str, list[str]] = {}
@@ -152,7 +163,7 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
     """Eval mode inside; modes and random state as they were outside."""
     training = [module for module in model.modules() if module.training]
     try:
-        with torch.random.fork_rng(), torch.enable_grad():
+        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
             torch.manual_seed(0)
             model.eval()
             yield
@@ -170,9 +181,10 @@ def _layer(layer: LayerAttention, offsets: Mapping[Side, Offset], view: View) ->
     for side, offset in offsets.items():
         assert layout is not None
         problem = problem or _offset_problem(side, layout.query if side == "query" else layout.key, offset, view)
-    if row_error is not None and row_error > _OFF_ROWS:
+    half = any(t is not None and t.dtype in _HALF for t in (layer.recorded.seen, layer.recorded.output))
+    if row_error is not None and row_error > (_OFF_IN_HALF if half else _OFF_ROWS):
         problem = f"found rows that sum to 1 only within {row_error:.1e}; expected probabilities; report this model"
-    if product_error is not None and product_error > _OFF_PRODUCT:
+    if product_error is not None and product_error > (_OFF_IN_HALF if half else _OFF_PRODUCT):
         problem = f"found a map whose product with V is {product_error:.1e} off; expected the same; report this model"
     return LayerCheck(
         layer.index,
@@ -240,7 +252,11 @@ def _bytes(layer: LayerAttention) -> tuple[int, int]:
 
 
 def _shape(images: Any) -> str:
-    return f"shape {tuple(images.shape)}" if isinstance(images, Tensor) else f"type {type(images).__name__}"
+    return (
+        f"shape {tuple(images.shape)} and {images.dtype}"
+        if isinstance(images, Tensor)
+        else f"type {type(images).__name__}"
+    )
 
 
 _HEADINGS = {

@@ -21,7 +21,7 @@ from acr_reg.functional import (
     align_layer,
     cam_consistency,
 )
-from acr_reg.views import Compose, View
+from acr_reg.views import Compose, View, require_view
 
 # The paper's weight of 100 on a mean over 576 tokens is 100 / 576 of the distance per row.
 DEFAULT_WEIGHT = 0.17
@@ -82,7 +82,7 @@ class AllPairsConsistencyLoss(nn.Module):
     ) -> None:
         super().__init__()
         if view is not None:
-            _check_view(view)
+            require_view(view)
         _check_choice("normalize", normalize, ("row", "mean"))
         _check_choice("heads", heads, ("mean", "each"))
         _check_choice("cam_normalize", cam_normalize, ("max", "minmax", None))
@@ -199,10 +199,10 @@ class AllPairsConsistencyLoss(nn.Module):
                 "found no view; expected the one applied to the second maps' images; "
                 "AllPairsConsistencyLoss(HorizontalFlip()) or acr(..., view=HorizontalFlip())"
             )
-        _check_view(view)
+        require_view(view)
         if view_a is None:
             return view
-        _check_view(view_a)
+        require_view(view_a)
         return Compose([view_a.inverse, view])
 
     def _pairs(self, attn_a: AttentionMaps, attn_b: AttentionMaps) -> list[tuple[LayerAttention, LayerAttention]]:
@@ -366,13 +366,6 @@ def _check_labels(labels: Tensor | None, batch: int, classes: int | None) -> Non
         raise ValueError(
             f"found labels of shape {tuple(labels.shape)}; expected ({batch}, "
             f"{classes if classes is not None else 'C'}); pass one row of 0 and 1 per image, as wide as the class maps"
-        )
-
-
-def _check_view(view: View) -> None:
-    if not isinstance(view, View):
-        raise TypeError(
-            f"found a view of type {type(view).__name__}; expected an acr_reg View; for instance HorizontalFlip()"
         )
 
 

@@ -114,6 +114,13 @@ class View:
         return lattice_map(self, Lattice(source[0], source[1]), Lattice(target[0], target[1]), device)
 
 
+def require_view(view: object) -> None:
+    if not isinstance(view, View):
+        raise TypeError(
+            f"found a view of type {type(view).__name__}; expected an acr_reg View; for instance HorizontalFlip()"
+        )
+
+
 def Identity() -> View:
     """The view that changes nothing."""
     return View()

@@ -7,7 +7,6 @@ import copy
 
 import pytest
 import torch
-from helpers import explicit, generator, says
 from models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit, multihead_vit
 from torch import Tensor, nn
 
@@ -15,10 +14,8 @@ from acr_reg import (
     AttentionMaps,
     HorizontalFlip,
     Identity,
-    Lattice,
     Rotate90,
     Scale,
-    TokenLayout,
     capture_attention,
     class_token_gradient_cam,
     multi_view_cam,
@@ -348,38 +345,3 @@ def test_nan_is_an_error_and_not_a_map() -> None:
             propagate_cam(torch.full((2, 5, 4, 6), float("nan")), maps)
         with pytest.raises(TypeError, match="found labels of type list"):
             class_token_gradient_cam(logits, maps, [[1, 0]])  # type: ignore[arg-type]
-
-
-# ---- pyramids and reduced keys
-
-
-def pyramid(grids):
-    """Layers of one run, (query grid, key grid) each, on a graph that ends in logits; their tokens lie on one image."""
-    layers, total = [], 0.0
-    for index, (query, key) in enumerate(grids):
-        logits = torch.randn(2, 2, len(query), len(key), dtype=torch.float64, generator=generator(index))
-        weights = logits.requires_grad_().softmax(-1)
-        layers.append(explicit(weights, TokenLayout(query, key, 0, ()), index))
-        values = torch.randn(2, 2, len(key), 4, dtype=torch.float64, generator=generator(10 + index))
-        total = total + (weights @ values).mean((1, 2))
-    return AttentionMaps(layers), total
-
-
-def test_a_class_map_lies_on_the_grid_of_the_keys():
-    query, key = Lattice(4, 6, (8.0, 8.0)), Lattice(2, 3, (16.0, 16.0))
-    attention, logits = pyramid([(query, key)])
-    cam = class_token_gradient_cam(logits, attention, start_layer=0, query="all")
-    assert cam.shape == (2, 4, 2, 3)
-    gradients = torch.autograd.grad(logits[0, 3], attention[0].recorded.map)[0][0]
-    torch.testing.assert_close(cam[0, 3].flatten(), gradients.relu().mean((0, 1)))
-
-
-def test_propagation_over_several_grids_is_refused_with_the_layers_that_fit():
-    wide, small = Lattice(4, 6, (8.0, 8.0)), Lattice(2, 3, (16.0, 16.0))
-    attention, _ = pyramid([(wide, wide), (wide, small), (small, small)])
-    cam = torch.rand(2, 3, 2, 3, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"layers \[0, 1\]") as error:
-        propagate_cam(cam, attention)
-    assert says(error, "2 x 3", "layers=[2]")
-    expected = torch.einsum("bnm,bcm->bcn", attention[2].weights().mean(1), cam.flatten(2)).unflatten(-1, (2, 3))
-    torch.testing.assert_close(propagate_cam(cam, attention, layers=[2]), expected)

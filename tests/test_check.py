@@ -293,6 +293,18 @@ def test_an_overlapping_stem_puts_tokens_elsewhere(block: Callable[[], nn.Module
         assert first.problem in problem
 
 
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [(HorizontalFlip(), 3.0), (VerticalFlip(), 0.0), (Compose([HorizontalFlip(), Rotate90(1)]), 4.5**0.5)],
+    ids=repr,
+)
+def test_a_stem_that_overlaps_along_rows_alone_is_told_from_one_along_columns(view: Any, expected: float) -> None:
+    report = check(toy(lambda: nn.Conv2d(3, 32, (4, 7), 4, (0, 3)), class_token=False), images(), view)
+    assert report.layers[0].queries == "8 x 12"
+    assert abs(report.layers[0].query_offset - expected) < 1.2
+    assert report.ok == (expected == 0)
+
+
 def test_tokens_in_another_order_are_found_out() -> None:
     for size in ((32, 48), (64, 64)):  # as many columns as rows, or not
         report = check(ColumnsFirst(plain, fused), images(size))
@@ -315,7 +327,7 @@ def test_a_model_that_pads_its_images_is_told_by_the_offset() -> None:
         report = check(model, images((32, 43)))
     assert not report.ok
     assert "or the image is padded" in report.problems[0]
-    assert 4 < report.layers[0].query_offset < 6
+    assert 4 < report.layers[0].query_offset < 7
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
@@ -522,12 +534,12 @@ class Everything(Vit):
     def forward(self, images: Tensor) -> Tensor:
         self.broken -= 1
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), self.tokens(images)], 1)
-        tokens = self.blocks[0](tokens)
+        tokens = self.blocks[0](tokens + torch.rand(32))
         if self.broken == 0:
             raise ArithmeticError("the model's own")
         for block in self.blocks[1:]:
             tokens = block(tokens)
-        return self.head(tokens[:, 0] + torch.rand(()))
+        return self.head(tokens[:, 0])
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def test_a_captured_model_that_is_compiled_is_refused_when_it_runs(
         for _ in range(2):
             with pytest.raises(CaptureError) as error:
                 compiled(x)
-            assert says(error, "found torch.compile", "tracing a captured model", "remove() the capture before")
+            assert says(error, "found torch.compile", "tracing a captured model", "before tracing")
             assert modes() == 0
         undo()
         is_captured_right(model, attention, x, output, maps)
@@ -263,7 +263,7 @@ def test_a_captured_model_compiled_as_one_graph_is_refused(build: Builder) -> No
         for _ in range(2):  # cold and warm
             with pytest.raises(Exception, match="captured model") as error:
                 torch.compile(model, backend="eager", fullgraph=True)(x)
-            assert says(error, "remove() the capture before tracing")
+            assert says(error, "before tracing")
             is_captured_right(model, attention, x, output, maps)
     torch._dynamo.reset()
     torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), output)
@@ -286,13 +286,15 @@ def test_a_compiled_forward_is_refused_or_captured_right(build: Builder, part: s
     module.forward = torch.compile(module.forward, backend="eager")
     if when == "before and run":
         model(x)
-    attention, refused = attention or capture_attention(model), None
+    refused = None
     try:
+        attention = attention or capture_attention(model)
         is_captured_right(model, attention, x, output, maps)
     except CaptureError as error:
         refused = str(error)
-    attention.remove()
-    assert refused is None or "found torch.compile" in refused
+    if attention is not None:
+        attention.remove()
+    assert refused is None or "found torch.compile" in refused or "which is compiled" in refused
     torch.testing.assert_close(model(x), output)
 
 
@@ -442,7 +444,7 @@ def test_a_captured_model_is_not_traced_scripted_or_exported(
             for wrapped in (model, nn.Sequential(nn.Identity(), model)):
                 with pytest.raises(Exception, match="captured model") as error:
                     make(wrapped, x)
-                assert says(error, "remove() the capture before tracing")
+                assert says(error, "before tracing")
                 if make is not _exported_strictly:  # there torch wraps what it is told
                     assert isinstance(error.value, CaptureError)
                 assert modes() == 0

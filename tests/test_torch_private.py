@@ -181,19 +181,10 @@ def fresh_dynamo() -> Iterator[None]:
 
 
 class Announcing(nn.Module):
-    """Says whether it is being compiled; ``ends`` is called where it is, and what it raises is to reach the caller."""
-
-    def __init__(self, ends: Callable[[], None] | None = None) -> None:
-        super().__init__()
-        self.ends = ends
+    """Says whether it is being compiled."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if private.is_compiling():
-            if self.ends is not None:
-                self.ends()
-                raise KeyError("found out")
-            return x + 1
-        return x - 1
+        return x + 1 if private.is_compiling() else x - 1
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -209,16 +200,21 @@ def test_is_compiling_is_true_while_a_graph_is_traced() -> None:
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_break_graph_lets_an_exception_out_of_the_traced_code() -> None:
     note = changed("torch._dynamo.graph_break", "whether what follows it still runs as Python wrote it")
-    called = torch.compile(Announcing(break_graph), backend="eager")
+    reason = ["why"] * len(inspect.signature(private.break_graph).parameters)
+
+    def refuse(*_: Any) -> None:
+        if private.is_compiling():
+            private.break_graph(*reason)
+            raise KeyError("found out")
+
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    model[1][0].register_forward_pre_hook(refuse)
+    called = torch.compile(model, backend="eager")
     for _ in range(2):
         with pytest.raises(KeyError) as error:
-            called(torch.zeros(2))
+            called(torch.zeros(2, 2))
         assert "found out" in str(error.value), note
-
-
-def break_graph() -> None:
-    takes_a_reason = len(inspect.signature(private.break_graph).parameters) == 1
-    private.break_graph(*(["why"] * takes_a_reason))
+    assert model(torch.zeros(2, 2)).shape == (2, 2)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
@@ -231,6 +227,22 @@ def test_is_compiled_tells_both_ways_to_compile_a_module() -> None:
     module.compile(backend="eager")
     assert private.is_compiled(module), note
     assert not private.is_compiled(nn.Sequential(module)), note
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_is_compiled_takes_no_module_for_compiled_that_is_kept_from_it() -> None:
+    """Such a forward bears the marks of a compiled one, and runs as Python wrote it."""
+    note = changed("what torch.compiler.disable leaves", "_torchdynamo_orig_callable and _torchdynamo_disable")
+    module = nn.Linear(2, 2)
+    module.forward = torch.compiler.disable(module.forward)
+    assert not private.is_compiled(module), note
+
+    class Apart(nn.Module):
+        @torch.compiler.disable
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert not private.is_compiled(Apart()), note
 
 
 def test_is_replica_tells_what_data_parallel_made() -> None:
