@@ -42,11 +42,19 @@ def _watcher(number: int) -> Watcher | None:
     return None if reference is None else reference()
 
 
+class _ScriptingError(CaptureError, AttributeError):
+    """To whoever only asks whether a hook has a name, it has none."""
+
+
 class _Hook:
     """Stateless but for its watcher's number, which copies and pickles do not inherit."""
 
     def __init__(self, number: int = -1) -> None:
         self.number = number
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script alone needs it
+        raise _ScriptingError(_TRACED.format("torch.jit.script"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
         return type(self)()
@@ -60,12 +68,13 @@ class _Hook:
 
 class _EnterHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.number >= 0 and is_compiling():  # before anything that tracing cannot follow
+            message = _TRACED.format("torch.compile or torch.export")
+            break_graph(message)
+            raise CaptureError(message)
         watcher = _watcher(self.number)
         if watcher is None:
             return
-        if is_compiling():
-            break_graph("a captured model cannot be traced")
-            raise CaptureError(_TRACED.format("torch.compile or torch.export"))
         if torch.jit.is_tracing():  # type: ignore[attr-defined]
             raise CaptureError(_TRACED.format("torch.jit.trace"))
         watcher.entered(module, args, kwargs, sys._getframe(1))
@@ -73,8 +82,8 @@ class _EnterHook(_Hook):
 
 class _LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        watcher = _watcher(self.number)
-        if watcher is not None and not is_compiling():
+        watcher = None if self.number >= 0 and is_compiling() else _watcher(self.number)
+        if watcher is not None:
             # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
             watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
 

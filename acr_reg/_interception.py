@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._products import meeting, score_factors
-from acr_reg._torch import math_kernel, multi_head_attention_body
+from acr_reg._torch import math_kernel, multi_head_attention_body, never_traced
 from acr_reg.attention import RecordedTensors
 
 
@@ -143,6 +143,7 @@ class AttentionMode(TorchFunctionMode):
         self._met.clear()
         return unmet
 
+    @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         role = _ROLES.get(func) or _learn_role(func)
         if role is _Role.OTHER and not self._traces:

@@ -14,7 +14,7 @@ from torch import nn
 from acr_reg._hooks import CaptureError
 from acr_reg._inference import ModelFields, infer_layout, read_fields
 from acr_reg._kinds import Placement, SeenCall, place, unordered_tokens
-from acr_reg._torch import BatchNorm, is_compiled, is_exported, is_replica
+from acr_reg._torch import BatchNorm, children_of, is_compiled, is_exported, is_replica
 from acr_reg.tokens import LayoutError, TokenLayout
 
 Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class tokens, as the user gives them
@@ -69,6 +69,8 @@ class ModuleIndex:
         self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
         self._unordered = unordered_tokens(model)
         self._alike: set[nn.Module] | None = None
+        self._children = {module: children_of(module) for module in self.names}
+        self._attending, self._parents = 0, set[nn.Module]()  # how many modules attend, and what they lie in
         self._fields: ModelFields | None = None
         self._layouts: dict[Any, TokenLayout | str] = {}
         self._placements: dict[Any, Placement | str] = {}
@@ -92,6 +94,27 @@ class ModuleIndex:
                 if self.counts(module) and (type(module) in kinds or (module in self.likely and _place(name) in places))
             }
         return self._alike
+
+    def joined(self, attention: set[nn.Module]) -> list[str]:
+        """Modules that may be attention and were not there when the capture began: no hook is on them. They are looked
+        for where attention is: among the children of what it lies in."""
+        if len(attention) != self._attending:
+            self._attending, self._parents = len(attention), {above for m in attention for above in self._above(m)}
+        if all(children_of(parent) == self._children[parent] for parent in self._parents):
+            return []
+        kinds = {type(m) for m in attention}
+        return [
+            name
+            for name, module in self.model.named_modules()
+            if module not in self.names
+            and (type(module) in kinds or (_is_named_attention(name, module) and _projects(module)))
+        ]
+
+    def _above(self, module: nn.Module) -> list[nn.Module]:
+        """The model and what the module lies in."""
+        parts = self.names[module].split(".")
+        names = [".".join(parts[:count]) for count in range(len(parts))]
+        return [self.model, *(self._modules[name] for name in names if name in self._modules)]
 
     def beside(self, silent: set[nn.Module], fired: Iterable[nn.Module]) -> list[str]:
         """Of modules in which nothing was seen, those that may be attention by their names and are no part of one in

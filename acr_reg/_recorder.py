@@ -16,7 +16,7 @@ from acr_reg._interception import AttentionCall, AttentionMode
 from acr_reg._kinds import SeenCall, first_tensor, is_cross_attention
 from acr_reg._modules import Hints, ModuleIndex
 from acr_reg._runs import Entry, Run, ThreadState, Visit
-from acr_reg._torch import in_backward, in_reentrant_checkpoint, is_replica, remove_mode
+from acr_reg._torch import in_backward, in_reentrant_checkpoint, is_faked, is_replica, remove_mode
 
 Keep = Literal["only", "first", "last", "all"]
 
@@ -48,6 +48,7 @@ class Recorder:
         self._graph_from = graph_from
         self._for_checks = for_checks
         self._attention_modules: set[nn.Module] = set()
+        self._unknown_modules: set[nn.Module] = set()  # with kernels that leave nothing to record
         self._alike: set[nn.Module] = set()  # these and those that look like them
         self._narrowed = False  # whether only those are watched, the model itself and what reads its images
         self._outside: list[str] = []  # what was seen in passes without any attention
@@ -176,7 +177,7 @@ class Recorder:
 
     def _report(self, call: AttentionCall) -> None:
         state, entry = self._state, self._entry()
-        if entry is None or not self.index.counts(entry.module):
+        if entry is None or not self.index.counts(entry.module) or is_faked():
             return
         if not torch.is_grad_enabled() and not self._no_grad:  # reentrant checkpointing turns it off within a forward
             self._without_grad += 1
@@ -204,6 +205,7 @@ class Recorder:
     def _report_unknown(self, kernel: str) -> None:
         entry = self._entry()
         if entry is not None and self.index.counts(entry.module):
+            self._unknown_modules.add(entry.module)
             self._state.current.unknown.append((self.index.names[entry.module], kernel))
 
     def _starts_graph(self) -> bool:
@@ -247,15 +249,21 @@ class Recorder:
         runs = [replace(run, calls=list(run.calls)) for run in self._runs if run.is_whole]
         self.clear()
         if self._attention_modules and not self._narrowed and not self._state.entries:
-            self._alike = self.index.alike(self._attention_modules)
+            self._alike = self.index.alike(self._attention_modules) | self._unknown_modules
             self._hooks.watch_only([self._root, *self.images.modules, *self._alike, *self.index.likely])
             self._narrowed = True
         return runs, tuple(skip for run in runs for skip in run.skipped)
 
+    def joined(self) -> list[str]:
+        """Modules that may be attention and joined the model since the capture began."""
+        return self.index.joined(self._attention_modules)
+
     def unseen(self, run: Run) -> list[str]:
         """Modules of this run that look like attention and in which none was seen, or only an unknown kernel."""
         silent = (run.silent & self.index.alike(self._attention_modules)) - run.fired.keys() if run.silent else set()
-        return [*(f"{name} ({kernel})" for name, kernel in run.unknown), *(self.index.names[m] for m in silent)]
+        unknown = dict.fromkeys(f"{name} ({kernel})" for name, kernel in run.unknown)
+        named = {name for name, _ in run.unknown}
+        return [*unknown, *(self.index.names[m] for m in silent if self.index.names[m] not in named)]
 
     def beside(self, run: Run) -> list[tuple[str, str]]:
         """(name, reason) of modules of this run that may be attention of which nothing was seen."""

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
-from torch.utils import checkpoint
+from torch.utils import _python_dispatch, checkpoint
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The class that all BatchNorm modules share."""
@@ -45,10 +45,7 @@ def in_reentrant_checkpoint() -> bool:
 
 def remove_mode(mode: TorchFunctionMode) -> None:
     """Takes a mode off this thread's stack, wherever it stands: after an interruption others may lie above it."""
-    top = overrides._pop_mode()
-    if top is mode:
-        return
-    above = [top]
+    above = []
     while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
         top = overrides._pop_mode()
         if top is mode:
@@ -73,10 +70,27 @@ def is_compiling() -> bool:
     return bool(public() if public is not None else torch._utils.is_compiling())
 
 
+def is_faked() -> bool:
+    """Whether torch.compile runs this code on tensors without data, as torch 2.1 does under a function mode."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    stack = _python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ == "FakeTensorMode" for mode in stack)
+
+
+def never_traced(function: Any) -> Any:
+    """Keeps torch.compile from tracing a function mode's handler, at which it may stumble."""
+    function._torchdynamo_disable = True
+    return function
+
+
 def break_graph(why: str) -> None:
-    """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not."""
+    """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not.
+
+    Where no graph may be broken, torch's own error repeats ``why``.
+    """
     if "msg" in torch._dynamo.graph_break.__code__.co_varnames:  # not in torch 2.1
-        torch._dynamo.graph_break(why)
+        torch._dynamo.graph_break(msg=why)
     else:
         torch._dynamo.graph_break()
 
@@ -86,9 +100,15 @@ def is_compiled(module: nn.Module) -> bool:
     see."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    if hasattr(module.forward, "_torchdynamo_orig_callable"):
+    forward = module.forward  # one that torch.compiler.disable made bears the same mark, and another
+    if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
         return True
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def children_of(module: nn.Module) -> tuple[nn.Module | None, ...]:
+    """The children as they are registered: nn.Module.children() is far slower, and this is asked in each step."""
+    return tuple(module._modules.values())
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -145,6 +145,12 @@ class AttentionCapture:
         return self._recorder
 
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
+        joined = recorder.joined()
+        if joined:
+            raise CaptureError(
+                f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
+                "that were there then; capture again after the change"
+            )
         unseen = recorder.unseen(run)
         if unseen:
             raise CaptureError(
