@@ -1,0 +1,90 @@
+"""The command `python -m acr_reg check`, by its main function in this process (importing torch takes seconds)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from acr_reg.__main__ import main
+
+TINY = ["timm:vit_tiny_patch16_224", "--set", "img_size=64", "--set", "depth=2", "--size", "64"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    try:
+        code: object = main(["check", *arguments])
+    except SystemExit as exit_by_argparse:
+        code = exit_by_argparse.code
+    output = capsys.readouterr()
+    assert isinstance(code, int)
+    return code, output.out, output.err
+
+
+def test_a_model_that_is_served_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, *TINY)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == "VisionTransformer: 2 layers of token-to-token attention captured, view HorizontalFlip()"
+    assert [line.split()[:2] for line in lines[2:4]] == [["0", "blocks.0.attn"], ["1", "blocks.1.attn"]]
+    assert lines[-1] == "ok"
+
+
+def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, *TINY, "--view", "rot90", "--layers", "1", "--method", "forward_features", "--batch", "1"
+    )
+    assert code == 0
+    assert "1 layers" in out.splitlines()[0] and "Rotate90(1)" in out and "blocks.0.attn" not in out
+    code, out, _ = run(capsys, *TINY, "--prefix-tokens", "5")
+    assert code == 1 and "problem: layer" in out and "5 prefix tokens" in out
+
+
+def test_a_model_without_attention_is_a_problem_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, "torchvision:resnet18", "--size", "32")
+    assert (code, err) == (1, "")
+    assert "problem: found no token-to-token attention of ResNet" in out
+    assert out.splitlines()[-1] == "problems: 1"
+
+
+def test_a_model_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_models.py").write_text(
+        "import torch\n"
+        "class Vit(torch.nn.Module):\n"
+        "    def __init__(self, patch):\n"
+        "        super().__init__()\n"
+        "        self.patch = torch.nn.Conv2d(3, 32, patch, patch)\n"
+        "        self.block = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)\n"
+        "    def forward(self, images):\n"
+        "        return self.block(self.patch(images).flatten(2).mT).mean(1)\n"
+        "def number():\n"
+        "    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "my_models:Vit", "--set", "patch=8", "--size", "32", "48")
+    assert code == 0 and "4 x 6" in out
+    code, _, err = run(capsys, "my_models:number")
+    assert code == 2 and "found a int from my_models:number; expected a torch.nn.Module" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["vit"], "found the model 'vit'; expected SOURCE:NAME"),
+        (["timm:no_such_model"], "timm:no_such_model could not be built: RuntimeError: Unknown model"),
+        (["timm:vit_tiny_patch16_224", "--set", "colour=3"], "could not be built: TypeError"),
+        (["no_such_module:x"], "found no module no_such_module"),
+        ([*TINY, "--set", "depth"], "found --set depth; expected NAME=VALUE"),
+        ([*TINY, "--method", "forward_nothing"], "found no method forward_nothing of VisionTransformer"),
+        ([*TINY[:1], "--size", "1", "2", "3"], "found --size 1 2 3 and --batch 2; expected one or two sizes"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("python -m acr_reg check: error: ") and message in err
+    assert "Traceback" not in err
