@@ -264,7 +264,7 @@ class AttentionMode(TorchFunctionMode):
             dropout=max(trace.dropout, dropped),
         )
 
-    def _start_scores(self, equation: object, operands: list[Tensor], result: Any) -> None:
+    def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
         if isinstance(result, Tensor):
             factors = score_factors(equation, operands) if self._for_checks else None
             self._traces[id(result)] = _Trace(weakref.ref(result), factors)

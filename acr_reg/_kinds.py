@@ -39,8 +39,9 @@ class SeenCall:
     def sort(self) -> tuple[Any, ...]:
         """Calls of one sort have their tokens in the same places."""
         call, recorded = self.call, self.call.recorded
+        value = call.value_width, call.value_in_columns
         shapes = recorded.seen.shape, call.key_count, self.input_shape, self.output_shape
-        return self.name, self.cross, call.refusal, call.value_in_columns, recorded.map is None, shapes
+        return self.name, self.cross, call.refusal, recorded.heads, recorded.map is None, value, shapes
 
 
 @dataclass(frozen=True)

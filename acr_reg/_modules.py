@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ class ModuleIndex:
         self._within = None if within is None else {m for part in within for m in _named(model, part).modules()}
         self._hints = hints
         self.likely = {
-            m for m, n in self.names.items() if self.counts(m) and _is_named_attention(n, m) and _projects(m)
+            module for module, name in self.names.items() if self.counts(module) and _may_attend(name, module)
         }
         self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
         self._unordered = unordered_tokens(model)
@@ -72,7 +72,6 @@ class ModuleIndex:
         self._children = {module: children_of(module) for module in self.names}
         self._attending, self._parents = 0, set[nn.Module]()  # how many modules attend, and what they lie in
         self._fields: ModelFields | None = None
-        self._layouts: dict[Any, TokenLayout | str] = {}
         self._placements: dict[Any, Placement | str] = {}
 
     def counts(self, module: nn.Module) -> bool:
@@ -99,22 +98,16 @@ class ModuleIndex:
         """Modules that may be attention and were not there when the capture began: no hook is on them. They are looked
         for where attention is: among the children of what it lies in."""
         if len(attention) != self._attending:
-            self._attending, self._parents = len(attention), {above for m in attention for above in self._above(m)}
+            self._attending = len(attention)
+            self._parents = {self.model, *(above for m in attention for above in self._lineage(m)[1:])}
         if all(children_of(parent) == self._children[parent] for parent in self._parents):
             return []
         kinds = {type(m) for m in attention}
         return [
             name
             for name, module in self.model.named_modules()
-            if module not in self.names
-            and (type(module) in kinds or (_is_named_attention(name, module) and _projects(module)))
+            if module not in self.names and (type(module) in kinds or _may_attend(name, module))
         ]
-
-    def _above(self, module: nn.Module) -> list[nn.Module]:
-        """The model and what the module lies in."""
-        parts = self.names[module].split(".")
-        names = [".".join(parts[:count]) for count in range(len(parts))]
-        return [self.model, *(self._modules[name] for name in names if name in self._modules)]
 
     def beside(self, silent: set[nn.Module], fired: Iterable[nn.Module]) -> list[str]:
         """Of modules in which nothing was seen, those that may be attention by their names and are no part of one in
@@ -131,16 +124,15 @@ class ModuleIndex:
         at once."""
         known = (seen.sort, images, is_pyramid)
         if known not in self._placements:
-            self._placements[known] = place(
-                seen, self._around(seen.module), images, self._locating(is_pyramid), self._unordered
-            )
+            around = self._lineage(seen.module)[:_NEAREST] or [seen.module]
+            self._placements[known] = place(seen, around, images, self._locating(is_pyramid), self._unordered)
         return self._placements[known]
 
-    def _around(self, module: nn.Module) -> Sequence[nn.Module]:
-        """The module and the nearest ones that it lies in, the innermost first."""
+    def _lineage(self, module: nn.Module) -> list[nn.Module]:
+        """The module and what it lies in, the innermost first, up to the children of the model."""
         parts = self.names[module].split(".")
-        names = [".".join(parts[:count]) for count in range(len(parts), max(0, len(parts) - _NEAREST), -1)]
-        return [self._modules[name] for name in names if name in self._modules] or [module]
+        names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+        return [self._modules[name] for name in names if name in self._modules]
 
     def _locating(self, is_pyramid: bool) -> Callable[[int, int, tuple[int, int] | None], TokenLayout | str]:
         if self._fields is None:
@@ -148,13 +140,10 @@ class ModuleIndex:
         fields = replace(self._fields, is_pyramid=is_pyramid)
 
         def locate(queries: int, keys: int, size: tuple[int, int] | None) -> TokenLayout | str:
-            known = queries, keys, size, is_pyramid
-            if known not in self._layouts:
-                try:
-                    self._layouts[known] = infer_layout(queries, size, fields, *self._hints, num_keys=keys)
-                except LayoutError as error:
-                    self._layouts[known] = str(error)
-            return self._layouts[known]
+            try:
+                return infer_layout(queries, size, fields, *self._hints, num_keys=keys)
+            except LayoutError as error:
+                return str(error)
 
         return locate
 
@@ -170,5 +159,7 @@ def _is_named_attention(name: str, module: nn.Module) -> bool:
     return re.search(r"attn|attention|mhsa|\batt\b", called) is not None
 
 
-def _projects(module: nn.Module) -> bool:
-    return any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in module.modules())
+def _may_attend(name: str, module: nn.Module) -> bool:
+    """Whether a module is named attention and holds linear maps, which pooling in its place does not."""
+    projects = any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in module.modules())
+    return projects and _is_named_attention(name, module)

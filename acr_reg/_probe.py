@@ -49,7 +49,7 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
         layouts.add(layer.located)
         found[position] = {}
         for side in ("query", "key"):
-            lattice_a, lattice_b = _lattice(layer, side), _lattice(probe_b.maps[position], side)
+            lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
             tokens_a = _inner_tokens(lattice_a)
             nominal_a = _centres(lattice_a)[tokens_a]
             centres_b = _carried_back(_centres(lattice_b), view)
@@ -81,10 +81,6 @@ class _Probe:
         strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
         y, x = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in energy.shape[1:])
         return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
-
-
-def _lattice(layer: LayerAttention, side: Side) -> Lattice:
-    return layer.layout.query if side == "query" else layer.layout.key
 
 
 def _centres(lattice: Lattice) -> Tensor:

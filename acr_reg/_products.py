@@ -18,17 +18,15 @@ class Meeting:
     refusal: str | None = None
 
 
-def meeting(equation: object, position: int, transposed: bool, operands: list[Tensor], output: Tensor) -> Meeting:
+def meeting(equation: str | None, position: int, transposed: bool, operands: list[Tensor], output: Tensor) -> Meeting:
     """What becomes of the map, operand number ``position`` (0 or 1), in a product with values.
 
     A V is written as A @ V, as V^T @ A^T where channels come first (``transposed`` says the map was), or as an
-    einsum ``equation``.
+    einsum ``equation`` (which torch also makes of the spelling with lists of numbers).
     """
     values = operands[1 - position]
-    if isinstance(equation, str):
+    if equation is not None:
         return _einsum(equation, position, transposed, values, output)
-    if equation is not None:  # einsum in its other spelling, with lists of numbers
-        return Meeting()
     if position == 0:
         return Meeting(refusal=_SUMS_QUERIES) if transposed else Meeting(values, output)
     return Meeting(values.transpose(-2, -1), output.transpose(-2, -1)) if transposed else Meeting(refusal=_SUMS_QUERIES)
@@ -56,10 +54,10 @@ def _einsum(equation: str, position: int, transposed: bool, values: Tensor, outp
         return Meeting()
 
 
-def score_factors(equation: object, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
     """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where the way it is written shows them."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
-    query, _, key = str(equation).replace(" ", "").partition("->")[0].partition(",")
+    query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
     alike = query[:-2] == key[:-2] and query[-1:] == key[-1:]
     return (operands[0], operands[1]) if alike and len(operands) == 2 else None

@@ -78,17 +78,14 @@ class Recorder:
             return
         if in_backward():  # checkpointing recomputes what the first pass has already shown
             if self._double_backward:  # by the kernel of the first pass
-                self._recompute(state, Entry(module, args, kwargs, frame, recomputes=True))
+                self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
         outermost = not state.entries
         entry = Entry(module, args, kwargs, frame)
         if module is self._root and outermost:
             self._begin_visit(state, entry)
         self._note_images(module, args, kwargs, state, outermost)
-        if state.mode is None and (not self._narrowed or module in self._alike):
-            self._enter_mode(state)
-            entry.opened_mode = True
-        state.entries.append(entry)
+        self._begin(state, entry, with_mode=not self._narrowed or module in self._alike)
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
         state = self._state
@@ -126,15 +123,12 @@ class Recorder:
         if self.images.note(module, args, kwargs, state.images, outermost, is_root) and state.run is not None:
             state.run.closed = True
 
-    def _enter_mode(self, state: ThreadState) -> None:
-        starts_graph = None if self._graph_from is None else self._starts_graph
-        mode = AttentionMode(self._report, self._report_unknown, self._double_backward, starts_graph, self._for_checks)
-        mode.__enter__()
-        state.mode = mode
-
-    def _recompute(self, state: ThreadState, entry: Entry) -> None:
-        if state.mode is None:
-            self._enter_mode(state)
+    def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
+        if with_mode and state.mode is None:
+            graph = None if self._graph_from is None else self._starts_graph
+            mode = AttentionMode(self._report, self._report_unknown, self._double_backward, graph, self._for_checks)
+            mode.__enter__()
+            state.mode = mode
             entry.opened_mode = True
         state.entries.append(entry)
 
@@ -205,6 +199,7 @@ class Recorder:
     def _report_unknown(self, kernel: str) -> None:
         entry = self._entry()
         if entry is not None and self.index.counts(entry.module):
+            entry.reported = True
             self._unknown_modules.add(entry.module)
             self._state.current.unknown.append((self.index.names[entry.module], kernel))
 
@@ -262,8 +257,7 @@ class Recorder:
         """Modules of this run that look like attention and in which none was seen, or only an unknown kernel."""
         silent = (run.silent & self.index.alike(self._attention_modules)) - run.fired.keys() if run.silent else set()
         unknown = dict.fromkeys(f"{name} ({kernel})" for name, kernel in run.unknown)
-        named = {name for name, _ in run.unknown}
-        return [*unknown, *(self.index.names[m] for m in silent if self.index.names[m] not in named)]
+        return [*unknown, *(self.index.names[m] for m in silent)]
 
     def beside(self, run: Run) -> list[tuple[str, str]]:
         """(name, reason) of modules of this run that may be attention of which nothing was seen."""

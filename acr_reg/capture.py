@@ -145,29 +145,9 @@ class AttentionCapture:
         return self._recorder
 
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
-        joined = recorder.joined()
-        if joined:
-            raise CaptureError(
-                f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
-                "that were there then; capture again after the change"
-            )
-        unseen = recorder.unseen(run)
-        if unseen:
-            raise CaptureError(
-                f"found attention in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
-                f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
-                "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
-                "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
-            )
-        checkpointed = recorder.checkpointed(run)
-        if checkpointed:
-            raise CaptureError(
-                f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
-                "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
-            )
+        _refuse_partial(recorder, run)
         layers: list[LayerAttention] = []
         skipped = [*run.skipped, *recorder.beside(run)]
-
         pyramid = is_pyramid(run.calls)
         for seen in run.calls:
             placement = recorder.index.placement(seen, run.images, pyramid)
@@ -184,3 +164,27 @@ class AttentionCapture:
         recorder.last_count = len(layers)
         maps = AttentionMaps(explain_windows(layers), recorder.index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
+
+
+def _refuse_partial(recorder: Recorder, run: Run) -> None:
+    """Layers that are missing from a run would be missing from the loss without a word."""
+    joined = recorder.joined()
+    if joined:
+        raise CaptureError(
+            f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
+            "that were there then; capture again after the change"
+        )
+    unseen = recorder.unseen(run)
+    if unseen:
+        raise CaptureError(
+            f"found attention in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
+            f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
+            "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
+            "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
+        )
+    checkpointed = recorder.checkpointed(run)
+    if checkpointed:
+        raise CaptureError(
+            f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
+            "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
+        )

@@ -180,7 +180,7 @@ def _layer(layer: LayerAttention, offsets: Mapping[Side, Offset], view: View) ->
     problem = located if isinstance(located, str) and layer.window is None else None
     for side, offset in offsets.items():
         assert layout is not None
-        problem = problem or _offset_problem(side, layout.query if side == "query" else layout.key, offset, view)
+        problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
     half = any(t is not None and t.dtype in _HALF for t in (layer.recorded.seen, layer.recorded.output))
     if row_error is not None and row_error > (_OFF_IN_HALF if half else _OFF_ROWS):
         problem = f"found rows that sum to 1 only within {row_error:.1e}; expected probabilities; report this model"
@@ -234,8 +234,9 @@ def errors(layer: LayerAttention) -> tuple[float | None, float | None]:
 
 
 def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[dict[str, float], str | None]:
-    learnable = bool(maps_a[0].layout.class_tokens) if isinstance(maps_a[0].located, TokenLayout) else True
-    acr = AllPairsConsistencyLoss(view, activation_weight=None if learnable else 0.0)
+    located = maps_a[0].located
+    without_class_token = isinstance(located, TokenLayout) and not located.class_tokens
+    acr = AllPairsConsistencyLoss(view, activation_weight=0.0 if without_class_token else None)
     try:
         with torch.no_grad():
             _, terms = acr(maps_a, maps_b, return_terms=True)

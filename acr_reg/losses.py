@@ -299,7 +299,8 @@ def _check_same_modules(attn_a: AttentionMaps, attn_b: AttentionMaps) -> None:
 
 
 def _block(name: str) -> str:
-    return next(iter(re.findall(r"\d+", name)[-1:]), "")
+    numbers = re.findall(r"\d+", name)
+    return numbers[-1] if numbers else ""
 
 
 def _check_alive(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:

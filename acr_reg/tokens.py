@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 
 class LayoutError(ValueError):
@@ -96,6 +97,9 @@ class TokenLayout:
     @property
     def num_keys(self) -> int:
         return self.num_prefix_tokens + len(self.key)
+
+    def lattice(self, side: Literal["query", "key"]) -> Lattice:
+        return self.query if side == "query" else self.key
 
     def known_class_tokens(self) -> tuple[int, ...]:
         """The class tokens, or a :class:`LayoutError` where it is not known which prefix tokens they are."""

@@ -84,11 +84,12 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
         elif source == "torchvision":
             model = import_module("torchvision").models.get_model(what, weights=None, **arguments)
         else:
-            sys.path.insert(0, os.getcwd())
+            folder = os.getcwd()
+            sys.path.insert(0, folder)
             try:
                 model = getattr(import_module(source), what)(**arguments)
             finally:
-                sys.path.remove(os.getcwd())
+                sys.path.remove(folder)
     except ModuleNotFoundError as error:
         if error.name in ("timm", "torchvision"):
             raise
