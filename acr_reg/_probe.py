@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from acr_reg._resampling import Line
 from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views import View
@@ -50,11 +51,15 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
         found[position] = {}
         for side in ("query", "key"):
             lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
-            tokens_a = _inner_tokens(lattice_a)
+            tokens_b = _inner_tokens(lattice_b)
+            centres_b = _carried_back(_centres(lattice_b)[tokens_b], view)
+            on_image = ((centres_b > 0) & (centres_b < 1)).all(1)  # not in what a view pads
+            if not on_image.any():
+                continue
+            tokens_b, centres_b = tokens_b[on_image], centres_b[on_image]
+            tokens_a = torch.cdist(centres_b, _centres(lattice_a)).argmin(1)
             nominal_a = _centres(lattice_a)[tokens_a]
-            centres_b = _carried_back(_centres(lattice_b), view)
-            tokens_b = torch.cdist(nominal_a, centres_b).argmin(1)
-            missed = centres_b[tokens_b] - nominal_a  # of a view that maps no lattice onto the other
+            missed = centres_b - nominal_a  # of a view that maps no lattice onto the other
             found_a = probe_a.positions(position, side, tokens_a)
             found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
             pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
@@ -85,9 +90,7 @@ class _Probe:
 
 def _centres(lattice: Lattice) -> Tensor:
     """(tokens, 2): y and x of every centre, from 0 to 1 over the image."""
-    y = lattice.offset[0] + (torch.arange(lattice.height, dtype=torch.float64) + 0.5) * lattice.stride[0]
-    x = lattice.offset[1] + (torch.arange(lattice.width, dtype=torch.float64) + 0.5) * lattice.stride[1]
-    grid = torch.meshgrid(y / lattice.extent[0], x / lattice.extent[1], indexing="ij")
+    grid = torch.meshgrid(*(Line(lattice, axis).places() for axis in (0, 1)), indexing="ij")
     return torch.stack(grid, -1).flatten(0, 1)
 
 
@@ -97,8 +100,10 @@ def _inner_tokens(lattice: Lattice) -> Tensor:
 
 def _carried_back(points: Tensor, view: View) -> Tensor:
     """Points (P, 2) of a view's output as points of its input, from 0 to 1 over each."""
-    y, x = points.flip(1).unbind(1) if view.transposed else points.unbind(1)
-    return torch.stack([view.y.slope * y + view.y.start, view.x.slope * x + view.x.start], 1)
+    (affine,) = view.affines
+    y, x = points.flip(1).unbind(1) if affine.transposed else points.unbind(1)
+    axes = ((affine.y, y), (affine.x, x))
+    return torch.stack([float(axis.slope) * along + float(axis.start) for axis, along in axes], 1)
 
 
 def _of_token(layer: LayerAttention, side: Side) -> Tensor:

@@ -15,7 +15,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg.tokens import Lattice, LayoutError, TokenLayout, Window, class_token_positions
+from acr_reg._given import Grid, check_probabilities, check_tokens, grid_layout
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.tokens import LayoutError, TokenLayout, Window
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,22 +159,24 @@ class LayerAttention:
     def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
 
-        ``queries`` and ``keys`` (1-D token indices) select and reorder its rows and columns; from factors they do so
-        before any product is formed, so softmax(Q K^T) permuted on both axes costs softmax((PQ)(PK)^T). ``keys`` must
-        then name every key once, since a softmax needs all of them.
+        ``queries`` and ``keys``, token indices (n,) or, for each image, (B, n), select and reorder its rows and
+        columns; from factors they do so before any product is formed, so softmax(Q K^T) permuted on both axes costs
+        softmax((PQ)(PK)^T). ``keys`` must then name every key once, since a softmax needs all of them.
         """
         if (explicit := self.explicit) is not None:
-            return _select(_select(at_least_float32(explicit), -2, queries), -1, keys)
+            return select(select(at_least_float32(explicit), -2, queries), -1, keys)
         query, key = self.query, self.key
         assert query is not None and key is not None
         with torch.autocast(query.device.type, enabled=False):
             query, key = at_least_float32(query), at_least_float32(key)
             scale = self.recorded.scale if self.recorded.scale is not None else 1.0 / math.sqrt(query.shape[-1])
-            scores = (_select(query, -2, queries) * scale) @ _select(key, -2, keys).transpose(-2, -1)
+            scores = (select(query, -2, queries) * scale) @ select(key, -2, keys).transpose(-2, -1)
             mask = self._mask()
             if mask is not None:
-                mask = mask.expand(*mask.shape[:-2], query.shape[-2], key.shape[-2])
-                mask = _select(_select(mask, -2, queries), -1, keys)
+                mask = mask if mask.ndim == 4 else mask[None, None]
+                per_image = any(index is not None and index.ndim == 2 for index in (queries, keys))
+                mask = mask.expand(query.shape[0] if per_image else -1, -1, query.shape[-2], key.shape[-2])
+                mask = select(select(mask, -2, queries), -1, keys)
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
             return scores.softmax(-1)
 
@@ -195,15 +199,6 @@ class LayerAttention:
                 return mask[None]
             mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
         return mask if mask.shape[0] == 1 else mask[self.images]
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precisions as float32; float32 and float64 as they are."""
-    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
-
-
-def _select(tensor: Tensor, dim: int, index: Tensor | None) -> Tensor:
-    return tensor if index is None else tensor.index_select(dim, index)
 
 
 class AttentionMaps(Sequence[LayerAttention]):
@@ -235,15 +230,16 @@ class AttentionMaps(Sequence[LayerAttention]):
         cls,
         tensors: Sequence[Tensor],
         num_prefix_tokens: int,
-        grid: tuple[int, int],
+        grid: Grid,
         class_tokens: int | Sequence[int] | None = None,
-        key_grid: tuple[int, int] | None = None,
+        key_grid: Grid | None = None,
     ) -> AttentionMaps:
         """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
 
         ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width; ``key_grid`` the same for M,
-        where keys are fewer. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; it may
-        be left out with one prefix token or none.
+        where keys are fewer; a :class:`~acr_reg.tokens.Lattice` in their place also tells stride and offset of an
+        overlapping stem. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; it may be
+        left out with one prefix token or none.
         Raises ValueError where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is
         not finite: those are logits, or not attention.
         """
@@ -251,7 +247,7 @@ class AttentionMaps(Sequence[LayerAttention]):
             raise TypeError(
                 "found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))"
             )
-        layout = _grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         layers = []
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
@@ -259,7 +255,7 @@ class AttentionMaps(Sequence[LayerAttention]):
                     f"layer {index}: found a {type(tensor).__name__}; expected a tensor; convert it by torch.as_tensor"
                 )
             probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
-            _check_probabilities(probabilities, index, layout)
+            check_probabilities(probabilities, index, layout)
             layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
         if len({layer.shape[0] for layer in layers}) > 1:
             raise ValueError(
@@ -328,16 +324,16 @@ class AttentionMaps(Sequence[LayerAttention]):
 
     def with_layout(
         self,
-        grid: tuple[int, int],
+        grid: Grid,
         num_prefix_tokens: int,
         class_tokens: int | Sequence[int] | None = None,
-        key_grid: tuple[int, int] | None = None,
+        key_grid: Grid | None = None,
     ) -> AttentionMaps:
-        """The same maps on the ``grid`` (height, width) given, where the capture could not tell it. ``key_grid`` is
-        that of the keys, over the same image, where it is another."""
-        layout = _grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        """The same maps on the ``grid`` given, (height, width) or a :class:`~acr_reg.tokens.Lattice`, where the capture
+        could not tell it. ``key_grid`` is that of the keys, over the same image, where it is another."""
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         for layer in self:
-            _check_tokens(layer.shape, layer.index, layout)
+            check_tokens(layer.shape, layer.index, layout)
         return self._with_layers(replace(layer, located=layout) for layer in self)
 
     def _with_layers(self, layers: Iterable[LayerAttention]) -> AttentionMaps:
@@ -348,50 +344,3 @@ def _part(layer: LayerAttention, part: int, chunks: int) -> LayerAttention:
     size = layer.shape[0] // chunks
     start = (layer.images.start or 0) + part * size
     return replace(layer, images=slice(start, start + size))
-
-
-def _grid_layout(
-    grid: tuple[int, int],
-    num_prefix_tokens: int,
-    class_tokens: int | Sequence[int] | None,
-    key_grid: tuple[int, int] | None = None,
-) -> TokenLayout:
-    for given in (grid, key_grid or grid):
-        if not isinstance(given, (tuple, list)) or len(given) != 2:
-            raise LayoutError(f"found grid={given!r}; expected (height, width) in tokens; pass grid=(14, 14) for 196")
-    query = key = Lattice(*grid)
-    if key_grid is not None:
-        key = Lattice(*key_grid)  # which has tokens
-        key = replace(key, stride=(grid[0] / key.height, grid[1] / key.width), extent=query.extent)
-    return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
-
-
-def _check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
-    if tuple(shape[-2:]) != (layout.num_queries, layout.num_keys):
-        prefix, query, key = layout.num_prefix_tokens, layout.query, layout.key
-        keys = f" and {layout.num_keys} keys ({prefix} prefix + {key})" if key != query else ""
-        raise LayoutError(
-            f"layer {index}: found {shape[-2]} queries and {shape[-1]} keys; expected {layout.num_queries} "
-            f"({prefix} prefix + {query}){keys}; correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}"
-        )
-
-
-def _check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
-    if maps.ndim != 4 or not maps.is_floating_point():
-        raise ValueError(
-            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, "
-            "H, N, M) or (B, N, M); give the probabilities, not stacked or flattened"
-        )
-    _check_tokens(maps.shape, index, layout)
-    rows = at_least_float32(maps.detach())
-    off = (rows.sum(-1) - 1).abs().max().item()
-    allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    if math.isnan(off) or math.isinf(off):
-        raise ValueError(
-            f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them"
-        )
-    if off > allowed or rows.min().item() < 0:
-        raise ValueError(
-            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); "
-            f"expected probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
-        )

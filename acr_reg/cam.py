@@ -18,8 +18,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg.attention import AttentionMaps, LayerAttention, at_least_float32
-from acr_reg.views import View
+from acr_reg._tensors import at_least_float32
+from acr_reg.attention import AttentionMaps, LayerAttention
+from acr_reg.views import View, require_view
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -322,25 +323,28 @@ def multi_view_cam(
     cam_fn: Callable[[Tensor], Tensor],
     images: Tensor,
     views: Sequence[View],
-    merge: Literal["sum", "max"] = "sum",
+    merge: Literal["sum", "max", "mean"] = "sum",
     size: tuple[int, int] | None = None,
 ) -> Tensor:
     """Class maps of several views of ``images`` (B, 3, H, W), carried back and merged: (B, C, h, w).
 
     ``cam_fn`` returns the maps (B, C, h', w') of any images given; each is aligned onto ``size`` (h, w), by default
-    that of the first view's maps carried back. "sum" adds them, as published for the flip; "max" keeps the largest.
+    that of the first view's maps carried back. "sum" adds them, as published for the flip; "max" keeps the largest;
+    "mean" averages over the views that show a pixel, for crops. Where a view shows nothing its map is 0.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Identity
     >>> multi_view_cam(lambda x: x[:, :1], torch.rand(1, 3, 4, 6), [Identity(), HorizontalFlip()]).shape
     torch.Size([1, 1, 4, 6])
     """
-    if merge not in ("sum", "max"):
-        raise ValueError(f'found merge={merge!r}; expected "sum" or "max"; choose one of these')
+    if merge not in ("sum", "max", "mean"):
+        raise ValueError(f'found merge={merge!r}; expected "sum", "max" or "mean"; choose one of these')
     if not views:
         raise ValueError("found no views; expected at least one; Identity() is the image itself")
     merged: Tensor | None = None
+    shown: Tensor | int = 0
     for view in views:
+        require_view(view)
         maps = cam_fn(view(images))
         if maps.ndim != 4 or maps.shape[0] != images.shape[0]:
             raise ValueError(
@@ -352,6 +356,8 @@ def multi_view_cam(
         if merged is None:
             merged = aligned
         else:
-            merged = merged + aligned if merge == "sum" else torch.maximum(merged, aligned)
+            merged = torch.maximum(merged, aligned) if merge == "max" else merged + aligned
+        if merge == "mean":
+            shown = shown + view.inverse.valid(maps.shape[-2:], size).to(maps)[:, None]
     assert merged is not None
-    return merged
+    return merged / shown.clamp_min(1) if isinstance(shown, Tensor) else merged

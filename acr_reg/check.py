@@ -142,7 +142,7 @@ def check(
                     maps_b = observe(view(images.detach()).clone().requires_grad_())
                 finally:
                     skipped = attention.skipped
-                offsets = token_offsets(observe, images, view)
+                offsets = token_offsets(observe, images, view.of_image(0))
         except (CaptureError, LayoutError) as error:
             return Check(type(model).__name__, view, (), skipped, (str(error),), {}, 0, 0)
     checked = tuple(_layer(layer, offsets.get(position, {}), view) for position, layer in enumerate(maps_a))
@@ -212,7 +212,7 @@ def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> 
         )
     if offset.under_view > _OFF_STRIDE * min(lattice.stride):
         return (
-            f"found {side} tokens of {min(lattice.stride):g} px that {view!r} matches {offset.under_view:.1f} px "
+            f"found {side} tokens of {min(lattice.stride):g} px that {view.brief} matches {offset.under_view:.1f} px "
             "apart; expected the same place; the windows of the stem overlap, or the image is padded: resize to whole "
             "patches, or leave the layer out of the loss (layers=)"
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Literal
@@ -11,17 +10,26 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch import is_freed
+from acr_reg._loss_checks import (
+    check_alive,
+    check_cams,
+    check_choice,
+    check_labels,
+    check_placed,
+    check_same_modules,
+    not_finite,
+)
+from acr_reg.alignment import align_layer, check_valid
 from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.functional import (
     Distance,
     Normalize,
     activation_consistency,
     affinity_consistency,
-    align_layer,
     cam_consistency,
 )
-from acr_reg.views import Compose, View, require_view
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views import Compose, Identity, View, require_view
 
 # The paper's weight of 100 on a mean over 576 tokens is 100 / 576 of the distance per row.
 DEFAULT_WEIGHT = 0.17
@@ -83,11 +91,11 @@ class AllPairsConsistencyLoss(nn.Module):
         super().__init__()
         if view is not None:
             require_view(view)
-        _check_choice("normalize", normalize, ("row", "mean"))
-        _check_choice("heads", heads, ("mean", "each"))
-        _check_choice("cam_normalize", cam_normalize, ("max", "minmax", None))
+        check_choice("normalize", normalize, ("row", "mean"))
+        check_choice("heads", heads, ("mean", "each"))
+        check_choice("cam_normalize", cam_normalize, ("max", "minmax", None))
         if not callable(distance):
-            _check_choice("distance", distance, ("l1", "l2", "js"))
+            check_choice("distance", distance, ("l1", "l2", "js"))
         if not 0 < rows <= 1:
             raise ValueError(f"found rows={rows}; expected a share in (0, 1]; 1.0 uses every query row")
         self.view = view
@@ -145,11 +153,13 @@ class AllPairsConsistencyLoss(nn.Module):
         Args:
             attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model.
             cam_a, cam_b: class maps (B, C, h, w) of both, differentiable; None leaves the cam term out.
-            view: overrides the view given at construction. With ``view_a``, the first maps were made on
-                ``view_a(images)`` and the second on ``view(images)``.
+            view: overrides the view given at construction.
+            view_a: where both are augmented: the first maps were made on ``view_a(images)``, the second on
+                ``view(images)``. They are compared on what both show of the images.
             labels: (B, C), > 0 for the classes present: leaves out the class-token rows and class maps of absent
                 classes.
-            valid: (B, H, W), False where the first view's images are padding, at any resolution.
+            valid: (B, H, W), False where the images, before either view, are padding, at any resolution. What a view
+                itself adds or cuts off it leaves out without being told.
             scale: the caller's schedule, e.g. a warm-up; multiplies the loss, not the terms.
 
         The terms (activation, affinity, cam where used, unweighted; entropy) are detached. Raises ValueError where
@@ -164,12 +174,13 @@ class AllPairsConsistencyLoss(nn.Module):
                 )
         if not math.isfinite(scale):
             raise ValueError(f"found scale={scale}; expected a finite number; look at the schedule that computed it")
-        relation = self._relation(view, view_a)
+        relation, valid = self._relation(view, view_a, valid)
         pairs = self._pairs(attn_a, attn_b)
-        _check_placed(pairs)
+        check_placed(pairs)
+        self._say_unknown_offsets(pairs, relation)
         first = pairs[0][0]
-        _check_cams(cam_a, cam_b, first.shape[0], torch.is_grad_enabled() and self.weights["cam"] > 0)
-        _check_labels(labels, first.shape[0], None if cam_a is None else cam_a.shape[1])
+        check_cams(cam_a, cam_b, first.shape[0], torch.is_grad_enabled() and self.weights["cam"] > 0)
+        check_labels(labels, first.shape[0], None if cam_a is None else cam_a.shape[1])
         wanted = self._wanted(first, cam_a)
 
         terms: dict[str, Tensor] = {}
@@ -182,17 +193,25 @@ class AllPairsConsistencyLoss(nn.Module):
                 assert cam_a is not None and cam_b is not None
                 with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights["cam"] > 0):
                     terms["cam"] = cam_consistency(
-                        cam_a, cam_b, relation, self.distance, labels, valid, self.cam_normalize
+                        cam_a,
+                        cam_b,
+                        relation,
+                        self.distance,
+                        labels,
+                        valid,
+                        self.cam_normalize,
+                        _lattices(attn_a, attn_b, cam_a, cam_b),
                     )
         weighted = [self.weights[name] * terms[name] for name in ("activation", "affinity", "cam") if name in terms]
         loss = scale * (torch.stack(weighted).sum() if weighted else torch.zeros((), device=first.device))
         if not torch.isfinite(loss):
-            raise ValueError(_not_finite(pairs, cam_a, cam_b))
+            raise ValueError(not_finite(pairs, cam_a, cam_b))
         if not return_terms:
             return loss
         return loss, {name: term.detach().float() for name, term in terms.items()}
 
-    def _relation(self, view: View | None, view_a: View | None) -> View:
+    def _relation(self, view: View | None, view_a: View | None, valid: Tensor | None) -> tuple[View, Tensor | None]:
+        """The view that leads from the first maps' images to the second's, and where the first are no padding."""
         view = view if view is not None else self.view
         if view is None:
             raise ValueError(
@@ -201,13 +220,29 @@ class AllPairsConsistencyLoss(nn.Module):
             )
         require_view(view)
         if view_a is None:
-            return view
+            return view, valid
         require_view(view_a)
-        return Compose([view_a.inverse, view])
+        relation = Compose([view_a.inverse, view])
+        if not relation.shows_anything:
+            self._say(
+                "apart",
+                f"found views that show nothing in common, {view_a.brief} and {view.brief}; expected a common region; "
+                "what they compare is 0: draw larger crops",
+            )
+        if valid is not None:
+            check_valid(valid, valid.shape[0])
+            valid = view_a(valid.float()) >= 0.5
+        return relation, valid
+
+    def _say(self, what: str, message: str) -> None:
+        """Warns of each thing once."""
+        if what not in self._said:
+            self._said.add(what)
+            warnings.warn(message, stacklevel=6)
 
     def _pairs(self, attn_a: AttentionMaps, attn_b: AttentionMaps) -> list[tuple[LayerAttention, LayerAttention]]:
         """The pairs of layers to compare: those chosen, less those in which neither view carries gradient."""
-        _check_same_modules(attn_a, attn_b)
+        check_same_modules(attn_a, attn_b)
         if self.layers is not None:
             attn_a, attn_b = attn_a.select(self.layers), attn_b.select(self.layers)
         pairs = list(zip(attn_a, attn_b, strict=True))
@@ -220,8 +255,20 @@ class AllPairsConsistencyLoss(nn.Module):
                 "carry it; run the model outside torch.no_grad with unfrozen query and key weights, or compute the "
                 "value alone under torch.no_grad"
             )
-        _check_alive(learning)
+        check_alive(learning)
         return learning
+
+    def _say_unknown_offsets(self, pairs: list[tuple[LayerAttention, LayerAttention]], view: View) -> None:
+        layouts = [(a, side) for a, _ in pairs for side in ("query", "key") if not a.layout.lattice(side).offset_known]
+        if layouts and view != Identity():
+            first, side = layouts[0]
+            self._say(
+                "offset",
+                f"found a stem of overlapping windows, and nothing that tells where it puts the {side} tokens of layer "
+                f"{first.index} ({first.name}) on the image; expected to know, or {view.brief} may match tokens that "
+                "are apart; measure by acr_reg.check, and leave such layers out (layers=) or name their lattice by "
+                "with_layout(grid=Lattice(..., offset=))",
+            )
 
     def _wanted(self, layer: LayerAttention, cam_a: Tensor | None) -> set[str]:
         """The terms that can exist here; an error where one that was asked for cannot."""
@@ -237,9 +284,8 @@ class AllPairsConsistencyLoss(nn.Module):
         for name, message in missing.items():
             if name in self._insisted:
                 raise ValueError(message)
-            if name == "activation" and self.weights[name] and name not in self._said:
-                self._said.add(name)
-                warnings.warn(f"{message} to say so; the term is left out", stacklevel=5)
+            if name == "activation" and self.weights[name]:
+                self._say(name, f"{message} to say so; the term is left out")
         return {"activation", "affinity", "cam"} - set(missing)
 
     def _attention_terms(
@@ -261,64 +307,36 @@ class AllPairsConsistencyLoss(nn.Module):
                 )
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
                 layer = align_layer(a, b, view, valid, self.rows)
-                rows = (layer.activation_a, layer.activation_b, layer.affinity_a, layer.affinity_b)
-                if self.heads == "mean":
-                    rows = tuple(r.mean(1, keepdim=True) for r in rows)  # type: ignore[assignment]
-                if "activation" in wanted:
-                    term = activation_consistency(
-                        rows[0], rows[1], self.distance, self.normalize, layer.keys_valid, _present(a, labels)
-                    )
-                    sums.setdefault("activation", []).append(term)
-                if "affinity" in wanted:
-                    term = affinity_consistency(
-                        rows[2], rows[3], self.distance, self.normalize, layer.keys_valid, layer.rows_valid
-                    )
-                    sums.setdefault("affinity", []).append(term)
+                for name, rows in (("activation", layer.activation), ("affinity", layer.affinity)):
+                    if name not in wanted:
+                        continue
+                    row_a, row_b, overlap = rows.comparable(self.heads)
+                    keys_valid = rows.keys_valid if rows.is_partial else None
+                    if name == "activation":
+                        term = activation_consistency(
+                            row_a, row_b, self.distance, self.normalize, keys_valid, _present(a, labels), overlap
+                        )
+                    else:
+                        counted = rows.counted if rows.is_partial else None
+                        term = affinity_consistency(
+                            row_a, row_b, self.distance, self.normalize, keys_valid, counted, overlap
+                        )
+                    sums.setdefault(name, []).append(term)
                 sums.setdefault("entropy", []).append(layer.entropy)
         return {name: torch.stack(values).mean() for name, values in sums.items()}
 
 
-def _check_same_modules(attn_a: AttentionMaps, attn_b: AttentionMaps) -> None:
-    if attn_a.layers != attn_b.layers:
-        raise ValueError(
-            f"found layers {attn_a.layers} in one view and {attn_b.layers} in the other; expected the same; take "
-            "both from the same model, once per forward"
-        )
-    # Two branches, or a student and a teacher, may name the same block differently: its number must agree.
-    other = [(a.name, b.name) for a, b in zip(attn_a, attn_b, strict=True) if _block(a.name) != _block(b.name)]
-    if other:
-        raise ValueError(
-            f"found maps of {other[0][0]} in one view and of {other[0][1]} in the other; expected the same block; "
-            "where layers are dropped at random (LayerDrop), switch that off"
-        )
-    if None not in (attn_a.run, attn_b.run) and attn_a.run != attn_b.run:
-        raise ValueError(
-            f"found maps of encoder run {attn_a.run} since the last take in one view and of run {attn_b.run} in the "
-            'other; expected the same pass of both; capture with keep="first", or with keep="all" and take(i)'
-        )
-
-
-def _block(name: str) -> str:
-    numbers = re.findall(r"\d+", name)
-    return numbers[-1] if numbers else ""
-
-
-def _check_alive(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:
-    """The first layer tells for all of its forward."""
-    for side, layer in zip("ab", pairs[0], strict=True):
-        tensor = layer.recorded.output if layer.recorded.output is not None else layer.recorded.seen
-        if tensor.grad_fn is not None and is_freed(tensor):
-            raise ValueError(
-                f"found maps of view {side} whose graph backward() has already freed; expected maps of a forward that "
-                "is still to be differentiated; take() them anew in each step, and add the loss before backward()"
-            )
-
-
-def _check_placed(pairs: list[tuple[LayerAttention, LayerAttention]]) -> None:
-    """Says why a layer is on no grid before anything counts its images: windows hold several maps an image."""
-    for pair in pairs:
-        for layer in pair:
-            _ = layer.layout
+def _lattices(
+    attn_a: AttentionMaps, attn_b: AttentionMaps, cam_a: Tensor, cam_b: Tensor
+) -> tuple[Lattice, Lattice] | None:
+    """Where class maps lie on the images: where the tokens of a grid of their size do, of the last layer with such."""
+    for a, b in zip(reversed(attn_a), reversed(attn_b), strict=True):
+        if isinstance(a.located, TokenLayout) and isinstance(b.located, TokenLayout):
+            grids = a.located.query, b.located.query
+            sizes = [(grid.height, grid.width) for grid in grids]
+            if sizes == [cam.shape[-2:] for cam in (cam_a, cam_b)]:
+                return grids
+    return None
 
 
 def _present(layer: LayerAttention, labels: Tensor | None) -> Tensor | None:
@@ -332,63 +350,3 @@ def _present(layer: LayerAttention, labels: Tensor | None) -> Tensor | None:
             "background, in the order of the class tokens"
         )
     return labels > 0
-
-
-def _check_cams(cam_a: Tensor | None, cam_b: Tensor | None, batch: int, learns: bool) -> None:
-    if (cam_a is None) != (cam_b is None):
-        raise ValueError("found class maps of one view only; expected cam_a and cam_b; pass both or neither")
-    if cam_a is None or cam_b is None:
-        return
-    for name, cam in (("cam_a", cam_a), ("cam_b", cam_b)):
-        if not isinstance(cam, Tensor):
-            raise TypeError(
-                f"found {name} of type {type(cam).__name__}; expected a tensor (B, C, h, w); stack one map per class"
-            )
-    if cam_a.ndim == 4 and cam_a.shape[0] != batch:
-        raise ValueError(
-            f"found class maps of shape {tuple(cam_a.shape)}; expected those of the {batch} images whose attention was "
-            "given; pass maps and attention of the same forward"
-        )
-    if learns and not (cam_a.requires_grad or cam_b.requires_grad):
-        raise ValueError(
-            "found no gradient in cam_a or cam_b; expected at least one to carry it; make them with "
-            "create_graph=True, or set cam_weight=0 to watch the term alone"
-        )
-
-
-def _check_labels(labels: Tensor | None, batch: int, classes: int | None) -> None:
-    if labels is None:
-        return
-    if not isinstance(labels, Tensor):
-        raise TypeError(
-            f"found labels of type {type(labels).__name__}; expected a tensor (B, C); wrap them by torch.tensor"
-        )
-    if labels.ndim != 2 or labels.shape[0] != batch or (classes is not None and labels.shape[1] != classes):
-        raise ValueError(
-            f"found labels of shape {tuple(labels.shape)}; expected ({batch}, "
-            f"{classes if classes is not None else 'C'}); pass one row of 0 and 1 per image, as wide as the class maps"
-        )
-
-
-def _check_choice(name: str, found: object, choices: tuple[object, ...]) -> None:
-    if found not in choices:
-        raise ValueError(
-            f"found {name}={found!r}; expected one of {', '.join(map(repr, choices))}; choose one of these"
-        )
-
-
-def _not_finite(pairs: list[tuple[LayerAttention, LayerAttention]], cam_a: Tensor | None, cam_b: Tensor | None) -> str:
-    with torch.no_grad():
-        layers = [
-            f"layer {layer.index} ({layer.name}) of view {side}"
-            for pair in pairs
-            for side, layer in zip("ab", pair, strict=True)
-            if not layer.weights().isfinite().all()
-        ]
-    layers += [
-        name for name, cam in (("cam_a", cam_a), ("cam_b", cam_b)) if cam is not None and not cam.isfinite().all()
-    ]
-    return (
-        f"found NaN or infinite values in {', '.join(layers) or 'the distance'}; expected finite maps; look for an "
-        "overflow in half precision, rows whose keys are all masked, or a callable distance that divides by zero"
-    )

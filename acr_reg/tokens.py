@@ -8,7 +8,7 @@ and keys with the prefix. ``_inference`` reads both off the input size and the m
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -23,7 +23,8 @@ class Lattice:
     ``height`` x ``width`` tokens; ``stride`` (y, x) is the distance between neighbouring centres and ``offset`` (y, x)
     how far the first centre lies beyond half a stride, both in pixels; ``extent`` (height, width) is the image's size
     in pixels. The centre of token (i, j) is at ``offset + (i + 1/2, j + 1/2) * stride``. By default a token is one unit
-    and the grid covers the image.
+    and the grid covers the image. ``offset_known`` is False where windows overlap and nothing tells where the centres
+    are: the loss then warns.
 
     >>> Lattice(2, 3, stride=(16.0, 16.0)).extent
     (32.0, 48.0)
@@ -34,6 +35,7 @@ class Lattice:
     stride: tuple[float, float] = (1.0, 1.0)
     offset: tuple[float, float] = (0.0, 0.0)
     extent: tuple[float, float] = (0.0, 0.0)
+    offset_known: bool = field(default=True, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -46,6 +48,11 @@ class Lattice:
 
     def __len__(self) -> int:
         return self.height * self.width
+
+    @property
+    def is_unit(self) -> bool:
+        """Whether it is counted in tokens, since nothing told of pixels."""
+        return self.stride == (1.0, 1.0)
 
     def __str__(self) -> str:
         return f"{self.height} x {self.width}"

@@ -1,51 +1,39 @@
 """Views: augmentations that know how to carry a map, or an affinity between tokens, back to the image they came from.
 
-A :class:`View` is one axis-aligned affine map between a source image and its augmented output, in coordinates that run
-from 0 to 1 along each axis, with half-pixel centres (torchvision's convention, ``align_corners=False``). It acts on
-anything laid over the image by mapping centres: where the centres of one lattice fall on those of the other, that is an
-index, exact to the bit; elsewhere it is a bilinear resampling, antialiased when shrinking.
+A :class:`View` is one axis-aligned affine map between a source image and its augmented output, or one for each image of
+a batch, in coordinates that run from 0 to 1 along each axis, with half-pixel centres (torchvision's convention,
+``align_corners=False``). It acts on anything laid over the image by mapping centres: where the centres of one lattice
+fall on those of the other, that is an index, exact to the bit; elsewhere it is a bilinear resampling, antialiased when
+shrinking.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from fractions import Fraction
+from functools import cached_property, lru_cache, reduce
 
-import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg.attention import at_least_float32
+from acr_reg import _resampling
+from acr_reg._affine import Affine, Axis
+from acr_reg._resampling import LatticeMap
 from acr_reg.tokens import Lattice
 
-# A centre this close to another (in units of the target's spacing) falls on it: far below any resampling one could see.
-_ON_LATTICE = 1e-4
+Size = Sequence[int]
 
-
-@dataclass(frozen=True)
-class Axis:
-    """A source coordinate read along one output axis: source = slope * output + start, both in [0, 1]."""
-
-    slope: float = 1.0
-    start: float = 0.0
-
-    def inverse(self) -> Axis:
-        return Axis(1.0 / self.slope, -self.start / self.slope)
-
-    def after(self, earlier: Axis) -> Axis:
-        """This axis read through ``earlier``: earlier(self(output))."""
-        return Axis(earlier.slope * self.slope, earlier.slope * self.start + earlier.start)
+_BRIEF = 120  # characters
 
 
 @dataclass(frozen=True)
 class View:
-    """An augmentation as one axis-aligned affine map. Made by HorizontalFlip, VerticalFlip, Rotate90, Scale, Compose,
-    Identity.
+    """An augmentation as one axis-aligned affine map, shared by a batch or one for each of its images. Made by
+    HorizontalFlip, VerticalFlip, Rotate90, Scale, Crop, Compose, PerImage, Identity, or drawn by a sampler.
 
-    ``y`` and ``x`` say where the source's rows and columns are read; with ``transposed`` the source's y runs along the
-    output's x. ``zoom`` is the output's (height, width) over the source's, in the output's orientation. Immutable,
-    comparable, printable, picklable.
+    Immutable, comparable, hashable, picklable, and printed as it is written. ``input_size`` and ``fixed_size`` are the
+    (height, width) in pixels of its input and output where it is bound to them, as a crop is; other views take any.
 
     >>> import torch
     >>> image = torch.arange(6.0).reshape(1, 1, 2, 3)
@@ -58,67 +46,157 @@ class View:
     True
     """
 
-    y: Axis = Axis()
-    x: Axis = Axis()
-    transposed: bool = False
-    zoom: tuple[float, float] = (1.0, 1.0)
+    affines: tuple[Affine, ...] = (Affine(),)
+    input_size: tuple[int, int] | None = None
+    fixed_size: tuple[int, int] | None = None
     label: str = field(default="Identity()", compare=False)
 
     def __repr__(self) -> str:
         return self.label
 
     @property
+    def brief(self) -> str:
+        """As printed, cut where the views of a batch would fill a screen."""
+        return self.label if len(self.label) <= _BRIEF else f"{self.label[:_BRIEF]} ..."
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # fractions are slow to hash, and maps are looked up by it for every layer
+        return hash((self.affines, self.input_size, self.fixed_size))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def num_images(self) -> int:
+        """How many images it is for; 1 serves any batch."""
+        return len(self.affines)
+
+    @property
+    def scales(self) -> bool:
+        """Whether sizes change, and so may have been rounded."""
+        return any(zoom != 1 for affine in self.affines for zoom in affine.zoom)
+
+    @property
+    def shows_anything(self) -> bool:
+        """Whether its output shows any part of its input, of any image: two crops joined may not."""
+        return any(axes.y.low < axes.y.high and axes.x.low < axes.x.high for axes in self.affines)
+
+    def of_image(self, image: int) -> View:
+        """The view of one image of the batch."""
+        affine = self.affines[image if self.num_images > 1 else 0]
+        label = f"{self.label}.of_image({image})" if self.num_images > 1 else self.label
+        return View((affine,), self.input_size, self.fixed_size, label)
+
+    @cached_property
     def inverse(self) -> View:
         """The view that leads back: ``view.inverse(view(images))`` has the images' orientation, and their size too
-        unless a scaled size was rounded; :meth:`align` leads back onto a given size.
+        unless a scaled size was rounded; :meth:`align` leads back onto a given size. What the view does not show is 0.
         """
-        (y, x), zoom = (self.y.inverse(), self.x.inverse()), (1.0 / self.zoom[0], 1.0 / self.zoom[1])
-        if self.transposed:
-            (y, x), zoom = (x, y), (zoom[1], zoom[0])
         label = self.label[: -len(".inverse")] if self.label.endswith(".inverse") else f"{self.label}.inverse"
-        return View(y, x, self.transposed, zoom, label)
+        return View(tuple(affine.inverse() for affine in self.affines), self.fixed_size, self.input_size, label)
 
-    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
-        """The size (height, width) of this view of a map of ``size``. Raises ValueError where nothing would be left."""
-        height, width = (size[1], size[0]) if self.transposed else (size[0], size[1])
-        output = round(height * self.zoom[0]), round(width * self.zoom[1])
+    def output_size(self, size: Size) -> tuple[int, int]:
+        """The size (height, width) of this view of a map of ``size``. Raises ValueError where nothing would be left,
+        and where the views of a batch differ in size or are bound to images of another."""
+        sizes = list(dict.fromkeys(affine.output_size(size) for affine in self.affines))
+        if len(sizes) > 1:
+            raise ValueError(
+                f"found {self.brief} of a map of {size[0]} x {size[1]}, which gives "
+                f"{' and '.join(f'{h} x {w}' for h, w in sizes)}; expected one output size for all images; turn square "
+                "images only, and bring the views to one size by Crop(..., size=)"
+            )
+        output = sizes[0]
         if min(output) < 1:
             raise ValueError(
-                f"found {self!r} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; expected "
-                "at least 1 x 1; scale less"
+                f"found {self.brief} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; "
+                "expected at least 1 x 1; scale less"
             )
-        return output
+        self._check_size("input", self.input_size, size, size)
+        self._check_size("output", self.fixed_size, output, size, rounding=1)
+        fixed = self.fixed_size
+        near = fixed is not None and all(abs(a - b) <= 1 for a, b in zip(fixed, output, strict=True))
+        return fixed if fixed is not None and near else output
 
-    def __call__(self, maps: Tensor, size: Sequence[int] | None = None) -> Tensor:
-        """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W')."""
+    def _check_size(self, what: str, bound: Size | None, found: Size, size: Size, rounding: int = 0) -> None:
+        """A view bound to images of one size takes those, and maps of them at a lower resolution."""
+        if bound is not None and not _is_reduction(bound, found, rounding):
+            raise ValueError(
+                f"found {self.brief} of a map of {size[0]} x {size[1]}; expected {bound[0]} x {bound[1]} as its "
+                f"{what}, or maps of such images at a whole fraction of their resolution; draw the view for the size "
+                "of the images it is applied to"
+            )
+
+    def __call__(self, maps: Tensor, size: Size | None = None) -> Tensor:
+        """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W').
+
+        With a view for each image the first axis is the batch. What lies outside the source is 0.
+        """
         if not isinstance(maps, Tensor):
             raise TypeError(
                 f"found a {type(maps).__name__}; expected a tensor (..., H, W); convert images to tensors first"
             )
-        if maps.ndim < 2 or not (maps.is_floating_point() or self._keeps_pixels(maps.shape[-2:], size)):
+        if maps.ndim < 2:
+            raise TypeError(f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W); reshape")
+        self.check_batch(maps.shape[0] if maps.ndim > 2 else 1)
+        pixels = self._pixel_map(maps.shape[-2:], size, str(maps.device))
+        if not (maps.is_floating_point() or pixels.is_exact):
             raise TypeError(
                 f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point "
-                f"where {self!r} resamples; convert images with .float()"
+                f"where {self.brief} resamples; convert images with .float()"
             )
-        return self._pixel_map(maps.shape[-2:], size, str(maps.device))(maps)
+        return pixels(maps)
 
-    def align(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+    def align(self, maps: Tensor, size: Size) -> Tensor:
         """Maps made from ``view(images)``, (..., h', w'), carried back onto the images' grid of ``size`` (h, w)."""
         return self.inverse(maps, size)
 
-    def _keeps_pixels(self, source: Sequence[int], size: Sequence[int] | None) -> bool:
-        return self._pixel_map(source, size, "cpu").is_exact
+    def valid(self, size: Size, output_size: Size | None = None) -> Tensor:
+        """(1 or B, H', W') bool: which pixels of ``view(images)``, with images of ``size``, show the image."""
+        pixels = self._pixel_map(size, output_size, "cpu")
+        return rearrange(pixels.valid, "b (h w) -> b h w", h=pixels.target.height)
 
-    def _pixel_map(self, source: Sequence[int], size: Sequence[int] | None, device: str) -> LatticeMap:
-        target = size if size is not None else self.output_size(source)
-        return lattice_map(self, Lattice(source[0], source[1]), Lattice(target[0], target[1]), device)
+    def check_batch(self, images: int) -> None:
+        """Raises ValueError where the view holds one map for each of a different number of images."""
+        if self.num_images not in (1, images):
+            raise ValueError(
+                f"found {self.brief}, which is for {self.num_images} images, and a batch of {images}; expected as "
+                "many; draw it for this batch, images along the first axis"
+            )
+
+    def _pixel_map(self, source: Size, size: Size | None, device: str) -> LatticeMap:
+        if size is None:
+            size = self.output_size(source)
+        else:
+            self._check_size("input", self.input_size, source, source)
+        # Not cached: of random views every one is new, and maps of pixels are large.
+        return _resampling.lattice_map(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
+
+
+def _is_reduction(full: Size, found: Size, rounding: int) -> bool:
+    """Whether ``found`` is the size ``full``, or that of a map at a whole fraction of it, give or take one token."""
+    return all(
+        abs(large - small) <= rounding or any(abs(large / by - small) <= 1 for by in range(2, large + 1))
+        for large, small in zip(full, found, strict=True)
+    )
+
+
+@lru_cache(maxsize=32)
+def lattice_map(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
+    """The map from a ``source`` lattice of tokens on a view's input to a ``target`` lattice on its output."""
+    return _resampling.lattice_map(view.affines, source, target, device)
 
 
 def require_view(view: object) -> None:
-    if not isinstance(view, View):
-        raise TypeError(
-            f"found a view of type {type(view).__name__}; expected an acr_reg View; for instance HorizontalFlip()"
-        )
+    if isinstance(view, View):
+        return
+    drawn = "; draw one: sampler.sample(images)" if hasattr(view, "sample") else "; for instance HorizontalFlip()"
+    raise TypeError(f"found a view of type {type(view).__name__}; expected an acr_reg View{drawn}")
+
+
+_MIRRORED = Axis.reading(-1, 1)
 
 
 def Identity() -> View:
@@ -128,182 +206,179 @@ def Identity() -> View:
 
 def HorizontalFlip() -> View:
     """Mirrors left and right."""
-    return View(x=Axis(-1.0, 1.0), label="HorizontalFlip()")
+    return View((Affine(x=_MIRRORED),), label="HorizontalFlip()")
 
 
 def VerticalFlip() -> View:
     """Mirrors top and bottom.
 
+    >>> import torch
     >>> VerticalFlip()(torch.tensor([[1, 2], [3, 4]])).tolist()
     [[3, 4], [1, 2]]
     """
-    return View(y=Axis(-1.0, 1.0), label="VerticalFlip()")
+    return View((Affine(y=_MIRRORED),), label="VerticalFlip()")
 
 
 def Rotate90(k: int = 1) -> View:
     """``k`` quarter turns counter-clockwise, as ``torch.rot90`` over (H, W)."""
     if not isinstance(k, int):
         raise TypeError(f"found k={k!r}; expected a whole number of quarter turns; Rotate90(2) is half a turn")
-    mirrored = Axis(-1.0, 1.0)
-    turned = {
-        0: View(),
-        1: View(Axis(), mirrored, True),
-        2: View(mirrored, mirrored),
-        3: View(mirrored, Axis(), True),
+    y, x, transposed = {
+        0: (Axis(), Axis(), False),
+        1: (Axis(), _MIRRORED, True),
+        2: (_MIRRORED, _MIRRORED, False),
+        3: (_MIRRORED, Axis(), True),
     }[k % 4]
-    return View(turned.y, turned.x, turned.transposed, label=f"Rotate90({k % 4})")
+    return View((Affine(y, x, transposed),), label=f"Rotate90({k % 4})")
 
 
-def Scale(factor: float | tuple[float, float]) -> View:
+def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
     """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
 
+    With ``keep_size`` the output has the input's size: scaled about the centre, cut where it is larger and 0 (and not
+    valid) where it is smaller, as torchvision's affine does.
+
+    >>> import torch
     >>> Scale(0.5)(torch.ones(1, 3, 32, 48)).shape
     torch.Size([1, 3, 16, 24])
     """
-    zoom = (float(factor), float(factor)) if isinstance(factor, (int, float)) else (float(factor[0]), float(factor[1]))
-    if not (0 < zoom[0] < float("inf") and 0 < zoom[1] < float("inf")):
+    factors = (float(factor), float(factor)) if isinstance(factor, (int, float)) else tuple(map(float, factor))
+    if len(factors) != 2 or not all(0 < f < float("inf") for f in factors):
         raise ValueError(f"found a scale of {factor}; expected positive factors; 0.5 halves the size, 2 doubles it")
-    return View(zoom=zoom, label=f"Scale({factor})")
+    zoom = (Fraction(factors[0]), Fraction(factors[1]))
+    if not keep_size:
+        return View((Affine(zoom=zoom),), label=f"Scale({factor})")
+    y, x = (Axis.reading(1 / z, (1 - 1 / z) / 2) for z in zoom)
+    return View((Affine(y, x),), label=f"Scale({factor}, keep_size=True)")
+
+
+def Crop(
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    size: int | Size | None = None,
+    *,
+    image_size: Size,
+    pad: bool = False,
+) -> View:
+    """The box of an image of ``image_size`` (height, width), in pixels, resized to ``size`` (height, width), by default
+    its own: torchvision's ``resized_crop``.
+
+    The box is in torchvision's order, so that ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
+    image_size=images.shape[-2:])`` is what that transform would have done. With ``pad`` the box may reach beyond the
+    image, where the output is 0 and not valid: what hosts do that scale by 0.5 to 2 and pad to one size. Raises
+    ValueError for a box outside the image.
+
+    >>> import torch
+    >>> Crop(0, 16, 32, 32, size=64, image_size=(32, 48))(torch.ones(1, 3, 32, 48)).shape
+    torch.Size([1, 3, 64, 64])
+    """
+    box = tuple(_whole(value, "a box") for value in (top, left, height, width))
+    rows, columns = (_whole(value, "an image size") for value in image_size)
+    size = (height, width) if size is None else (size, size) if isinstance(size, int) else size
+    out_rows, out_columns = (_whole(value, "a size") for value in size)
+    top, left, height, width = box
+    inside = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
+    touching = top < rows and left < columns and top + height > 0 and left + width > 0
+    if min(height, width, out_rows, out_columns) < 1 or not (touching if pad else inside):
+        raise ValueError(
+            f"found a box of {height} x {width} at ({top}, {left}), rows {top} to {top + height} and columns {left} to "
+            f"{left + width}, of an image of {rows} x {columns}, resized to {out_rows} x {out_columns}; expected a box "
+            f"within the image and sizes of at least 1; {'move' if pad else 'shrink or move'} the box"
+            f"{'' if pad else ', or pass pad=True for zeros beyond the image'}"
+        )
+    y = Axis.reading(Fraction(height, rows), Fraction(top, rows))
+    x = Axis.reading(Fraction(width, columns), Fraction(left, columns))
+    padded = ", pad=True" if pad else ""
+    resized = "" if (out_rows, out_columns) == (height, width) else f", size=({out_rows}, {out_columns})"
+    label = f"Crop({top}, {left}, {height}, {width}{resized}, image_size=({rows}, {columns}){padded})"
+    zoom = (Fraction(out_rows, rows), Fraction(out_columns, columns))
+    return View((Affine(y, x, zoom=zoom),), (rows, columns), (out_rows, out_columns), label)
+
+
+def _whole(value: object, what: str) -> int:
+    if isinstance(value, bool) or int(value) != value:  # type: ignore[call-overload]
+        raise TypeError(f"found {value!r} in {what}; expected whole pixels; round the numbers")
+    return int(value)  # type: ignore[call-overload]
 
 
 def Compose(views: Sequence[View]) -> View:
-    """The views one after another, the first first, as one view: resampled once."""
-    composed = View()
+    """The views one after another, the first first, as one view: resampled once. Views of one image each and views for
+    a batch go together.
+
+    Raises ValueError where a view is bound to another size than the one before gives.
+    """
+    views = _views(views, "Compose([first, second])")
+    composed = reduce(_then, views, View(label="nothing"))
+    return View(composed.affines, composed.input_size, composed.fixed_size, f"Compose({list(views)})")
+
+
+def _then(first: View, second: View) -> View:
+    if 1 not in (first.num_images, second.num_images):
+        second.check_batch(first.num_images)
+    given, wanted = first.fixed_size, second.input_size
+    if given is not None and wanted is not None and given != wanted:
+        raise ValueError(
+            f"found {second.brief} after {first.brief}, which gives {given[0]} x {given[1]}; expected {wanted[0]} x "
+            f"{wanted[1]}; make each view for the output of the one before"
+        )
+    input_size, fixed_size = first.input_size, second.fixed_size
+    if input_size is None and wanted is not None and not first.scales:
+        input_size = first.inverse.output_size(wanted)
+    if fixed_size is None and given is not None:
+        fixed_size = second.output_size(given)
+    count = max(first.num_images, second.num_images)
+    pairs = zip(_for_all(first, count), _for_all(second, count), strict=True)
+    return View(tuple(one.then(other) for one, other in pairs), input_size, fixed_size, second.label)
+
+
+def _for_all(view: View, count: int) -> Iterator[Affine]:
+    return iter(view.affines * count if view.num_images == 1 else view.affines)
+
+
+def PerImage(views: Sequence[View]) -> View:
+    """One view that holds another for each image of a batch, all with one output size.
+
+    >>> import torch
+    >>> view = PerImage([HorizontalFlip(), Identity()])
+    >>> view(torch.tensor([[[[1, 2]]], [[[3, 4]]]])).flatten().tolist()
+    [2, 1, 3, 4]
+    """
+    views = _views(views, "PerImage([of_the_first, of_the_second])")
+    if not views or any(view.num_images > 1 for view in views):
+        raise ValueError(
+            f"found {len(views)} views for {[view.num_images for view in views]} images; expected one view for each "
+            "image, of one image each; PerImage([HorizontalFlip(), Identity()])"
+        )
+    for what in ("input_size", "fixed_size"):
+        sizes = list(dict.fromkeys(getattr(view, what) for view in views))
+        if len(sizes) > 1 and None not in sizes:
+            raise ValueError(
+                f"found views of {what.replace('_', ' ')} {' and '.join(map(str, sizes))}; expected one size for all "
+                "images of a batch; crop or pad to one size by Crop(..., size=, pad=True)"
+            )
+    bound = next((view for view in views if view.input_size is not None), views[0])
+    made = View(
+        tuple(view.affines[0] for view in views), bound.input_size, bound.fixed_size, f"PerImage({list(views)})"
+    )
+    if made.input_size is not None:
+        made.output_size(made.input_size)
+    elif len({affine.zoom for affine in made.affines}) > 1:
+        zooms = list(dict.fromkeys(affine.zoom for affine in made.affines))
+        raise ValueError(
+            f"found views that scale by {' and '.join(f'({float(y):g}, {float(x):g})' for y, x in zooms)}; expected "
+            "one output size for all images; Scale(factor, keep_size=True) keeps it"
+        )
+    return made
+
+
+def _views(views: Sequence[View], example: str) -> Sequence[View]:
     if isinstance(views, View):
-        raise TypeError("found one View; expected a sequence of them; Compose([first, second])")
+        raise TypeError(f"found one View; expected a sequence of them; {example}")
     for view in views:
         if not isinstance(view, View):
             raise TypeError(
                 f"found a {type(view).__name__} among the views; expected Views; for instance HorizontalFlip()"
             )
-        composed = _then(composed, view)
-    return View(composed.y, composed.x, composed.transposed, composed.zoom, f"Compose({list(views)})")
-
-
-def _then(first: View, second: View) -> View:
-    along_y, along_x = (second.x, second.y) if first.transposed else (second.y, second.x)
-    zoom = (first.zoom[1], first.zoom[0]) if second.transposed else first.zoom
-    return View(
-        along_y.after(first.y),
-        along_x.after(first.x),
-        first.transposed != second.transposed,
-        (zoom[0] * second.zoom[0], zoom[1] * second.zoom[1]),
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class AxisMap:
-    """Where each target position along one axis reads its source: an ``index`` (exact), or rows of ``weights`` that sum
-    to 1.
-
-    ``valid`` is False for target positions whose centre lies outside the source.
-    """
-
-    index: Tensor | None
-    weights: Tensor | None
-    valid: Tensor
-    is_permutation: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class LatticeMap:
-    """Carries what lies on a source lattice onto a target lattice, as a view's ``y``, ``x`` and transposition say."""
-
-    y: AxisMap
-    x: AxisMap
-    transposed: bool
-    source: Lattice
-    target: Lattice
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether every target centre falls on a source centre."""
-        return self.y.index is not None and self.x.index is not None
-
-    @property
-    def is_permutation(self) -> bool:
-        """Whether the target's tokens are the source's, each once, in another order."""
-        return self.y.is_permutation and self.x.is_permutation
-
-    @property
-    def valid(self) -> Tensor:
-        """(target tokens,) bool: whether the source covers a target token's centre."""
-        valid = self.y.valid[:, None] & self.x.valid[None, :]
-        return (valid.mT if self.transposed else valid).flatten()
-
-    def index(self) -> Tensor:
-        """(target tokens,) the source token on which each target token falls. Only for exact maps."""
-        assert self.y.index is not None and self.x.index is not None
-        index = self.y.index[:, None] * self.source.width + self.x.index[None, :]
-        return (index.mT if self.transposed else index).flatten()
-
-    def __call__(self, maps: Tensor) -> Tensor:
-        """Dense maps (..., source height, source width) -> (..., target height, target width)."""
-        # Half precision is resampled in float32 and rounded once.
-        precise = maps if self.is_exact else at_least_float32(maps)
-        mapped = _read(_read(precise, -2, self.y), -1, self.x).to(maps.dtype)
-        return mapped.mT if self.transposed else mapped
-
-    def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Values of tokens along one dimension, ``len(source)`` of them -> ``len(target)``."""
-        if self.is_exact:
-            return values.index_select(dim, self.index())
-        values = values.movedim(dim, -1)
-        mapped = self(rearrange(values, "... (h w) -> ... h w", h=self.source.height))
-        return rearrange(mapped, "... h w -> ... (h w)").movedim(-1, dim)
-
-
-def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
-    if axis.index is not None:
-        return values.index_select(dim, axis.index)
-    assert axis.weights is not None
-    with torch.autocast(values.device.type, enabled=False):
-        return (values.movedim(dim, -1) @ axis.weights.mT.to(values)).movedim(-1, dim)
-
-
-@lru_cache(maxsize=256)
-def lattice_map(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
-    """The map from a ``source`` lattice on a view's input to a ``target`` lattice on its output."""
-    turned = view.transposed
-    # Cached for training too, which tensors made under inference_mode could not serve.
-    with torch.inference_mode(False):
-        y = _axis_map(view.y, _Line.rows(source), _Line.columns(target) if turned else _Line.rows(target), device)
-        x = _axis_map(view.x, _Line.columns(source), _Line.rows(target) if turned else _Line.columns(target), device)
-    return LatticeMap(y, x, turned, source, target)
-
-
-@dataclass(frozen=True)
-class _Line:
-    """One axis of a lattice: centres at offset + (i + 1/2) * stride on a line of length extent."""
-
-    count: int
-    stride: float
-    offset: float
-    extent: float
-
-    @staticmethod
-    def rows(lattice: Lattice) -> _Line:
-        return _Line(lattice.height, lattice.stride[0], lattice.offset[0], lattice.extent[0])
-
-    @staticmethod
-    def columns(lattice: Lattice) -> _Line:
-        return _Line(lattice.width, lattice.stride[1], lattice.offset[1], lattice.extent[1])
-
-
-def _axis_map(axis: Axis, source: _Line, target: _Line, device: str) -> AxisMap:
-    """Places every target centre on the source line, in source tokens: position = first + i * step."""
-    step = axis.slope * target.stride / target.extent * source.extent / source.stride
-    start = (target.offset + 0.5 * target.stride) / target.extent
-    first = ((axis.slope * start + axis.start) * source.extent - source.offset) / source.stride - 0.5
-    positions = first + step * torch.arange(target.count, dtype=torch.float64)
-    nearest = positions.round()
-    valid = (positions > -0.5 - _ON_LATTICE) & (positions < source.count - 0.5 + _ON_LATTICE)
-    if bool(((positions - nearest).abs() < _ON_LATTICE).all()) and abs(abs(step) - 1) < _ON_LATTICE:
-        index = nearest.long().clamp(0, source.count - 1)
-        permutes = len(index) == source.count and bool(valid.all())
-        return AxisMap(index.to(device), None, valid.to(device), permutes)
-    # The triangle filter of bilinear interpolation, widened by the factor of shrinking.
-    reach = max(1.0, abs(step))
-    distances = (positions.clamp(0, source.count - 1)[:, None] - torch.arange(source.count)[None, :]).abs()
-    weights = (1 - distances / reach).clamp(min=0)
-    return AxisMap(None, weights / weights.sum(1, keepdim=True), valid.to(device))  # float64 is not on every device
+    return list(views)

@@ -98,35 +98,53 @@ def pairwise_terms(
 ):
     """Both terms of the loss as floats, means over layers; activation is None without a class token.
 
-    ``labels[image][class]`` leaves out class tokens, ``shown[image][token]`` tokens that are padding on the first view.
+    ``labels[image][class]`` leaves out class tokens, ``shown[image][token]`` tokens that are padding on the first view:
+    rows are then conditional, each over what it gives to the prefix and to shown tokens, and weighted by the smaller of
+    both masses.
     """
     prefix_b = prefix if prefix_b is None else prefix_b
     moves, _ = token_moves(move, grid)
     activation, affinity = [], []
     for layer_a, layer_b in zip(maps_a, maps_b, strict=True):
-        if heads == "mean":
-            layer_a, layer_b = layer_a.mean(1, keepdim=True), layer_b.mean(1, keepdim=True)
         layer_a, layer_b = layer_a.tolist(), layer_b.tolist()
         class_rows, patch_rows = [], []
         for image in range(len(layer_a)):
             visible = [j for j in range(len(moves)) if shown is None or shown[image][j]]
-            for a, b in zip(layer_a[image], layer_b[image], strict=True):
+            pairs = list(zip(layer_a[image], layer_b[image], strict=True))
+            for group in [pairs] if heads == "mean" else [[pair] for pair in pairs]:
 
-                def row(query_a, query_b, a=a, b=b, visible=visible):
+                def row(query_a, query_b, group=group, visible=visible):
+                    rows_a, rows_b, weights = [], [], []
+                    for a, b in group:
+                        row_a = [a[query_a][prefix + j] for j in visible]
+                        row_b = [b[query_b][prefix_b + moves[j]] for j in visible]
+                        mass_a = mass_b = 1.0
+                        if shown is not None:
+                            mass_a = sum(row_a) + sum(a[query_a][:prefix])
+                            mass_b = sum(row_b) + sum(b[query_b][:prefix_b])
+                        rows_a.append([p / mass_a for p in row_a])
+                        rows_b.append([p / mass_b for p in row_b])
+                        weights.append(min(mass_a, mass_b))
                     total = 0.0
-                    for j in visible:
-                        total += pair_distance(a[query_a][prefix + j], b[query_b][prefix_b + moves[j]], distance)
-                    return total / len(visible) if normalize == "mean" else total
+                    for p, q in zip(zip(*rows_a, strict=True), zip(*rows_b, strict=True), strict=True):
+                        total += pair_distance(sum(p) / len(p), sum(q) / len(q), distance)
+                    return (total / len(visible) if normalize == "mean" else total), sum(weights) / len(weights)
 
                 for c, token in enumerate(class_tokens):
                     if labels is None or len(class_tokens) == 1 or labels[image][c] > 0:
                         class_rows.append(row(token, token))
                 for i in visible:
                     patch_rows.append(row(prefix + i, prefix_b + moves[i]))
-        activation.append(sum(class_rows) / max(1, len(class_rows)))
-        affinity.append(sum(patch_rows) / len(patch_rows))
+        activation.append(weighted_mean(class_rows))
+        affinity.append(weighted_mean(patch_rows))
     mean = sum(affinity) / len(affinity)
     return (sum(activation) / len(activation) if class_tokens else None), mean
+
+
+def weighted_mean(rows):
+    """Of (distance, weight) pairs; a quarter of the rows is the least that their weights are taken to sum to."""
+    total = sum(value * weight for value, weight in rows)
+    return total / max(sum(weight for _, weight in rows), 0.25 * len(rows)) if rows else 0.0
 
 
 def pixelwise_cam_term(cam_a, cam_b, move, distance="l1", normalize="max", labels=None, shown=None):
@@ -137,25 +155,22 @@ def pixelwise_cam_term(cam_a, cam_b, move, distance="l1", normalize="max", label
         for channel in range(cam_a.shape[1]):
             if labels is not None and not labels[image][channel] > 0:
                 continue
-            a, b = (normalised(cam[image, channel].tolist(), normalize) for cam in (cam_a, cam_b))
-            total, count = 0.0, 0
-            for i in range(height):
-                for j in range(width):
-                    if shown is None or shown[image][i][j]:
-                        row, column, _, _ = move(i, j, height, width)
-                        total += pair_distance(a[i][j], b[row][column], distance)
-                        count += 1
-            rows.append(total / count)
+            places = [(i, j) for i in range(height) for j in range(width) if shown is None or shown[image][i][j]]
+            moved = [move(i, j, height, width)[:2] for i, j in places]
+            a = normalised(cam_a[image, channel].tolist(), normalize, places)
+            b = normalised(cam_b[image, channel].tolist(), normalize, moved)
+            pairs = [pair_distance(a[i][j], b[m][n], distance) for (i, j), (m, n) in zip(places, moved, strict=True)]
+            rows.append(sum(pairs) / len(pairs))
     return sum(rows) / max(1, len(rows))
 
 
-def normalised(cam, mode):
-    """One class map (a list of rows) in [0, 1], or as it is."""
+def normalised(cam, mode, places):
+    """One class map (a list of rows) in [0, 1] by its values at ``places``, or as it is."""
     if mode is None:
         return cam
-    lowest = min(min(row) for row in cam) if mode == "minmax" else 0.0
+    lowest = min(cam[i][j] for i, j in places) if mode == "minmax" else 0.0
     cam = [[max(0.0, value - lowest) for value in row] for row in cam]
-    highest = max(max(row) for row in cam)
+    highest = max(cam[i][j] for i, j in places)
     return [[value / highest if highest > 0 else 0.0 for value in row] for row in cam]
 
 

@@ -330,8 +330,8 @@ def test_views_of_other_sizes_meet_on_one_grid() -> None:
         multi_view_cam(lambda x: x[:, 0], images, [Identity()])
     with pytest.raises(ValueError, match="found no views"):
         multi_view_cam(pooled, images, [])
-    with pytest.raises(ValueError, match='found merge=\'mean\'; expected "sum" or "max"'):
-        multi_view_cam(pooled, images, [Identity()], merge="mean")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match='found merge=\'median\'; expected "sum", "max" or "mean"'):
+        multi_view_cam(pooled, images, [Identity()], merge="median")  # type: ignore[arg-type]
 
 
 def test_nan_is_an_error_and_not_a_map() -> None:

@@ -20,6 +20,7 @@ LEVELS = [
     {"tokens"},
     {"attention"},
     {"capture", "views"},
+    {"samplers", "alignment"},
     {"functional"},
     {"losses"},
     {"cam"},

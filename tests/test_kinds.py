@@ -25,7 +25,7 @@ from acr_reg import (
     propagate_cam,
 )
 from acr_reg._recorder import Recorder
-from acr_reg.functional import align_layer
+from acr_reg.alignment import align_layer
 
 GRID = (4, 6)
 SIZE = (32, 48)  # px: patches of 8
@@ -482,7 +482,7 @@ def test_reduced_keys_are_aligned_on_both_grids(
     for one, other in zip(a, b, strict=True):
         assert (one.weights() - other.weights()).abs().max() > 0.1  # else there is nothing to align
         layer = align_layer(one, other, view)
-        assert (layer.affinity_a - layer.affinity_b).abs().max() < 1e-6
+        assert (layer.affinity.a - layer.affinity.b).abs().max() < 1e-6
     assert affinity_loss(view)(a, b) < 1e-6
     assert affinity_loss(VerticalFlip())(a, b) > 0.02
     assert affinity_loss(VerticalFlip())(a, b) > 1e4 * affinity_loss(view)(a, b)

@@ -53,13 +53,11 @@ from acr_reg import (
     VerticalFlip,
     normalize_cam,
 )
+from acr_reg.alignment import align_layer, entropy, valid_tokens
 from acr_reg.functional import (
     activation_consistency,
     affinity_consistency,
-    align_layer,
     cam_consistency,
-    entropy,
-    valid_tokens,
 )
 from acr_reg.losses import DEFAULT_WEIGHT
 from acr_reg.tokens import Lattice, TokenLayout
@@ -290,8 +288,8 @@ def test_mixed_maps_of_either_sign_are_resampled_by_area():
     rows = F.interpolate(
         b[:, :, 0, 1:].unflatten(-1, (4, 6)), (2, 3), mode="bilinear", antialias=True, align_corners=False
     )
-    torch.testing.assert_close(aligned.activation_b[:, :, 0], 4 * rows.flatten(-2))
-    assert aligned.affinity_b.abs().max() < 10
+    torch.testing.assert_close(aligned.activation.b[:, :, 0], 4 * rows.flatten(-2))
+    assert aligned.affinity.b.abs().max() < 10
 
 
 # Factors: what a fused kernel leaves behind
@@ -488,7 +486,7 @@ def test_valid_equals_the_loop_at_any_resolution():
     expected = pairwise_terms(tensors_a, tensors_b, grid, mirror, shown=shown)
     loss = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0)(a, b, valid=pixels)
     assert loss.item() == pytest.approx(sum(expected), rel=1e-9)
-    assert valid_tokens(pixels, 4, 6).tolist() == shown
+    assert valid_tokens(pixels, Lattice(4, 6)).tolist() == shown
 
 
 def test_what_is_padding_does_not_matter():
@@ -544,13 +542,13 @@ def test_sampled_rows_are_rows_of_the_whole(name, share, count):
     grid_b = view.output_size((4, 6))
     a, b = random_attention((4, 6), layers=1, seed=1)[0], random_attention(grid_b, layers=1, seed=2)[0]
     whole, some = align_layer(a, b, view), align_layer(a, b, view, rows=share)
-    assert some.affinity_a.shape == some.affinity_b.shape == (2, 3, count, 24)
-    assert some.rows_valid.shape[-1] == count
-    picked = (whole.affinity_a[0, 0][:, None] == some.affinity_a[0, 0][None]).all(-1).float().argmax(0)
+    assert some.affinity.a.shape == some.affinity.b.shape == (2, 3, count, 24)
+    assert some.affinity.shown.shape[-1] == count
+    picked = (whole.affinity.a[0, 0][:, None] == some.affinity.a[0, 0][None]).all(-1).float().argmax(0)
     assert len(picked.unique()) == count
-    torch.testing.assert_close(some.affinity_a, whole.affinity_a[:, :, picked], rtol=1e-12, atol=0)
-    torch.testing.assert_close(some.affinity_b, whole.affinity_b[:, :, picked], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(some.activation_b, whole.activation_b, rtol=1e-12, atol=0)
+    torch.testing.assert_close(some.affinity.a, whole.affinity.a[:, :, picked], rtol=1e-12, atol=0)
+    torch.testing.assert_close(some.affinity.b, whole.affinity.b[:, :, picked], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(some.activation.b, whole.activation.b, rtol=1e-12, atol=0)
 
 
 def test_sampled_rows_respect_valid():

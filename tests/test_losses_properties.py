@@ -30,8 +30,8 @@ from acr_reg import (
     Scale,
     VerticalFlip,
 )
+from acr_reg.alignment import align_layer
 from acr_reg.functional import (
-    align_layer,
     cam_consistency,
     row_distance,
 )
@@ -213,8 +213,8 @@ def test_alignment_commutes_with_row_sums(name):
     mass = tensors_b[0][..., 2:].sum(-1)
     _, grid_b = carried(tensors_a[0], move, (4, 6), 2)
     patches = view.inverse(mass[..., 2:].unflatten(-1, grid_b)).flatten(-2)
-    torch.testing.assert_close(aligned.affinity_b.sum(-1), patches, rtol=1e-12, atol=0)
-    torch.testing.assert_close(aligned.activation_b.sum(-1), mass[..., :1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(aligned.affinity.b.sum(-1), patches, rtol=1e-12, atol=0)
+    torch.testing.assert_close(aligned.activation.b.sum(-1), mass[..., :1], rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 1.5, (2.0, 0.5)], ids=str)
@@ -224,10 +224,10 @@ def test_alignment_by_scale_keeps_each_rows_patch_mass(factor):
     tensors_b = random_maps(grid_b, prefix=2, layers=1, seed=2)
     aligned = align_layer(random_attention(grid, 2, 1, layers=1)[0], wrap(tensors_b, grid_b, 2, 1)[0], view)
     mass = tensors_b[0][..., 2:].sum(-1)
-    torch.testing.assert_close(aligned.activation_b.sum(-1), mass[..., :1], rtol=1e-12, atol=0)
+    torch.testing.assert_close(aligned.activation.b.sum(-1), mass[..., :1], rtol=1e-12, atol=0)
     patches = view.align(mass[..., 2:].unflatten(-1, grid_b), grid).flatten(-2)
-    torch.testing.assert_close(aligned.affinity_b.sum(-1), patches, rtol=1e-12, atol=0)
-    assert aligned.affinity_b.min() >= 0
+    torch.testing.assert_close(aligned.affinity.b.sum(-1), patches, rtol=1e-12, atol=0)
+    assert aligned.affinity.b.min() >= 0
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5, 1.5], ids=str)
@@ -274,7 +274,7 @@ def test_a_misreported_view_gives_a_loss_where_the_truth_gives_none(name):
     a, b = wrap(maps, (4, 6)), wrap([layer for layer, _ in moved], moved[0][1])
     assert AllPairsConsistencyLoss(view, 1.0, 1.0)(a, b).item() == 0
     for other, _ in VIEWS.values():
-        if other != view and other.transposed == view.transposed:
+        if other != view and other.affines[0].transposed == view.affines[0].transposed:
             _, terms = terms_of(AllPairsConsistencyLoss(other), a, b)
             assert terms["activation"] > 0.1
             assert terms["affinity"] > 0.1

@@ -1,0 +1,220 @@
+"""Carries what lies on one lattice onto another, through an affine map for each image, by the centres of their tokens.
+
+Where the centres of one lattice fall on those of the other, that is an index, exact to the bit; elsewhere it is a
+bilinear resampling of each axis, antialiased when shrinking (torchvision's, ``align_corners=False``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from acr_reg._affine import Affine, Axis
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.tokens import Lattice
+
+# A centre this close to another (in units of the source's spacing) falls on it: far below any resampling one could see.
+_ON_LATTICE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """Where each target position along one axis reads its source: an ``index`` (S, target), exact, or ``weights``
+    (S, target, source) in rows that sum to 1, for one image or, S of them, for each.
+
+    ``valid`` (S, target) is False where the centre lies outside what is shown of the source. ``step`` (S,) is the
+    distance of neighbouring targets, in source tokens.
+    """
+
+    index: Tensor | None
+    weights: Tensor | None
+    valid: Tensor
+    step: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The images of a batch (None: all) whose views are transposed alike."""
+
+    images: list[int] | None
+    y: AxisMap
+    x: AxisMap
+    transposed: bool
+
+    def over_tokens(self, pairs: Tensor) -> Tensor:
+        """What holds for a target position along y and one along x, (S, y, x), over the target's tokens."""
+        return (pairs.mT if self.transposed else pairs).flatten(1)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        mapped = _read(_read(maps, -2, self.y), -1, self.x)
+        return mapped.mT if self.transposed else mapped
+
+
+@dataclass(frozen=True, eq=False)
+class LatticeMap:
+    """Carries what lies on a source lattice onto a target lattice, for one view or one of each image of a batch."""
+
+    parts: tuple[_Part, ...]
+    source: Lattice
+    target: Lattice
+    num_images: int
+    is_exact: bool
+    """Whether every target centre falls on a source centre."""
+    is_complete: bool
+    """Whether every target centre is shown."""
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether the target's tokens are the source's, each once, in another order."""
+        return self.is_exact and self.is_complete and len(self.source) == len(self.target)
+
+    @property
+    def valid(self) -> Tensor:
+        """(1 or B, target tokens) bool: whether the source shows a target token's centre."""
+        return self._gathered(
+            [part.over_tokens(part.y.valid[:, :, None] & part.x.valid[:, None, :]) for part in self.parts]
+        )
+
+    @property
+    def area(self) -> Tensor:
+        """(1 or B,) how many source tokens one target token covers."""
+        return self._gathered([(part.y.step * part.x.step).abs() for part in self.parts])
+
+    def index(self) -> Tensor:
+        """(1 or B, target tokens) the source token on which each target token falls. Only for exact maps."""
+        found = []
+        for part in self.parts:
+            assert part.y.index is not None and part.x.index is not None
+            found.append(part.over_tokens(part.y.index[:, :, None] * self.source.width + part.x.index[:, None, :]))
+        return self._gathered(found)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.
+
+        With a view for each image the first axis is the batch.
+        """
+        # Half precision is resampled in float32 and rounded once.
+        precise = maps if self.is_exact else at_least_float32(maps)
+        mapped = self._gathered([part(precise if part.images is None else precise[part.images]) for part in self.parts])
+        if not self.is_complete:
+            hidden = rearrange(~self.valid, "b (h w) -> b h w", h=self.target.height)
+            mapped = mapped.masked_fill(_beside(hidden, mapped), 0)
+        return mapped.to(maps.dtype)
+
+    def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Values of tokens along one dimension, ``len(source)`` of them -> ``len(target)``, 0 where not shown."""
+        values = values.movedim(dim, -1)
+        if self.is_exact:
+            mapped = select(values, -1, self.index())
+            if not self.is_complete:
+                mapped = mapped.masked_fill(_beside(~self.valid, mapped), 0)
+        else:
+            mapped = self(rearrange(values, "... (h w) -> ... h w", h=self.source.height)).flatten(-2)
+        return mapped.movedim(-1, dim)
+
+    def _gathered(self, parts: list[Tensor]) -> Tensor:
+        """What was made of each part, in the order of the batch."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([image for part in self.parts for image in part.images or ()])
+        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
+
+def _beside(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask (1 or B, ...) over the last axes of ``values`` (B, ..., ...)."""
+    between = values.ndim - mask.ndim
+    return mask[0] if len(mask) == 1 else mask.reshape(len(mask), *[1] * between, *mask.shape[1:])
+
+
+def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
+    if axis.index is not None:
+        return select(values, dim, axis.index)
+    assert axis.weights is not None
+    weights = axis.weights.mT.to(values)
+    values = values.movedim(dim, -1)
+    with torch.autocast(values.device.type, enabled=False):
+        if len(weights) == 1:
+            return (values @ weights[0]).movedim(-1, dim)
+        images = values.reshape(len(weights), -1, values.shape[-1]) @ weights
+        return images.reshape(*values.shape[:-1], -1).movedim(-1, dim)
+
+
+def lattice_map(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
+    """The map from a ``source`` lattice on the input of a view onto a ``target`` lattice on its output."""
+    turned = [affine.transposed for affine in affines]
+    groups = {t: [i for i, other in enumerate(turned) if other == t] for t in dict.fromkeys(turned)}
+    made = []
+    # Made for training too, which tensors of inference_mode could not serve.
+    with torch.inference_mode(False), torch.no_grad():
+        for transposed, images in groups.items():
+            chosen = [affines[i] for i in images]
+            on_y, on_x = (1, 0) if transposed else (0, 1)
+            y = _Positions([a.y for a in chosen], Line(source, 0), Line(target, on_y))
+            x = _Positions([a.x for a in chosen], Line(source, 1), Line(target, on_x))
+            made.append((None if len(groups) == 1 else images, y, x, transposed))
+        exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
+        complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
+        parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
+    return LatticeMap(parts, source, target, len(affines), exact, complete)
+
+
+class Line:
+    """One axis of a lattice: centres at offset + (i + 1/2) * stride on a line of length extent."""
+
+    def __init__(self, lattice: Lattice, axis: int) -> None:
+        self.count = (lattice.height, lattice.width)[axis]
+        self.stride, self.offset, self.extent = lattice.stride[axis], lattice.offset[axis], lattice.extent[axis]
+
+    def places(self) -> Tensor:
+        """(count,) the centres, from 0 to 1 over the image."""
+        return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
+
+    def tokens(self, places: Tensor) -> Tensor:
+        """Places from 0 to 1 over the image, counted in tokens: token i is at i."""
+        return (places * self.extent - self.offset) / self.stride - 0.5
+
+
+class _Positions:
+    """Where the target's centres fall on the source line, in source tokens, (S, target)."""
+
+    def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
+        slope, start, low, high = (
+            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64)[:, None]
+            for name in ("slope", "start", "low", "high")
+        )
+        self.source = source
+        self.step = (slope * target.stride / target.extent * source.extent / source.stride)[:, 0]
+        self.positions = source.tokens(slope * target.places() + start)
+        within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
+        # At the image's own edges the lattice tells what is shown: it may reach beyond, or leave a margin.
+        first = source.tokens(low).where(low > 0, -torch.inf) - _ON_LATTICE
+        last = source.tokens(high).where(high < 1, torch.inf) + _ON_LATTICE
+        nothing = low > high
+        self.valid = within & (self.positions >= first) & (self.positions <= last) & ~nothing
+        # Only what is shown is read; of a part too small to hold a centre, the token it lies in.
+        middle = self.positions.mean(1, keepdim=True).round()
+        empty = first.ceil() > last.floor()
+        self.first = first.ceil().where(~empty, middle).clamp(0, source.count - 1)
+        self.last = last.floor().where(~empty, middle).clamp(0, source.count - 1)
+
+    @property
+    def fall_on_source(self) -> bool:
+        off = (self.positions - self.positions.round()).abs()
+        return bool((off < _ON_LATTICE).all()) and bool(((self.step.abs() - 1).abs() < _ON_LATTICE).all())
+
+    def axis_map(self, exact: bool, device: str) -> AxisMap:
+        valid, step = self.valid.to(device), self.step.float().to(device)
+        positions = self.positions.clamp(self.first, self.last)
+        if exact:
+            return AxisMap(positions.round().long().to(device), None, valid, step)
+        # The triangle filter of bilinear interpolation, widened by the factor of shrinking.
+        tokens = torch.arange(self.source.count)
+        reach = self.step.abs().clamp_min(1)[:, None, None]
+        weights = (1 - (positions[:, :, None] - tokens).abs() / reach).clamp(min=0)
+        weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
+        weights = weights / weights.sum(2, keepdim=True)
+        return AxisMap(None, weights, valid, step)  # float64 is not on every device

@@ -1,0 +1,22 @@
+"""Small operations on tensors that several rooms share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precisions as float32; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def select(values: Tensor, dim: int, index: Tensor | None) -> Tensor:
+    """Entries along one dimension: those of ``index`` (n,) or (1, n), or those of each image by (B, n); None is all."""
+    if index is None:
+        return values
+    if index.ndim == 1 or index.shape[0] == 1:
+        return values.index_select(dim, index.flatten())
+    images = torch.arange(len(index), device=index.device)[:, None]
+    # Two small indices side by side: expanding one to the shape of an N x N map would be as large as the map.
+    return values.movedim(dim, 1)[images, index].movedim(1, dim)

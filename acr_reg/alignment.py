@@ -1,0 +1,332 @@
+"""Carries tokens, and attention between tokens, from a view back onto the image's tokens, and says what is valid there.
+
+With attention maps A1, A2 of an image and of its view, and P the view's permutation of patch tokens, the maps to
+compare are A1 and P^T A2 P. Where lattices do not fall on each other, P is a resampling of rows and columns by the same
+weights. Where one view shows a part of the other only, rows are compared on the tokens that both show.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32
+from acr_reg.attention import LayerAttention
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views import View, lattice_map
+
+# Below this share of rows and mass that both views show, a term fades out, in place of growing ever noisier.
+OVERLAP_FLOOR = 0.25
+
+_NO_MASS = 1e-30  # on what both views show: the row counts for nothing, and its gradient must stay finite
+
+
+def align_tokens(
+    tokens: Tensor,
+    view: View,
+    source: Lattice,
+    target: Lattice,
+    num_prefix_tokens: int = 0,
+    dim: int = -2,
+) -> Tensor:
+    """Values of a view's tokens, prefix + ``source`` of them along ``dim``, carried back onto the image's ``target``.
+
+    Token features (B, N, D) with ``dim=-2``, class-token rows (B, H, C, N) with ``dim=-1``. Prefix tokens stay in
+    place; tokens that the view does not show are 0 (:func:`token_validity` tells which). Differentiable, any dtype and
+    device. Raises ValueError where the number of tokens is another.
+
+    >>> import torch
+    >>> from acr_reg import HorizontalFlip, Lattice
+    >>> row = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
+    >>> align_tokens(row, HorizontalFlip(), Lattice(1, 3), Lattice(1, 3), num_prefix_tokens=1, dim=-1).tolist()
+    [[9.0, 3.0, 2.0, 1.0]]
+    """
+    _check_count(tokens, dim, num_prefix_tokens + len(source), f"{num_prefix_tokens} prefix + {source}")
+    view.check_batch(tokens.shape[0])
+    prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
+    moved = lattice_map(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
+    return torch.cat([prefix, moved], dim)
+
+
+def align_attention(maps: Tensor, view: View, source: TokenLayout, target: TokenLayout) -> Tensor:
+    """Attention maps (B, H, N', M') of a view carried back onto the image's tokens: (B, H, N, M), P^T A P.
+
+    Both axes are carried by their own lattices, prefix rows and columns stay in place, and each row keeps the mass
+    that it gave to the patches the image shows. Rows and columns that the view does not show are 0.
+
+    >>> import torch
+    >>> from acr_reg import HorizontalFlip, Lattice, TokenLayout
+    >>> layout = TokenLayout(Lattice(1, 3), Lattice(1, 3))
+    >>> align_attention(torch.arange(9.0).reshape(1, 1, 3, 3), HorizontalFlip(), layout, layout)[0, 0].tolist()
+    [[8.0, 7.0, 6.0], [5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]
+    """
+    if maps.ndim != 4:
+        raise ValueError(
+            f"found maps of shape {tuple(maps.shape)}; expected (B, H, N, M); stack the heads along the second axis"
+        )
+    for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
+        _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
+    view.check_batch(maps.shape[0])
+    carriers = _Carriers(view, source, target, str(maps.device))
+    prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
+    columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
+    return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
+
+
+def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
+    """(1 or B, target tokens) bool: which tokens of the image its view shows, by their centres.
+
+    >>> from acr_reg import Crop, Lattice
+    >>> view = Crop(0, 16, 16, 32, image_size=(16, 64))  # tokens of 16 px
+    >>> token_validity(view, Lattice(1, 2), Lattice(1, 4)).tolist()
+    [[False, True, True, False]]
+    """
+    return lattice_map(view.inverse, source, target, "cpu").valid
+
+
+def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:
+    if values.shape[dim] != expected:
+        raise ValueError(
+            f"found {values.shape[dim]} tokens along dimension {dim} of {tuple(values.shape)}; expected {expected} "
+            f"({made_of}); correct the lattice or num_prefix_tokens"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedRows:
+    """Rows of both views over the first view's patch keys, ``a`` and ``b`` (B, H, R, M), 0 where a key is not valid.
+
+    ``prefix_a``, ``prefix_b`` (B, H, R) are the masses that they give to prefix tokens, which both views show.
+    ``keys_valid`` (1 or B, M) is True for keys that both views show and that are no padding, ``shown`` (1 or B, R) for
+    the rows of tokens both views show, ``counted`` (1 or B, R) for rows that are no padding. ``is_partial`` is False
+    where all of both is known to be True.
+    """
+
+    a: Tensor
+    b: Tensor
+    prefix_a: Tensor
+    prefix_b: Tensor
+    keys_valid: Tensor
+    shown: Tensor
+    counted: Tensor
+    is_partial: bool
+    stochastic: bool
+
+    def comparable(self, heads: Literal["mean", "each"]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows to compare, averaged over heads or not, and the weight (B, H, R) in [0, 1] of each; None where all count
+        alike.
+
+        Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap gives
+        conditional rows: of each head, its row over its own mass on what both views show, prefix and valid keys; the
+        same as a softmax over logits in which the other keys are masked. Only that is invariant: a softmax over a crop
+        knows nothing of the keys beyond it, and other heads look beyond it by another share. Rows are weighted by the
+        smaller mass of both views, so that those that look elsewhere count little.
+        """
+        a, b = self.a, self.b
+        weight = self.shown[:, None].to(a.dtype).expand(a.shape[:-1])
+        if self.is_partial and self.stochastic:  # rows of either sign have no mass
+            mass_a, mass_b = self.prefix_a + a.sum(-1), self.prefix_b + b.sum(-1)
+            a, b = (rows / mass.clamp_min(_NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
+            weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
+        if heads == "mean":
+            a, b, weight = (each.mean(1, keepdim=True) for each in (a, b, weight))
+        return a, b, weight if self.is_partial else None
+
+
+@dataclass(frozen=True, eq=False)
+class AlignedLayer:
+    """One layer of both views on the first view's tokens: the class tokens' rows (``activation``; there may be none)
+    and the patch rows (``affinity``; all, or those sampled).
+
+    ``entropy`` is the mean entropy of the rows over ln M, in [0, 1], detached; NaN for maps that are no probabilities.
+    """
+
+    activation: AlignedRows
+    affinity: AlignedRows
+    entropy: Tensor
+
+
+def align_layer(
+    a: LayerAttention,
+    b: LayerAttention,
+    view: View,
+    valid: Tensor | None = None,
+    rows: float = 1.0,
+) -> AlignedLayer:
+    """Carries layer ``b``, computed on ``view(images)``, onto the tokens of layer ``a``, computed on ``images``.
+
+    Where the lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any
+    product; elsewhere both axes are resampled by the same weights and each row keeps the mass it gave to patches.
+    ``valid`` (B, H, W) is False where the images are padding. ``rows`` in (0, 1] samples that share of the patch rows
+    (torch's global generator).
+    """
+    check_pair(a, b, view)
+    device = str(a.device)
+    carriers = _Carriers(view, b.layout, a.layout, device)
+    classes_a, classes_b = (_positions(layer.layout.class_tokens, device) for layer in (a, b))
+    prefix, count = a.layout.num_prefix_tokens, len(classes_a)
+    sampled = _sample_rows(len(a.layout.query), rows, device)
+
+    map_a = a.weights(queries=torch.cat([classes_a, prefix + sampled]))
+    map_b, prefix_b, patches_b = carriers.carry(b, classes_b, sampled)
+    prefix_a, patches_a = map_a[..., :prefix].sum(-1), map_a[..., prefix:]
+
+    keys_valid, shown = carriers.keys.valid, carriers.queries.valid[:, sampled]
+    counted = torch.ones_like(shown)
+    is_partial = not (carriers.keys.is_complete and carriers.queries.is_complete)
+    if valid is not None:
+        check_valid(valid, a.shape[0])
+        keys_valid = keys_valid & valid_tokens(valid, a.layout.key).to(device)
+        counted = valid_tokens(valid, a.layout.query).to(device)[:, sampled]
+        is_partial = True
+    if is_partial:
+        hidden = ~keys_valid[:, None, None]
+        patches_a, patches_b = patches_a.masked_fill(hidden, 0), patches_b.masked_fill(hidden, 0)
+    stochastic = a.stochastic and b.stochastic
+
+    def part(which: slice, shown: Tensor, counted: Tensor) -> AlignedRows:
+        a, b, mass_a, mass_b = (values[:, :, which] for values in (patches_a, patches_b, prefix_a, prefix_b))
+        return AlignedRows(a, b, mass_a, mass_b, keys_valid, shown, counted, is_partial, stochastic)
+
+    always = torch.ones(1, count, dtype=torch.bool, device=device)
+    both = (entropy(map_a) + entropy(map_b)) / 2 if stochastic else torch.full((), math.nan, device=device)
+    return AlignedLayer(part(slice(count), always, always), part(slice(count, None), shown, counted), both)
+
+
+class _Carriers:
+    """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
+
+    def __init__(self, view: View, source: TokenLayout, target: TokenLayout, device: str) -> None:
+        self.queries = lattice_map(view.inverse, source.query, target.query, device)
+        self.keys = lattice_map(view.inverse, source.key, target.key, device)
+        self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
+        self.prefix = source.num_prefix_tokens
+
+    def carry(self, layer: LayerAttention, class_tokens: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The view's map as far as it was formed, and its class rows and those of the ``sampled`` tokens of the image:
+        their mass on prefix tokens (B, H, R) and their patches (B, H, R, M) on the image's tokens."""
+        keys = None
+        permuted = self.keys.is_permutation
+        if permuted:
+            index = self.keys.index()
+            kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+            keys = torch.cat([kept, self.prefix + index], 1)
+        if self.queries.is_exact:
+            index = self.queries.index()[:, sampled]
+            rows = torch.cat([class_tokens.expand(len(index), -1), self.prefix + index], 1)
+            formed = layer.weights(rows, keys)
+            return formed, *self._carry_keys(formed, layer.stochastic, permuted)
+        formed = layer.weights(keys=keys)
+        mass, patches = self._carry_keys(formed, layer.stochastic, permuted)
+        moved_mass = self.queries.tokens(mass[:, :, self.prefix :], dim=-1)[:, :, sampled]
+        moved = self.queries.tokens(patches[:, :, self.prefix :], dim=-2)[:, :, sampled]
+        mass, patches = (
+            torch.cat([kept[:, :, class_tokens], rows], 2) for kept, rows in ((mass, moved_mass), (patches, moved))
+        )
+        return formed, mass, patches
+
+    def _carry_keys(self, rows: Tensor, stochastic: bool, permuted: bool) -> tuple[Tensor, Tensor]:
+        prefix, patches = rows[..., : self.prefix].sum(-1), rows[..., self.prefix :]
+        return prefix, patches if permuted else self.carry_patches(patches, stochastic)
+
+    def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
+        """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
+        moved = self.keys.tokens(patches)
+        if self.keys.is_exact:
+            return moved
+        if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
+            return moved * self.keys.area.to(moved)[:, None, None, None]
+        if not self.seen.is_complete:
+            patches = patches * self.seen.valid[:, None, None]
+        tiny = torch.finfo(moved.dtype).tiny
+        return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
+
+
+def _positions(class_tokens: tuple[int, ...] | None, device: str) -> Tensor:
+    return torch.tensor(class_tokens or (), dtype=torch.long, device=device)
+
+
+def _sample_rows(count: int, share: float, device: str) -> Tensor:
+    if not 0 < share <= 1:
+        raise ValueError(f"found rows={share}; expected a share in (0, 1]; 1.0 uses every query row")
+    if share == 1:
+        return torch.arange(count, device=device)
+    return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
+
+
+def entropy(rows: Tensor) -> Tensor:
+    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform.
+    Detached."""
+    rows = rows.detach()
+    return torch.special.entr(rows).sum(-1).mean() / math.log(rows.shape[-1])
+
+
+def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
+    """Raises ValueError where the two layers cannot be of images and of this view of them."""
+    name = f"layer {a.index} ({a.name})"
+    if a.shape[:2] != b.shape[:2]:
+        raise ValueError(
+            f"{name}: found {a.shape[0]} images with {a.shape[1]} heads in one view and {b.shape[0]} with {b.shape[1]} "
+            "in the other; expected the same; take both views' maps from the same model and images"
+        )
+    view.check_batch(a.shape[0])
+    sides: tuple[Literal["query", "key"], ...] = ("query", "key")
+    for side in sides:
+        grid_a, grid_b = a.layout.lattice(side), b.layout.lattice(side)
+        _check_images(name, grid_a, view.input_size, view, "first")
+        _check_images(name, grid_b, view.fixed_size, view, "second")
+        expected = view.output_size((grid_a.height, grid_a.width))
+        rounding = 1 if view.scales else 0  # a scaled image need not hold a whole number of patches
+        if abs(grid_b.height - expected[0]) > rounding or abs(grid_b.width - expected[1]) > rounding:
+            raise ValueError(
+                f"{name}: found {side} grids of {grid_a} and {grid_b}; expected {expected[0]} x {expected[1]} for the "
+                f"second under {view.brief}; pass the view that was applied to the second view's images"
+            )
+    if len(a.layout.class_tokens or ()) != len(b.layout.class_tokens or ()):
+        raise ValueError(
+            f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both "
+            "views; capture both with the same class_tokens="
+        )
+
+
+def _check_images(name: str, grid: Lattice, size: tuple[int, int] | None, view: View, which: str) -> None:
+    """A view bound to one size of image needs attention of such images. A grid in units of tokens says no pixels."""
+    if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
+        raise ValueError(
+            f"{name}: found tokens of images of {grid.extent[0]:g} x {grid.extent[1]:g} px in the {which} view and "
+            f"{view.brief}, which is of {size[0]} x {size[1]} px there; expected the same; pass the view that was "
+            "drawn for these images"
+        )
+
+
+def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
+    """(B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least half of a
+    token's cell is image."""
+    along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1]).to(valid.device) for axis in (0, 1))
+    return (along_y @ valid.float() @ along_x.mT).flatten(1) >= 0.5 - 1e-6
+
+
+def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
+    """(tokens, pixels): how much of the part of a token's cell that lies on the image each pixel covers."""
+    count, stride = (lattice.height, lattice.width)[axis], lattice.stride[axis]
+    starts = lattice.offset[axis] + torch.arange(count, dtype=torch.float64) * stride
+    scale = pixels / lattice.extent[axis]
+    edges = torch.arange(pixels, dtype=torch.float64)
+    covered = ((starts + stride) * scale)[:, None].minimum(edges + 1) - (starts * scale)[:, None].maximum(edges)
+    covered = covered.clamp(min=0)
+    return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()
+
+
+def check_valid(valid: Tensor, batch: int) -> None:
+    if not isinstance(valid, Tensor):
+        raise TypeError(
+            f"found valid of type {type(valid).__name__}; expected a tensor (B, H, W); pass one mask per image"
+        )
+    if valid.ndim != 3 or valid.shape[0] != batch:
+        raise ValueError(
+            f"found valid of shape {tuple(valid.shape)}; expected ({batch}, H, W); pass one mask per image"
+        )
