@@ -53,6 +53,13 @@ class _Part:
         mapped = _read(_read(maps, -2, self.y), -1, self.x)
         return mapped.mT if self.transposed else mapped
 
+    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """(S, R, source tokens): what is read for the target tokens in these ``rows`` and ``columns`` (R,)."""
+        assert self.y.weights is not None and self.x.weights is not None
+        along_y, along_x = (columns, rows) if self.transposed else (rows, columns)
+        y, x = self.y.weights[:, along_y.cpu(), :, None], self.x.weights[:, along_x.cpu(), None, :]
+        return (y * x).flatten(2)
+
 
 @dataclass(frozen=True, eq=False)
 class LatticeMap:
@@ -91,6 +98,16 @@ class LatticeMap:
             assert part.y.index is not None and part.x.index is not None
             found.append(part.over_tokens(part.y.index[:, :, None] * self.source.width + part.x.index[:, None, :]))
         return self._gathered(found)
+
+    def sources(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The source tokens (1 or B, U) that are read for some target ``tokens`` (R,), and their weights
+        (1 or B, R, U). Only for maps that are not exact. Images that read fewer than U have weight 0 on the rest."""
+        rows, columns = tokens // self.target.width, tokens % self.target.width
+        weights = self._gathered([part.weights(rows, columns) for part in self.parts])
+        read = (weights > 0).any(1)
+        sources = read.long().argsort(dim=1, descending=True, stable=True)[:, : int(read.sum(1).max())]
+        weights = weights.gather(2, sources[:, None].expand(-1, weights.shape[1], -1))
+        return sources.to(tokens.device), weights  # float64 is not on every device
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.

@@ -103,7 +103,8 @@ class AlignedRows:
     ``prefix_a``, ``prefix_b`` (B, H, R) are the masses that they give to prefix tokens, which both views show.
     ``keys_valid`` (1 or B, M) is True for keys that both views show and that are no padding, ``shown`` (1 or B, R) for
     the rows of tokens both views show, ``counted`` (1 or B, R) for rows that are no padding. ``is_partial`` is False
-    where all of both is known to be True.
+    where all of both is known to be True. ``entropy`` (B, H, R) is that of both rows, on average, over its maximum
+    ln M, detached; None for maps that are no probabilities.
     """
 
     a: Tensor
@@ -114,7 +115,11 @@ class AlignedRows:
     shown: Tensor
     counted: Tensor
     is_partial: bool
-    stochastic: bool
+    entropy: Tensor | None
+
+    @property
+    def stochastic(self) -> bool:
+        return self.entropy is not None
 
     def comparable(self, heads: Literal["mean", "each"]) -> tuple[Tensor, Tensor, Tensor | None]:
         """Rows to compare, averaged over heads or not, and the weight (B, H, R) in [0, 1] of each; None where all count
@@ -137,64 +142,71 @@ class AlignedRows:
         return a, b, weight if self.is_partial else None
 
 
-@dataclass(frozen=True, eq=False)
-class AlignedLayer:
-    """One layer of both views on the first view's tokens: the class tokens' rows (``activation``; there may be none)
-    and the patch rows (``affinity``; all, or those sampled).
-
-    ``entropy`` is the mean entropy of the rows over ln M, in [0, 1], detached; NaN for maps that are no probabilities.
-    """
-
-    activation: AlignedRows
-    affinity: AlignedRows
-    entropy: Tensor
-
-
-def align_layer(
-    a: LayerAttention,
-    b: LayerAttention,
-    view: View,
-    valid: Tensor | None = None,
-    rows: float = 1.0,
-) -> AlignedLayer:
-    """Carries layer ``b``, computed on ``view(images)``, onto the tokens of layer ``a``, computed on ``images``.
+class AlignedPair:
+    """A layer of ``images`` and the same layer of ``view(images)``, whose rows are aligned as they are asked for.
 
     Where the lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any
     product; elsewhere both axes are resampled by the same weights and each row keeps the mass it gave to patches.
-    ``valid`` (B, H, W) is False where the images are padding. ``rows`` in (0, 1] samples that share of the patch rows
-    (torch's global generator).
+    ``valid`` (B, H, W) is False where the images are padding.
     """
-    check_pair(a, b, view)
-    device = str(a.device)
-    carriers = _Carriers(view, b.layout, a.layout, device)
-    classes_a, classes_b = (_positions(layer.layout.class_tokens, device) for layer in (a, b))
-    prefix, count = a.layout.num_prefix_tokens, len(classes_a)
-    sampled = _sample_rows(len(a.layout.query), rows, device)
 
-    map_a = a.weights(queries=torch.cat([classes_a, prefix + sampled]))
-    map_b, prefix_b, patches_b = carriers.carry(b, classes_b, sampled)
-    prefix_a, patches_a = map_a[..., :prefix].sum(-1), map_a[..., prefix:]
+    def __init__(self, a: LayerAttention, b: LayerAttention, view: View, valid: Tensor | None = None) -> None:
+        check_pair(a, b, view)
+        self.a, self.b = a, b
+        device = str(a.device)
+        self.carriers = _Carriers(view, b.layout, a.layout, device)
+        self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
+        self.keys_valid = self.carriers.keys.valid
+        self.counted = torch.ones_like(self.carriers.queries.valid)
+        self.is_partial = not (self.carriers.keys.is_complete and self.carriers.queries.is_complete)
+        if valid is not None:
+            check_valid(valid, a.shape[0])
+            self.keys_valid = self.keys_valid & valid_tokens(valid, a.layout.key).to(device)
+            self.counted = valid_tokens(valid, a.layout.query).to(device)
+            self.is_partial = True
 
-    keys_valid, shown = carriers.keys.valid, carriers.queries.valid[:, sampled]
-    counted = torch.ones_like(shown)
-    is_partial = not (carriers.keys.is_complete and carriers.queries.is_complete)
-    if valid is not None:
-        check_valid(valid, a.shape[0])
-        keys_valid = keys_valid & valid_tokens(valid, a.layout.key).to(device)
-        counted = valid_tokens(valid, a.layout.query).to(device)[:, sampled]
-        is_partial = True
-    if is_partial:
-        hidden = ~keys_valid[:, None, None]
-        patches_a, patches_b = patches_a.masked_fill(hidden, 0), patches_b.masked_fill(hidden, 0)
-    stochastic = a.stochastic and b.stochastic
+    def activation(self) -> AlignedRows:
+        """The class tokens' rows; there may be none."""
+        always = torch.ones(1, len(self.classes[0]), dtype=torch.bool, device=self.keys_valid.device)
+        return self._aligned(self.classes[0], self.classes[1], None, always, always)
 
-    def part(which: slice, shown: Tensor, counted: Tensor) -> AlignedRows:
-        a, b, mass_a, mass_b = (values[:, :, which] for values in (patches_a, patches_b, prefix_a, prefix_b))
-        return AlignedRows(a, b, mass_a, mass_b, keys_valid, shown, counted, is_partial, stochastic)
+    def affinity(self, tokens: Tensor) -> AlignedRows:
+        """The rows of these patch tokens (R,) of the images."""
+        rows_b, mixed = self.carriers.rows(tokens)
+        shown = self.carriers.queries.valid[:, tokens]
+        rows_a = self.a.layout.num_prefix_tokens + tokens
+        return self._aligned(rows_a, rows_b, mixed, shown, self.counted[:, tokens])
 
-    always = torch.ones(1, count, dtype=torch.bool, device=device)
-    both = (entropy(map_a) + entropy(map_b)) / 2 if stochastic else torch.full((), math.nan, device=device)
-    return AlignedLayer(part(slice(count), always, always), part(slice(count, None), shown, counted), both)
+    def _aligned(
+        self, rows_a: Tensor, rows_b: Tensor, mixed: Tensor | None, shown: Tensor, counted: Tensor
+    ) -> AlignedRows:
+        """Rows of both maps; those of the view are mixed to the image's rows by weights (S, R, rows of the view)."""
+        prefix = self.a.layout.num_prefix_tokens
+        map_a, map_b = self.a.weights(rows_a), self.b.weights(rows_b, self.carriers.permuted_keys)
+        prefix_a, patches_a = map_a[..., :prefix].sum(-1), map_a[..., prefix:]
+        prefix_b, patches_b = self.carriers.split(map_b, self.b.stochastic)
+        entropies = None
+        if self.a.stochastic and self.b.stochastic:
+            entropies = [row_entropy(map_a), row_entropy(map_b)]
+        if mixed is not None:
+            mixed = mixed[:, None].to(patches_b)
+            prefix_b, patches_b = (mixed @ prefix_b[..., None])[..., 0], mixed @ patches_b
+            if entropies is not None:
+                entropies[1] = (mixed @ entropies[1][..., None])[..., 0]
+        if self.is_partial:
+            hidden = ~self.keys_valid[:, None, None]
+            patches_a, patches_b = patches_a.masked_fill(hidden, 0), patches_b.masked_fill(hidden, 0)
+        return AlignedRows(
+            patches_a,
+            patches_b,
+            prefix_a,
+            prefix_b,
+            self.keys_valid,
+            shown,
+            counted,
+            self.is_partial,
+            None if entropies is None else (entropies[0] + entropies[1]) / 2,
+        )
 
 
 class _Carriers:
@@ -205,33 +217,25 @@ class _Carriers:
         self.keys = lattice_map(view.inverse, source.key, target.key, device)
         self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
         self.prefix = source.num_prefix_tokens
-
-    def carry(self, layer: LayerAttention, class_tokens: Tensor, sampled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The view's map as far as it was formed, and its class rows and those of the ``sampled`` tokens of the image:
-        their mass on prefix tokens (B, H, R) and their patches (B, H, R, M) on the image's tokens."""
-        keys = None
-        permuted = self.keys.is_permutation
-        if permuted:
+        self.permuted_keys: Tensor | None = None
+        """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
+        if self.keys.is_permutation:
             index = self.keys.index()
             kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
-            keys = torch.cat([kept, self.prefix + index], 1)
-        if self.queries.is_exact:
-            index = self.queries.index()[:, sampled]
-            rows = torch.cat([class_tokens.expand(len(index), -1), self.prefix + index], 1)
-            formed = layer.weights(rows, keys)
-            return formed, *self._carry_keys(formed, layer.stochastic, permuted)
-        formed = layer.weights(keys=keys)
-        mass, patches = self._carry_keys(formed, layer.stochastic, permuted)
-        moved_mass = self.queries.tokens(mass[:, :, self.prefix :], dim=-1)[:, :, sampled]
-        moved = self.queries.tokens(patches[:, :, self.prefix :], dim=-2)[:, :, sampled]
-        mass, patches = (
-            torch.cat([kept[:, :, class_tokens], rows], 2) for kept, rows in ((mass, moved_mass), (patches, moved))
-        )
-        return formed, mass, patches
+            self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
 
-    def _carry_keys(self, rows: Tensor, stochastic: bool, permuted: bool) -> tuple[Tensor, Tensor]:
+    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
+        (1 or B, R, R') that mix them; None where they are the same, one for one."""
+        if self.queries.is_exact:
+            return self.prefix + self.queries.index()[:, tokens], None
+        rows, weights = self.queries.sources(tokens)
+        return self.prefix + rows, weights
+
+    def split(self, rows: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
+        """Rows (..., keys of the view): their mass on prefix tokens, and the patches on the image's keys."""
         prefix, patches = rows[..., : self.prefix].sum(-1), rows[..., self.prefix :]
-        return prefix, patches if permuted else self.carry_patches(patches, stochastic)
+        return prefix, self.carry_patches(patches, stochastic) if self.permuted_keys is None else patches
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
         """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
@@ -246,11 +250,42 @@ class _Carriers:
         return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
 
 
+@dataclass(frozen=True, eq=False)
+class AlignedLayer:
+    """One layer of both views on the first view's tokens: the class tokens' rows (``activation``; there may be none)
+    and the patch rows (``affinity``; all, or those sampled).
+
+    ``entropy`` is the mean entropy of the rows over ln M, in [0, 1], detached; NaN for maps that are no probabilities.
+    """
+
+    activation: AlignedRows
+    affinity: AlignedRows
+
+    @property
+    def entropy(self) -> Tensor:
+        found = [rows.entropy for rows in (self.activation, self.affinity) if rows.entropy is not None]
+        return torch.cat(found, -1).mean() if found else self.affinity.a.new_full((), math.nan)
+
+
+def align_layer(
+    a: LayerAttention,
+    b: LayerAttention,
+    view: View,
+    valid: Tensor | None = None,
+    rows: float = 1.0,
+) -> AlignedLayer:
+    """Carries layer ``b``, computed on ``view(images)``, onto the tokens of layer ``a``, computed on ``images``; see
+    :class:`AlignedPair`. ``rows`` in (0, 1] samples that share of the patch rows (torch's global generator)."""
+    pair = AlignedPair(a, b, view, valid)
+    return AlignedLayer(pair.activation(), pair.affinity(sample_rows(len(a.layout.query), rows, str(a.device))))
+
+
 def _positions(class_tokens: tuple[int, ...] | None, device: str) -> Tensor:
     return torch.tensor(class_tokens or (), dtype=torch.long, device=device)
 
 
-def _sample_rows(count: int, share: float, device: str) -> Tensor:
+def sample_rows(count: int, share: float, device: str) -> Tensor:
+    """Which of ``count`` tokens are compared: a ``share`` of them, anew in each call, in their order."""
     if not 0 < share <= 1:
         raise ValueError(f"found rows={share}; expected a share in (0, 1]; 1.0 uses every query row")
     if share == 1:
@@ -258,11 +293,10 @@ def _sample_rows(count: int, share: float, device: str) -> Tensor:
     return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
 
 
-def entropy(rows: Tensor) -> Tensor:
-    """Mean entropy of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform.
+def row_entropy(rows: Tensor) -> Tensor:
+    """Entropy (...) of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform.
     Detached."""
-    rows = rows.detach()
-    return torch.special.entr(rows).sum(-1).mean() / math.log(rows.shape[-1])
+    return torch.special.entr(rows.detach()).sum(-1) / math.log(rows.shape[-1])
 
 
 def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
