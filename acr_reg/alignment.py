@@ -8,6 +8,7 @@ weights. Where one view shows a part of the other only, rows are compared on the
 from __future__ import annotations
 
 import math
+from copy import copy
 from dataclasses import dataclass
 from typing import Literal
 
@@ -164,6 +165,12 @@ class AlignedPair:
             self.keys_valid = self.keys_valid & valid_tokens(valid, a.layout.key).to(device)
             self.counted = valid_tokens(valid, a.layout.query).to(device)
             self.is_partial = True
+
+    def of(self, a: LayerAttention, b: LayerAttention) -> AlignedPair:
+        """The same alignment of two other layers with tokens in the same places."""
+        pair = copy(self)
+        pair.a, pair.b = a, b
+        return pair
 
     def activation(self) -> AlignedRows:
         """The class tokens' rows; there may be none."""

@@ -171,7 +171,7 @@ class LayerAttention:
             query, key = at_least_float32(query), at_least_float32(key)
             scale = self.recorded.scale if self.recorded.scale is not None else 1.0 / math.sqrt(query.shape[-1])
             scores = (select(query, -2, queries) * scale) @ select(key, -2, keys).transpose(-2, -1)
-            mask = self._mask()
+            mask = self.batched_mask()
             if mask is not None:
                 mask = mask if mask.ndim == 4 else mask[None, None]
                 per_image = any(index is not None and index.ndim == 2 for index in (queries, keys))
@@ -180,7 +180,8 @@ class LayerAttention:
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
             return scores.softmax(-1)
 
-    def _mask(self) -> Tensor | None:
+    def batched_mask(self) -> Tensor | None:
+        """The kernel's mask for this part of the batch, to be broadcast over (B, H, N, M), or None."""
         mask = self.recorded.mask
         if self.recorded.causal:
             _, _, queries, keys = self.shape

@@ -14,6 +14,7 @@ Attention is aligned by :func:`~acr_reg.alignment.align_layer` first; everything
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -58,20 +59,39 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     return result
 
 
-def _consistency(
+@dataclass(frozen=True, eq=False)
+class RowSum:
+    """Distances of some rows, summed: ``total`` of those weighted by what both views show, their summed ``weight``, and
+    the ``count`` of rows that are compared at all. Sums of several blocks of rows add up."""
+
+    total: Tensor
+    weight: Tensor
+    count: Tensor
+
+    def __add__(self, other: RowSum) -> RowSum:
+        return RowSum(self.total + other.total, self.weight + other.weight, self.count + other.count)
+
+    def norm(self) -> Tensor:
+        """What ``total`` is divided by: the rows' weight, and no less than OVERLAP_FLOOR of the rows, so that what
+        little is shown of an image counts little."""
+        tiny = torch.finfo(self.count.dtype).tiny
+        return self.weight.maximum(OVERLAP_FLOOR * self.count).clamp_min(tiny)
+
+    def mean(self) -> Tensor:
+        return self.total / self.norm()
+
+
+def sum_rows(
     a: Tensor,
     b: Tensor,
-    distance: Distance,
-    normalize: Normalize,
-    keys_valid: Tensor | None,
-    counted: Tensor | None,
-    overlap: Tensor | None,
-) -> Tensor:
-    """Mean over images, heads and rows of the distance of rows (B, H, R, M): over the rows ``counted`` (B or 1, R),
-    weighted by ``overlap`` (B, H, R) in [0, 1].
-
-    The weights' sum is taken as no less than OVERLAP_FLOOR of the rows: what little is shown of an image counts little.
-    """
+    distance: Distance = "l1",
+    normalize: Normalize = "row",
+    keys_valid: Tensor | None = None,
+    counted: Tensor | None = None,
+    overlap: Tensor | None = None,
+) -> RowSum:
+    """The distances of rows (B, H, R, M), over the rows ``counted`` (B or 1, R), weighted by ``overlap`` (B, H, R) in
+    [0, 1]."""
     keys: Tensor | int = a.shape[-1]
     if keys_valid is not None:
         a, b = (rows.masked_fill(~keys_valid[:, None, None, :], 0) for rows in (a, b))
@@ -84,15 +104,15 @@ def _consistency(
             f'found normalize={normalize!r}; expected "row" (per query row) or "mean" (the paper\'s); choose one'
         )
     if counted is None and overlap is None:
-        return distances.mean()
+        rows = distances.new_full((), distances.numel())
+        return RowSum(distances.sum(), rows, rows)
     weight = torch.ones_like(distances)
     if counted is not None:
         weight = weight * counted.to(distances.dtype)[:, None]
     rows = weight.sum()
     if overlap is not None:
         weight = weight * overlap.to(distances.dtype)
-        rows = weight.sum().maximum(OVERLAP_FLOOR * rows)
-    return (distances * weight).sum() / rows.clamp_min(torch.finfo(rows.dtype).tiny)
+    return RowSum((distances * weight).sum(), weight.sum(), rows)
 
 
 def activation_consistency(
@@ -117,7 +137,7 @@ def activation_consistency(
     >>> activation_consistency(a, b).item(), activation_consistency(a, b, normalize="mean").item()
     (0.5, 0.25)
     """
-    return _consistency(a, b, distance, normalize, keys_valid, present, overlap)
+    return sum_rows(a, b, distance, normalize, keys_valid, present, overlap).mean()
 
 
 def affinity_consistency(
@@ -135,7 +155,7 @@ def affinity_consistency(
     M) leave out tokens that are padding; ``overlap`` (B, H, N) in [0, 1] weights rows by what both views show. With
     ``normalize="mean"`` this is 1/(B N M) sum |a - b|, the published form; "row" is M times that.
     """
-    return _consistency(a, b, distance, normalize, keys_valid, rows_valid, overlap)
+    return sum_rows(a, b, distance, normalize, keys_valid, rows_valid, overlap).mean()
 
 
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max", valid: Tensor | None = None) -> Tensor:
@@ -206,4 +226,4 @@ def cam_consistency(
     present = None if labels is None else labels > 0
     # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are no distributions.
     rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]
-    return _consistency(rows_a, rows_b, distance, "mean", keys_valid, present, overlap)
+    return sum_rows(rows_a, rows_b, distance, "mean", keys_valid, present, overlap).mean()

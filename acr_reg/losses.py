@@ -19,15 +19,10 @@ from acr_reg._loss_checks import (
     check_same_modules,
     not_finite,
 )
-from acr_reg.alignment import align_layer, check_valid
+from acr_reg.alignment import AlignedPair, check_valid, sample_rows
 from acr_reg.attention import AttentionMaps, LayerAttention
-from acr_reg.functional import (
-    Distance,
-    Normalize,
-    activation_consistency,
-    affinity_consistency,
-    cam_consistency,
-)
+from acr_reg.blockwise import LayerTerms, Term, can_be_blockwise, evaluate_blockwise, evaluate_dense
+from acr_reg.functional import Distance, Normalize, cam_consistency
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views import Compose, Identity, View, require_view
 
@@ -61,6 +56,9 @@ class AllPairsConsistencyLoss(nn.Module):
         rows: the share in (0, 1] of patch query rows compared in each call, sampled anew; class rows are always
             compared.
         cam_normalize: "max" (relu, then over the maximum per image and class), "minmax" or None.
+        blockwise: evaluates fused layers in blocks of query rows, without an N x N map (None, True), or the maps of a
+            layer at once (False), which alone can be differentiated twice. Explicit maps are evaluated at once.
+        block_rows: query rows of a block; None chooses them from the shapes.
 
     A term that cannot exist (no class token, no class maps) raises where its weight was given, else it is left out and
     said once.
@@ -87,6 +85,8 @@ class AllPairsConsistencyLoss(nn.Module):
         heads: Literal["mean", "each"] = "mean",
         rows: float = 1.0,
         cam_normalize: Literal["max", "minmax"] | None = "max",
+        blockwise: bool | None = None,
+        block_rows: int | None = None,
     ) -> None:
         super().__init__()
         if view is not None:
@@ -98,6 +98,8 @@ class AllPairsConsistencyLoss(nn.Module):
             check_choice("distance", distance, ("l1", "l2", "js"))
         if not 0 < rows <= 1:
             raise ValueError(f"found rows={rows}; expected a share in (0, 1]; 1.0 uses every query row")
+        if block_rows is not None and block_rows < 1:
+            raise ValueError(f"found block_rows={block_rows}; expected at least 1; None chooses it from the shapes")
         self.view = view
         self.weights = {
             "activation": DEFAULT_WEIGHT if activation_weight is None else float(activation_weight),
@@ -116,6 +118,7 @@ class AllPairsConsistencyLoss(nn.Module):
         self.heads = heads
         self.rows = rows
         self.cam_normalize = cam_normalize
+        self.blockwise, self.block_rows = blockwise, block_rows
         self._said: set[str] = set()
 
     @classmethod
@@ -184,15 +187,17 @@ class AllPairsConsistencyLoss(nn.Module):
         wanted = self._wanted(first, cam_a)
 
         terms: dict[str, Tensor] = {}
+        weighted: list[Tensor] = []
         if not return_terms:
             wanted = {name for name in wanted if self.weights[name]}
         with torch.autocast(first.device.type, enabled=False):
             if wanted & {"activation", "affinity"}:
-                terms |= self._attention_terms(pairs, relation, labels, valid, wanted)
+                attention, terms = self._attention_terms(pairs, relation, labels, valid, wanted)
+                weighted.append(attention)
             if "cam" in wanted:
                 assert cam_a is not None and cam_b is not None
                 with torch.set_grad_enabled(torch.is_grad_enabled() and self.weights["cam"] > 0):
-                    terms["cam"] = cam_consistency(
+                    cam = cam_consistency(
                         cam_a,
                         cam_b,
                         relation,
@@ -202,7 +207,8 @@ class AllPairsConsistencyLoss(nn.Module):
                         self.cam_normalize,
                         _lattices(attn_a, attn_b, cam_a, cam_b),
                     )
-        weighted = [self.weights[name] * terms[name] for name in ("activation", "affinity", "cam") if name in terms]
+                weighted.append(self.weights["cam"] * cam)
+                terms["cam"] = cam
         loss = scale * (torch.stack(weighted).sum() if weighted else torch.zeros((), device=first.device))
         if not torch.isfinite(loss):
             raise ValueError(not_finite(pairs, cam_a, cam_b))
@@ -295,35 +301,33 @@ class AllPairsConsistencyLoss(nn.Module):
         labels: Tensor | None,
         valid: Tensor | None,
         wanted: set[str],
-    ) -> dict[str, Tensor]:
-        """Means over layers of both attention terms and of the entropy."""
-        sums: dict[str, list[Tensor]] = {}
-        learns = any(self.weights[name] for name in wanted & {"activation", "affinity"})
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Means over layers: of the weighted sum of both attention terms, and of each and of the entropy, detached."""
+        names: tuple[Term, ...] = ("activation", "affinity")
+        weights = {name: self.weights[name] for name in names if name in wanted}
+        learns = any(weights.values())
+        evaluated = []
         for a, b in pairs:
             if self.distance == "js" and not (a.stochastic and b.stochastic):
                 raise ValueError(
                     f"layer {a.index} ({a.name}): found a map that is mixed after softmax; expected probabilities for "
                     '"js"; choose distance="l1" or "l2"'
                 )
+            pair = AlignedPair(a, b, view, valid)
+            layer = LayerTerms(
+                pair,
+                weights,
+                sample_rows(len(a.layout.query), self.rows, str(a.device)),
+                _present(a, labels) if "activation" in weights else None,
+                self.distance,
+                self.normalize,
+                self.heads,
+            )
             with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
-                layer = align_layer(a, b, view, valid, self.rows)
-                for name, rows in (("activation", layer.activation), ("affinity", layer.affinity)):
-                    if name not in wanted:
-                        continue
-                    row_a, row_b, overlap = rows.comparable(self.heads)
-                    keys_valid = rows.keys_valid if rows.is_partial else None
-                    if name == "activation":
-                        term = activation_consistency(
-                            row_a, row_b, self.distance, self.normalize, keys_valid, _present(a, labels), overlap
-                        )
-                    else:
-                        counted = rows.counted if rows.is_partial else None
-                        term = affinity_consistency(
-                            row_a, row_b, self.distance, self.normalize, keys_valid, counted, overlap
-                        )
-                    sums.setdefault(name, []).append(term)
-                sums.setdefault("entropy", []).append(layer.entropy)
-        return {name: torch.stack(values).mean() for name, values in sums.items()}
+                blockwise = can_be_blockwise(pair) if self.blockwise is None else self.blockwise
+                evaluated.append(evaluate_blockwise(layer, self.block_rows) if blockwise else evaluate_dense(layer))
+        terms = {name: torch.stack([each.terms[name] for each in evaluated]).mean() for name in evaluated[0].terms}
+        return torch.stack([each.weighted for each in evaluated]).mean(), terms
 
 
 def _lattices(

@@ -22,6 +22,7 @@ LEVELS = [
     {"capture", "views"},
     {"samplers", "alignment"},
     {"functional"},
+    {"blockwise"},
     {"losses"},
     {"cam"},
     {"metrics"},

@@ -1,0 +1,202 @@
+"""Both attention terms of one layer, dense or in blocks of query rows that never hold an N x N map of all heads.
+
+The dense evaluation leaves the maps of a layer to autograd. The blockwise one runs autograd inside each block of query
+rows and adds up the gradients to query and key in the forward pass, in float32 at least: memory grows with N, and the
+upstream gradient, loss scale included, is applied before anything is cast to half precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32
+from acr_reg.alignment import AlignedPair, AlignedRows
+from acr_reg.attention import LayerAttention, RecordedTensors
+from acr_reg.functional import Distance, Normalize, RowSum, sum_rows
+
+Term = Literal["activation", "affinity"]
+
+_BLOCK_ELEMENTS = 2**20  # of both views' maps, all images and heads: a few times as many are alive in a block
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTerms:
+    """What is compared in one layer, and how: see :class:`~acr_reg.losses.AllPairsConsistencyLoss` for the options.
+
+    ``weights`` names the terms wanted; ``tokens`` (R,) are the patch rows compared; ``present`` (B, C) the class rows.
+    """
+
+    pair: AlignedPair
+    weights: Mapping[Term, float]
+    tokens: Tensor
+    present: Tensor | None
+    distance: Distance
+    normalize: Normalize
+    heads: Literal["mean", "each"]
+
+    def rows(self, pair: AlignedPair, term: Term, tokens: Tensor) -> AlignedRows:
+        return pair.activation() if term == "activation" else pair.affinity(tokens)
+
+    def compared(self, rows: AlignedRows, term: Term) -> RowSum:
+        a, b, overlap = rows.comparable(self.heads)
+        counted = self.present if term == "activation" else rows.counted if rows.is_partial else None
+        keys_valid = rows.keys_valid if rows.is_partial else None
+        return sum_rows(a, b, self.distance, self.normalize, keys_valid, counted, overlap)
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluated:
+    """The weighted sum of a layer's terms, on the graph, and each term and the entropy, detached."""
+
+    weighted: Tensor
+    terms: dict[str, Tensor]
+
+
+def evaluate_dense(layer: LayerTerms) -> Evaluated:
+    """Everything at once: the maps of the layer are kept for the backward pass."""
+    sums, entropies = {}, []
+    for term in layer.weights:
+        rows = layer.rows(layer.pair, term, layer.tokens)
+        sums[term] = layer.compared(rows, term).mean()
+        entropies.append(rows.entropy)
+    weighted = sum(weight * sums[term] for term, weight in layer.weights.items())
+    assert isinstance(weighted, Tensor)
+    terms: dict[str, Tensor] = {term: value.detach() for term, value in sums.items()}
+    return Evaluated(weighted, terms | {"entropy": _mean_entropy(entropies, weighted)})
+
+
+def _mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    found = [entropy for entropy in entropies if entropy is not None]
+    if not found:
+        return like.new_full((), torch.nan)
+    return sum(e.sum() for e in found) / sum(e.numel() for e in found)  # type: ignore[return-value]
+
+
+def can_be_blockwise(pair: AlignedPair) -> bool:
+    """Whether what carries gradient is there as factors. The gradient to an explicit map is as large as the map."""
+    return all(layer.is_factored or not layer.requires_grad for layer in (pair.a, pair.b))
+
+
+def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Evaluated:
+    """The same in blocks of ``block_rows`` query rows, by default as many as keep a block's maps near 4 MB.
+
+    The first derivative is exact; a second one is refused.
+    """
+    if block_rows is None:
+        block_rows = default_block_rows(layer.pair)
+    inputs = [*_factors(layer.pair.a), *_factors(layer.pair.b)]
+    report: dict[str, Tensor] = {}
+
+    def run(*leaves: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return _in_blocks(layer, leaves, block_rows, report)
+
+    weighted = _Blockwise.apply(run, *inputs)
+    return Evaluated(weighted, report)
+
+
+def default_block_rows(pair: AlignedPair) -> int:
+    batch, heads, queries, keys = pair.a.shape
+    per_row = batch * heads * (keys + pair.b.shape[3])
+    return max(1, min(queries, _BLOCK_ELEMENTS // per_row))
+
+
+def _factors(layer: LayerAttention) -> list[Tensor]:
+    """What a layer's map is made of: query and key, and a learned bias; or the map itself."""
+    if (explicit := layer.explicit) is not None:
+        return [explicit]
+    query, key, mask = layer.query, layer.key, None if layer.recorded.causal else layer.batched_mask()
+    assert query is not None and key is not None
+    return [query, key] if mask is None else [query, key, mask]
+
+
+def _from_factors(layer: LayerAttention, factors: Iterator[Tensor]) -> LayerAttention:
+    """The layer over other tensors than the recorded ones, shaped as :func:`_factors` gives them."""
+    recorded = layer.recorded
+    if not layer.is_factored:
+        tensors = RecordedTensors(map=next(factors))
+    else:
+        query, key = next(factors), next(factors)
+        mask = None if recorded.causal or recorded.mask is None else next(factors)
+        scale = recorded.scale
+        tensors = RecordedTensors(query=query, key=key, mask=mask, causal=recorded.causal, scale=scale)
+    return replace(layer, recorded=tensors, images=slice(None))
+
+
+def _in_blocks(
+    layer: LayerTerms, inputs: Sequence[Tensor], block_rows: int, report: dict[str, Tensor]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """The weighted sum of the terms, and its gradient to each of the inputs, at least in float32."""
+    leaves = [at_least_float32(t.detach()) if t.is_floating_point() else t for t in inputs]
+    learning = [i for i, t in enumerate(inputs) if t.requires_grad]
+    for i in learning:
+        leaves[i] = leaves[i].detach().requires_grad_()
+    made = iter(leaves)
+    pair = layer.pair.of(_from_factors(layer.pair.a, made), _from_factors(layer.pair.b, made))
+    gradients: list[Tensor | None] = [None] * len(inputs)
+    entropies: list[Tensor | None] = []
+    weighted: list[Tensor] = []
+    for term, weight in layer.weights.items():
+        whole: RowSum | None = None
+        found: list[Tensor | None] = [None] * len(inputs)
+        learns = bool(learning) and weight != 0
+        for tokens in layer.tokens.split(block_rows) if term == "affinity" else [layer.tokens]:
+            with torch.set_grad_enabled(learns):
+                rows = layer.rows(pair, term, tokens)
+                block = layer.compared(rows, term)
+            if learns:
+                parts = torch.autograd.grad(block.total, [leaves[i] for i in learning], allow_unused=True)
+                for i, part in zip(learning, parts, strict=True):
+                    found[i] = _added(found[i], part)
+            entropies.append(rows.entropy)
+            block = RowSum(block.total.detach(), block.weight, block.count)
+            whole = block if whole is None else whole + block
+        assert whole is not None
+        share = weight / whole.norm()
+        for i, gradient in enumerate(found):
+            gradients[i] = _added(gradients[i], None if gradient is None else gradient.mul_(share))
+        report[term] = whole.mean()
+        weighted.append(weight * report[term])
+    value = torch.stack(weighted).sum()
+    report["entropy"] = _mean_entropy(entropies, value)
+    return value, gradients
+
+
+def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, either of which may not be there, in the memory of the first."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one.add_(other)
+
+
+Run = Callable[..., tuple[Tensor, list[Tensor | None]]]
+
+
+class _Blockwise(torch.autograd.Function):
+    """Hands the gradients that the forward pass found to autograd, times the upstream gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *inputs: Tensor) -> Tensor:
+        value, gradients = run(*inputs)
+        ctx.present = [gradient is not None for gradient in gradients]
+        ctx.dtypes = [tensor.dtype for tensor in inputs]
+        ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "found a second derivative of the blockwise loss (create_graph=True), which has none; expected a first "
+                "one; build the loss with blockwise=False to differentiate it twice"
+            )
+        saved = iter(ctx.saved_tensors)
+        gradients = [
+            (next(saved) * upstream).to(dtype) if present else None
+            for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
+        ]
+        return None, *gradients
