@@ -274,7 +274,8 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
     fits = [r for r in range(1, height + 1) if height // r == rows and width // r == columns]
     by = min(fits, key=lambda r: (height % r + width % r, r), default=None)
     step = (float(by), float(by)) if by is not None else (height / rows, width / columns)
-    return Lattice(rows, columns, (lattice.stride[0] * step[0], lattice.stride[1] * step[1]), extent=lattice.extent)
+    stride = (lattice.stride[0] * step[0], lattice.stride[1] * step[1])
+    return Lattice(rows, columns, stride, lattice.offset, lattice.extent)
 
 
 def _misfit(

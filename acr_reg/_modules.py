@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +14,9 @@ from torch import nn
 from acr_reg._hooks import CaptureError
 from acr_reg._inference import ModelFields, infer_layout, read_fields
 from acr_reg._kinds import Placement, SeenCall, place, unordered_tokens
+from acr_reg._strides import Spot, Trace, WindowedOp
 from acr_reg._torch import BatchNorm, children_of, is_compiled, is_exported, is_replica
-from acr_reg.tokens import LayoutError, TokenLayout
+from acr_reg.tokens import Lattice, LayoutError, TokenLayout
 
 Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class tokens, as the user gives them
 
@@ -72,6 +73,7 @@ class ModuleIndex:
         self._children = {module: children_of(module) for module in self.names}
         self._attending, self._parents = 0, set[nn.Module]()  # how many modules attend, and what they lie in
         self._fields: ModelFields | None = None
+        self._trace = Trace()
         self._placements: dict[Any, Placement | str] = {}
 
     def counts(self, module: nn.Module) -> bool:
@@ -125,8 +127,64 @@ class ModuleIndex:
         known = (seen.sort, images, is_pyramid)
         if known not in self._placements:
             around = self._lineage(seen.module)[:_NEAREST] or [seen.module]
-            self._placements[known] = place(seen, around, images, self._locating(is_pyramid), self._unordered)
+            placement = place(seen, around, images, self._locating(is_pyramid), self._unordered)
+            if isinstance(placement, Placement) and isinstance(placement.located, TokenLayout) and images is not None:
+                placement = replace(placement, located=self._centred(placement.located, seen, images[1:]))
+            self._placements[known] = placement
         return self._placements[known]
+
+    def trace(
+        self,
+        ops: Mapping[str, WindowedOp],
+        images: tuple[int, int, int] | None,
+        preceded: Mapping[nn.Module, tuple[int, int]],
+    ) -> None:
+        """Remembers what a run shows of windows: its ops by name, in order, and how many of them came before the first
+        and the last call of every module that attends. A run that shows less than one before it is passed over."""
+        if images is not None and len(ops) >= len(self._trace.ops):
+            calls: dict[str, tuple[int, int]] = {}
+            for module, (first, last) in preceded.items():
+                known = calls.get(self._part(module), (first, last))
+                calls[self._part(module)] = min(first, known[0]), max(last, known[1])
+            self._trace = Trace(tuple(ops.values()), images, calls)
+
+    def _part(self, module: nn.Module) -> str:
+        """The part of the model that makes the keys and queries of attention in a module, by name: the module, or what
+        directly holds it, where that is named attention too. "" is the whole model."""
+        name = "" if module is self.model else self.names[module]
+        above = name.rpartition(".")[0]
+        around = self._modules.get(above)
+        if not above or around is None or isinstance(around, (nn.ModuleList, nn.Sequential)):
+            return name
+        return above if _is_named_attention(above, around) else name
+
+    def _centred(self, layout: TokenLayout, seen: SeenCall, size: tuple[int, int]) -> TokenLayout:
+        """A layout whose lattices stand where the model's windows put their tokens, on images of ``size``. Only the
+        windows of the attention itself can have made the smaller of two lattices."""
+        if self._hints[0] is not None:  # the user says where they stand
+            return layout
+        part, trace = self._part(seen.module), self._trace
+        shape = seen.input_shape or ()
+        widths = {*shape[-1:], *(shape[1:2] if len(shape) == 4 else ())}  # rows of channels, or a map of (B, C, h, w)
+
+        def centred(lattice: Lattice, spot: Spot | None) -> Lattice:
+            if spot is None:
+                return replace(lattice, offset_known=not trace.displaces(part))
+            return replace(lattice, stride=spot.stride, offset=spot.offset)
+
+        large, small = sorted((layout.query, layout.key), key=len, reverse=True)
+        at_large = trace.find(part, size, (large.height, large.width), widths)
+        at_small = at_large
+        if len(large) != len(small):
+            grid = small.height, small.width
+            at_small = trace.find(part, size, grid, widths, inside=True)
+            if at_small is None and at_large is not None and at_large.inside:  # the larger was made of the smaller
+                at_small = trace.find(part, size, grid, widths)
+        large, small = centred(large, at_large), centred(small, at_small)
+        if at_small is None:  # side by side, as far as is known
+            small = replace(small, offset=large.offset)
+        query, key = (large, small) if layout.num_queries >= layout.num_keys else (small, large)
+        return replace(layout, query=query, key=key)
 
     def _lineage(self, module: nn.Module) -> list[nn.Module]:
         """The module and what it lies in, the innermost first, up to the children of the model."""

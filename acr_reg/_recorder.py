@@ -16,6 +16,7 @@ from acr_reg._interception import AttentionCall, AttentionMode
 from acr_reg._kinds import SeenCall, first_tensor, is_cross_attention
 from acr_reg._modules import Hints, ModuleIndex
 from acr_reg._runs import Entry, Run, ThreadState, Visit
+from acr_reg._strides import WINDOWED, windowed_op
 from acr_reg._torch import in_backward, in_reentrant_checkpoint, is_faked, is_replica, remove_mode
 
 Keep = Literal["only", "first", "last", "all"]
@@ -105,7 +106,16 @@ class Recorder:
                 state.entries[-1].reported = True
         else:
             state.current.silent.add(module)
+            if not self._narrowed and isinstance(module, WINDOWED):
+                self._note_windows(state.current, entry, result)
         self._close(state, entry)
+
+    def _note_windows(self, run: Run, entry: Entry, result: Any) -> None:
+        name, given = self.index.names[entry.module], first_tensor(entry.args, entry.kwargs)
+        if name not in run.windowed and given is not None and isinstance(result, torch.Tensor):
+            op = windowed_op(name, entry.module, given.shape, result.shape)
+            if op is not None:
+                run.windowed[name] = op
 
     def _begin_visit(self, state: ThreadState, entry: Entry) -> None:
         """A call of the whole model begins a run, whatever became of the one before."""
@@ -184,6 +194,9 @@ class Recorder:
             run.fired[module] += 1
         run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
+        if not self._narrowed:
+            before = len(run.windowed)
+            run.preceded[module] = run.preceded.get(module, (before, 0))[0], before
         if run.kept:
             given = first_tensor(entry.args, entry.kwargs)
             seen = SeenCall(
@@ -243,6 +256,9 @@ class Recorder:
         # Copies, because a thread still refers to the run it was last in, and must not keep its tensors.
         runs = [replace(run, calls=list(run.calls)) for run in self._runs if run.is_whole]
         self.clear()
+        if not self._narrowed:
+            for run in runs:
+                self.index.trace(run.windowed, run.images, run.preceded)
         if self._attention_modules and not self._narrowed and not self._state.entries:
             self._alike = self.index.alike(self._attention_modules) | self._unknown_modules
             self._hooks.watch_only([self._root, *self.images.modules, *self._alike, *self.index.likely])

@@ -15,6 +15,7 @@ from acr_reg._hooks import is_running
 from acr_reg._images import ImageState
 from acr_reg._interception import AttentionMode
 from acr_reg._kinds import SeenCall
+from acr_reg._strides import WindowedOp
 
 
 @dataclass(eq=False)
@@ -40,6 +41,8 @@ class Run:
     unknown: list[tuple[str, str]] = field(default_factory=list)  # modules with kernels that leave nothing to record
     silent: set[nn.Module] = field(default_factory=set)  # modules that ran without any attention seen in them
     reentrant: set[nn.Module] = field(default_factory=set)  # modules that reentrant checkpointing ran without a graph
+    windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by module name, in order; until hooks are narrowed
+    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # by how many, first and last call
     visit: Visit | None = None
     kept: bool = True
     failed: bool = False

@@ -91,12 +91,12 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
         block_rows = default_block_rows(layer.pair)
     inputs = [*_factors(layer.pair.a), *_factors(layer.pair.b)]
     report: dict[str, Tensor] = {}
+    learning = [i for i, tensor in enumerate(inputs) if torch.is_grad_enabled() and tensor.requires_grad]
 
-    def run(*leaves: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        return _in_blocks(layer, leaves, block_rows, report)
+    def run(*tensors: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        return _in_blocks(layer, tensors, learning, block_rows, report)
 
-    weighted = _Blockwise.apply(run, *inputs)
-    return Evaluated(weighted, report)
+    return Evaluated(_Blockwise.apply(run, *inputs) if learning else run(*inputs)[0], report)
 
 
 def default_block_rows(pair: AlignedPair) -> int:
@@ -128,11 +128,10 @@ def _from_factors(layer: LayerAttention, factors: Iterator[Tensor]) -> LayerAtte
 
 
 def _in_blocks(
-    layer: LayerTerms, inputs: Sequence[Tensor], block_rows: int, report: dict[str, Tensor]
+    layer: LayerTerms, inputs: Sequence[Tensor], learning: Sequence[int], block_rows: int, report: dict[str, Tensor]
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """The weighted sum of the terms, and its gradient to each of the inputs, at least in float32."""
+    """The weighted sum of the terms, and its gradient to the inputs that learn, at least in float32."""
     leaves = [at_least_float32(t.detach()) if t.is_floating_point() else t for t in inputs]
-    learning = [i for i, t in enumerate(inputs) if t.requires_grad]
     for i in learning:
         leaves[i] = leaves[i].detach().requires_grad_()
     made = iter(leaves)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,6 +26,7 @@ _OFF_IN_HALF = 1e-2  # both, where the layer computed in half precision
 _HALF = (torch.float16, torch.bfloat16)
 _OFF_GRID = 2.0  # tokens: farther from its place, a token stands in another order or grid
 _OFF_STRIDE = 0.25  # of a token: matched tokens farther apart see rather different pixels
+_OFF_OVERLAP = 0.5  # where the offset of overlapping windows is known: what is left is how their weights lean
 
 
 @dataclass(frozen=True)
@@ -210,11 +212,12 @@ def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> 
             f"found {side} tokens {offset.from_lattice:.0f} px from where a grid of {lattice} puts them; expected rows "
             "of a grid over the image; name the grid and order yourself by AttentionMaps.from_tensors"
         )
-    if offset.under_view > _OFF_STRIDE * min(lattice.stride):
+    allowed = _OFF_OVERLAP if any(lattice.offset) else _OFF_STRIDE
+    if offset.under_view > allowed * min(lattice.stride):
         return (
             f"found {side} tokens of {min(lattice.stride):g} px that {view.brief} matches {offset.under_view:.1f} px "
-            "apart; expected the same place; the windows of the stem overlap, or the image is padded: resize to whole "
-            "patches, or leave the layer out of the loss (layers=)"
+            "apart; expected the same place; windows overlap that no module tells of, or the image is padded: resize "
+            "to whole patches, name the lattice by with_layout(), or leave the layer out of the loss (layers=)"
         )
     return None
 
@@ -238,7 +241,8 @@ def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[di
     without_class_token = isinstance(located, TokenLayout) and not located.class_tokens
     acr = AllPairsConsistencyLoss(view, activation_weight=0.0 if without_class_token else None)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of offsets that are not known: they are measured here
             _, terms = acr(maps_a, maps_b, return_terms=True)
     except ValueError as error:
         return {}, str(error)

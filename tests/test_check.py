@@ -51,6 +51,18 @@ def overlapping() -> nn.Module:
     return nn.Conv2d(3, 32, 7, 4, 3)
 
 
+class Unseen(nn.Module):
+    """A convolution that no module tells of: nothing says where it puts the tokens."""
+
+    def __init__(self, kernel: tuple[int, int] = (7, 7), padding: tuple[int, int] = (3, 3)) -> None:
+        super().__init__()
+        self.patch_size, self.padding = 4, padding
+        self.weight = nn.Parameter(nn.Conv2d(3, 32, kernel).weight.detach())
+
+    def forward(self, images: Tensor) -> Tensor:
+        return F.conv2d(images, self.weight, stride=4, padding=self.padding)
+
+
 class Vit(nn.Module):
     """A stem, a class token or none, and blocks."""
 
@@ -137,7 +149,7 @@ def test_a_timm_vit_is_ok() -> None:
     assert [layer.name for layer in by_features.layers] == [layer.name for layer in report.layers]
 
 
-def test_the_stages_of_a_pyramid_stand_each_on_its_own_grids_and_an_overlapping_stem_is_told() -> None:
+def test_the_stages_of_a_pyramid_stand_each_on_its_own_grids_and_an_overlapping_stem_is_known() -> None:
     import timm
 
     model = timm.create_model("pvt_v2_b0", num_classes=5, depths=(1, 1, 1, 1))
@@ -147,9 +159,8 @@ def test_the_stages_of_a_pyramid_stand_each_on_its_own_grids_and_an_overlapping_
     assert {layer.keys for layer in report.layers} == {"2 x 3"}
     assert {(layer.prefix, layer.class_tokens) for layer in report.layers} == {(0, ())}
     assert max(layer.product_error for layer in report.layers) < 1e-6
-    assert 2 < report.layers[0].query_offset < 4.5
-    assert not report.ok
-    assert "stages.0.blocks.0.attn): found query tokens of 4 px that HorizontalFlip() matches" in report.problems[0]
+    assert report.layers[0].query_offset < 1.2
+    assert report.layers[0].key_offset < 2
 
 
 def test_segformer_is_seen_as_what_it_is() -> None:
@@ -278,7 +289,11 @@ def test_tokens_of_plain_patches_stay_where_they_are_under_every_view(
     ids=repr,
 )
 def test_an_overlapping_stem_puts_tokens_elsewhere(block: Callable[[], nn.Module], view: Any, expected: float) -> None:
-    report = check(toy(overlapping, block, class_token=False), images(), view)
+    """Where a module tells of it, tokens are matched by where they are; else the distance is found out."""
+    known = check(toy(overlapping, block, class_token=False), images(), view)
+    assert known.ok, known.problems
+    assert known.layers[0].query_offset < 1.3
+    report = check(toy(Unseen, block, class_token=False), images(), view)
     first = report.layers[0]
     assert (first.queries, first.prefix, first.class_tokens) == ("8 x 12", 0, ())
     assert abs(first.query_offset - expected) < 1.3
@@ -288,7 +303,7 @@ def test_an_overlapping_stem_puts_tokens_elsewhere(block: Callable[[], nn.Module
         (problem,) = report.problems
         assert problem.startswith(f"layer 0 ({first.name}): found query tokens of 4 px that {view!r} matches ")
         assert f"matches {first.query_offset:.1f} px apart" in problem
-        assert problem.index("found ") < problem.index("expected the same place") < problem.index("; the windows")
+        assert problem.index("found ") < problem.index("expected the same place") < problem.index("; windows")
         assert "leave the layer out of the loss (layers=)" in problem
         assert first.problem in problem
 
@@ -299,7 +314,7 @@ def test_an_overlapping_stem_puts_tokens_elsewhere(block: Callable[[], nn.Module
     ids=repr,
 )
 def test_a_stem_that_overlaps_along_rows_alone_is_told_from_one_along_columns(view: Any, expected: float) -> None:
-    report = check(toy(lambda: nn.Conv2d(3, 32, (4, 7), 4, (0, 3)), class_token=False), images(), view)
+    report = check(toy(lambda: Unseen((4, 7), (0, 3)), class_token=False), images(), view)
     assert report.layers[0].queries == "8 x 12"
     assert abs(report.layers[0].query_offset - expected) < 1.2
     assert report.ok == (expected == 0)
@@ -331,7 +346,7 @@ def test_a_model_that_pads_its_images_is_told_by_the_offset() -> None:
 
 
 @pytest.mark.parametrize("factor", [2.0, 0.5])
-@pytest.mark.parametrize("stem", [plain, overlapping])
+@pytest.mark.parametrize("stem", [plain, overlapping, Unseen])
 def test_a_model_that_resizes_its_images_is_measured_on_what_it_reads(stem: Stem, factor: float) -> None:
     class Resizing(Vit):
         def tokens(self, images: Tensor) -> Tensor:
@@ -339,7 +354,7 @@ def test_a_model_that_resizes_its_images_is_measured_on_what_it_reads(stem: Stem
 
     report = check(Resizing(stem, fused, class_token=False), images((48, 64)))
     assert not any("from where a grid" in problem for problem in report.problems), report.problems
-    assert report.ok == (stem is plain), report.problems
+    assert report.ok == (stem is not Unseen), report.problems
 
 
 # ---- problems that are no exceptions

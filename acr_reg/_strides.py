@@ -1,0 +1,223 @@
+"""Where convolutions and pooling put the tokens made from them: the centres of their windows, exact, in pixels.
+
+While a model runs for the first time, :func:`windowed_op` notes what every module with windows did; a :class:`Trace` of
+them then finds the chain of windows that leads from the images to a layer's grid, for images of any size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+Grid = tuple[int, int]
+Pixels = tuple[float, float]  # along y and x
+Shape = tuple[int, int, int]  # channels, height, width
+
+_ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+_PADS = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
+WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Unfold, *_ADAPTIVE, *_PADS)
+_IMAGE_CHANNELS = 4
+_DYNAMIC = None  # padding as TensorFlow's "same", which depends on the size
+
+
+@dataclass(frozen=True)
+class WindowedOp:
+    """One module whose outputs are each made from a window of its input: (y, x) of its attributes, and the shapes that
+    it was first seen with.
+
+    ``padding`` is (before, after) along y and x, or None where the size decides it (timm's ``Conv2dSame`` and the
+    like). ``fixed`` is the output size of adaptive pooling, 0 along an axis that it keeps. What is not ``explained``
+    made another size than its attributes say. ``batch`` is that of its input: patches or heads may be apart in it.
+    """
+
+    name: str
+    source: Shape
+    target: Shape
+    batch: int = 0
+    kernel: Grid = (1, 1)
+    stride: Grid = (1, 1)
+    dilation: Grid = (1, 1)
+    padding: tuple[Grid, Grid] | None = ((0, 0), (0, 0))
+    ceil_mode: bool = False
+    fixed: Grid | None = None
+    explained: bool = True
+
+    def along(self, axis: int, size: int) -> tuple[int, float, float]:
+        """Of ``size`` inputs along an axis: the number of outputs, the step between their centres, and how far the
+        first lies beyond the centre of the first input, both in inputs."""
+        if self.fixed is not None:
+            count = self.fixed[axis] or size
+            return count, size / count, (size / count - 1) / 2
+        stride, reach = self.stride[axis], self.dilation[axis] * (self.kernel[axis] - 1)
+        if self.padding is _DYNAMIC:
+            total = max((-(-size // stride) - 1) * stride + reach + 1 - size, 0)
+            before, after = total // 2, total - total // 2
+        else:
+            before, after = self.padding[axis]
+        room = size + before + after - reach - 1
+        count = (-(-room // stride) if self.ceil_mode else room // stride) + 1
+        if self.ceil_mode and (count - 1) * stride >= size + before:  # no window begins in the padding behind
+            count -= 1
+        return count, stride, reach / 2 - before
+
+    def explains(self) -> bool:
+        """Whether the shapes seen are what the attributes say."""
+        return all(self.along(axis, self.source[1 + axis])[0] == self.target[1 + axis] for axis in (0, 1))
+
+    def displaces(self) -> bool:
+        """Whether the windows are centred elsewhere than pieces of the input side by side would be."""
+        along = [self.along(axis, self.source[1 + axis]) for axis in (0, 1)]
+        return not self.explained or any(first != (step - 1) / 2 for _, step, first in along)
+
+    def matters(self) -> bool:
+        """Whether a chain can lead through it to anything but what it came from."""
+        return self.source != self.target or self.displaces()
+
+
+def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Sequence[int]) -> WindowedOp | None:
+    """What a module among ``WINDOWED`` did that was given a tensor of shape ``source``, (B, C, H, W) or (C, H, W), and
+    returned one of ``target``; None where tokens stay where they are."""
+    if len(source) not in (3, 4) or not isinstance(module, WINDOWED):
+        return None
+    given = (int(source[-3]), int(source[-2]), int(source[-1]))
+    batch = int(source[0]) if len(source) == 4 else 1
+    if isinstance(module, _ADAPTIVE):
+        size = module.output_size
+        fixed = tuple(n or 0 for n in (size if isinstance(size, (tuple, list)) else (size, size)))
+        op = WindowedOp(name, given, given, batch, fixed=(fixed[0], fixed[1]))
+    elif isinstance(module, _PADS):
+        left, right, top, bottom = module.padding
+        op = WindowedOp(name, given, given, batch, padding=((top, bottom), (left, right)))
+    else:
+        kernel, stride = _pair(module.kernel_size), _pair(module.stride)
+        dilation = _pair(getattr(module, "dilation", 1))
+        padding = _padding(module.padding, kernel, dilation)
+        ceil_mode = bool(getattr(module, "ceil_mode", False))
+        op = WindowedOp(name, given, given, batch, kernel, stride, dilation, padding, ceil_mode)
+    if isinstance(module, nn.Unfold):  # (B, C k k, N)
+        grid = tuple(op.along(axis, given[1 + axis])[0] for axis in (0, 1))
+        made = (int(target[-2]), *grid) if grid[0] * grid[1] == target[-1] else (int(target[-2]), 0, 0)
+    else:
+        made = (int(target[-3]), int(target[-2]), int(target[-1]))
+    op = replace(op, target=(made[0], made[1], made[2]))
+    if not op.explains():
+        dynamic = replace(op, padding=_DYNAMIC)
+        op = dynamic if dynamic.explains() else replace(op, explained=False)
+    return op if op.matters() and made[1:] != (1, 1) else None
+
+
+def _pair(value: int | Sequence[int]) -> Grid:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _padding(value: str | int | Sequence[int], kernel: Grid, dilation: Grid) -> tuple[Grid, Grid]:
+    if isinstance(value, str):  # of a stride of 1: the odd one out goes behind
+        total = [dilation[i] * (kernel[i] - 1) if value == "same" else 0 for i in (0, 1)]
+        return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
+    y, x = _pair(value)
+    return (y, y), (x, x)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a grid of ``size`` stands: pixels between its centres, and from the image's edge to the first centre.
+    ``inside`` says whether the last window belonged to the attention that was asked about."""
+
+    stride: Pixels
+    centre: Pixels
+    size: Grid
+    inside: bool = False
+
+    def through(self, op: WindowedOp, inside: bool) -> Spot | None:
+        """Where the outputs of an op on this grid stand; None where that cannot be told."""
+        (rows, step_y, first_y), (columns, step_x, first_x) = (op.along(i, self.size[i]) for i in (0, 1))
+        if not op.explained or min(rows, columns) < 1:
+            return None
+        stride = self.stride[0] * step_y, self.stride[1] * step_x
+        centre = self.centre[0] + self.stride[0] * first_y, self.centre[1] + self.stride[1] * first_x
+        return Spot(stride, centre, (rows, columns), inside)
+
+    @property
+    def offset(self) -> Pixels:
+        """As a Lattice counts it: how far the first centre lies beyond half a stride."""
+        return self.centre[0] - self.stride[0] / 2, self.centre[1] - self.stride[1] / 2
+
+
+def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid) -> dict[Shape, set[Spot | None]]:
+    """Every shape that chains of the ops lead to from images ``seen`` as (batch, height, width), and where it stands on
+    images of ``size``: in more than one place where chains disagree, and None among them where one is not known.
+
+    An op (op, inside, loose) follows those before it that made its input, or, ``loose``, a grid of its input's size.
+    Where none made such a grid, something unseen did, or it is that of a part of an image alone.
+    """
+    start = Spot((1.0, 1.0), (0.5, 0.5), size)
+    reached: dict[Grid, dict[int, set[Spot | None]]] = {seen[1:]: {c: {start} for c in range(1, _IMAGE_CHANNELS + 1)}}
+    for op, inside, loose in ops:
+        channels = reached.get(op.source[1:], {op.source[0]: {None}} if op.batch == seen[0] else {})
+        sources = channels.values() if loose else [channels.get(op.source[0], set())]
+        made = {spot and spot.through(op, inside) for source in sources for spot in source}
+        if made and not (op.target[1:] == seen[1:] and op.target[0] <= _IMAGE_CHANNELS):  # what counts as the images
+            reached.setdefault(op.target[1:], {}).setdefault(op.target[0], set()).update(made)
+    return {(c, *grid): found for grid, channels in reached.items() for c, found in channels.items()}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """The windowed ops of a model's first run, in order, on images ``seen`` as (batch, height, width); and for every
+    part of it that attends, by name ("" is all of it), how many of them ran before its first call and its last."""
+
+    ops: tuple[WindowedOp, ...] = ()
+    seen: Shape = (0, 0, 0)
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    def find(self, part: str, size: Grid, grid: Grid, widths: Iterable[int], inside: bool = False) -> Spot | None:
+        """Where a ``grid`` of tokens that attend in ``part`` stands on images of ``size``; None where no chain leads
+        there, or chains disagree. ``inside``: windows within the part made it.
+
+        The first of ever weaker links that leads there decides: over channels as many as before, up to one of the
+        ``widths`` of the tokens; over channels in between that linear maps or heads may have changed. Windows within
+        other attention make its own keys or queries, and are no way elsewhere unless there is no other.
+        """
+        widths = frozenset(widths)
+        for only_trunk in (True, False):
+            ops = list(self._before(part, only_trunk))
+            for widths_known, loose_inside, loose in _LINKS:
+                links = [(op, within, loose or (loose_inside and within)) for op, within in ops]
+                reached = spots(links, self.seen, size)
+                grids = {shape[1:] for shape, at in reached.items() if any(s and s.size == grid for s in at)}
+                wanted = [
+                    at for shape, at in reached.items() if not widths_known or shape[0] in widths if shape[1:] in grids
+                ]
+                found = {spot for at in wanted for spot in at if not (spot and inside) or spot.inside}
+                if any(found):
+                    return _the_one(found)
+        return None
+
+    def displaces(self, part: str) -> bool:
+        """Whether any windows before this attention put tokens elsewhere than pieces of the image side by side."""
+        return any(op.displaces() for op, _ in self._before(part, True) if op.batch == self.seen[0])
+
+    def _before(self, part: str, only_trunk: bool) -> Iterator[tuple[WindowedOp, bool]]:
+        """The ops before the last call in this part, and whether they lie within it."""
+        last = self.calls.get(part, (0, len(self.ops)))[1]
+        for number, op in enumerate(self.ops[:last]):
+            inside = _lies_in(op, part)
+            elsewhere = any(other and number < self.calls[other][0] and _lies_in(op, other) for other in self.calls)
+            if inside or not (elsewhere and only_trunk):
+                yield op, inside
+
+
+# Whether the tokens' width counts, and which links may join any channels: those within the attention, or all.
+_LINKS = ((True, False, False), (False, False, False), (False, True, False), (False, True, True))
+
+
+def _the_one(found: set[Spot | None]) -> Spot | None:
+    """What all agree on, outside the attention if some are."""
+    places = {spot and (spot.stride, spot.centre) for spot in found}
+    return min((spot for spot in found if spot), key=lambda spot: spot.inside) if len(places) == 1 else None
+
+
+def _lies_in(op: WindowedOp, part: str) -> bool:
+    return not part or op.name == part or op.name.startswith(f"{part}.")
