@@ -131,6 +131,18 @@ class LayerAttention:
             batch, heads, queries, keys = *query.shape[:3], key.shape[2]
         return batch, heads, queries, keys
 
+    def of_images(self, images: Tensor) -> LayerAttention:
+        """The layer of these images (n,), in this order, with tensors of their own."""
+        recorded = self.recorded
+        mask = None if recorded.causal else self.batched_mask()
+        mask = mask[images] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
+        tensors: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else tensor[images]
+            for name in ("query", "key", "value", "output")
+        }
+        explicit = None if self.explicit is None else self.explicit[images]
+        return replace(self, recorded=replace(recorded, map=explicit, mask=mask, **tensors), images=slice(None))
+
     @property
     def requires_grad(self) -> bool:
         return any(
@@ -200,6 +212,12 @@ class LayerAttention:
                 return mask[None]
             mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
         return mask if mask.shape[0] == 1 else mask[self.images]
+
+
+def rows_within(elements: int, layer: LayerAttention) -> int:
+    """How many query rows of a layer's map, all images and heads, stay within so many elements; at least one."""
+    batch, heads, queries, keys = layer.shape
+    return max(1, min(queries, elements // (batch * heads * keys)))
 
 
 class AttentionMaps(Sequence[LayerAttention]):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
 from acr_reg.alignment import AlignedPair, AlignedRows
-from acr_reg.attention import LayerAttention, RecordedTensors
+from acr_reg.attention import LayerAttention, RecordedTensors, rows_within
 from acr_reg.functional import Distance, Normalize, RowSum, sum_rows
 
 Term = Literal["activation", "affinity"]
@@ -88,7 +88,7 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
     The first derivative is exact; a second one is refused.
     """
     if block_rows is None:
-        block_rows = default_block_rows(layer.pair)
+        block_rows = min(rows_within(_BLOCK_ELEMENTS // 2, each) for each in (layer.pair.a, layer.pair.b))
     inputs = [*_factors(layer.pair.a), *_factors(layer.pair.b)]
     report: dict[str, Tensor] = {}
     learning = [i for i, tensor in enumerate(inputs) if torch.is_grad_enabled() and tensor.requires_grad]
@@ -97,12 +97,6 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
         return _in_blocks(layer, tensors, learning, block_rows, report)
 
     return Evaluated(_Blockwise.apply(run, *inputs) if learning else run(*inputs)[0], report)
-
-
-def default_block_rows(pair: AlignedPair) -> int:
-    batch, heads, queries, keys = pair.a.shape
-    per_row = batch * heads * (keys + pair.b.shape[3])
-    return max(1, min(queries, _BLOCK_ELEMENTS // per_row))
 
 
 def _factors(layer: LayerAttention) -> list[Tensor]:

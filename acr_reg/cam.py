@@ -18,9 +18,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32
-from acr_reg.attention import AttentionMaps, LayerAttention
+from acr_reg._spread import spread_over_patches
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.attention import AttentionMaps, LayerAttention, rows_within
 from acr_reg.views import View, require_view
+
+_BLOCK_ELEMENTS = 2**20  # of an N x N map that are formed at a time
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -233,30 +236,38 @@ def _contribution(
     layer: LayerAttention, gradient: Tensor, image: Tensor, label: Tensor, method: Method, query: str
 ) -> Tensor:
     """(pairs, patches): what one layer adds to the maps of the (image, label) pairs of one pass."""
-    gradient = at_least_float32(gradient)[image]
-    prefix = layer.layout.num_prefix_tokens
+    gradient = gradient[image]
+    part = layer.of_images(image)
     if query == "class":
         tokens = torch.tensor(layer.layout.known_class_tokens(), device=gradient.device)
         rows = tokens[label] if len(tokens) > 1 else tokens.expand(len(label))
-        gradient = gradient[torch.arange(len(label), device=gradient.device), :, rows][:, :, None]
+        return _row_maps(part, gradient, rows[:, None], method).mean(1)
+    # The gradient to all rows at once would be an N x N map of every head.
+    count = gradient.shape[2]
+    block = rows_within(_BLOCK_ELEMENTS, part)
+    blocks = [
+        _row_maps(part, gradient, torch.arange(start, min(start + block, count), device=gradient.device), method).sum(1)
+        for start in range(0, count, block)
+    ]
+    return torch.stack(blocks).sum(0) / count
+
+
+def _row_maps(layer: LayerAttention, gradient: Tensor, rows: Tensor, method: Method) -> Tensor:
+    """(pairs, R, patches): the contribution of these query rows, (R,) or for each pair (pairs, R)."""
+    grads = at_least_float32(select(gradient, 2, rows))
     if layer.is_factored:
         value = layer.value
         assert value is not None
-        gradient = gradient @ at_least_float32(value)[image].transpose(-2, -1)
-    if method in ("cam_grad", "cam_grad_s"):
-        weights = layer.weights()[image]
-        if query == "class":
-            weights = weights[torch.arange(len(label), device=weights.device), :, rows][:, :, None]
-    patches = slice(prefix, None)
-    grad = gradient.relu()[..., patches].mean(1)
+        grads = grads @ at_least_float32(value).transpose(-2, -1)
+    patches = slice(layer.layout.num_prefix_tokens, None)
+    grad = grads[..., patches].relu().mean(1)
     if method == "grad":
-        rows_map = grad
-    elif method == "grad_s":
-        rows_map = grad * grad
-    else:
-        weighted = (gradient * weights).relu()[..., patches].mean(1)
-        rows_map = weighted if method == "cam_grad" else weighted * grad
-    return rows_map.mean(1)
+        return grad
+    if method == "grad_s":
+        return grad * grad
+    weights = layer.weights(rows)[..., patches]
+    weighted = (grads[..., patches] * weights).relu().mean(1)
+    return weighted if method == "cam_grad" else weighted * grad
 
 
 def _warn_silent(layers: list[LayerAttention], query: str) -> None:
@@ -276,7 +287,7 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
         M' = ( sum_l mean_h A_l[patches, patches] ) M
 
     ``layers`` (negative: from the last) chooses the layers summed; None takes all, as published. Differentiable to
-    both.
+    both. Of fused layers this is the attention kernel with the map in place of the values: no N x N map is formed.
     """
     chosen = attention if layers is None else attention.select(layers)
     grid = chosen[-1].layout.key
@@ -295,20 +306,13 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
         )
     if steps < 1:
         raise ValueError(f"found steps={steps}; expected at least 1; leave propagation out for 0")
-    affinity = sum(_patch_affinity(layer) for layer in chosen)
-    assert isinstance(affinity, Tensor)
-    values = rearrange(at_least_float32(cam), "b c h w -> b (h w) c").to(affinity.dtype)
+    values = rearrange(at_least_float32(cam), "b c h w -> b (h w) c")
     with torch.autocast(cam.device.type, enabled=False):
         for _ in range(steps):
-            values = affinity @ values
+            spread = [spread_over_patches(layer, values) for layer in chosen]
+            values = torch.stack(spread).sum(0)
     _check_finite(values, "the propagated map")
     return rearrange(values, "b (h w) c -> b c h w", h=grid.height)
-
-
-def _patch_affinity(layer: LayerAttention) -> Tensor:
-    """mean_h A[patches, patches], (B, N, N)."""
-    prefix = layer.layout.num_prefix_tokens
-    return layer.weights()[:, :, prefix:, prefix:].mean(1)
 
 
 def _check_finite(maps: Tensor, what: str) -> None:
