@@ -11,6 +11,7 @@ from acr_reg.cam import class_token_gradient_cam, multi_view_cam, propagate_cam 
 from acr_reg.capture import AttentionCapture, capture_attention  # noqa: E402
 from acr_reg.check import Check, LayerCheck, check  # noqa: E402
 from acr_reg.functional import normalize_cam  # noqa: E402
+from acr_reg.gradient_cam import GradientCam  # noqa: E402
 from acr_reg.losses import AllPairsConsistencyLoss  # noqa: E402
 from acr_reg.metrics import CamMeanIoU, CamScores  # noqa: E402
 from acr_reg.samplers import (  # noqa: E402
@@ -45,6 +46,7 @@ __all__ = [
     "Check",
     "Compose",
     "Crop",
+    "GradientCam",
     "HorizontalFlip",
     "Identity",
     "Lattice",

@@ -48,6 +48,7 @@ def align_tokens(
     """
     _check_count(tokens, dim, num_prefix_tokens + len(source), f"{num_prefix_tokens} prefix + {source}")
     view.check_batch(tokens.shape[0])
+    _check_lattices("align_tokens", view, source, target)
     prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
     moved = lattice_map(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
     return torch.cat([prefix, moved], dim)
@@ -72,6 +73,7 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
         _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
     view.check_batch(maps.shape[0])
+    _check_lattices("align_attention", view, source.key, target.key)
     carriers = _Carriers(view, source, target, str(maps.device))
     prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
     columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
@@ -86,6 +88,7 @@ def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
     >>> token_validity(view, Lattice(1, 2), Lattice(1, 4)).tolist()
     [[False, True, True, False]]
     """
+    _check_lattices("token_validity", view, source, target)
     return lattice_map(view.inverse, source, target, "cpu").valid
 
 
@@ -159,7 +162,9 @@ class AlignedPair:
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
         self.keys_valid = self.carriers.keys.valid
         self.counted = torch.ones_like(self.carriers.queries.valid)
-        self.is_partial = not (self.carriers.keys.is_complete and self.carriers.queries.is_complete)
+        # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
+        carriers = (self.carriers.keys, self.carriers.queries, self.carriers.seen)
+        self.is_partial = not all(carrier.is_complete for carrier in carriers)
         if valid is not None:
             check_valid(valid, a.shape[0])
             self.keys_valid = self.keys_valid & valid_tokens(valid, a.layout.key).to(device)
@@ -318,8 +323,7 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
     sides: tuple[Literal["query", "key"], ...] = ("query", "key")
     for side in sides:
         grid_a, grid_b = a.layout.lattice(side), b.layout.lattice(side)
-        _check_images(name, grid_a, view.input_size, view, "first")
-        _check_images(name, grid_b, view.fixed_size, view, "second")
+        _check_lattices(name, view, grid_b, grid_a)
         expected = view.output_size((grid_a.height, grid_a.width))
         rounding = 1 if view.scales else 0  # a scaled image need not hold a whole number of patches
         if abs(grid_b.height - expected[0]) > rounding or abs(grid_b.width - expected[1]) > rounding:
@@ -334,14 +338,15 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
         )
 
 
-def _check_images(name: str, grid: Lattice, size: tuple[int, int] | None, view: View, which: str) -> None:
-    """A view bound to one size of image needs attention of such images. A grid in units of tokens says no pixels."""
-    if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
-        raise ValueError(
-            f"{name}: found tokens of images of {grid.extent[0]:g} x {grid.extent[1]:g} px in the {which} view and "
-            f"{view.brief}, which is of {size[0]} x {size[1]} px there; expected the same; pass the view that was "
-            "drawn for these images"
-        )
+def _check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:
+    """A view bound to one size of image needs tokens of such images. A grid in units of tokens says no pixels."""
+    for which, grid, size in (("first", target, view.input_size), ("second", source, view.fixed_size)):
+        if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
+            raise ValueError(
+                f"{name}: found tokens of images of {grid.extent[0]:g} x {grid.extent[1]:g} px in the {which} view and "
+                f"{view.brief}, which is of {size[0]} x {size[1]} px there; expected the same; pass the view that was "
+                "drawn for these images"
+            )
 
 
 def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:

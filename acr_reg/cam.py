@@ -21,7 +21,8 @@ from torch import Tensor
 from acr_reg._spread import spread_over_patches
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention import AttentionMaps, LayerAttention, rows_within
-from acr_reg.views import View, require_view
+from acr_reg.tokens import Lattice
+from acr_reg.views import View, lattice_map, require_view
 
 _BLOCK_ELEMENTS = 2**20  # of an N x N map that are formed at a time
 
@@ -324,7 +325,7 @@ def _check_finite(maps: Tensor, what: str) -> None:
 
 
 def multi_view_cam(
-    cam_fn: Callable[[Tensor], Tensor],
+    cam_fn: Callable[[Tensor], Tensor | tuple[Tensor, Lattice]],
     images: Tensor,
     views: Sequence[View],
     merge: Literal["sum", "max", "mean"] = "sum",
@@ -332,9 +333,11 @@ def multi_view_cam(
 ) -> Tensor:
     """Class maps of several views of ``images`` (B, 3, H, W), carried back and merged: (B, C, h, w).
 
-    ``cam_fn`` returns the maps (B, C, h', w') of any images given; each is aligned onto ``size`` (h, w), by default
-    that of the first view's maps carried back. "sum" adds them, as published for the flip; "max" keeps the largest;
-    "mean" averages over the views that show a pixel, for crops. Where a view shows nothing its map is 0.
+    ``cam_fn`` returns the maps (B, C, h', w') of any images given, or a pair of them and the Lattice on which they lie
+    (that of the tokens, where a stem's windows overlap); without one they divide their image evenly, as the result
+    does. Each is aligned onto ``size`` (h, w), by default that of the first view's maps carried back. "sum" adds them,
+    as published for the flip; "max" keeps the largest; "mean" averages over the views that show a pixel, for crops.
+    Where a view shows nothing its map is 0.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Identity
@@ -349,19 +352,21 @@ def multi_view_cam(
     shown: Tensor | int = 0
     for view in views:
         require_view(view)
-        maps = cam_fn(view(images))
+        found = cam_fn(view(images))
+        maps, lattice = found if isinstance(found, tuple) else (found, None)
         if maps.ndim != 4 or maps.shape[0] != images.shape[0]:
             raise ValueError(
                 f"found maps of shape {tuple(maps.shape)} from cam_fn; expected ({images.shape[0]}, C, h, w); return "
                 "one map per image and class"
             )
         size = size if size is not None else view.inverse.output_size(maps.shape[-2:])
-        aligned = view.align(maps, size)
+        lattice = Lattice(*maps.shape[-2:]) if lattice is None else lattice
+        back = lattice_map(view.inverse, lattice, Lattice(*size), str(maps.device))
+        aligned = back(maps)
         if merged is None:
             merged = aligned
         else:
             merged = torch.maximum(merged, aligned) if merge == "max" else merged + aligned
-        if merge == "mean":
-            shown = shown + view.inverse.valid(maps.shape[-2:], size).to(maps)[:, None]
-    assert merged is not None
-    return merged / shown.clamp_min(1) if isinstance(shown, Tensor) else merged
+        shown = shown + back.valid.to(maps).unflatten(-1, size)[:, None]
+    assert merged is not None and isinstance(shown, Tensor)
+    return merged / shown.clamp_min(1) if merge == "mean" else merged

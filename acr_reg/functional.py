@@ -211,7 +211,7 @@ def cam_consistency(
     device = str(cam_a.device)
     there, back = lattice_map(view, grid_a, grid_b, device), lattice_map(view.inverse, grid_b, grid_a, device)
     keys_valid = overlap = shown_a = shown_b = None
-    if valid is not None or not back.is_complete:
+    if valid is not None or not (there.is_complete and back.is_complete):
         keys_valid, shown = back.valid, there.valid
         if valid is not None:
             check_valid(valid, cam_a.shape[0])

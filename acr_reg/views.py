@@ -129,7 +129,7 @@ class View:
                 "of the images it is applied to"
             )
 
-    def __call__(self, maps: Tensor, size: Size | None = None) -> Tensor:
+    def __call__(self, maps: Tensor, size: int | Size | None = None) -> Tensor:
         """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W').
 
         With a view for each image the first axis is the batch. What lies outside the source is 0.
@@ -149,7 +149,7 @@ class View:
             )
         return pixels(maps)
 
-    def align(self, maps: Tensor, size: Size) -> Tensor:
+    def align(self, maps: Tensor, size: int | Size) -> Tensor:
         """Maps made from ``view(images)``, (..., h', w'), carried back onto the images' grid of ``size`` (h, w)."""
         return self.inverse(maps, size)
 
@@ -166,7 +166,9 @@ class View:
                 "many; draw it for this batch, images along the first axis"
             )
 
-    def _pixel_map(self, source: Size, size: Size | None, device: str) -> LatticeMap:
+    def _pixel_map(self, source: Size, size: int | Size | None, device: str) -> LatticeMap:
+        if isinstance(size, int):
+            size = (size, size)
         if size is None:
             size = self.output_size(source)
         else:
@@ -235,8 +237,9 @@ def Rotate90(k: int = 1) -> View:
 def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
     """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
 
-    With ``keep_size`` the output has the input's size: scaled about the centre, cut where it is larger and 0 (and not
-    valid) where it is smaller, as torchvision's affine does.
+    With ``keep_size`` the output has the input's size, as of torchvision's affine: scaled about the centre, cut where
+    it is larger and 0 (and not valid) where it is smaller. Unlike affine it is antialiased, and reads nothing that is
+    cut.
 
     >>> import torch
     >>> Scale(0.5)(torch.ones(1, 3, 32, 48)).shape
@@ -338,7 +341,8 @@ def _for_all(view: View, count: int) -> Iterator[Affine]:
 
 
 def PerImage(views: Sequence[View]) -> View:
-    """One view that holds another for each image of a batch, all with one output size.
+    """One view that holds another for each image of a batch, all with one output size. The images they are made
+    from may differ in size, where each was cropped before the batch was stacked.
 
     >>> import torch
     >>> view = PerImage([HorizontalFlip(), Identity()])
@@ -351,20 +355,20 @@ def PerImage(views: Sequence[View]) -> View:
             f"found {len(views)} views for {[view.num_images for view in views]} images; expected one view for each "
             "image, of one image each; PerImage([HorizontalFlip(), Identity()])"
         )
-    for what in ("input_size", "fixed_size"):
-        sizes = list(dict.fromkeys(getattr(view, what) for view in views))
-        if len(sizes) > 1 and None not in sizes:
-            raise ValueError(
-                f"found views of {what.replace('_', ' ')} {' and '.join(map(str, sizes))}; expected one size for all "
-                "images of a batch; crop or pad to one size by Crop(..., size=, pad=True)"
-            )
-    bound = next((view for view in views if view.input_size is not None), views[0])
-    made = View(
-        tuple(view.affines[0] for view in views), bound.input_size, bound.fixed_size, f"PerImage({list(views)})"
+    inputs, outputs = (
+        {size for view in views if (size := getattr(view, what))} for what in ("input_size", "fixed_size")
     )
+    if len(outputs) > 1:
+        raise ValueError(
+            f"found views that give {' and '.join(f'{h} x {w}' for h, w in sorted(outputs))}; expected one size for "
+            "all images of a batch; crop or pad to one size by Crop(..., size=, pad=True)"
+        )
+    # Crops of images of several sizes make a batch, but there is no batch to make them from.
+    input_size, fixed_size = inputs.pop() if len(inputs) == 1 else None, outputs.pop() if outputs else None
+    made = View(tuple(view.affines[0] for view in views), input_size, fixed_size, f"PerImage({list(views)})")
     if made.input_size is not None:
         made.output_size(made.input_size)
-    elif len({affine.zoom for affine in made.affines}) > 1:
+    elif made.fixed_size is None and len({affine.zoom for affine in made.affines}) > 1:
         zooms = list(dict.fromkeys(affine.zoom for affine in made.affines))
         raise ValueError(
             f"found views that scale by {' and '.join(f'({float(y):g}, {float(x):g})' for y, x in zooms)}; expected "

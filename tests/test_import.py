@@ -25,6 +25,7 @@ LEVELS = [
     {"blockwise"},
     {"losses"},
     {"cam"},
+    {"gradient_cam"},
     {"metrics"},
     {"check"},
     {"integrations"},
