@@ -142,7 +142,12 @@ class AlignedRows:
             a, b = (rows / mass.clamp_min(_NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
             weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
         if heads == "mean":
-            a, b, weight = (each.mean(1, keepdim=True) for each in (a, b, weight))
+            if self.is_partial and self.stochastic:  # a head that looks elsewhere says nothing of what both show
+                share = weight / weight.sum(1, keepdim=True).clamp_min(_NO_MASS)
+                a, b = ((rows * share[..., None]).sum(1, keepdim=True) for rows in (a, b))
+            else:
+                a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+            weight = weight.mean(1, keepdim=True)
         return a, b, weight if self.is_partial else None
 
 
@@ -156,9 +161,11 @@ class AlignedPair:
 
     def __init__(self, a: LayerAttention, b: LayerAttention, view: View, valid: Tensor | None = None) -> None:
         check_pair(a, b, view)
+        if valid is not None:
+            check_valid(valid, a.shape[0])
         self.a, self.b = a, b
         device = str(a.device)
-        self.carriers = _Carriers(view, b.layout, a.layout, device)
+        self.carriers = _Carriers(view, b.layout, a.layout, device, valid)
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
         self.keys_valid = self.carriers.keys.valid
         self.counted = torch.ones_like(self.carriers.queries.valid)
@@ -166,7 +173,6 @@ class AlignedPair:
         carriers = (self.carriers.keys, self.carriers.queries, self.carriers.seen)
         self.is_partial = not all(carrier.is_complete for carrier in carriers)
         if valid is not None:
-            check_valid(valid, a.shape[0])
             self.keys_valid = self.keys_valid & valid_tokens(valid, a.layout.key).to(device)
             self.counted = valid_tokens(valid, a.layout.query).to(device)
             self.is_partial = True
@@ -224,11 +230,20 @@ class AlignedPair:
 class _Carriers:
     """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
 
-    def __init__(self, view: View, source: TokenLayout, target: TokenLayout, device: str) -> None:
+    def __init__(
+        self, view: View, source: TokenLayout, target: TokenLayout, device: str, valid: Tensor | None = None
+    ) -> None:
         self.queries = lattice_map(view.inverse, source.query, target.query, device)
         self.keys = lattice_map(view.inverse, source.key, target.key, device)
         self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
         self.prefix = source.num_prefix_tokens
+        # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
+        self.image_keys = self.image_rows = None
+        if valid is not None and not (self.keys.is_exact and self.queries.is_exact):
+            rows = lattice_map(view, target.query, source.query, device)
+            self.image_keys, self.image_rows = (
+                there.tokens(valid_tokens(valid, there.source).to(device).float()) >= 0.5 for there in (self.seen, rows)
+            )
         self.permuted_keys: Tensor | None = None
         """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
         if self.keys.is_permutation:
@@ -242,6 +257,10 @@ class _Carriers:
         if self.queries.is_exact:
             return self.prefix + self.queries.index()[:, tokens], None
         rows, weights = self.queries.sources(tokens)
+        if self.image_rows is not None:
+            image = self.image_rows.gather(1, rows.expand(len(self.image_rows), -1))
+            weights = weights * image[:, None].to(weights.device)
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return self.prefix + rows, weights
 
     def split(self, rows: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
@@ -251,6 +270,8 @@ class _Carriers:
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
         """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
+        if self.image_keys is not None and not self.keys.is_exact:
+            patches = patches * self.image_keys[:, None, None]
         moved = self.keys.tokens(patches)
         if self.keys.is_exact:
             return moved

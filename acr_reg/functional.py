@@ -222,7 +222,12 @@ def cam_consistency(
         overlap = (keys_valid.sum(-1, keepdim=True) / of_image)[:, None].expand(cam_a.shape[0], 1, cam_a.shape[1])
     if normalize is not None:
         cam_a, cam_b = normalize_cam(cam_a, normalize, shown_a), normalize_cam(cam_b, normalize, shown_b)
-    cam_b = back(cam_b)
+    if valid is not None and not back.is_exact:  # padding beside the image is not mixed into it
+        assert shown_b is not None
+        image = shown_b[:, None].to(cam_b).expand(cam_b.shape[0], 1, -1, -1)
+        cam_b = back(cam_b * image) / back(image).clamp_min(torch.finfo(cam_b.dtype).tiny)
+    else:
+        cam_b = back(cam_b)
     present = None if labels is None else labels > 0
     # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are no distributions.
     rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]

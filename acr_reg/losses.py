@@ -19,7 +19,7 @@ from acr_reg._loss_checks import (
     check_same_modules,
     not_finite,
 )
-from acr_reg.alignment import AlignedPair, check_valid, sample_rows
+from acr_reg.alignment import AlignedPair, check_valid, sample_rows, valid_tokens
 from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.blockwise import LayerTerms, Term, can_be_blockwise, evaluate_blockwise, evaluate_dense
 from acr_reg.functional import Distance, Normalize, cam_consistency
@@ -237,6 +237,8 @@ class AllPairsConsistencyLoss(nn.Module):
             )
         if valid is not None:
             check_valid(valid, valid.shape[0])
+            if (size := view_a.input_size) is not None:  # at any resolution, as without view_a
+                valid = valid_tokens(valid, Lattice(*size)).unflatten(1, size)
             valid = view_a(valid.float()) >= 0.5
         return relation, valid
 

@@ -100,7 +100,7 @@ def pairwise_terms(
 
     ``labels[image][class]`` leaves out class tokens, ``shown[image][token]`` tokens that are padding on the first view:
     rows are then conditional, each over what it gives to the prefix and to shown tokens, and weighted by the smaller of
-    both masses.
+    both masses, as heads are within their mean.
     """
     prefix_b = prefix if prefix_b is None else prefix_b
     moves, _ = token_moves(move, grid)
@@ -126,8 +126,10 @@ def pairwise_terms(
                         rows_b.append([p / mass_b for p in row_b])
                         weights.append(min(mass_a, mass_b))
                     total = 0.0
+                    shares = [1 / len(group)] * len(group) if shown is None else [w / sum(weights) for w in weights]
                     for p, q in zip(zip(*rows_a, strict=True), zip(*rows_b, strict=True), strict=True):
-                        total += pair_distance(sum(p) / len(p), sum(q) / len(q), distance)
+                        p, q = (sum(s * x for s, x in zip(shares, of, strict=True)) for of in (p, q))
+                        total += pair_distance(p, q, distance)
                     return (total / len(visible) if normalize == "mean" else total), sum(weights) / len(weights)
 
                 for c, token in enumerate(class_tokens):
