@@ -15,6 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from acr_reg._carriers import Carriers, valid_tokens
+from acr_reg._pair_checks import check_lattices, check_pair, check_valid
 from acr_reg._tensors import at_least_float32
 from acr_reg.attention import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
@@ -48,7 +50,7 @@ def align_tokens(
     """
     _check_count(tokens, dim, num_prefix_tokens + len(source), f"{num_prefix_tokens} prefix + {source}")
     view.check_batch(tokens.shape[0])
-    _check_lattices("align_tokens", view, source, target)
+    check_lattices("align_tokens", view, source, target)
     prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
     moved = lattice_map(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
     return torch.cat([prefix, moved], dim)
@@ -73,8 +75,8 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
         _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
     view.check_batch(maps.shape[0])
-    _check_lattices("align_attention", view, source.key, target.key)
-    carriers = _Carriers(view, source, target, str(maps.device))
+    check_lattices("align_attention", view, source.key, target.key)
+    carriers = Carriers(view, source, target, str(maps.device))
     prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
     columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
     return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
@@ -88,7 +90,7 @@ def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
     >>> token_validity(view, Lattice(1, 2), Lattice(1, 4)).tolist()
     [[False, True, True, False]]
     """
-    _check_lattices("token_validity", view, source, target)
+    check_lattices("token_validity", view, source, target)
     return lattice_map(view.inverse, source, target, "cpu").valid
 
 
@@ -165,7 +167,7 @@ class AlignedPair:
             check_valid(valid, a.shape[0])
         self.a, self.b = a, b
         device = str(a.device)
-        self.carriers = _Carriers(view, b.layout, a.layout, device, valid)
+        self.carriers = Carriers(view, b.layout, a.layout, device, valid)
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
         self.keys_valid = self.carriers.keys.valid
         self.counted = torch.ones_like(self.carriers.queries.valid)
@@ -227,62 +229,6 @@ class AlignedPair:
         )
 
 
-class _Carriers:
-    """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
-
-    def __init__(
-        self, view: View, source: TokenLayout, target: TokenLayout, device: str, valid: Tensor | None = None
-    ) -> None:
-        self.queries = lattice_map(view.inverse, source.query, target.query, device)
-        self.keys = lattice_map(view.inverse, source.key, target.key, device)
-        self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
-        self.prefix = source.num_prefix_tokens
-        # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
-        self.image_keys = self.image_rows = None
-        if valid is not None and not (self.keys.is_exact and self.queries.is_exact):
-            rows = lattice_map(view, target.query, source.query, device)
-            self.image_keys, self.image_rows = (
-                there.tokens(valid_tokens(valid, there.source).to(device).float()) >= 0.5 for there in (self.seen, rows)
-            )
-        self.permuted_keys: Tensor | None = None
-        """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
-        if self.keys.is_permutation:
-            index = self.keys.index()
-            kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
-            self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
-
-    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
-        (1 or B, R, R') that mix them; None where they are the same, one for one."""
-        if self.queries.is_exact:
-            return self.prefix + self.queries.index()[:, tokens], None
-        rows, weights = self.queries.sources(tokens)
-        if self.image_rows is not None:
-            image = self.image_rows.gather(1, rows.expand(len(self.image_rows), -1))
-            weights = weights * image[:, None].to(weights.device)
-            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return self.prefix + rows, weights
-
-    def split(self, rows: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
-        """Rows (..., keys of the view): their mass on prefix tokens, and the patches on the image's keys."""
-        prefix, patches = rows[..., : self.prefix].sum(-1), rows[..., self.prefix :]
-        return prefix, self.carry_patches(patches, stochastic) if self.permuted_keys is None else patches
-
-    def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
-        """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
-        if self.image_keys is not None and not self.keys.is_exact:
-            patches = patches * self.image_keys[:, None, None]
-        moved = self.keys.tokens(patches)
-        if self.keys.is_exact:
-            return moved
-        if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
-            return moved * self.keys.area.to(moved)[:, None, None, None]
-        if not self.seen.is_complete:
-            patches = patches * self.seen.valid[:, None, None]
-        tiny = torch.finfo(moved.dtype).tiny
-        return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
-
-
 @dataclass(frozen=True, eq=False)
 class AlignedLayer:
     """One layer of both views on the first view's tokens: the class tokens' rows (``activation``; there may be none)
@@ -330,70 +276,3 @@ def row_entropy(rows: Tensor) -> Tensor:
     """Entropy (...) of probability rows (..., M) over its maximum ln M: 0 is one key only, 1 is collapse to uniform.
     Detached."""
     return torch.special.entr(rows.detach()).sum(-1) / math.log(rows.shape[-1])
-
-
-def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
-    """Raises ValueError where the two layers cannot be of images and of this view of them."""
-    name = f"layer {a.index} ({a.name})"
-    if a.shape[:2] != b.shape[:2]:
-        raise ValueError(
-            f"{name}: found {a.shape[0]} images with {a.shape[1]} heads in one view and {b.shape[0]} with {b.shape[1]} "
-            "in the other; expected the same; take both views' maps from the same model and images"
-        )
-    view.check_batch(a.shape[0])
-    sides: tuple[Literal["query", "key"], ...] = ("query", "key")
-    for side in sides:
-        grid_a, grid_b = a.layout.lattice(side), b.layout.lattice(side)
-        _check_lattices(name, view, grid_b, grid_a)
-        expected = view.output_size((grid_a.height, grid_a.width))
-        rounding = 1 if view.scales else 0  # a scaled image need not hold a whole number of patches
-        if abs(grid_b.height - expected[0]) > rounding or abs(grid_b.width - expected[1]) > rounding:
-            raise ValueError(
-                f"{name}: found {side} grids of {grid_a} and {grid_b}; expected {expected[0]} x {expected[1]} for the "
-                f"second under {view.brief}; pass the view that was applied to the second view's images"
-            )
-    if len(a.layout.class_tokens or ()) != len(b.layout.class_tokens or ()):
-        raise ValueError(
-            f"{name}: found class tokens {a.layout.class_tokens} and {b.layout.class_tokens}; expected as many in both "
-            "views; capture both with the same class_tokens="
-        )
-
-
-def _check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:
-    """A view bound to one size of image needs tokens of such images. A grid in units of tokens says no pixels."""
-    for which, grid, size in (("first", target, view.input_size), ("second", source, view.fixed_size)):
-        if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
-            raise ValueError(
-                f"{name}: found tokens of images of {grid.extent[0]:g} x {grid.extent[1]:g} px in the {which} view and "
-                f"{view.brief}, which is of {size[0]} x {size[1]} px there; expected the same; pass the view that was "
-                "drawn for these images"
-            )
-
-
-def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
-    """(B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least half of a
-    token's cell is image."""
-    along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1]).to(valid.device) for axis in (0, 1))
-    return (along_y @ valid.float() @ along_x.mT).flatten(1) >= 0.5 - 1e-6
-
-
-def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
-    """(tokens, pixels): how much of the part of a token's cell that lies on the image each pixel covers."""
-    count, stride = (lattice.height, lattice.width)[axis], lattice.stride[axis]
-    starts = lattice.offset[axis] + torch.arange(count, dtype=torch.float64) * stride
-    scale = pixels / lattice.extent[axis]
-    edges = torch.arange(pixels, dtype=torch.float64)
-    covered = ((starts + stride) * scale)[:, None].minimum(edges + 1) - (starts * scale)[:, None].maximum(edges)
-    covered = covered.clamp(min=0)
-    return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()
-
-
-def check_valid(valid: Tensor, batch: int) -> None:
-    if not isinstance(valid, Tensor):
-        raise TypeError(
-            f"found valid of type {type(valid).__name__}; expected a tensor (B, H, W); pass one mask per image"
-        )
-    if valid.ndim != 3 or valid.shape[0] != batch:
-        raise ValueError(
-            f"found valid of shape {tuple(valid.shape)}; expected ({batch}, H, W); pass one mask per image"
-        )

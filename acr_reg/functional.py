@@ -20,8 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from acr_reg._carriers import valid_tokens
+from acr_reg._pair_checks import check_valid
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment import OVERLAP_FLOOR, check_valid, valid_tokens
+from acr_reg.alignment import OVERLAP_FLOOR
 from acr_reg.tokens import Lattice
 from acr_reg.views import View, lattice_map
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from acr_reg._carriers import valid_tokens
 from acr_reg._loss_checks import (
     check_alive,
     check_cams,
@@ -19,7 +20,8 @@ from acr_reg._loss_checks import (
     check_same_modules,
     not_finite,
 )
-from acr_reg.alignment import AlignedPair, check_valid, sample_rows, valid_tokens
+from acr_reg._pair_checks import check_valid
+from acr_reg.alignment import AlignedPair, sample_rows
 from acr_reg.attention import AttentionMaps, LayerAttention
 from acr_reg.blockwise import LayerTerms, Term, can_be_blockwise, evaluate_blockwise, evaluate_dense
 from acr_reg.functional import Distance, Normalize, cam_consistency

@@ -53,7 +53,8 @@ from acr_reg import (
     VerticalFlip,
     normalize_cam,
 )
-from acr_reg.alignment import align_layer, valid_tokens
+from acr_reg._carriers import valid_tokens
+from acr_reg.alignment import align_layer
 from acr_reg.alignment import row_entropy as entropies
 from acr_reg.functional import (
     activation_consistency,

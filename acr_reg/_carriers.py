@@ -1,0 +1,83 @@
+"""The maps that lead from the tokens of a view back to those of the image, and which tokens of both are image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views import View, lattice_map
+
+
+class Carriers:
+    """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
+
+    def __init__(
+        self, view: View, source: TokenLayout, target: TokenLayout, device: str, valid: Tensor | None = None
+    ) -> None:
+        self.queries = lattice_map(view.inverse, source.query, target.query, device)
+        self.keys = lattice_map(view.inverse, source.key, target.key, device)
+        self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
+        self.prefix = source.num_prefix_tokens
+        # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
+        self.image_keys = self.image_rows = None
+        if valid is not None and not (self.keys.is_exact and self.queries.is_exact):
+            rows = lattice_map(view, target.query, source.query, device)
+            self.image_keys, self.image_rows = (
+                there.tokens(valid_tokens(valid, there.source).to(device).float()) >= 0.5 for there in (self.seen, rows)
+            )
+        self.permuted_keys: Tensor | None = None
+        """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
+        if self.keys.is_permutation:
+            index = self.keys.index()
+            kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
+            self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
+
+    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
+        (1 or B, R, R') that mix them; None where they are the same, one for one."""
+        if self.queries.is_exact:
+            return self.prefix + self.queries.index()[:, tokens], None
+        rows, weights = self.queries.sources(tokens)
+        if self.image_rows is not None:
+            image = self.image_rows.gather(1, rows.expand(len(self.image_rows), -1))
+            weights = weights * image[:, None].to(weights.device)
+            weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
+        return self.prefix + rows, weights
+
+    def split(self, rows: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
+        """Rows (..., keys of the view): their mass on prefix tokens, and the patches on the image's keys."""
+        prefix, patches = rows[..., : self.prefix].sum(-1), rows[..., self.prefix :]
+        return prefix, self.carry_patches(patches, stochastic) if self.permuted_keys is None else patches
+
+    def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
+        """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
+        if self.image_keys is not None and not self.keys.is_exact:
+            patches = patches * self.image_keys[:, None, None]
+        moved = self.keys.tokens(patches)
+        if self.keys.is_exact:
+            return moved
+        if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
+            return moved * self.keys.area.to(moved)[:, None, None, None]
+        if not self.seen.is_complete:
+            patches = patches * self.seen.valid[:, None, None]
+        tiny = torch.finfo(moved.dtype).tiny
+        return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
+
+
+def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
+    """(B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least half of a
+    token's cell is image."""
+    along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1]).to(valid.device) for axis in (0, 1))
+    return (along_y @ valid.float() @ along_x.mT).flatten(1) >= 0.5 - 1e-6
+
+
+def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
+    """(tokens, pixels): how much of the part of a token's cell that lies on the image each pixel covers."""
+    count, stride = (lattice.height, lattice.width)[axis], lattice.stride[axis]
+    starts = lattice.offset[axis] + torch.arange(count, dtype=torch.float64) * stride
+    scale = pixels / lattice.extent[axis]
+    edges = torch.arange(pixels, dtype=torch.float64)
+    covered = ((starts + stride) * scale)[:, None].minimum(edges + 1) - (starts * scale)[:, None].maximum(edges)
+    covered = covered.clamp(min=0)
+    return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()
