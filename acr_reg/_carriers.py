@@ -33,15 +33,15 @@ class Carriers:
             kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
             self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
 
-    def rows(self, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    def rows(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
         (1 or B, R, R') that mix them; None where they are the same, one for one."""
         if self.queries.is_exact:
             return self.prefix + self.queries.index()[:, tokens], None
-        rows, weights = self.queries.sources(tokens)
+        rows, weights = self.queries.sources(tokens, dtype)
         if self.image_rows is not None:
             image = self.image_rows.gather(1, rows.expand(len(self.image_rows), -1))
-            weights = weights * image[:, None].to(weights.device)
+            weights = weights * image[:, None]
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return self.prefix + rows, weights
 

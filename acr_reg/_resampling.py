@@ -6,8 +6,9 @@ bilinear resampling of each axis, antialiased when shrinking (torchvision's, ``a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from einops import rearrange
@@ -23,17 +24,38 @@ _ON_LATTICE = 1e-4
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """Where each target position along one axis reads its source: an ``index`` (S, target), exact, or ``weights``
-    (S, target, source) in rows that sum to 1, for one image or, S of them, for each.
+    """Where each target position along one axis reads its source of ``count``, for one image or, S of them, for each.
 
-    ``valid`` (S, target) is False where the centre lies outside what is shown of the source. ``step`` (S,) is the
-    distance of neighbouring targets, in source tokens.
+    ``index`` (S, target, taps) are the positions read, with the ``weights`` of each, which sum to 1; None where it is
+    one, exactly. ``valid`` (S, target) is False where the centre lies outside what is shown of the source. ``step``
+    (S,) is the distance of neighbouring targets, in source tokens.
     """
 
-    index: Tensor | None
+    count: int
+    index: Tensor
     weights: Tensor | None
     valid: Tensor
     step: Tensor
+    _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def places(self) -> Tensor:
+        """(S, target) the one position read. Only for exact maps."""
+        assert self.weights is None
+        return self.index[:, :, 0]
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(S, target, source) the weights as a matrix, made once for each precision and device."""
+        made = self._dense.get((dtype, device))
+        if made is None:
+            assert self.weights is not None
+            images, targets, _ = self.index.shape
+            # For training too, which tensors of inference_mode could not serve.
+            with torch.inference_mode(False), torch.no_grad():
+                empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
+                made = empty.scatter_add_(2, self.index.to(device), self.weights.to(dtype).to(device))
+            self._dense[dtype, device] = made
+        return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,12 +75,11 @@ class _Part:
         mapped = _read(_read(maps, -2, self.y), -1, self.x)
         return mapped.mT if self.transposed else mapped
 
-    def weights(self, rows: Tensor, columns: Tensor) -> Tensor:
+    def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """(S, R, source tokens): what is read for the target tokens in these ``rows`` and ``columns`` (R,)."""
-        assert self.y.weights is not None and self.x.weights is not None
         along_y, along_x = (columns, rows) if self.transposed else (rows, columns)
-        y, x = self.y.weights[:, along_y.cpu(), :, None], self.x.weights[:, along_x.cpu(), None, :]
-        return (y * x).flatten(2)
+        y, x = (axis.dense(dtype, rows.device) for axis in (self.y, self.x))
+        return (y[:, along_y, :, None] * x[:, along_x, None, :]).flatten(2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,21 +114,19 @@ class LatticeMap:
 
     def index(self) -> Tensor:
         """(1 or B, target tokens) the source token on which each target token falls. Only for exact maps."""
-        found = []
-        for part in self.parts:
-            assert part.y.index is not None and part.x.index is not None
-            found.append(part.over_tokens(part.y.index[:, :, None] * self.source.width + part.x.index[:, None, :]))
+        width = self.source.width
+        found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
         return self._gathered(found)
 
-    def sources(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def sources(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The source tokens (1 or B, U) that are read for some target ``tokens`` (R,), and their weights
         (1 or B, R, U). Only for maps that are not exact. Images that read fewer than U have weight 0 on the rest."""
         rows, columns = tokens // self.target.width, tokens % self.target.width
-        weights = self._gathered([part.weights(rows, columns) for part in self.parts])
+        weights = self._gathered([part.weights(rows, columns, dtype) for part in self.parts])
         read = (weights > 0).any(1)
         sources = read.long().argsort(dim=1, descending=True, stable=True)[:, : int(read.sum(1).max())]
         weights = weights.gather(2, sources[:, None].expand(-1, weights.shape[1], -1))
-        return sources.to(tokens.device), weights  # float64 is not on every device
+        return sources, weights
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.
@@ -148,16 +167,15 @@ def _beside(mask: Tensor, values: Tensor) -> Tensor:
 
 
 def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
-    if axis.index is not None:
-        return select(values, dim, axis.index)
-    assert axis.weights is not None
-    weights = axis.weights.mT.to(values)
+    if axis.weights is None:
+        return select(values, dim, axis.places)
     values = values.movedim(dim, -1)
+    weights = axis.dense(values.dtype, values.device).mT
     with torch.autocast(values.device.type, enabled=False):
         if len(weights) == 1:
             return (values @ weights[0]).movedim(-1, dim)
-        images = values.reshape(len(weights), -1, values.shape[-1]) @ weights
-        return images.reshape(*values.shape[:-1], -1).movedim(-1, dim)
+        images = values.flatten(1, -2) @ weights
+        return images.unflatten(1, values.shape[1:-1]).movedim(-1, dim)
 
 
 def lattice_map(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
@@ -206,17 +224,16 @@ class _Positions:
         self.source = source
         self.step = (slope * target.stride / target.extent * source.extent / source.stride)[:, 0]
         self.positions = source.tokens(slope * target.places() + start)
+        nothing = low > high
         within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
         # At the image's own edges the lattice tells what is shown: it may reach beyond, or leave a margin.
-        first = source.tokens(low).where(low > 0, -torch.inf) - _ON_LATTICE
-        last = source.tokens(high).where(high < 1, torch.inf) + _ON_LATTICE
-        nothing = low > high
-        self.valid = within & (self.positions >= first) & (self.positions <= last) & ~nothing
-        # Only what is shown is read; of a part too small to hold a centre, the token it lies in.
-        middle = self.positions.mean(1, keepdim=True).round()
-        empty = first.ceil() > last.floor()
-        self.first = first.ceil().where(~empty, middle).clamp(0, source.count - 1)
-        self.last = last.floor().where(~empty, middle).clamp(0, source.count - 1)
+        low = source.tokens(low).where(low > 0, -torch.inf)
+        high = source.tokens(high).where(high < 1, torch.inf)
+        shown = (self.positions >= low - _ON_LATTICE) & (self.positions <= high + _ON_LATTICE)
+        self.valid = within & shown & ~nothing
+        # Only what is shown is read, be it in part: the tokens in whose cells its edges lie.
+        self.first = (low + 0.5 + _ON_LATTICE).floor().clamp(0, source.count - 1)
+        self.last = ((high + 0.5 - _ON_LATTICE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
 
     @property
     def fall_on_source(self) -> bool:
@@ -224,14 +241,14 @@ class _Positions:
         return bool((off < _ON_LATTICE).all()) and bool(((self.step.abs() - 1).abs() < _ON_LATTICE).all())
 
     def axis_map(self, exact: bool, device: str) -> AxisMap:
-        valid, step = self.valid.to(device), self.step.float().to(device)
-        positions = self.positions.clamp(self.first, self.last)
+        count, valid, step = self.source.count, self.valid.to(device), self.step.float().to(device)
+        positions = self.positions.clamp(self.first, self.last)[:, :, None]
         if exact:
-            return AxisMap(positions.round().long().to(device), None, valid, step)
+            return AxisMap(count, positions.round().long().to(device), None, valid, step)
         # The triangle filter of bilinear interpolation, widened by the factor of shrinking.
-        tokens = torch.arange(self.source.count)
         reach = self.step.abs().clamp_min(1)[:, None, None]
-        weights = (1 - (positions[:, :, None] - tokens).abs() / reach).clamp(min=0)
+        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
+        weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)
         weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
-        weights = weights / weights.sum(2, keepdim=True)
-        return AxisMap(None, weights, valid, step)  # float64 is not on every device
+        index = tokens.clamp(0, count - 1).long()
+        return AxisMap(count, index, weights / weights.sum(2, keepdim=True), valid, step)

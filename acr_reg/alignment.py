@@ -192,7 +192,7 @@ class AlignedPair:
 
     def affinity(self, tokens: Tensor) -> AlignedRows:
         """The rows of these patch tokens (R,) of the images."""
-        rows_b, mixed = self.carriers.rows(tokens)
+        rows_b, mixed = self.carriers.rows(tokens, at_least_float32(self.a.recorded.seen[:0]).dtype)
         shown = self.carriers.queries.valid[:, tokens]
         rows_a = self.a.layout.num_prefix_tokens + tokens
         return self._aligned(rows_a, rows_b, mixed, shown, self.counted[:, tokens])
@@ -209,7 +209,7 @@ class AlignedPair:
         if self.a.stochastic and self.b.stochastic:
             entropies = [row_entropy(map_a), row_entropy(map_b)]
         if mixed is not None:
-            mixed = mixed[:, None].to(patches_b)
+            mixed = mixed[:, None]
             prefix_b, patches_b = (mixed @ prefix_b[..., None])[..., 0], mixed @ patches_b
             if entropies is not None:
                 entropies[1] = (mixed @ entropies[1][..., None])[..., 0]

@@ -43,6 +43,10 @@ class Sampler(ABC):
                     f"found a size {tuple(images)} and per_image=True; expected images (B, C, H, W), which tell how "
                     "many views to draw; pass the images"
                 )
+            if len(images) != 2:
+                raise ValueError(
+                    f"found a size {tuple(images)}; expected (H, W); pass the images, or images.shape[-2:]"
+                )
             return self.draw((int(images[0]), int(images[1])), generator)
         if images.ndim < (4 if per_image else 2):
             raise ValueError(
@@ -150,7 +154,8 @@ class RandomResizedCrop(Sampler):
         scale: tuple[float, float] = (0.08, 1.0),
         ratio: tuple[float, float] = (3 / 4, 4 / 3),
     ) -> None:
-        if not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] < math.inf):
+        pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (scale, ratio))
+        if not pairs or not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] < math.inf):
             raise ValueError(
                 f"found scale={scale}, ratio={ratio}; expected shares 0 < low <= high <= 1 and 0 < low <= high; the "
                 "defaults are (0.08, 1) and (3/4, 4/3)"
@@ -173,7 +178,9 @@ class RandomResizedCrop(Sampler):
                 )
                 return Crop(top, left, height, width, self.size, image_size=size)
         # The largest box in the middle whose proportions are allowed.
-        ratio = min(max(columns / rows, self.ratio[0]), self.ratio[1])
-        height = min(rows, max(1, round(columns / ratio)))
-        width = min(columns, max(1, round(height * ratio)))
+        height, width = rows, columns
+        if columns / rows < self.ratio[0]:
+            height = max(1, round(columns / self.ratio[0]))
+        elif columns / rows > self.ratio[1]:
+            width = max(1, round(rows * self.ratio[1]))
         return Crop((rows - height) // 2, (columns - width) // 2, height, width, self.size, image_size=size)
