@@ -36,7 +36,7 @@ VIEW = HorizontalFlip()
 class Config:
     image: tuple[int, int] = (192, 256)
     batch: int = 2
-    sharpness: float = 6.0  # of query and key weights: attention of freshly drawn ones is uniform, and any two agree
+    sharpness: float = 1.5  # of query and key: attention of freshly drawn weights is uniform, and any two agree
     blob: int = 16  # pixels, the size of what is on the images
     seed: int = 0
 
@@ -69,12 +69,11 @@ def pvt() -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {"SegFormer": segformer, "pvt_v2_b0": pvt}
 
 
-def sharpened(model: nn.Module, by: float) -> nn.Module:
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("query", "key", "q", "kv"):
-                module.weight.mul_(by)
-    return model.eval()
+def sharpened(model: nn.Module, sharpness: float) -> nn.Module:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("query", "key", "q_proj", "k_proj", "q", "kv"):
+            nn.init.normal_(module.weight, std=sharpness / module.in_features**0.5)
+    return model
 
 
 def mirrored(model: nn.Module) -> nn.Module:
@@ -131,12 +130,13 @@ def losses(model: nn.Module, images: Tensor) -> list[tuple[float, float]]:
 
 def measure(name: str, config: Config) -> list[Result]:
     torch.manual_seed(config.seed)
-    model, images = sharpened(MODELS[name](), config.sharpness), smooth_images(config)
+    model, images = MODELS[name]().eval(), smooth_images(config)
     with observing(model) as observe:
         maps = observe(images)
         before = token_offsets(lambda x: evenly(observe(x)), images, VIEW)
         after = token_offsets(observe, images, VIEW)
-    plain = losses(model, images)
+    # Sharp attention would show the probe what a token looks at, in place of what it was made from.
+    plain = losses(sharpened(model, config.sharpness), images)
     without_side = losses(mirrored(model), images)
     return [
         Result(
