@@ -45,10 +45,12 @@ class Carriers:
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
         return self.prefix + rows, weights
 
-    def split(self, rows: Tensor, stochastic: bool) -> tuple[Tensor, Tensor]:
-        """Rows (..., keys of the view): their mass on prefix tokens, and the patches on the image's keys."""
-        prefix, patches = rows[..., : self.prefix].sum(-1), rows[..., self.prefix :]
-        return prefix, self.carry_patches(patches, stochastic) if self.permuted_keys is None else patches
+    def carry_keys(self, rows: Tensor, stochastic: bool) -> Tensor:
+        """Rows (..., keys of the view) over the image's keys; prefix tokens stay in front."""
+        if self.permuted_keys is not None:
+            return rows
+        prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
+        return torch.cat([prefix, self.carry_patches(patches, stochastic)], -1)
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
         """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""

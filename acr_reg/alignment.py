@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from copy import copy
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from acr_reg._carriers import Carriers, valid_tokens
 from acr_reg._pair_checks import check_lattices, check_pair, check_valid
 from acr_reg._tensors import at_least_float32
-from acr_reg.attention import LayerAttention
+from acr_reg.attention import LayerAttention, RecordedTensors
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views import View, lattice_map
 
@@ -104,53 +104,84 @@ def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows of both views over the first view's patch keys, ``a`` and ``b`` (B, H, R, M), 0 where a key is not valid.
+    """Rows of both views over the first view's keys, ``full_a`` and ``full_b`` (B, H, R, prefix + M); both views show
+    the prefix tokens, ``prefix`` of each.
 
-    ``prefix_a``, ``prefix_b`` (B, H, R) are the masses that they give to prefix tokens, which both views show.
     ``keys_valid`` (1 or B, M) is True for keys that both views show and that are no padding, ``shown`` (1 or B, R) for
     the rows of tokens both views show, ``counted`` (1 or B, R) for rows that are no padding. ``is_partial`` is False
     where all of both is known to be True. ``entropy`` (B, H, R) is that of both rows, on average, over its maximum
-    ln M, detached; None for maps that are no probabilities.
+    ln M, detached; None where it was not asked for. ``stochastic`` says that rows are probabilities.
     """
 
-    a: Tensor
-    b: Tensor
-    prefix_a: Tensor
-    prefix_b: Tensor
+    full_a: Tensor
+    full_b: Tensor
+    prefix: tuple[int, int]
     keys_valid: Tensor
     shown: Tensor
     counted: Tensor
     is_partial: bool
+    stochastic: bool
     entropy: Tensor | None
 
     @property
-    def stochastic(self) -> bool:
-        return self.entropy is not None
+    def a(self) -> Tensor:
+        """(B, H, R, M) the first view's rows over patch keys, 0 where a key is not valid."""
+        return self._patches(self.full_a, self.prefix[0])
+
+    @property
+    def b(self) -> Tensor:
+        """(B, H, R, M) the second view's."""
+        return self._patches(self.full_b, self.prefix[1])
+
+    def _patches(self, rows: Tensor, prefix: int) -> Tensor:
+        patches = rows[..., prefix:]
+        return patches.masked_fill(~self.keys_valid[:, None, None], 0) if self.is_partial else patches
 
     def comparable(self, heads: Literal["mean", "each"]) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Rows to compare, averaged over heads or not, and the weight (B, H, R) in [0, 1] of each; None where all count
-        alike.
+        """Rows to compare, (B, H or 1, R, M), averaged over heads or not, and the weight in [0, 1] of each,
+        (B, H or 1, R); None where all count alike.
 
         Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap gives
         conditional rows: of each head, its row over its own mass on what both views show, prefix and valid keys; the
         same as a softmax over logits in which the other keys are masked. Only that is invariant: a softmax over a crop
-        knows nothing of the keys beyond it, and other heads look beyond it by another share. Rows are weighted by the
-        smaller mass of both views, so that those that look elsewhere count little.
+        knows nothing of the keys beyond it, and other heads look beyond it by another share. Rows, and heads in their
+        mean, are weighted by the smaller mass of both views, so that those that look elsewhere count little.
         """
+        if not self.is_partial:
+            full = self.full_a, self.full_b
+            if heads == "mean":  # before the prefix is cut off: backward then pads one map, not that of every head
+                full = full[0].mean(1, keepdim=True), full[1].mean(1, keepdim=True)
+            return full[0][..., self.prefix[0] :], full[1][..., self.prefix[1] :], None
         a, b = self.a, self.b
         weight = self.shown[:, None].to(a.dtype).expand(a.shape[:-1])
-        if self.is_partial and self.stochastic:  # rows of either sign have no mass
-            mass_a, mass_b = self.prefix_a + a.sum(-1), self.prefix_b + b.sum(-1)
+        share = torch.full_like(weight, 1 / weight.shape[1])
+        if self.stochastic:  # rows of either sign have no mass
+            mass_a, mass_b = (
+                full[..., :prefix].sum(-1) + rows.sum(-1)
+                for full, rows, prefix in ((self.full_a, a, self.prefix[0]), (self.full_b, b, self.prefix[1]))
+            )
             a, b = (rows / mass.clamp_min(_NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
             weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
+            share = weight / weight.sum(1, keepdim=True).clamp_min(_NO_MASS)
         if heads == "mean":
-            if self.is_partial and self.stochastic:  # a head that looks elsewhere says nothing of what both show
-                share = weight / weight.sum(1, keepdim=True).clamp_min(_NO_MASS)
-                a, b = ((rows * share[..., None]).sum(1, keepdim=True) for rows in (a, b))
-            else:
-                a, b = a.mean(1, keepdim=True), b.mean(1, keepdim=True)
+            a, b = ((rows * share[..., None]).sum(1, keepdim=True) for rows in (a, b))
             weight = weight.mean(1, keepdim=True)
-        return a, b, weight if self.is_partial else None
+        return a, b, weight
+
+
+class RowSource(Protocol):
+    """What rows are asked of: a :class:`~acr_reg.attention.LayerAttention`, or one that is evaluated in blocks."""
+
+    @property
+    def layout(self) -> TokenLayout: ...
+
+    @property
+    def stochastic(self) -> bool: ...
+
+    @property
+    def recorded(self) -> RecordedTensors: ...
+
+    def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor: ...
 
 
 class AlignedPair:
@@ -158,14 +189,24 @@ class AlignedPair:
 
     Where the lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any
     product; elsewhere both axes are resampled by the same weights and each row keeps the mass it gave to patches.
-    ``valid`` (B, H, W) is False where the images are padding.
+    ``valid`` (B, H, W) is False where the images are padding. ``with_entropy`` also reports the entropy of rows.
     """
 
-    def __init__(self, a: LayerAttention, b: LayerAttention, view: View, valid: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        a: LayerAttention,
+        b: LayerAttention,
+        view: View,
+        valid: Tensor | None = None,
+        with_entropy: bool = True,
+    ) -> None:
         check_pair(a, b, view)
         if valid is not None:
             check_valid(valid, a.shape[0])
-        self.a, self.b = a, b
+        self.layers = a, b
+        self.a: RowSource = a
+        self.b: RowSource = b
+        self.with_entropy = with_entropy
         device = str(a.device)
         self.carriers = Carriers(view, b.layout, a.layout, device, valid)
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
@@ -179,8 +220,8 @@ class AlignedPair:
             self.counted = valid_tokens(valid, a.layout.query).to(device)
             self.is_partial = True
 
-    def of(self, a: LayerAttention, b: LayerAttention) -> AlignedPair:
-        """The same alignment of two other layers with tokens in the same places."""
+    def of(self, a: RowSource, b: RowSource) -> AlignedPair:
+        """The same alignment of rows that come from elsewhere, with tokens in the same places."""
         pair = copy(self)
         pair.a, pair.b = a, b
         return pair
@@ -201,30 +242,25 @@ class AlignedPair:
         self, rows_a: Tensor, rows_b: Tensor, mixed: Tensor | None, shown: Tensor, counted: Tensor
     ) -> AlignedRows:
         """Rows of both maps; those of the view are mixed to the image's rows by weights (S, R, rows of the view)."""
-        prefix = self.a.layout.num_prefix_tokens
         map_a, map_b = self.a.weights(rows_a), self.b.weights(rows_b, self.carriers.permuted_keys)
-        prefix_a, patches_a = map_a[..., :prefix].sum(-1), map_a[..., prefix:]
-        prefix_b, patches_b = self.carriers.split(map_b, self.b.stochastic)
-        entropies = None
-        if self.a.stochastic and self.b.stochastic:
+        entropies, stochastic = None, self.a.stochastic and self.b.stochastic
+        if self.with_entropy and stochastic:
             entropies = [row_entropy(map_a), row_entropy(map_b)]
+        map_b = self.carriers.carry_keys(map_b, self.b.stochastic)
         if mixed is not None:
             mixed = mixed[:, None]
-            prefix_b, patches_b = (mixed @ prefix_b[..., None])[..., 0], mixed @ patches_b
+            map_b = mixed @ map_b
             if entropies is not None:
                 entropies[1] = (mixed @ entropies[1][..., None])[..., 0]
-        if self.is_partial:
-            hidden = ~self.keys_valid[:, None, None]
-            patches_a, patches_b = patches_a.masked_fill(hidden, 0), patches_b.masked_fill(hidden, 0)
         return AlignedRows(
-            patches_a,
-            patches_b,
-            prefix_a,
-            prefix_b,
+            map_a,
+            map_b,
+            (self.a.layout.num_prefix_tokens, self.b.layout.num_prefix_tokens),
             self.keys_valid,
             shown,
             counted,
             self.is_partial,
+            stochastic,
             None if entropies is None else (entropies[0] + entropies[1]) / 2,
         )
 

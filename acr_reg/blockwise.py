@@ -7,16 +7,16 @@ upstream gradient, loss scale included, is applied before anything is cast to ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32
+from acr_reg._block_sides import Side
 from acr_reg.alignment import AlignedPair, AlignedRows
-from acr_reg.attention import LayerAttention, RecordedTensors, rows_within
+from acr_reg.attention import rows_within
 from acr_reg.functional import Distance, Normalize, RowSum, sum_rows
 
 Term = Literal["activation", "affinity"]
@@ -79,7 +79,7 @@ def _mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 def can_be_blockwise(pair: AlignedPair) -> bool:
     """Whether what carries gradient is there as factors. The gradient to an explicit map is as large as the map."""
-    return all(layer.is_factored or not layer.requires_grad for layer in (pair.a, pair.b))
+    return all(layer.is_factored or not layer.requires_grad for layer in pair.layers)
 
 
 def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Evaluated:
@@ -87,94 +87,57 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
 
     The first derivative is exact; a second one is refused.
     """
+    sides = Side(layer.pair.layers[0]), Side(layer.pair.layers[1])
     if block_rows is None:
-        block_rows = min(rows_within(_BLOCK_ELEMENTS // 2, each) for each in (layer.pair.a, layer.pair.b))
-    inputs = [*_factors(layer.pair.a), *_factors(layer.pair.b)]
+        block_rows = min(rows_within(_BLOCK_ELEMENTS // 2, each) for each in layer.pair.layers)
+    learns = any(side.learns for side in sides)
     report: dict[str, Tensor] = {}
-    learning = [i for i, tensor in enumerate(inputs) if torch.is_grad_enabled() and tensor.requires_grad]
 
-    def run(*tensors: Tensor) -> tuple[Tensor, list[Tensor | None]]:
-        return _in_blocks(layer, tensors, learning, block_rows, report)
+    def run() -> Tensor:
+        return _in_blocks(layer, sides, block_rows, report)
 
-    return Evaluated(_Blockwise.apply(run, *inputs) if learning else run(*inputs)[0], report)
-
-
-def _factors(layer: LayerAttention) -> list[Tensor]:
-    """What a layer's map is made of: query and key, and a learned bias; or the map itself."""
-    if (explicit := layer.explicit) is not None:
-        return [explicit]
-    query, key, mask = layer.query, layer.key, None if layer.recorded.causal else layer.batched_mask()
-    assert query is not None and key is not None
-    return [query, key] if mask is None else [query, key, mask]
+    inputs = [tensor for side in sides for tensor in side.inputs]
+    return Evaluated(_Blockwise.apply(run, sides, *inputs) if learns else run(), report)
 
 
-def _from_factors(layer: LayerAttention, factors: Iterator[Tensor]) -> LayerAttention:
-    """The layer over other tensors than the recorded ones, shaped as :func:`_factors` gives them."""
-    recorded = layer.recorded
-    if not layer.is_factored:
-        tensors = RecordedTensors(map=next(factors))
-    else:
-        query, key = next(factors), next(factors)
-        mask = None if recorded.causal or recorded.mask is None else next(factors)
-        scale = recorded.scale
-        tensors = RecordedTensors(query=query, key=key, mask=mask, causal=recorded.causal, scale=scale)
-    return replace(layer, recorded=tensors, images=slice(None))
-
-
-def _in_blocks(
-    layer: LayerTerms, inputs: Sequence[Tensor], learning: Sequence[int], block_rows: int, report: dict[str, Tensor]
-) -> tuple[Tensor, list[Tensor | None]]:
-    """The weighted sum of the terms, and its gradient to the inputs that learn, at least in float32."""
-    leaves = [at_least_float32(t.detach()) if t.is_floating_point() else t for t in inputs]
-    for i in learning:
-        leaves[i] = leaves[i].detach().requires_grad_()
-    made = iter(leaves)
-    pair = layer.pair.of(_from_factors(layer.pair.a, made), _from_factors(layer.pair.b, made))
-    gradients: list[Tensor | None] = [None] * len(inputs)
+def _in_blocks(layer: LayerTerms, sides: tuple[Side, Side], block_rows: int, report: dict[str, Tensor]) -> Tensor:
+    """The weighted sum of the terms; their gradients are added up in the sides."""
+    # Only rows are asked of the two: what is theirs else is read off the layers.
+    pair = layer.pair.of(*sides)
     entropies: list[Tensor | None] = []
     weighted: list[Tensor] = []
     for term, weight in layer.weights.items():
         whole: RowSum | None = None
-        found: list[Tensor | None] = [None] * len(inputs)
-        learns = bool(learning) and weight != 0
+        learns = weight != 0 and any(side.learns for side in sides)
         for tokens in layer.tokens.split(block_rows) if term == "affinity" else [layer.tokens]:
             with torch.set_grad_enabled(learns):
                 rows = layer.rows(pair, term, tokens)
                 block = layer.compared(rows, term)
             if learns:
-                parts = torch.autograd.grad(block.total, [leaves[i] for i in learning], allow_unused=True)
-                for i, part in zip(learning, parts, strict=True):
-                    found[i] = _added(found[i], part)
+                leaves = [leaf for side in sides for leaf in side.leaves]
+                found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
+                for side in sides:
+                    side.add(found)
             entropies.append(rows.entropy)
             block = RowSum(block.total.detach(), block.weight, block.count)
             whole = block if whole is None else whole + block
         assert whole is not None
-        share = weight / whole.norm()
-        for i, gradient in enumerate(found):
-            gradients[i] = _added(gradients[i], None if gradient is None else gradient.mul_(share))
+        for side in sides:
+            side.scale(weight / whole.norm())
         report[term] = whole.mean()
         weighted.append(weight * report[term])
     value = torch.stack(weighted).sum()
     report["entropy"] = _mean_entropy(entropies, value)
-    return value, gradients
-
-
-def _added(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, either of which may not be there, in the memory of the first."""
-    if one is None or other is None:
-        return one if other is None else other
-    return one.add_(other)
-
-
-Run = Callable[..., tuple[Tensor, list[Tensor | None]]]
+    return value
 
 
 class _Blockwise(torch.autograd.Function):
     """Hands the gradients that the forward pass found to autograd, times the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, run: Run, *inputs: Tensor) -> Tensor:
-        value, gradients = run(*inputs)
+    def forward(ctx: Any, run: Callable[[], Tensor], sides: tuple[Side, Side], *inputs: Tensor) -> Tensor:
+        value = run()
+        gradients = [gradient for side in sides for gradient in side.gradients()]
         ctx.present = [gradient is not None for gradient in gradients]
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
@@ -192,4 +155,4 @@ class _Blockwise(torch.autograd.Function):
             (next(saved) * upstream).to(dtype) if present else None
             for present, dtype in zip(ctx.present, ctx.dtypes, strict=True)
         ]
-        return None, *gradients
+        return None, None, *gradients

@@ -194,7 +194,7 @@ class AllPairsConsistencyLoss(nn.Module):
             wanted = {name for name in wanted if self.weights[name]}
         with torch.autocast(first.device.type, enabled=False):
             if wanted & {"activation", "affinity"}:
-                attention, terms = self._attention_terms(pairs, relation, labels, valid, wanted)
+                attention, terms = self._attention_terms(pairs, relation, labels, valid, wanted, return_terms)
                 weighted.append(attention)
             if "cam" in wanted:
                 assert cam_a is not None and cam_b is not None
@@ -305,6 +305,7 @@ class AllPairsConsistencyLoss(nn.Module):
         labels: Tensor | None,
         valid: Tensor | None,
         wanted: set[str],
+        with_entropy: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Means over layers: of the weighted sum of both attention terms, and of each and of the entropy, detached."""
         names: tuple[Term, ...] = ("activation", "affinity")
@@ -317,7 +318,7 @@ class AllPairsConsistencyLoss(nn.Module):
                     f"layer {a.index} ({a.name}): found a map that is mixed after softmax; expected probabilities for "
                     '"js"; choose distance="l1" or "l2"'
                 )
-            pair = AlignedPair(a, b, view, valid)
+            pair = AlignedPair(a, b, view, valid, with_entropy)
             layer = LayerTerms(
                 pair,
                 weights,
