@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from acr_reg._hooks import CaptureError
 from acr_reg.cam import Method, class_token_gradient_cam, multi_view_cam, propagate_cam
-from acr_reg.capture import capture_attention
+from acr_reg.capture import AttentionCapture, capture_attention
 from acr_reg.tokens import Lattice
 from acr_reg.views import HorizontalFlip, Identity, View
 
@@ -21,8 +22,9 @@ class GradientCam:
 
     The whole of what ACR publishes for inference (arXiv 2308.04321): :func:`~acr_reg.cam.class_token_gradient_cam`,
     one step of :func:`~acr_reg.cam.propagate_cam` over all layers, summed over the image and its flip. No parameter
-    needs a gradient meanwhile, and layers below ``start_layer`` run without a graph (from the second call on where it
-    is negative: the first counts the layers). Dropout is off, and the model's modes and flags are as before afterwards.
+    needs a gradient meanwhile, and layers below ``start_layer`` run without a graph; where it is negative, the first
+    call runs one image more, to count the layers. Dropout is off, and the model's modes and flags are as before
+    afterwards.
 
     Args:
         model: as for :func:`~acr_reg.capture.capture_attention`.
@@ -72,14 +74,14 @@ class GradientCam:
         self.propagation_layers = None if propagation_layers is None else tuple(propagation_layers)
         self.views = (Identity(), HorizontalFlip()) if views is None else tuple(views)
         self.merge = merge
-        self._attention = capture_attention(
-            model,
-            modules=modules,
-            patch_size=patch_size,
-            num_prefix_tokens=num_prefix_tokens,
-            class_tokens=class_tokens,
-            graph_from=start_layer,
-        )
+        self._hints: dict[str, Any] = {
+            "modules": modules if modules is None else tuple(modules),
+            "patch_size": patch_size,
+            "num_prefix_tokens": num_prefix_tokens,
+            "class_tokens": class_tokens,
+        }
+        self._attention: AttentionCapture | None = None
+        self._removed = False
 
     def __enter__(self) -> GradientCam:
         return self
@@ -91,7 +93,9 @@ class GradientCam:
 
     def remove(self) -> None:
         """Removes every hook from the model. May be called again."""
-        self._attention.remove()
+        self._removed = True
+        if self._attention is not None:
+            self._attention.remove()
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Class maps (B, C, h, w) >= 0, detached, not normalised; 0 where ``labels`` (B, C), if given, are not > 0.
@@ -100,9 +104,9 @@ class GradientCam:
         """
 
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
-            self._attention.clear()
+            attention.clear()
             logits = self.forward(view)
-            maps = self._attention.take()
+            maps = attention.take()
             cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
             grid = maps[-1].layout.key
             if self.steps:
@@ -111,7 +115,21 @@ class GradientCam:
             return cam, grid
 
         with _for_inference(self.model):
+            attention = self._running(images)
             return multi_view_cam(one_view, images.detach(), self.views, self.merge, size)
+
+    def _running(self, images: Tensor) -> AttentionCapture:
+        """The capture, which must know the first layer that needs a graph by its number."""
+        if self._removed:
+            raise CaptureError("found a GradientCam that was removed; expected a running one; make another")
+        if self._attention is None:
+            first = self.start_layer
+            if first < 0:
+                with capture_attention(self.model, no_grad=True, **self._hints) as attention, torch.no_grad():
+                    self.forward(images[:1])
+                    first = max(0, len(attention.take()) + first)
+            self._attention = capture_attention(self.model, graph_from=first, **self._hints)
+        return self._attention
 
 
 @contextmanager
