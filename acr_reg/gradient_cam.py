@@ -37,13 +37,13 @@ class GradientCam:
     ``remove()``, or leaving a ``with`` block, ends it.
 
     >>> import torch
-    >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
     >>> class Vit(torch.nn.Module):
     ...     def __init__(self):
     ...         super().__init__()
     ...         self.patch_embed, self.block = torch.nn.Conv2d(3, 32, 8, 8), layer
     ...     def forward(self, images):
-    ...         return self.block(self.patch_embed(images).flatten(2).mT).mean(1)[:, :5]
+    ...         return self.block(self.patch_embed(images).flatten(2).permute(2, 0, 1)).mean(0)[:, :5]
     >>> with GradientCam(Vit(), start_layer=0, query="all") as cam:
     ...     cam(torch.randn(2, 3, 32, 48), labels=torch.eye(5)[:2]).shape
     torch.Size([2, 5, 4, 6])
