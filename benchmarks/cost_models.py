@@ -1,0 +1,55 @@
+"""The model, images and labels of every cost benchmark: the same weights and pixels for whatever is compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import timm
+import torch
+from torch import Tensor, nn
+
+PATCH = 16
+HEADS = {"tiny": 3, "small": 6, "base": 12}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A timm ViT of random weights, drop rates 0, and random images."""
+
+    model: str = "small"
+    size: int = 384
+    batch: int = 1
+    depth: int = 12
+    classes: int = 20
+    present: int = 2  # classes of each image
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image."""
+        return (self.size // PATCH) ** 2
+
+    @property
+    def map_megabytes(self) -> float:
+        """All attention maps of both views in float32."""
+        return 2 * self.depth * self.batch * HEADS[self.model] * (self.tokens + 1) ** 2 * 4 / 2**20
+
+    def __str__(self) -> str:
+        return f"ViT-{self.model[0].upper()} {self.size} px, batch {self.batch}"
+
+
+def build_model(setting: Setting, device: str = "cpu") -> nn.Module:
+    torch.manual_seed(setting.seed)
+    name = f"vit_{setting.model}_patch{PATCH}_224"
+    model = timm.create_model(name, img_size=setting.size, num_classes=setting.classes, depth=setting.depth)
+    return model.train().to(device)
+
+
+def build_batch(setting: Setting, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Images (B, 3, H, W) and labels (B, C), other classes in each image."""
+    generator = torch.Generator().manual_seed(setting.seed)
+    images = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator)
+    labels = torch.zeros(setting.batch, setting.classes)
+    for image in range(setting.batch):
+        labels[image, torch.randperm(setting.classes, generator=generator)[: setting.present]] = 1
+    return images.to(device), labels.to(device)
