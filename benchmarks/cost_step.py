@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from cost_models import HEADS, Setting
 from cost_process import Quartiles, available_megabytes, in_turns, merge, peak_megabytes, quartiles, run_fresh
-from cost_variants import STEPS, difference, make_step
+from cost_variants import STEPS, cosine_to_all_rows, difference, make_step
 
 # Peak over all maps of both views in float32, of variants that form them; a case that would not fit is skipped.
 DENSE_FACTOR = 2.0
@@ -66,6 +66,7 @@ class Result:
     kept_extra_mb_over_published: float | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
+    gradient_cosine: float | None = None  # of a share of the rows to all
     skipped: str | None = None
 
 
@@ -81,6 +82,8 @@ def measure(config: Config) -> list[Result]:
         for variant in fitting:
             if variant not in ("plain", "dense"):
                 errors[variant] = run_fresh(__file__, {**common, "do": "check", "variants": [variant]})
+                if variant == "rows":
+                    errors[variant].append(run_fresh(__file__, {**common, "do": "cosine", "variants": [variant]}))
     return [_result(config, variant, timed, peaks, kept, errors) for variant in config.variants]
 
 
@@ -99,7 +102,7 @@ def _result(
     timed: dict[str, list[float]],
     peaks: dict[str, float],
     kept: dict[str, float],
-    errors: dict[str, Sequence[float]],
+    errors: dict[str, list[float]],
 ) -> Result:
     setting = config.setting
     about = (setting.model, setting.size, setting.batch, setting.depth, setting.tokens, variant, config.rounds)
@@ -114,7 +117,7 @@ def _result(
         ratio = statistics.median(extra) / statistics.median(published)
         memory_ratio = (peaks[variant] - peaks["plain"]) / (peaks["published"] - peaks["plain"])
         kept_ratio = (kept[variant] - kept["plain"]) / (kept["published"] - kept["plain"])
-    loss_error, gradient_error = errors.get(variant, (None, None))
+    found: list[float | None] = [*errors.get(variant, []), None, None, None]
     return Result(
         *about,
         quartiles(timed[variant]),
@@ -126,8 +129,7 @@ def _result(
         kept[variant],
         kept[variant] - kept["plain"],
         kept_ratio,
-        loss_error,
-        gradient_error,
+        *found[:3],
     )
 
 
@@ -145,6 +147,8 @@ def child(payload: dict[str, Any]) -> Any:
     (variant,) = payload["variants"]
     if payload["do"] == "check":
         return difference(variant, setting)
+    if payload["do"] == "cosine":
+        return cosine_to_all_rows(setting)
     _, step = make_step(variant, setting)
     for _ in range(payload["steps"]):
         step()
@@ -164,6 +168,7 @@ def show(results: Sequence[Result]) -> None:
         share = "-" if r.extra_mb_over_published is None else f"{r.extra_mb_over_published:.3f}"
         kept = "-" if r.kept_extra_mb_over_published is None else f"{r.kept_extra_mb_over_published:.3f}"
         errors = "" if r.loss_error is None else f"loss {r.loss_error:.0e}, gradient {r.gradient_error:.0e}"
+        errors += "" if r.gradient_cosine is None else f", cosine to all rows {r.gradient_cosine:.3f}"
         print(
             f"{r.variant:10} {r.cpu_seconds[1]:6.2f}   {extra:6.2f} ({low:.2f} to {high:.2f})   {ratio:>12} "
             f"{r.peak_mb:9.0f} {r.extra_mb:9.1f} {share:>7} ({kept})  {errors}",

@@ -74,6 +74,18 @@ def difference(variant: str, setting: Setting, device: str = "cpu") -> tuple[flo
     return abs(values[0] / values[1] - 1), ((ours - dense).norm() / dense.norm()).item()
 
 
+def cosine_to_all_rows(setting: Setting, device: str = "cpu") -> float:
+    """Of the consistency's gradient to all parameters, on a share of the rows drawn once, to that on all rows."""
+    gradients = []
+    for rows in (ROWS, 1.0):
+        model, step = make_step("rows", setting, device, rows)
+        torch.manual_seed(setting.seed)
+        step(classification=0.0)
+        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
+        del model, step
+    return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
+
+
 def make_cam(variant: str, setting: Setting, device: str = "cpu") -> Callable[[], Tensor]:
     """Class maps (B, C, h, w) of the images' classes over both flips; "forward" is the two forward passes alone."""
     model = build_model(setting, device).eval()
