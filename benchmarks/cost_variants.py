@@ -81,8 +81,9 @@ def cosine_to_all_rows(setting: Setting, device: str = "cpu") -> float:
         model, step = make_step("rows", setting, device, rows)
         torch.manual_seed(setting.seed)
         step(classification=0.0)
-        gradients.append(torch.cat([p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]))
-        del model, step
+        found = [p.grad.flatten().cpu() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(found).double())
+        del model, step, found
     return torch.nn.functional.cosine_similarity(*gradients, dim=0).item()
 
 

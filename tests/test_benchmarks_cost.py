@@ -174,3 +174,17 @@ def test_merge_replaces_rows_of_the_same_case(tmp_path):
     record = json.loads(path.read_text())
     assert record["results"] == [{"size": 1, "cost": 5}, {"size": 3, "cost": 4}]
     assert record["threads"] >= 1
+
+
+def test_the_readme_quotes_what_was_written():
+    readme = (BENCHMARKS.parent / "README.md").read_text(encoding="utf-8")
+    steps = json.loads((BENCHMARKS / "cost_step.json").read_text(encoding="utf-8"))["results"]
+    for row in steps:
+        if row["size"] == 384 and row["variant"] != "plain":
+            _, median, _ = row["extra_cpu_seconds"]
+            quoted = f"| +{median:.2f} s ("
+            assert quoted in readme
+            assert f"| {row['extra_cpu_over_published']:.2f} | +{row['extra_mb']:.0f} MB |" in readme
+    for row in json.loads((BENCHMARKS / "cost_cam.json").read_text(encoding="utf-8"))["results"]:
+        if row["variant"] == "library":
+            assert f"| {row['over_forward'][1]:.2f} | {row['published_over_this'][1]:.1f} |" in readme
