@@ -138,10 +138,12 @@ class LayerAttention:
         mask = mask[images] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
         tensors: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor[images]
-            for name in ("query", "key", "value", "output")
+            for name in ("query", "key", "value")
         }
         explicit = None if self.explicit is None else self.explicit[images]
-        return replace(self, recorded=replace(recorded, map=explicit, mask=mask, **tensors), images=slice(None))
+        return replace(
+            self, recorded=replace(recorded, map=explicit, mask=mask, output=None, **tensors), images=slice(None)
+        )
 
     @property
     def requires_grad(self) -> bool:

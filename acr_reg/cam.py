@@ -238,34 +238,38 @@ def _contribution(
 ) -> Tensor:
     """(pairs, patches): what one layer adds to the maps of the (image, label) pairs of one pass."""
     gradient = gradient[image]
-    part = layer.of_images(image)
+    value = None if layer.value is None else layer.value[image]
+    part = layer.of_images(image) if method.startswith("cam_grad") else None
+    prefix = layer.layout.num_prefix_tokens
     if query == "class":
         tokens = torch.tensor(layer.layout.known_class_tokens(), device=gradient.device)
         rows = tokens[label] if len(tokens) > 1 else tokens.expand(len(label))
-        return _row_maps(part, gradient, rows[:, None], method).mean(1)
+        return _row_maps(gradient, value, part, prefix, rows[:, None], method).mean(1)
     # The gradient to all rows at once would be an N x N map of every head.
     count = gradient.shape[2]
-    block = rows_within(_BLOCK_ELEMENTS, part)
-    blocks = [
-        _row_maps(part, gradient, torch.arange(start, min(start + block, count), device=gradient.device), method).sum(1)
-        for start in range(0, count, block)
-    ]
+    block = rows_within(_BLOCK_ELEMENTS, layer)
+    blocks = []
+    for start in range(0, count, block):
+        rows = torch.arange(start, min(start + block, count), device=gradient.device)
+        blocks.append(_row_maps(gradient, value, part, prefix, rows, method).sum(1))
     return torch.stack(blocks).sum(0) / count
 
 
-def _row_maps(layer: LayerAttention, gradient: Tensor, rows: Tensor, method: Method) -> Tensor:
-    """(pairs, R, patches): the contribution of these query rows, (R,) or for each pair (pairs, R)."""
+def _row_maps(
+    gradient: Tensor, value: Tensor | None, layer: LayerAttention | None, prefix: int, rows: Tensor, method: Method
+) -> Tensor:
+    """(pairs, R, patches): the contribution of these query rows, (R,) or for each pair (pairs, R). ``gradient`` is to
+    the output of a fused layer, whose ``value`` is given, or to the map; the ``layer`` gives the weights, if wanted."""
     grads = at_least_float32(select(gradient, 2, rows))
-    if layer.is_factored:
-        value = layer.value
-        assert value is not None
+    if value is not None:
         grads = grads @ at_least_float32(value).transpose(-2, -1)
-    patches = slice(layer.layout.num_prefix_tokens, None)
+    patches = slice(prefix, None)
     grad = grads[..., patches].relu().mean(1)
     if method == "grad":
         return grad
     if method == "grad_s":
         return grad * grad
+    assert layer is not None
     weights = layer.weights(rows)[..., patches]
     weighted = (grads[..., patches] * weights).relu().mean(1)
     return weighted if method == "cam_grad" else weighted * grad
