@@ -76,10 +76,6 @@ class Affine:
             (zoom[0] * second.zoom[0], zoom[1] * second.zoom[1]),
         )
 
-    def turned(self, size: Sequence[int]) -> tuple[int, int]:
-        """A source's (height, width) in the output's orientation."""
-        return (size[1], size[0]) if self.transposed else (size[0], size[1])
-
     def output_size(self, size: Sequence[int]) -> tuple[int, int]:
-        height, width = self.turned(size)
+        height, width = (size[1], size[0]) if self.transposed else (size[0], size[1])
         return round(height * float(self.zoom[0])), round(width * float(self.zoom[1]))

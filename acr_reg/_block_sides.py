@@ -24,7 +24,6 @@ class Side:
     def __init__(self, layer: LayerAttention) -> None:
         self.layer = layer
         mask = layer.batched_mask() if layer.is_factored else None
-        mask = mask[None, None] if mask is not None and mask.ndim == 2 else mask
         parts = (layer.explicit,) if not layer.is_factored else (layer.query, layer.key, mask)
         self.inputs: list[Tensor] = [part for part in parts if part is not None]
         with torch.no_grad():
@@ -48,10 +47,6 @@ class Side:
     @property
     def layout(self) -> TokenLayout:
         return self.layer.layout
-
-    @property
-    def recorded(self) -> RecordedTensors:
-        return self.layer.recorded
 
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
         """The rows of a block: those of ``queries``, (R,) or for each image (B, R), on leaves of their own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from acr_reg._resampling import Line
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views import View, lattice_map
 
@@ -13,18 +14,24 @@ class Carriers:
     """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
 
     def __init__(
-        self, view: View, source: TokenLayout, target: TokenLayout, device: str, valid: Tensor | None = None
+        self,
+        view: View,
+        source: TokenLayout,
+        target: TokenLayout,
+        device: str,
+        image: tuple[Tensor, ...] | None = None,
     ) -> None:
+        """``image`` (B, N), (B, M): which queries and keys of the image are no padding; None: all."""
         self.queries = lattice_map(view.inverse, source.query, target.query, device)
         self.keys = lattice_map(view.inverse, source.key, target.key, device)
         self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
         self.prefix = source.num_prefix_tokens
         # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
         self.image_keys = self.image_rows = None
-        if valid is not None and not (self.keys.is_exact and self.queries.is_exact):
-            rows = lattice_map(view, target.query, source.query, device)
-            self.image_keys, self.image_rows = (
-                there.tokens(valid_tokens(valid, there.source).to(device).float()) >= 0.5 for there in (self.seen, rows)
+        if image is not None and not (self.keys.is_exact and self.queries.is_exact):
+            there = lattice_map(view, target.query, source.query, device), self.seen
+            self.image_rows, self.image_keys = (
+                carrier.tokens(tokens.float()) >= 0.5 for carrier, tokens in zip(there, image, strict=True)
             )
         self.permuted_keys: Tensor | None = None
         """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
@@ -76,10 +83,9 @@ def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
 
 def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
     """(tokens, pixels): how much of the part of a token's cell that lies on the image each pixel covers."""
-    count, stride = (lattice.height, lattice.width)[axis], lattice.stride[axis]
-    starts = lattice.offset[axis] + torch.arange(count, dtype=torch.float64) * stride
-    scale = pixels / lattice.extent[axis]
+    line = Line(lattice, axis)
+    centres, half = line.places()[:, None] * pixels, line.stride / line.extent * pixels / 2
     edges = torch.arange(pixels, dtype=torch.float64)
-    covered = ((starts + stride) * scale)[:, None].minimum(edges + 1) - (starts * scale)[:, None].maximum(edges)
+    covered = (centres + half).minimum(edges + 1) - (centres - half).maximum(edges)
     covered = covered.clamp(min=0)
     return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()

@@ -89,7 +89,6 @@ class LatticeMap:
     parts: tuple[_Part, ...]
     source: Lattice
     target: Lattice
-    num_images: int
     is_exact: bool
     """Whether every target centre falls on a source centre."""
     is_complete: bool
@@ -194,7 +193,7 @@ def lattice_map(affines: Sequence[Affine], source: Lattice, target: Lattice, dev
         exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
         complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
         parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
-    return LatticeMap(parts, source, target, len(affines), exact, complete)
+    return LatticeMap(parts, source, target, exact, complete)
 
 
 class Line:

@@ -22,7 +22,7 @@ def spread_over_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     query, key = at_least_float32(query)[:, :, prefix:], at_least_float32(key)
     mask = layer.batched_mask()
     if mask is not None:
-        mask = (mask if mask.ndim == 4 else mask[None, None]).expand(-1, -1, layer.shape[2], -1)[:, :, prefix:]
+        mask = mask.expand(-1, -1, layer.shape[2], -1)[:, :, prefix:]
         mask = mask if mask.dtype == torch.bool else mask.to(query)
     # Kernels are fast for values as wide as the heads; other widths fall back to one that forms the map. Prefix tokens
     # carry nothing.

@@ -8,6 +8,7 @@ weights. Where one view shows a part of the other only, rows are compared on the
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -18,7 +19,7 @@ from torch import Tensor
 from acr_reg._carriers import Carriers, valid_tokens
 from acr_reg._pair_checks import check_lattices, check_pair, check_valid
 from acr_reg._tensors import at_least_float32
-from acr_reg.attention import LayerAttention, RecordedTensors
+from acr_reg.attention import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views import View, lattice_map
 
@@ -178,9 +179,6 @@ class RowSource(Protocol):
     @property
     def stochastic(self) -> bool: ...
 
-    @property
-    def recorded(self) -> RecordedTensors: ...
-
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor: ...
 
 
@@ -208,16 +206,19 @@ class AlignedPair:
         self.b: RowSource = b
         self.with_entropy = with_entropy
         device = str(a.device)
-        self.carriers = Carriers(view, b.layout, a.layout, device, valid)
+        self.dtype = at_least_float32(a.recorded.seen[:0]).dtype
+        image = None
+        if valid is not None:
+            image = tuple(valid_tokens(valid, grid).to(device) for grid in (a.layout.query, a.layout.key))
+        self.carriers = Carriers(view, b.layout, a.layout, device, image)
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
         self.keys_valid = self.carriers.keys.valid
         self.counted = torch.ones_like(self.carriers.queries.valid)
         # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
         carriers = (self.carriers.keys, self.carriers.queries, self.carriers.seen)
         self.is_partial = not all(carrier.is_complete for carrier in carriers)
-        if valid is not None:
-            self.keys_valid = self.keys_valid & valid_tokens(valid, a.layout.key).to(device)
-            self.counted = valid_tokens(valid, a.layout.query).to(device)
+        if image is not None:
+            self.counted, self.keys_valid = image[0], self.keys_valid & image[1]
             self.is_partial = True
 
     def of(self, a: RowSource, b: RowSource) -> AlignedPair:
@@ -233,7 +234,7 @@ class AlignedPair:
 
     def affinity(self, tokens: Tensor) -> AlignedRows:
         """The rows of these patch tokens (R,) of the images."""
-        rows_b, mixed = self.carriers.rows(tokens, at_least_float32(self.a.recorded.seen[:0]).dtype)
+        rows_b, mixed = self.carriers.rows(tokens, self.dtype)
         shown = self.carriers.queries.valid[:, tokens]
         rows_a = self.a.layout.num_prefix_tokens + tokens
         return self._aligned(rows_a, rows_b, mixed, shown, self.counted[:, tokens])
@@ -278,8 +279,7 @@ class AlignedLayer:
 
     @property
     def entropy(self) -> Tensor:
-        found = [rows.entropy for rows in (self.activation, self.affinity) if rows.entropy is not None]
-        return torch.cat(found, -1).mean() if found else self.affinity.a.new_full((), math.nan)
+        return mean_entropy([self.activation.entropy, self.affinity.entropy], self.affinity.full_a)
 
 
 def align_layer(
@@ -314,3 +314,9 @@ def row_entropy(rows: Tensor) -> Tensor:
     rows = rows.detach()
     logs = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()  # vectorised, which torch's entr is not; 0 ln 0 stays 0
     return logs.mul_(rows).sum(-1).neg_() / math.log(rows.shape[-1])
+
+
+def mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Over all rows of several blocks; NaN where none has one."""
+    found = [entropy.flatten() for entropy in entropies if entropy is not None]
+    return torch.cat(found).mean() if found else like.new_full((), math.nan)

@@ -19,6 +19,8 @@ from acr_reg._given import Grid, check_probabilities, check_tokens, grid_layout
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.tokens import LayoutError, TokenLayout, Window
 
+_BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32, of which a few times as many are alive in a block
+
 
 @dataclass(frozen=True, eq=False)
 class RecordedTensors:
@@ -135,7 +137,7 @@ class LayerAttention:
         """The layer of these images (n,), in this order, with tensors of their own."""
         recorded = self.recorded
         mask = None if recorded.causal else self.batched_mask()
-        mask = mask[images] if mask is not None and mask.ndim == 4 and mask.shape[0] > 1 else mask
+        mask = mask[images] if mask is not None and mask.shape[0] > 1 else mask
         tensors: dict[str, Any] = {
             name: None if (tensor := getattr(self, name)) is None else tensor[images]
             for name in ("query", "key", "value")
@@ -187,7 +189,6 @@ class LayerAttention:
             scores = (select(query, -2, queries) * scale) @ select(key, -2, keys).transpose(-2, -1)
             mask = self.batched_mask()
             if mask is not None:
-                mask = mask if mask.ndim == 4 else mask[None, None]
                 per_image = any(index is not None and index.ndim == 2 for index in (queries, keys))
                 mask = mask.expand(query.shape[0] if per_image else -1, -1, query.shape[-2], key.shape[-2])
                 mask = select(select(mask, -2, queries), -1, keys)
@@ -195,14 +196,16 @@ class LayerAttention:
             return scores.softmax(-1)
 
     def batched_mask(self) -> Tensor | None:
-        """The kernel's mask for this part of the batch, to be broadcast over (B, H, N, M), or None."""
+        """The kernel's mask for this part of the batch, with four axes, to be broadcast over (B, H, N, M), or None."""
         mask = self.recorded.mask
         if self.recorded.causal:
             _, _, queries, keys = self.shape
             assert self.recorded.query is not None
-            return torch.ones(queries, keys, dtype=torch.bool, device=self.recorded.query.device).tril()
-        if mask is None or mask.ndim < 3:
-            return mask
+            return torch.ones(queries, keys, dtype=torch.bool, device=self.recorded.query.device).tril()[None, None]
+        if mask is None:
+            return None
+        if mask.ndim < 3:
+            return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
         if mask.ndim > 4:
             assert self.recorded.query is not None
             return mask.expand(*self.recorded.query.shape[:-2], *mask.shape[-2:]).flatten(1, -3)[self.images]
@@ -216,10 +219,10 @@ class LayerAttention:
         return mask if mask.shape[0] == 1 else mask[self.images]
 
 
-def rows_within(elements: int, layer: LayerAttention) -> int:
-    """How many query rows of a layer's map, all images and heads, stay within so many elements; at least one."""
-    batch, heads, queries, keys = layer.shape
-    return max(1, min(queries, elements // (batch * heads * keys)))
+def rows_of_block(layers: Sequence[LayerAttention]) -> int:
+    """How many query rows of the layers' maps, all images and heads, are formed at a time; at least one."""
+    share = _BLOCK_ELEMENTS // len(layers)
+    return max(1, min(min(n, share // (batch * heads * m)) for batch, heads, n, m in (each.shape for each in layers)))
 
 
 class AttentionMaps(Sequence[LayerAttention]):

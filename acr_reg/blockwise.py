@@ -7,7 +7,7 @@ upstream gradient, loss scale included, is applied before anything is cast to ha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,13 +15,11 @@ import torch
 from torch import Tensor
 
 from acr_reg._block_sides import Side
-from acr_reg.alignment import AlignedPair, AlignedRows
-from acr_reg.attention import rows_within
+from acr_reg.alignment import AlignedPair, AlignedRows, mean_entropy
+from acr_reg.attention import rows_of_block
 from acr_reg.functional import Distance, Normalize, RowSum, sum_rows
 
 Term = Literal["activation", "affinity"]
-
-_BLOCK_ELEMENTS = 2**20  # of both views' maps, all images and heads: a few times as many are alive in a block
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,9 +36,6 @@ class LayerTerms:
     distance: Distance
     normalize: Normalize
     heads: Literal["mean", "each"]
-
-    def rows(self, pair: AlignedPair, term: Term, tokens: Tensor) -> AlignedRows:
-        return pair.activation() if term == "activation" else pair.affinity(tokens)
 
     def compared(self, rows: AlignedRows, term: Term) -> RowSum:
         a, b, overlap = rows.comparable(self.heads)
@@ -61,20 +56,17 @@ def evaluate_dense(layer: LayerTerms) -> Evaluated:
     """Everything at once: the maps of the layer are kept for the backward pass."""
     sums, entropies = {}, []
     for term in layer.weights:
-        rows = layer.rows(layer.pair, term, layer.tokens)
+        rows = _rows(layer.pair, term, layer.tokens)
         sums[term] = layer.compared(rows, term).mean()
         entropies.append(rows.entropy)
     weighted = sum(weight * sums[term] for term, weight in layer.weights.items())
     assert isinstance(weighted, Tensor)
     terms: dict[str, Tensor] = {term: value.detach() for term, value in sums.items()}
-    return Evaluated(weighted, terms | {"entropy": _mean_entropy(entropies, weighted)})
+    return Evaluated(weighted, terms | {"entropy": mean_entropy(entropies, weighted)})
 
 
-def _mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    found = [entropy for entropy in entropies if entropy is not None]
-    if not found:
-        return like.new_full((), torch.nan)
-    return sum(e.sum() for e in found) / sum(e.numel() for e in found)  # type: ignore[return-value]
+def _rows(pair: AlignedPair, term: Term, tokens: Tensor) -> AlignedRows:
+    return pair.activation() if term == "activation" else pair.affinity(tokens)
 
 
 def can_be_blockwise(pair: AlignedPair) -> bool:
@@ -89,7 +81,7 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
     """
     sides = Side(layer.pair.layers[0]), Side(layer.pair.layers[1])
     if block_rows is None:
-        block_rows = min(rows_within(_BLOCK_ELEMENTS // 2, each) for each in layer.pair.layers)
+        block_rows = rows_of_block(layer.pair.layers)
     learns = any(side.learns for side in sides)
     report: dict[str, Tensor] = {}
 
@@ -102,7 +94,6 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
 
 def _in_blocks(layer: LayerTerms, sides: tuple[Side, Side], block_rows: int, report: dict[str, Tensor]) -> Tensor:
     """The weighted sum of the terms; their gradients are added up in the sides."""
-    # Only rows are asked of the two: what is theirs else is read off the layers.
     pair = layer.pair.of(*sides)
     entropies: list[Tensor | None] = []
     weighted: list[Tensor] = []
@@ -111,7 +102,7 @@ def _in_blocks(layer: LayerTerms, sides: tuple[Side, Side], block_rows: int, rep
         learns = weight != 0 and any(side.learns for side in sides)
         for tokens in layer.tokens.split(block_rows) if term == "affinity" else [layer.tokens]:
             with torch.set_grad_enabled(learns):
-                rows = layer.rows(pair, term, tokens)
+                rows = _rows(pair, term, tokens)
                 block = layer.compared(rows, term)
             if learns:
                 leaves = [leaf for side in sides for leaf in side.leaves]
@@ -127,7 +118,7 @@ def _in_blocks(layer: LayerTerms, sides: tuple[Side, Side], block_rows: int, rep
         report[term] = whole.mean()
         weighted.append(weight * report[term])
     value = torch.stack(weighted).sum()
-    report["entropy"] = _mean_entropy(entropies, value)
+    report["entropy"] = mean_entropy(entropies, value)
     return value
 
 

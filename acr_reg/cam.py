@@ -20,11 +20,9 @@ from torch import Tensor
 
 from acr_reg._spread import spread_over_patches
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.attention import AttentionMaps, LayerAttention, rows_within
+from acr_reg.attention import AttentionMaps, LayerAttention, rows_of_block
 from acr_reg.tokens import Lattice
 from acr_reg.views import View, lattice_map, require_view
-
-_BLOCK_ELEMENTS = 2**20  # of an N x N map that are formed at a time
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -247,7 +245,7 @@ def _contribution(
         return _row_maps(gradient, value, part, prefix, rows[:, None], method).mean(1)
     # The gradient to all rows at once would be an N x N map of every head.
     count = gradient.shape[2]
-    block = rows_within(_BLOCK_ELEMENTS, layer)
+    block = rows_of_block([layer])
     blocks = []
     for start in range(0, count, block):
         rows = torch.arange(start, min(start + block, count), device=gradient.device)
@@ -353,7 +351,7 @@ def multi_view_cam(
     if not views:
         raise ValueError("found no views; expected at least one; Identity() is the image itself")
     merged: Tensor | None = None
-    shown: Tensor | int = 0
+    shown: list[Tensor] = []  # by each view: "mean" alone divides by how many
     for view in views:
         require_view(view)
         found = cam_fn(view(images))
@@ -371,6 +369,7 @@ def multi_view_cam(
             merged = aligned
         else:
             merged = torch.maximum(merged, aligned) if merge == "max" else merged + aligned
-        shown = shown + back.valid.to(maps).unflatten(-1, size)[:, None]
-    assert merged is not None and isinstance(shown, Tensor)
-    return merged / shown.clamp_min(1) if merge == "mean" else merged
+        if merge == "mean":
+            shown.append(back.valid.to(maps).unflatten(-1, size)[:, None])
+    assert merged is not None
+    return merged / sum(shown).clamp_min(1) if merge == "mean" else merged  # type: ignore[union-attr]

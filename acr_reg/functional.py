@@ -8,7 +8,7 @@ With attention maps A1, A2 of an image and of its view, and P the view's permuta
     activation = | A1[class, patches] - A2[class, patches] P |            which patches the class token attends to
     affinity   = | A1[patches, patches] - P^T A2[patches, patches] P |    which patches attend to each other
 
-Attention is aligned by :func:`~acr_reg.alignment.align_layer` first; everything is differentiable to both views.
+Attention is aligned by :class:`~acr_reg.alignment.AlignedPair` first; everything is differentiable to both views.
 """
 
 from __future__ import annotations

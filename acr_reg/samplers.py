@@ -97,28 +97,24 @@ class RandomApply(Sampler):
         return _drawn(self.step, size, generator) if _uniform(0, 1, generator) < self.p else Identity()
 
 
-class RandomChoice(Sampler):
-    """One of several views or samplers, each as likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
-
+class _OfSteps(Sampler):
     def __init__(self, steps: Sequence[View | Sampler]) -> None:
         self.steps = _check_steps(steps)
 
     def __repr__(self) -> str:
-        return f"RandomChoice({self.steps})"
+        return f"{type(self).__name__}({self.steps})"
+
+
+class RandomChoice(_OfSteps):
+    """One of several views or samplers, each as likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
         chosen = torch.randint(len(self.steps), (), generator=generator).item()
         return _drawn(self.steps[int(chosen)], size, generator)
 
 
-class RandomCompose(Sampler):
+class RandomCompose(_OfSteps):
     """Several views and samplers one after another, each drawn for the size that the one before leaves."""
-
-    def __init__(self, steps: Sequence[View | Sampler]) -> None:
-        self.steps = _check_steps(steps)
-
-    def __repr__(self) -> str:
-        return f"RandomCompose({self.steps})"
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
         views: list[View] = []
