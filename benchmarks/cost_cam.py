@@ -11,16 +11,15 @@ that of a fresh process which runs one of them alone. Beside them, how far the m
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from cost_models import HEADS, Setting
-from cost_process import Quartiles, in_turns, merge, peak_megabytes, quartiles, run_fresh
+from cost_models import Setting, add_settings, settings
+from cost_process import Quartiles, in_turns, merge, parse, peak_megabytes, quartiles, run_fresh
 from cost_variants import CAMS, make_cam
 
 KEYS = ("model", "size", "batch", "present", "variant")
@@ -120,26 +119,19 @@ def show(results: Sequence[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What class maps cost.")
-    parser.add_argument("--models", nargs="+", choices=HEADS, default=["small"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[384])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    add_settings(parser)
     parser.add_argument("--present", nargs="+", type=int, default=[1, 2, 5])
     parser.add_argument("--rounds", type=int, default=Config.rounds)
-    parser.add_argument("--write", action="store_true", help="merge into benchmarks/cost_cam.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(json.loads(args.child))))
+    args = parse(parser, __file__, child)
+    if args is None:
         return 0
     torch.set_num_threads(Config.threads)
-    for model in args.models:
-        for size in args.sizes:
-            for batch in args.batches:
-                for present in args.present:
-                    results = measure(Config(Setting(model, size, batch, present=present), rounds=args.rounds))
-                    show(results)
-                    if args.write:
-                        merge(Path(__file__).with_suffix(".json"), [asdict(r) for r in results], KEYS)
+    for setting in settings(args):
+        for present in args.present:
+            results = measure(Config(replace(setting, present=present), rounds=args.rounds))
+            show(results)
+            if args.write:
+                merge(Path(__file__).with_suffix(".json"), [asdict(r) for r in results], KEYS)
     return 0
 
 

@@ -10,7 +10,6 @@ and over the maps of the present classes alone. Beside them, the largest differe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cost_process import Quartiles, in_turns, merge, peak_megabytes, quartiles, run_fresh
+from cost_process import Quartiles, in_turns, merge, parse, peak_megabytes, quartiles, run_fresh
 from cost_published import sweep
 
 from acr_reg import CamMeanIoU
@@ -127,11 +126,8 @@ def show(results: Sequence[Result]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description="What scoring class maps at 100 thresholds costs.")
     parser.add_argument("--rounds", type=int, default=Config.rounds)
-    parser.add_argument("--write", action="store_true", help="write benchmarks/cost_metrics.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(json.loads(args.child))))
+    args = parse(parser, __file__, child)
+    if args is None:
         return 0
     config = Config(rounds=args.rounds)
     results = measure(config)

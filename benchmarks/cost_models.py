@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import timm
@@ -36,6 +38,20 @@ class Setting:
 
     def __str__(self) -> str:
         return f"ViT-{self.model[0].upper()} {self.size} px, batch {self.batch}"
+
+
+def add_settings(parser: ArgumentParser) -> None:
+    """Options of the settings that :func:`settings` reads."""
+    parser.add_argument("--models", nargs="+", choices=HEADS, default=["small"])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[384])
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+
+
+def settings(args: Namespace) -> Iterator[Setting]:
+    for model in args.models:
+        for size in args.sizes:
+            for batch in args.batches:
+                yield Setting(model, size, batch)
 
 
 def build_model(setting: Setting, device: str = "cpu") -> nn.Module:

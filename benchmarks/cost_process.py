@@ -9,6 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
+from argparse import SUPPRESS, ArgumentParser, Namespace
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,17 @@ def run_fresh(script: str, payload: Mapping[str, Any], give_back: bool = False) 
     environment = {**os.environ, **(GIVE_BACK if give_back else {})}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def parse(parser: ArgumentParser, file: str, child: Callable[[Any], Any]) -> Namespace | None:
+    """The options of a benchmark; None where this is a fresh process of :func:`run_fresh`, whose answer is printed."""
+    parser.add_argument("--write", action="store_true", help=f"write benchmarks/{Path(file).stem}.json")
+    parser.add_argument("--child", help=SUPPRESS)
+    args = parser.parse_args()
+    if args.child is None:
+        return args
+    print(json.dumps(child(json.loads(args.child))))
+    return None
 
 
 def peak_megabytes() -> float:

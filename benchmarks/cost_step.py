@@ -13,7 +13,6 @@ consistency's value and gradient are from the dense evaluation's.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cost_models import HEADS, Setting
-from cost_process import Quartiles, available_megabytes, in_turns, merge, peak_megabytes, quartiles, run_fresh
+from cost_models import Setting, add_settings, settings
+from cost_process import Quartiles, available_megabytes, in_turns, merge, parse, peak_megabytes, quartiles, run_fresh
 from cost_variants import STEPS, cosine_to_all_rows, difference, make_step
 
 # Peak over all maps of both views in float32, of variants that form them; a case that would not fit is skipped.
@@ -178,36 +177,28 @@ def show(results: Sequence[Result]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="What the loss adds to a training step.")
-    parser.add_argument("--models", nargs="+", choices=HEADS, default=["small"])
-    parser.add_argument("--sizes", nargs="+", type=int, default=[384])
-    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    add_settings(parser)
     parser.add_argument("--variants", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--rounds", type=int, default=Config.rounds)
     parser.add_argument("--brief", action="store_true", help="no round to warm up, one step for memory")
     parser.add_argument("--no-check", action="store_true", help="leave the comparison of values and gradients out")
-    parser.add_argument("--write", action="store_true", help="merge into benchmarks/cost_step.json")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.child:
-        print(json.dumps(child(json.loads(args.child))))
+    args = parse(parser, __file__, child)
+    if args is None:
         return 0
     torch.set_num_threads(Config.threads)
-    for model in args.models:
-        for size in args.sizes:
-            for batch in args.batches:
-                setting = Setting(model, size, batch)
-                config = Config(
-                    setting,
-                    tuple(args.variants),
-                    args.rounds,
-                    warm=not args.brief,
-                    memory_steps=1 if args.brief else Config.memory_steps,
-                    check=not args.no_check,
-                )
-                results = measure(config)
-                show(results)
-                if args.write:
-                    merge(Path(__file__).with_suffix(".json"), [asdict(r) for r in results], KEYS)
+    for setting in settings(args):
+        config = Config(
+            setting,
+            tuple(args.variants),
+            args.rounds,
+            warm=not args.brief,
+            memory_steps=1 if args.brief else Config.memory_steps,
+            check=not args.no_check,
+        )
+        results = measure(config)
+        show(results)
+        if args.write:
+            merge(Path(__file__).with_suffix(".json"), [asdict(r) for r in results], KEYS)
     return 0
 
 
