@@ -1,0 +1,207 @@
+"""What every host must show in training: shared by the tests of the host files, for small models and real checkouts."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import importlib
+import multiprocessing
+import os
+import re
+import subprocess
+import sys
+import textwrap
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import acr_reg
+
+# ---------------------------------------------------------------- what training with the added lines must show
+
+
+@dataclass
+class Step:
+    """What one call of the loss was given and returned."""
+
+    layers: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]
+    terms: dict[str, float]
+    gradients: dict[str, float]  # of this loss alone, name of parameter -> l2 norm
+
+
+@contextlib.contextmanager
+def observed(watched: Callable[[], dict[str, Tensor]], weight: float | None = None) -> Iterator[list[Step]]:
+    """Every ``AllPairsConsistencyLoss`` made inside notes what it sees; ``weight`` sets all its weights."""
+    steps: list[Step] = []
+
+    class Observed(acr_reg.AllPairsConsistencyLoss):
+        def __init__(self, view, **options):
+            weights = {} if weight is None else dict.fromkeys(self.named_weights(), weight)
+            super().__init__(view, **{**options, **weights})
+
+        @staticmethod
+        def named_weights():
+            return ("activation_weight", "affinity_weight", "cam_weight")
+
+        def forward(self, attn_a, attn_b, cam_a=None, cam_b=None, **options):
+            loss, terms = super().forward(attn_a, attn_b, cam_a, cam_b, return_terms=True, **options)
+            norms = {}
+            if weight is None:
+                parameters = watched()
+                found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
+                norms = {
+                    name: 0.0 if g is None else g.norm().item() for name, g in zip(parameters, found, strict=True)
+                }
+            assert attn_a.layers == attn_b.layers
+            shapes = tuple(layer.shape for layer in attn_a)
+            steps.append(Step(attn_a.layers, shapes, {k: v.item() for k, v in terms.items()}, norms))
+            return loss
+
+    original = acr_reg.AllPairsConsistencyLoss
+    acr_reg.AllPairsConsistencyLoss = Observed
+    try:
+        yield steps
+    finally:
+        acr_reg.AllPairsConsistencyLoss = original
+
+
+def check_training(
+    build: Callable[[], nn.Module],
+    train: Callable[[nn.Module, bool], None],
+    *,
+    layers: int,
+    watched: Callable[[str], bool],
+    terms: frozenset[str] = frozenset({"activation", "affinity", "cam", "entropy"}),
+) -> list[Step]:
+    """``train(model, patched)`` takes two optimizer steps of the host's own loop, with or without the added lines;
+    ``watched`` names the query and key weights."""
+
+    def trained(patched: bool, weight: float | None = None) -> tuple[list[Step], dict[str, Tensor], dict[str, Tensor]]:
+        torch.manual_seed(0)
+        model = build()
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        torch.manual_seed(1)
+        with observed(lambda: {n: p for n, p in model.named_parameters() if watched(n)}, weight) as steps:
+            train(model, patched)
+        return steps, before, {name: p.detach() for name, p in model.named_parameters()}
+
+    steps, before, after = trained(True)
+    assert len(steps) == 2, f"{len(steps)} calls of the loss in two optimizer steps"
+    for step in steps:
+        assert step.layers == tuple(range(layers)), step.layers
+        assert step.terms.keys() == terms, step.terms
+        assert all(0 < value < float("inf") for value in step.terms.values()), step.terms
+    assert steps[0].gradients, "no query or key weight is watched"
+    assert all(norm > 0 for norm in steps[0].gradients.values()), steps[0].gradients
+    moved = [name for name in steps[0].gradients if not torch.equal(before[name], after[name])]
+    assert moved == list(steps[0].gradients)
+
+    plain_steps, _, plain = trained(False)
+    assert plain_steps == []
+    zero_steps, _, zero = trained(True, weight=0.0)
+    assert len(zero_steps) == 2
+    different = [name for name in plain if not torch.equal(plain[name], zero[name])]
+    assert different == [], f"weights 0 changed {different[:4]}"
+    assert any(not torch.equal(plain[name], after[name]) for name in plain)
+    return steps
+
+
+# ---------------------------------------------------------------- checkouts
+
+
+def checkout(name: str, commit: str) -> Path:
+    """The folder of a host's checkout, owner+name or owner+name@commit, at that commit; skips without ACR_REG_HOSTS."""
+    root = os.environ.get("ACR_REG_HOSTS")
+    if not root:
+        pytest.skip(f"set ACR_REG_HOSTS to a folder that holds a checkout of {name} at {commit} to run this")
+    folder = name.replace("/", "+")
+    for candidate in (Path(root) / f"{folder}@{commit}", Path(root) / folder):
+        if candidate.is_dir():
+            head = subprocess.run(
+                ["git", "-C", str(candidate), "rev-parse", "HEAD"], capture_output=True, text=True, check=True
+            ).stdout
+            if head.startswith(commit):
+                return candidate
+    pytest.skip(f"ACR_REG_HOSTS={root} holds no checkout of {name} at {commit}, as {folder} or {folder}@{commit}")
+
+
+def in_fresh_process(function: Callable[..., object], *arguments: object) -> object:
+    """Hosts overwrite timm's registry and import modules of common names (models, utils): not in this process."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def host_on_path(folder: Path, absent: tuple[str, ...] = ()) -> None:
+    """In a fresh process: the host's modules can be imported, without CUDA and without the ``absent`` packages, which
+    its training step does not call."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    sys.path.insert(0, str(folder))
+    for name in absent:
+        sys.modules[name] = Absent(name)
+    torch.Tensor.cuda = lambda self, *_, **__: self
+    nn.Module.cuda = lambda self, *_, **__: self
+    torch.cuda.synchronize = lambda *_: None
+
+
+class Absent(types.ModuleType):
+    """In place of a package that is imported and not called."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Absent(f"{self.__name__}.{name}")
+
+
+# ---------------------------------------------------------------- the lines that a host file's docstring adds
+
+
+def added_lines(module: types.ModuleType, host: str, commit: str) -> dict[str, list[tuple[int, str]]]:
+    """file -> [(line, code to put before it)], read from the docstring."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    in_host = False
+    code: list[str] | None = None
+    for line in (module.__doc__ or "").splitlines():
+        if match := re.match(r"    (\S+/\S+) at ([0-9a-f]{7})", line):
+            in_host = match.groups() == (host, commit)
+        elif in_host and (match := re.match(r"        (\S+\.py), before line (\d+):$", line)):
+            code = []
+            found.setdefault(match[1], []).append((int(match[2]), code))
+        elif in_host and code is not None and line.startswith(" " * 12):
+            code.append(line[12:])
+        else:
+            code = None
+    assert found, f"{module.__name__} has no lines to add to {host} at {commit}"
+    return {file: [(number, "\n".join(lines)) for number, lines in parts] for file, parts in found.items()}
+
+
+def with_added_lines(source: str, lines: list[tuple[int, str]]) -> str:
+    text = source.splitlines()
+    for number, code in sorted(lines, reverse=True):
+        indent = re.match(r"\s*", text[number - 1])[0]
+        assert text[number - 1].strip(), f"line {number} is empty: name one that shows its indentation"
+        text[number - 1 : number - 1] = textwrap.indent(code, indent).splitlines()
+    return "\n".join(text) + "\n"
+
+
+def patched_module(folder: Path, file: str, lines: list[tuple[int, str]] | None) -> types.ModuleType:
+    """The host's file as a module, with the lines added; None leaves it as it is."""
+    path = folder / file
+    source = path.read_text(encoding="utf-8")
+    name = file.removesuffix(".py").replace("/", ".")
+    package = name.rpartition(".")[0]
+    if package:
+        importlib.import_module(package)
+    module = types.ModuleType(name)
+    module.__file__ = str(path)
+    module.__package__ = package
+    exec(compile(source if lines is None else with_added_lines(source, lines), str(path), "exec"), module.__dict__)
+    return module
