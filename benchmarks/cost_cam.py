@@ -4,8 +4,9 @@
     python benchmarks/cost_cam.py --write    # also into benchmarks/cost_cam.json
 
 Compared are the forward passes of both views without gradient (forward), the published procedure (a full backward for
-each class and view) and the library's GradientCam. CPU time is process CPU time, in one process, in turns; peak memory
-that of a fresh process which runs one of them alone. Beside them, how far the maps are from the published ones.
+each class and view) and the library's GradientCam, with and without propagation. CPU time is process CPU time, in one
+process, in turns; peak memory that of a fresh process which runs one of them alone. Beside them, how far the maps are
+from the published ones.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 from cost_models import Setting, add_settings, settings
 from cost_process import Quartiles, in_turns, merge, parse, peak_megabytes, quartiles, run_fresh
-from cost_variants import CAMS, make_cam
+from cost_variants import CAMS, UNPROPAGATED, make_cam
 
 KEYS = ("model", "size", "batch", "present", "variant")
 
@@ -28,7 +29,7 @@ KEYS = ("model", "size", "batch", "present", "variant")
 @dataclass(frozen=True)
 class Config:
     setting: Setting
-    variants: tuple[str, ...] = CAMS
+    variants: tuple[str, ...] = (*CAMS, UNPROPAGATED)
     rounds: int = 9
     memory_calls: int = 2
     threads: int = 1
@@ -110,7 +111,7 @@ def show(results: Sequence[Result]) -> None:
         (low, over, high), times = r.over_forward, r.published_over_this[1]
         error = "" if r.map_error is None else f"  maps differ by {r.map_error:.0e}"
         print(
-            f"{r.variant:10} {r.cpu_seconds[1]:6.2f} s   {over:5.2f} x forward ({low:.2f} to {high:.2f})   published "
+            f"{r.variant:16} {r.cpu_seconds[1]:6.2f} s   {over:5.2f} x forward ({low:.2f} to {high:.2f})   published "
             f"{times:5.2f} x this   peak {r.peak_mb:6.0f} MB, extra {r.extra_mb:7.1f} MB, "
             f"{r.extra_mb_over_published:.3f} of published{error}",
             flush=True,

@@ -17,6 +17,7 @@ from acr_reg import AllPairsConsistencyLoss, GradientCam, HorizontalFlip, captur
 STEPS = ("plain", "published", "dense", "blockwise", "rows")
 ROWS = 0.25
 CAMS = ("forward", "published", "library")
+UNPROPAGATED = "library, steps=0"  # tells what the gradients cost from what propagation does
 
 Step = Callable[..., Tensor]
 
@@ -101,5 +102,5 @@ def make_cam(variant: str, setting: Setting, device: str = "cpu") -> Callable[[]
     if variant == "published":
         explicit = ExplicitMaps(model)
         return lambda: published_cam(model, explicit, images, labels)
-    cam = GradientCam(model)
+    cam = GradientCam(model, steps=0) if variant == UNPROPAGATED else GradientCam(model)
     return lambda: cam(images, labels)
