@@ -1,48 +1,203 @@
 """Files of class maps that weakly supervised segmentation codebases exchange, read without running code from them.
 
-The formats are numpy files that hold a pickle, and unpickling runs whatever the file names. Naming only numpy's own
-constructors is not enough: a forged dtype makes numpy read bytes as pointers. So the reader here resolves the dozen
-names such files need to small stand-ins of its own, which accept plain numbers only, and refuses every other name.
+| format | one image's file holds | read by |
+|---|---|---|
+| ``psa`` | ``{k: float32 (H, W)}`` | evaluation of ACR, MCTformer, SEAM, TransCAM, CTI, WeakTr; PSA's infer_aff |
+| ``psa_crf`` | ``{0: background, k + 1: float32 (H, W)}``, in each of two folders | PSA's training of AffinityNet |
+| ``irn`` | ``{"keys": (n,), "cam": torch (n, ceil(H/4), ceil(W/4)), "high_res": (n, H, W)}`` | IRN, ToCo's evaluation |
+| ``clip_es`` | ``{"keys": (n,), "attn_highres": float16 (n, H, W)}`` | CLIP-ES |
+| ``npz`` | arrays under the names "k" | this library; holds no pickle |
+
+k are 0-based classes, background not counted; (H, W) is the size of the original image. All but ``npz`` are ``.npy``
+files that hold a pickle. A reader given another format than its own may score mIoU 0 without an error.
 """
 
 from __future__ import annotations
 
 import io
-import math
 import os
-import pickle
-import re
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
-from uuid import uuid4
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch.nn import functional
 
-__all__ = ["load_cams", "save_cams"]
+from acr_reg.integrations._reader import read_npy
+from acr_reg.integrations._writer import write_object, write_whole
 
+__all__ = ["FORMATS", "Format", "cam_format", "load_cams", "save_cams", "save_crf_pair"]
+
+Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz"]
+FORMATS: tuple[Format, ...] = get_args(Format)
 Maps = dict[int, npt.NDArray[np.float32]]
+
 ROUNDING = 1e-5  # how far resized maps may leave [0, 1]
+IRN_STRIDE = 4
+# How far a file may be from what a CRF pair holds and still be taken for one: half precision, over 20 classes.
+_LIKE_A_CRF_FILE = 1e-2
+_HIGHEST_ALPHA = 100.0
 
 
-def save_cams(path: str | os.PathLike[str], cams: Mapping[int, npt.ArrayLike]) -> None:
-    """Write the class maps of one image.
+def save_cams(
+    path: str | os.PathLike[str],
+    cams: Mapping[int, npt.ArrayLike],
+    format: Format | None = None,
+    size: tuple[int, int] | None = None,
+) -> None:
+    """Write the class maps of one image. The file appears whole or not at all; numpy 1 and 2 both open it.
 
-    ``.npy`` is the PSA dict ``{class: float32 (H, W)}``, pickled, which PSA's affinity step and the evaluation
-    scripts of ACR, MCTformer, SEAM, TransCAM and WeakTr read; numpy 1 and 2 both open it. ``.npz`` holds the same
-    maps under their class number as key, without a pickle. The file appears whole or not at all.
+    ``irn`` divides each map by its maximum, which IRN's thresholds expect; its ``cam`` averages the map over 4 x 4
+    pixels. ``clip_es`` rounds to half precision, 0.0005 near 1.
 
     Args:
-        path: ends in .npy or .npz; its folder exists.
-        cams: 0-based class (background not counted) -> (H, W) map in [0, 1] at the size of the original image. Only
-            the classes present; empty for an image without any.
+        path: ends in .npy, or .npz for the format ``npz``; its folder exists.
+        cams: 0-based class (background not counted) -> (H, W) map in [0, 1]. Only the classes present; empty for an
+            image without any (for which MCTformer's evaluation.py and its copies fail).
+        format: of :data:`FORMATS`; by default ``psa`` for .npy and ``npz`` for .npz. For ``psa_crf``:
+            :func:`save_crf_pair`.
+        size: (H, W) of the original image, pixels. Maps of another size are resized to it, bilinearly, with pixel
+            centres at half (antialiased when shrinking). By default the maps have it. ``irn`` and ``clip_es`` need it
+            where there are no maps.
 
     Raises:
-        ValueError: another ending, keys that are no class numbers, maps of unequal size or outside [0, 1].
+        ValueError: another ending or format, keys that are no class numbers, maps of unequal size or outside [0, 1].
+
+    >>> import numpy as np
+    >>> save_cams("image.npy", {14: np.eye(6, 8), 2: np.ones((6, 8))}, "irn")
+    >>> cam_format("image.npy"), {k: m.shape for k, m in load_cams("image.npy").items()}
+    ('irn', {14: (6, 8), 2: (6, 8)})
     """
     path = Path(path)
+    format = _format_to_write(path, format)
+    maps = _maps_to_write(cams, size)
+    content = io.BytesIO()
+    if format == "npz":
+        arrays: dict[str, Any] = {str(number): values for number, values in maps.items()}
+        np.savez_compressed(content, **arrays)
+    elif format == "psa":
+        write_object(content, maps)
+    else:
+        keys = np.array(list(maps), dtype=np.int64)
+        stacked = _stacked(maps, size)
+        if format == "irn":
+            high_res, strided = _over_maximum(stacked), _over_maximum(_strided(stacked))
+            write_object(content, {"keys": keys, "cam": strided, "high_res": high_res.numpy()})
+        else:
+            write_object(content, {"keys": keys, "attn_highres": stacked.numpy().astype(np.float16)})
+    write_whole(path, content.getvalue())
+
+
+def save_crf_pair(
+    low: str | os.PathLike[str],
+    high: str | os.PathLike[str],
+    cams: Mapping[int, npt.ArrayLike],
+    alphas: tuple[float, float] = (4.0, 32.0),
+    size: tuple[int, int] | None = None,
+    refine: Callable[[npt.NDArray[np.float32]], npt.ArrayLike] | None = None,
+) -> None:
+    """Write the two files of one image that PSA trains AffinityNet on: ``{0: background, k + 1: map of class k}``.
+
+    The background is ``(1 - max_k M_k) ** alpha``. Foreground is trusted where it wins against the strong background
+    of the low alpha, background where it wins even with the high one, and the rest is ignored. PSA refines both by a
+    dense CRF first, which is not part of this library: pass it as ``refine``, or train on the maps as they are.
+
+    Args:
+        low, high: the files, .npy, of the same name in two folders that exist.
+        cams, size: as for :func:`save_cams`. ``size`` is needed where there are no maps.
+        alphas: of the low and the high file; PSA takes 4 and 32, SEAM 4 and 24, MCTformer and ACR 1 and 12.
+        refine: given float32 (1 + n, H, W) in [0, 1], background first, returns the same shape, finite and >= 0.
+
+    Raises:
+        ValueError: as for :func:`save_cams`; alphas not 0 < low < high; another result of ``refine``.
+
+    >>> import numpy as np
+    >>> save_crf_pair("low.npy", "high.npy", {14: np.full((2, 3), 0.5)})
+    >>> low, high = (np.load(name, allow_pickle=True).item() for name in ("low.npy", "high.npy"))
+    >>> list(low), float(low[0][0, 0]), bool(high[0][0, 0] < 1e-9)
+    ([0, 15], 0.0625, True)
+    """
+    if not 0 < alphas[0] < alphas[1] < float("inf"):
+        raise ValueError(f"found alphas={alphas}; expected 0 < low < high; PSA takes (4, 32)")
+    maps = _maps_to_write(cams, size)
+    stacked = _stacked(maps, size).numpy()
+    highest = stacked.max(axis=0, initial=0.0)
+    contents = []
+    for path, alpha in zip((low, high), alphas, strict=True):
+        if Path(path).suffix != ".npy":
+            raise ValueError(f"{path} ends in {Path(path).suffix!r}, expected .npy; name it after the image")
+        scores = np.concatenate([((1 - highest) ** alpha)[None], stacked]).astype(np.float32)
+        if refine is not None:
+            scores = _refined(scores, np.asarray(refine(scores)))
+        content = io.BytesIO()
+        write_object(content, dict(zip([0, *(number + 1 for number in maps)], scores, strict=True)))
+        contents.append(content.getvalue())
+    # Both are made before one is written: no half of a pair stays behind where `refine` fails.
+    for path, data in zip((low, high), contents, strict=True):
+        write_whole(Path(path), data)
+
+
+def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Maps:
+    """Read the class maps of one image: 0-based class -> float32 (H, W). No code in the file is run.
+
+    Reads every format of :func:`save_cams`, as written here or by the codebases, with numpy or torch numbers in them.
+    Of ``irn`` this is ``high_res``; of ``psa_crf`` the maps without the background.
+
+    Args:
+        path: a .npy or .npz file.
+        format: by default what the file says of itself. A file of a CRF pair looks like a PSA dict that has a class 0;
+            one whose key 0 is a background of the others (a power of 1 minus the largest, or what is left of a sum of
+            1) is refused unless this says which of the two it is.
+
+    Raises:
+        ValueError: another content; the message says what was found.
+        FileNotFoundError: no such file.
+
+    >>> import numpy as np
+    >>> save_cams("image.npz", {14: np.eye(2)})
+    >>> load_cams("image.npz")[14].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return _load(Path(path), format)[1]
+
+
+def cam_format(path: str | os.PathLike[str]) -> Format:
+    """Which of :data:`FORMATS` a file is in, as :func:`load_cams` finds it; raises where that does.
+
+    >>> import numpy as np
+    >>> save_cams("image.npy", {14: np.eye(2)}, "clip_es")
+    >>> cam_format("image.npy")
+    'clip_es'
+    """
+    return _load(Path(path), None)[0]
+
+
+# ---------------------------------------------------------------- writing
+
+
+def _format_to_write(path: Path, format: Format | None) -> Format:
+    if path.suffix not in (".npy", ".npz"):
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected .npy or .npz; name it after the image")
+    if format is None:
+        return "psa" if path.suffix == ".npy" else "npz"
+    check_format(format)
+    if format == "psa_crf":
+        raise ValueError("found format='psa_crf' for one file; expected two; call save_crf_pair(low, high, cams)")
+    expected = ".npz" if format == "npz" else ".npy"
+    if path.suffix != expected:
+        raise ValueError(f"{path} ends in {path.suffix!r}, expected {expected} for format={format!r}; rename it")
+    return format
+
+
+def check_format(format: str | None) -> None:
+    """Raises ValueError where the name is not of :data:`FORMATS`; None is left to be told."""
+    if format is not None and format not in FORMATS:
+        raise ValueError(f"found format={format!r}; expected one of {', '.join(FORMATS)}; choose among those")
+
+
+def _maps_to_write(cams: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> Maps:
     maps = _checked(cams)
     for number, values in maps.items():
         if values.size and not (values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING):  # NaN fails too
@@ -50,48 +205,133 @@ def save_cams(path: str | os.PathLike[str], cams: Mapping[int, npt.ArrayLike]) -
                 f"map of class {number} holds values from {values.min():.4g} to {values.max():.4g}, "
                 "expected [0, 1]; normalise each map first"
             )
-    content = io.BytesIO()
-    if path.suffix == ".npy":
-        _write_psa(content, maps)
-    elif path.suffix == ".npz":
-        arrays: dict[str, Any] = {str(number): values for number, values in maps.items()}
-        np.savez_compressed(content, **arrays)
-    else:
-        raise ValueError(f"{path} ends in {path.suffix!r}, expected .npy (PSA dict) or .npz")
-
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        unfinished.write_bytes(content.getvalue())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    if size is not None and min(size) < 1:
+        raise ValueError(f"found size={size}; expected (H, W) of the image in pixels; pass its height, then its width")
+    return {number: resize_map(np.clip(values, 0, 1), size) for number, values in maps.items()}
 
 
-def load_cams(path: str | os.PathLike[str]) -> Maps:
-    """Read the class maps of one image: 0-based class -> float32 (H, W). No code in the file is run.
+def resize_map(values: npt.NDArray[np.float32], size: tuple[int, int] | None) -> npt.NDArray[np.float32]:
+    """One (h, w) map at (H, W): bilinear, pixel centres at half, antialiased when shrinking. None leaves it."""
+    if size is None or values.shape == tuple(size):
+        return values
+    tensor = torch.from_numpy(np.ascontiguousarray(values))[None, None]
+    resized = functional.interpolate(tensor, size, mode="bilinear", align_corners=False, antialias=True)
+    return resized[0, 0].clamp(0, 1).numpy()
 
-    Reads ``.npz`` and ``.npy`` of `save_cams`, PSA dicts from elsewhere, and IRN dicts (``keys`` and ``high_res``,
-    with or without the torch tensors IRN leaves in them).
 
-    Raises:
-        ValueError: another content; the message says what was found.
-        FileNotFoundError: no such file.
-    """
-    path = Path(path)
+def _stacked(maps: Maps, size: tuple[int, int] | None) -> torch.Tensor:
+    """(n, H, W), also of no maps."""
+    if not maps and size is None:
+        raise ValueError(
+            "found no maps and no size; expected the size of the image, which this format holds even without a class; "
+            "pass size=(H, W), or images= where folders are converted"
+        )
+    if not maps:
+        return torch.zeros(0, *size)  # type: ignore[misc]
+    return torch.from_numpy(np.stack(list(maps.values())))
+
+
+def _strided(maps: torch.Tensor) -> torch.Tensor:
+    """(n, H, W) averaged over cells of 4 x 4 pixels. IRN enlarges this 4 times and cuts off what is beyond the image:
+    cells lie at its upper left corner, and those on the far edges go on with the last pixel."""
+    if len(maps) == 0:
+        return maps.new_zeros(0, *(-(-length // IRN_STRIDE) for length in maps.shape[1:]))
+    below, right = (-length % IRN_STRIDE for length in maps.shape[1:])
+    padded = functional.pad(maps[None], (0, right, 0, below), mode="replicate")
+    return functional.avg_pool2d(padded, IRN_STRIDE)[0]
+
+
+def _over_maximum(maps: torch.Tensor) -> torch.Tensor:
+    return maps / maps.flatten(1).amax(1).clamp_min(torch.finfo(maps.dtype).tiny)[:, None, None] if len(maps) else maps
+
+
+def _refined(scores: npt.NDArray[np.float32], refined: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    if refined.shape != scores.shape or not np.isfinite(refined).all() or (refined < 0).any():
+        raise ValueError(
+            f"refine returned {_kind(refined)}; expected {scores.shape}, finite and not negative; return the "
+            "probabilities in the order given"
+        )
+    return refined.astype(np.float32)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
+    check_format(format)
     try:
         if path.suffix == ".npz":
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
                 content: Any = {int(name): archive[name] for name in archive.files}
+            found: Format = "npz"
         elif path.suffix == ".npy":
             with open(path, "rb") as file:
-                content = _read_npy(file)
+                content = read_npy(file)
+            found = _format_of(content, format)
         else:
             raise ValueError(f"ends in {path.suffix!r}, expected .npy or .npz; write the maps by save_cams")
-        return _checked(_from_irn(content))
+        if format is not None and found != format:
+            raise ValueError(f"found the format {found}, expected {format}; say format={found!r}, or leave it out")
+        return found, _maps_of(content, found)
     except OSError:
         raise
     except Exception as error:  # a damaged or hostile file may fail anywhere in the decoding
         raise ValueError(f"{path}: {error}") from error
+
+
+def _format_of(content: Any, format: Format | None) -> Format:
+    if isinstance(content, dict) and {"keys", "high_res"} <= content.keys():
+        return "irn"
+    if isinstance(content, dict) and {"keys", "attn_highres"} <= content.keys():
+        return "clip_es"
+    maps = _checked(content)
+    if format == "psa_crf" and 0 not in maps:
+        raise ValueError(f"found keys {list(maps)[:5]}, expected 0 (background) among them; a PSA dict has no such key")
+    if format in ("psa", "psa_crf"):
+        return format
+    if _may_be_of_a_crf_pair(maps):
+        raise ValueError(
+            "found key 0 with a background of the other maps, which a file of a CRF pair holds, or a PSA dict whose "
+            'class 0 happens to look so; expected one of them; say which by format="psa_crf" or format="psa" '
+            "(evaluate --format, convert --from)"
+        )
+    return "psa"
+
+
+def _may_be_of_a_crf_pair(maps: Maps) -> bool:
+    """Whether key 0 holds what is left of 1 (after a CRF), or a power of 1 minus the largest of the others."""
+    if 0 not in maps or not maps[0].size:
+        return False
+    if not all(values.min() >= -_LIKE_A_CRF_FILE and values.max() <= 1 + _LIKE_A_CRF_FILE for values in maps.values()):
+        return False
+    background = maps[0].astype(np.float64).clip(0, 1)
+    others = [values.astype(np.float64).clip(0, 1) for number, values in maps.items() if number != 0]
+    if np.abs(background + sum(others) - 1).max() < _LIKE_A_CRF_FILE:
+        return True
+    rest = 1 - np.max([np.zeros_like(background), *others], axis=0)
+    # The alpha is read where the background is nearest to a half, and must then explain every other pixel.
+    at = np.argmin(np.abs(background - 0.5) + 1e-3 * (1 - rest))
+    base, value = rest.flat[at], background.flat[at].clip(1e-30, 1)
+    alpha = np.log(value) / np.log(base) if 0 < base < 1 else 1.0
+    return bool(0 < alpha < _HIGHEST_ALPHA and np.abs(background - rest**alpha).max() < _LIKE_A_CRF_FILE)
+
+
+def _maps_of(content: Any, format: Format) -> Maps:
+    if format in ("irn", "clip_es"):
+        return _checked(_keyed(content, "high_res" if format == "irn" else "attn_highres"))
+    maps = _checked(content)
+    return {number - 1: values for number, values in maps.items() if number} if format == "psa_crf" else maps
+
+
+def _keyed(content: dict[str, Any], name: str) -> dict[Any, Any]:
+    """``{"keys": (n,), name: (n, H, W)}`` as a dict from class to map."""
+    numbers, maps = np.asarray(content["keys"]), np.asarray(content[name])
+    if numbers.ndim != 1 or maps.ndim != 3 or len(numbers) != len(maps) or len(set(numbers.tolist())) != len(numbers):
+        raise ValueError(
+            f"keys is {_kind(numbers)} and {name} {_kind(maps)}, expected (n,) of different classes and (n, H, W)"
+        )
+    numbers = numbers.astype(np.int64) if numbers.size == 0 else numbers
+    return dict(zip(numbers.tolist(), maps, strict=True))
 
 
 def _checked(cams: Mapping[Any, Any]) -> Maps:
@@ -101,7 +341,10 @@ def _checked(cams: Mapping[Any, Any]) -> Maps:
     for number, values in cams.items():
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < 0:
             found = list(cams)[:5]
-            raise ValueError(f"found keys {found}, expected 0-based class numbers (PSA), or keys and high_res (IRN)")
+            raise ValueError(
+                f"found keys {found}, expected 0-based class numbers (PSA), keys and high_res (IRN), or keys and "
+                "attn_highres (CLIP-ES); save the maps by save_cams"
+            )
         array = np.asarray(values)
         if array.ndim != 2 or array.dtype.kind not in "fiub":
             raise ValueError(
@@ -116,130 +359,7 @@ def _checked(cams: Mapping[Any, Any]) -> Maps:
     return maps
 
 
-def _from_irn(content: Any) -> Any:
-    """``{"keys": (n,), "high_res": (n, H, W)}`` as a dict from class to map; anything else as it is."""
-    if not isinstance(content, dict) or not {"keys", "high_res"} <= content.keys():
-        return content
-    numbers, maps = np.asarray(content["keys"]), np.asarray(content["high_res"])
-    if numbers.ndim != 1 or len(numbers) != len(maps):
-        raise ValueError(f"keys is {_kind(numbers)} and high_res {_kind(maps)}, expected (n,) and (n, H, W)")
-    return dict(zip(numbers.tolist(), maps, strict=True))
-
-
 def _kind(value: Any) -> str:
     if isinstance(value, np.ndarray):
         return f"a {value.dtype} array of shape {value.shape}"
     return f"a {type(value).__name__}"
-
-
-def _write_psa(file: BinaryIO, maps: Maps) -> None:
-    header = {"descr": "|O", "fortran_order": False, "shape": ()}
-    np.lib.format.write_array_header_1_0(file, header)
-    # numpy 2 writes names under numpy._core, which numpy 1 (codebases of the torch 1.7 era) cannot import; the old
-    # names work in both. In pickle protocol 3 names are lines of text, so replacing them leaves the rest intact.
-    data = pickle.dumps(np.array(maps, dtype=object), protocol=3)
-    file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
-
-
-def _read_npy(file: BinaryIO) -> Any:
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
-    if not dtype.hasobject or shape != ():
-        raise ValueError(f"found a {dtype} array of shape {shape}, expected a dict from class number to map")
-    content = _plain(_Reader(file).load())
-    return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
-
-
-class _Reader(pickle.Unpickler):
-    """Unpickles dicts of arrays; every name in the file resolves to something of this module, or is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        found: Any = _NAMES.get((module.replace("numpy._core", "numpy.core"), name))
-        if module == "torch":
-            found = _STORAGES.get(name)
-        if found is None:
-            raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which class maps do not need; not read")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        kind, code, *_ = pid  # ("storage", type, key, device, length): where torch announces raw numbers
-        if kind != "storage":
-            raise pickle.UnpicklingError(f"the file refers to {kind!r}; not read")
-        return _Dtype(code)
-
-
-class _Dtype:
-    def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
-        if not re.fullmatch(r"[fiub]\d\d?|O8", code):
-            raise pickle.UnpicklingError(f"found numbers of type {code!r}, expected float or int")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.dtype = self.dtype.newbyteorder(state[1])
-
-
-class _Array:
-    value: Any = None
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, shape, declared, fortran, content = state
-        if declared.dtype == object:
-            if shape != () or len(content) != 1:
-                raise pickle.UnpicklingError(f"found an array of objects of shape {shape}, expected a dict of maps")
-            self.value = content[0]
-        else:
-            values = np.frombuffer(content, declared.dtype)
-            self.value = values.reshape(shape, order="F" if fortran else "C")
-
-
-def _plain(value: Any) -> Any:
-    """The pickle's content with arrays in place of their stand-ins."""
-    if isinstance(value, _Array):
-        return _plain(value.value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return value
-
-
-def _scalar(declared: _Dtype, content: bytes) -> Any:
-    return np.frombuffer(content, declared.dtype)[0].item()
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")  # how protocol 2 stores bytes
-
-
-def _torch_storage(content: bytes) -> npt.NDArray[Any]:
-    """One torch storage in torch's old file format: five pickles, then its length and its numbers."""
-    file = io.BytesIO(content)
-    _magic, _version, _system, declared, keys = (_Reader(file).load() for _ in range(5))
-    if len(keys) != 1:
-        raise pickle.UnpicklingError(f"found {len(keys)} torch storages in one, expected 1")
-    length = int.from_bytes(file.read(8), "little")
-    return np.frombuffer(file.read(), declared.dtype, count=length)
-
-
-def _torch_tensor(storage: npt.NDArray[Any], offset: int, size: Any, stride: Any, *_: Any) -> npt.NDArray[Any]:
-    if math.prod(size) > len(storage):
-        raise pickle.UnpicklingError(f"found a torch tensor of size {size} in a storage of {len(storage)} numbers")
-    index = np.full(size, offset)  # indexing is checked against the storage, a strided view would not be
-    for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
-        index += np.arange(length).reshape(-1, *[1] * (len(size) - axis - 1)) * step
-    return storage[index]
-
-
-_NAMES: dict[tuple[str, str], Callable[..., Any]] = {
-    ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy", "ndarray"): lambda *_: _Array(),
-    ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _latin1,
-    ("collections", "OrderedDict"): OrderedDict,
-    ("torch._utils", "_rebuild_tensor_v2"): _torch_tensor,
-    ("torch.storage", "_load_from_bytes"): _torch_storage,
-}
-# Codes, not dtypes: what find_class returns is in the hands of the file, which could change a dtype in place.
-_STORAGES = {"FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "LongStorage": "i8", "IntStorage": "i4"}

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
-from acr_reg.integrations.formats import load_cams, save_cams
+from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, resize_map, save_cams, save_crf_pair
 
 
 @pytest.fixture
@@ -111,6 +112,179 @@ class Call:
         return self.call
 
 
+def in_every_format(folder, maps, **options):
+    """A file of each format with these maps: {format: path}; of the CRF pair the low one."""
+    paths = {format: folder / f"{format}{'.npz' if format == 'npz' else '.npy'}" for format in FORMATS}
+    for format, path in paths.items():
+        if format == "psa_crf":
+            save_crf_pair(path, folder / "high.npy", maps, **options)
+        else:
+            save_cams(path, maps, format, **options)
+    return paths
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_is_read_back_and_told(tmp_path, maps, format):
+    maps = {number: values / values.max() for number, values in maps.items()}  # as irn holds them
+    path = in_every_format(tmp_path, maps)[format]
+    found = load_cams(path, format)
+    assert list(found) == list(maps)
+    for number, values in found.items():
+        assert values.dtype == np.float32
+        np.testing.assert_allclose(values, maps[number], atol=2**-11 if format == "clip_es" else 1e-6)
+    if format == "psa_crf":
+        with pytest.raises(ValueError, match=r'say which by format="psa_crf" or format="psa"'):
+            load_cams(path)
+    else:
+        assert cam_format(path) == format
+        assert_same_maps(load_cams(path), found)
+
+
+@pytest.mark.parametrize("claimed", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_file_is_not_read_as_another_format(tmp_path, maps, format, claimed):
+    """But for the two that look the same, where the caller's word counts."""
+    path = in_every_format(tmp_path, maps)[format]
+    if {format, claimed} == {"psa", "psa_crf"} and format == "psa_crf":
+        assert load_cams(path, claimed).keys() == {0, 3, 15}
+    elif format != claimed:
+        with pytest.raises(ValueError, match=r"psa_crf\.npy|found the format|expected 0 \(background\) among them"):
+            load_cams(path, claimed)
+    else:
+        assert load_cams(path, claimed).keys() == maps.keys()
+
+
+def test_a_psa_dict_with_a_class_0_is_told_from_a_crf_file(tmp_path, maps):
+    for others in ({}, {2: maps[2]}, {2: maps[2], 14: maps[14]}, {2: np.zeros((5, 8))}):
+        for first in (maps[14] ** 2, np.zeros((5, 8)), 1 - maps[2] / 2):
+            save_cams(tmp_path / "image.npy", {0: first, **others})
+            assert load_cams(tmp_path / "image.npy").keys() == {0, *others}
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("alphas", [(1, 12), (4, 24), (4, 32)])
+def test_files_of_a_crf_pair_are_not_taken_for_psa_dicts(tmp_path, maps, alphas, half):
+    """With the background as written, and after a CRF, whose scores of a pixel sum to 1; in half precision too."""
+    for cams in (maps, {2: maps[2]}, {2: (maps[2] > 0.5).astype(np.float32)}, {}):
+        for refine in (None, lambda scores: scores / scores.sum(0)):
+            save_crf_pair(tmp_path / "low.npy", tmp_path / "high.npy", cams, alphas, (5, 8), refine)
+            for name in ("low.npy", "high.npy"):
+                content = np.load(tmp_path / name, allow_pickle=True).item()
+                np.save(tmp_path / name, {k: v.astype(np.float16) for k, v in content.items()} if half else content)
+                with pytest.raises(ValueError, match="which a file of a CRF pair holds"):
+                    load_cams(tmp_path / name)
+                assert load_cams(tmp_path / name, "psa_crf").keys() == cams.keys()
+
+
+def test_the_background_of_a_crf_pair(tmp_path, maps):
+    save_crf_pair(tmp_path / "low.npy", tmp_path / "high.npy", maps, alphas=(2, 24))
+    highest = np.maximum(maps[2], maps[14])
+    for name, alpha in (("low.npy", 2), ("high.npy", 24)):
+        found = np.load(tmp_path / name, allow_pickle=True).item()
+        assert list(found) == [0, 15, 3]
+        np.testing.assert_allclose(found[0], (1 - highest.astype(np.float64)) ** alpha, rtol=1e-4, atol=1e-12)
+        assert_same_maps({key - 1: values for key, values in found.items() if key}, maps)
+
+
+def test_a_crf_pair_is_refined_or_not_written(tmp_path, maps):
+    files = tmp_path / "low.npy", tmp_path / "high.npy"
+    seen = []
+    save_crf_pair(*files, maps, refine=lambda scores: seen.append(scores) or scores[::-1])
+    assert [scores.shape for scores in seen] == [(3, 5, 8)] * 2
+    assert (seen[0][0] >= seen[1][0]).all()
+    np.testing.assert_array_equal(np.load(files[0], allow_pickle=True).item()[0], seen[0][2])
+    before = [file.read_bytes() for file in files]
+    for wrong in (lambda scores: scores[1:], lambda scores: scores * np.nan, lambda scores: -scores):
+        with pytest.raises(ValueError, match=r"refine returned .* expected \(3, 5, 8\), finite"):
+            save_crf_pair(*files, maps, refine=wrong)
+    for alphas in ((4, 4), (0, 4), (32, 4), (4, np.inf)):
+        with pytest.raises(ValueError, match="expected 0 < low < high"):
+            save_crf_pair(*files, maps, alphas)
+    with pytest.raises(ValueError, match=r"high\.npz ends in"):
+        save_crf_pair(files[0], tmp_path / "high.npz", maps)
+    with pytest.raises(ValueError, match="call save_crf_pair"):
+        save_cams(files[0], maps, "psa_crf")
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("size", [(20, 24), (5, 8), (3, 5)])
+def test_maps_are_written_at_the_size_of_the_image(tmp_path, format, size):
+    maps = {2: np.full((5, 8), 0.5), 14: np.outer(np.arange(1, 6) / 5, np.ones(8))}
+    found = load_cams(in_every_format(tmp_path, maps, size=size)[format], format)
+    # Centres of the image's pixels on the map, whose own centres are at 0, 1, 2, ...: bilinear is exact on ramps.
+    across = (((np.arange(size[0]) + 0.5) * 5 / size[0] - 0.5).clip(0, 4) + 1) / 5
+    assert found[2].shape == found[14].shape == size
+    inner = slice(1, -1) if size[0] < 5 else slice(None)  # shrinking averages less than a cell's width at the edges
+    ratio = found[14][inner] / across[inner, None]
+    expected = ratio[0, 0] if format == "irn" else 1  # of the maximum
+    np.testing.assert_allclose(ratio, np.full_like(ratio, expected), atol=2e-3)
+
+
+def test_rounding_beyond_0_and_1_is_cut_off(tmp_path):
+    """Resized maps leave [0, 1] by a rounding, and a power of a negative background would be NaN."""
+    maps = {2: np.array([[-5e-6, 1 + 5e-6]])}
+    save_cams(tmp_path / "image.npy", maps)
+    assert load_cams(tmp_path / "image.npy")[2].tolist() == [[0, 1]]
+    save_crf_pair(tmp_path / "low.npy", tmp_path / "high.npy", maps, alphas=(0.5, 1.5))
+    for name in ("low.npy", "high.npy"):
+        assert np.load(tmp_path / name, allow_pickle=True).item()[0].tolist() == [[1, 0]]
+
+
+def test_enlarging_is_bilinear_between_pixel_centres(maps):
+    expected = functional.interpolate(torch.from_numpy(maps[2])[None, None], (31, 17), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(resize_map(maps[2], (31, 17)), expected.numpy(), atol=1e-6)
+
+
+def test_an_image_without_classes_in_every_format(tmp_path):
+    paths = in_every_format(tmp_path, {}, size=(6, 9))
+    for format, path in paths.items():
+        assert load_cams(path, format) == {}
+    assert np.load(paths["irn"], allow_pickle=True).item()["cam"].shape == (0, 2, 3)
+    assert np.load(paths["clip_es"], allow_pickle=True).item()["attn_highres"].shape == (0, 6, 9)
+    assert np.load(paths["psa_crf"], allow_pickle=True).item()[0].tolist() == np.ones((6, 9)).tolist()
+    for format in ("irn", "clip_es"):
+        with pytest.raises(ValueError, match=r"found no maps and no size.*pass size=\(H, W\)"):
+            save_cams(tmp_path / "image.npy", {}, format)
+
+
+def test_an_empty_map_stays_empty_in_an_irn_dict(tmp_path):
+    save_cams(tmp_path / "image.npy", {1: np.zeros((6, 9)), 2: np.full((6, 9), 0.25)}, "irn")
+    found = np.load(tmp_path / "image.npy", allow_pickle=True).item()
+    assert found["high_res"][:, 0, 0].tolist() == found["cam"][:, 0, 0].tolist() == [0, 1]
+
+
+def test_irn_dicts_open_in_old_numpy_and_torch(tmp_path, maps):
+    save_cams(tmp_path / "image.npy", maps, "irn")
+    content = (tmp_path / "image.npy").read_bytes()
+    assert b"numpy.core.multiarray" in content
+    assert b"numpy._core" not in content
+    assert b"torch._utils\n_rebuild_tensor_v2" in content
+    assert b"PK\x03\x04" not in content  # torch's zip files, which it wrote from 1.6 on
+
+
+@pytest.mark.parametrize(
+    ("name", "format", "message"),
+    [
+        ("image.npy", "voc", r"found format='voc'; expected one of psa, psa_crf, irn, clip_es, npz"),
+        ("image.npy", "npz", r"ends in '\.npy', expected \.npz"),
+        ("image.npz", "irn", r"ends in '\.npz', expected \.npy"),
+    ],
+)
+def test_formats_that_a_file_cannot_have(tmp_path, maps, name, format, message):
+    with pytest.raises(ValueError, match=message):
+        save_cams(tmp_path / name, maps, format)
+    assert os.listdir(tmp_path) == []
+
+
+def test_unknown_format_and_size_are_refused(tmp_path, maps):
+    save_cams(tmp_path / "image.npy", maps)
+    with pytest.raises(ValueError, match="found format='voc'"):
+        load_cams(tmp_path / "image.npy", "voc")
+    with pytest.raises(ValueError, match=r"found size=\(0, 5\)"):
+        save_cams(tmp_path / "image.npy", maps, size=(0, 5))
+
+
 def hostile_files(mark):
     """Pickles that would touch the file `mark` or call something else if they were believed."""
     good = np.zeros((2, 3), dtype=np.float32)
@@ -121,26 +295,31 @@ def hostile_files(mark):
         "getattr": {0: Call(getattr, good, "tofile")},
         "numpy": {0: Call(np.memmap, str(mark), "uint8", "w+", 0, (4,))},
         "torch": {0: Call(torch.load, str(mark))},
+        "irn": {"keys": np.array([0]), "cam": Call(os.system, f"touch {mark}"), "high_res": good[None]},
+        "clip_es": {"keys": Call(os.system, f"touch {mark}"), "attn_highres": good[None].astype(np.float16)},
     }
 
 
+@pytest.mark.parametrize("format", [None, *FORMATS])
 @pytest.mark.parametrize("protocol", [2, 3, 4])
 @pytest.mark.parametrize("name", list(hostile_files("")))
-def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, name, protocol):
+def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, name, protocol, format):
     mark = tmp_path / "mark"
     content = hostile_files(mark)[name]
     path = write_npy(tmp_path / "image.npy", pickle.dumps(np.array([content, None])[:1].reshape(()), protocol=protocol))
     with pytest.raises(ValueError, match=r"image.npy: the file asks for .*not read"):
-        load_cams(path)
+        load_cams(path, format)
     assert not mark.exists()
 
 
 def test_the_hostile_pickles_are_hostile(tmp_path):
     """The test above means something: np.load runs the same file."""
     mark = tmp_path / "mark"
-    np.save(tmp_path / "image.npy", hostile_files(mark)["system"], allow_pickle=True)
-    np.load(tmp_path / "image.npy", allow_pickle=True)
-    assert mark.exists()
+    for name in ("system", "irn", "clip_es"):
+        np.save(tmp_path / "image.npy", hostile_files(mark)[name], allow_pickle=True)
+        np.load(tmp_path / "image.npy", allow_pickle=True)
+        assert mark.exists()
+        mark.unlink()
 
 
 def test_code_inside_a_torch_storage_is_not_run(tmp_path):
@@ -195,8 +374,10 @@ def test_torch_tensors_stay_inside_their_storage(tmp_path):
     [
         (np.zeros((20, 4, 5), dtype=np.float32), r"found a float32 array of shape \(20, 4, 5\), expected a dict"),
         ([np.zeros((4, 5))], "expected a dict"),
-        ({"keys": np.array([1]), "attn_highres": np.zeros((1, 4, 5))}, r"found keys \['keys', 'attn_highres'\]"),
-        ({"keys": np.array([1, 2]), "high_res": np.zeros((1, 4, 5))}, r"expected \(n,\) and \(n, H, W\)"),
+        ({"keys": np.array([1]), "valid_cam": np.zeros((1, 4, 5))}, r"found keys \['keys', 'valid_cam'\]"),
+        ({"keys": np.array([1, 2]), "high_res": np.zeros((1, 4, 5))}, r"expected \(n,\) of different classes and"),
+        ({"keys": np.array([1, 1]), "high_res": np.zeros((2, 4, 5))}, r"expected \(n,\) of different classes and"),
+        ({"keys": np.array([1]), "attn_highres": np.zeros((4, 5))}, r"expected \(n,\) of different classes and"),
         ({-1: np.zeros((4, 5))}, r"found keys \[-1\]"),
         ({True: np.zeros((4, 5))}, r"found keys \[True\]"),
         ({0: np.zeros((1, 4, 5))}, r"class 0 holds a float64 array of shape \(1, 4, 5\)"),
