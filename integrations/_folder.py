@@ -1,0 +1,129 @@
+"""Fills a folder with one file of class maps an image: finished ones are passed over, bad ones are told and skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy.typing as npt
+
+from acr_reg.integrations._progress import show_progress
+from acr_reg.integrations.formats import Format, check_format, load_cams, save_cams, save_crf_pair
+
+ALPHAS = (4.0, 32.0)  # PSA's own
+_SHOWN = 5
+
+# Of an id: its maps, as for save_cams, and the (H, W) of the image, or None where the maps have it.
+MakeMaps = Callable[[str], tuple[Mapping[int, npt.ArrayLike], tuple[int, int] | None]]
+
+
+class StopRun(RuntimeError):
+    """Raised where going on with the next image makes no sense."""
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What a run over many images did, by their ids.
+
+    ``failed`` says of each image that was skipped what was wrong with it; a run is complete where it is empty. Running
+    again takes up what is missing.
+    """
+
+    written: list[str] = field(default_factory=list)
+    existing: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        text = f"{len(self.written)} written, {len(self.existing)} there before, {len(self.failed)} failed"
+        for name, message in list(self.failed.items())[:_SHOWN]:
+            text += f"\n  {name}: {message}"
+        more = len(self.failed) - _SHOWN
+        return text + (f"\n  and {more} more, in the report's `failed`" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class CamFolder:
+    """Where the files of a format go: a folder, or for a CRF pair two, named after it and their alpha."""
+
+    path: Path
+    format: Format
+    alphas: tuple[float, float] = ALPHAS
+
+    def __post_init__(self) -> None:
+        check_format(self.format)
+        if not 0 < self.alphas[0] < self.alphas[1] < float("inf"):
+            raise ValueError(f"found alphas={self.alphas}; expected 0 < low < high; PSA takes {ALPHAS}")
+
+    @property
+    def folders(self) -> list[Path]:
+        if self.format != "psa_crf":
+            return [self.path]
+        return [self.path.with_name(f"{self.path.name}_{alpha:g}") for alpha in self.alphas]
+
+    def is_empty(self) -> bool:
+        return not any(path for folder in self.folders for path in folder.glob("*.np[yz]"))
+
+    def files(self, name: str) -> list[Path]:
+        suffix = ".npz" if self.format == "npz" else ".npy"
+        return [folder / f"{name}{suffix}" for folder in self.folders]
+
+    def save(self, name: str, maps: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> None:
+        files = self.files(name)
+        if self.format == "psa_crf":
+            save_crf_pair(files[0], files[1], maps, self.alphas, size)
+        else:
+            save_cams(files[0], maps, self.format, size)
+
+    def check(self, name: str) -> None:
+        """Raises ValueError where the finished file of an earlier run is in another format: the folder would mix."""
+        file = self.files(name)[0]
+        try:
+            load_cams(file, self.format)
+        except ValueError as error:
+            raise ValueError(
+                f"found {file} of an earlier run, which is not in the format {self.format}; expected one format in a "
+                f"folder; choose another folder, or overwrite the files ({error})"
+            ) from error
+
+
+def fill(
+    target: CamFolder, names: Sequence[str], make: MakeMaps, what: str, overwrite: bool, progress: bool
+) -> FolderReport:
+    """Makes and saves the maps of every id whose files are not all there.
+
+    An error of ``make``, or maps that cannot be saved as they are, fail that id alone; an error of the disk ends the
+    run, and so does a :class:`StopRun`. Notes of failures and the summary go to standard error.
+    """
+    for folder in target.folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    finished = [] if overwrite else [name for name in names if all(file.is_file() for file in target.files(name))]
+    if finished:
+        target.check(finished[0])
+    report = FolderReport(existing=finished)
+    waiting = [name for name in names if name not in set(finished)]
+    with show_progress(what, len(waiting), progress) as bar:
+        for name in waiting:
+            try:
+                _one(target, name, make)
+            except ValueError as error:
+                report.failed[name] = str(error)
+                bar.note(f"{name} skipped: {error}")
+            else:
+                report.written.append(name)
+            bar.step()
+        if progress or report.failed:
+            bar.note(f"{', '.join(map(os.fspath, target.folders))}: {report}")
+    return report
+
+
+def _one(target: CamFolder, name: str, make: MakeMaps) -> None:
+    """Raises ValueError for whatever is this image's own fault."""
+    try:
+        maps, size = make(name)
+    except StopRun:
+        raise
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error) from error
+    target.save(name, maps, size)

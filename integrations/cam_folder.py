@@ -1,0 +1,140 @@
+"""The class maps of a list of images, from a model into a folder in a format that the next stage reads."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from acr_reg import Identity, Lattice, View, multi_view_cam, normalize_cam
+from acr_reg.integrations._folder import ALPHAS, CamFolder, FolderReport, StopRun, fill
+from acr_reg.integrations.formats import Format
+
+__all__ = ["FolderReport", "write_cams"]
+
+_TRIES = 3  # before an error of `cam` that met every image so far is taken for a mistake in it
+
+
+def write_cams(
+    cam: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Lattice]],
+    images: Iterable[str | os.PathLike[str]],
+    labels: Mapping[str, npt.ArrayLike],
+    folder: str | os.PathLike[str],
+    transform: Callable[[Image.Image], Tensor],
+    format: Format = "psa",
+    *,
+    views: Sequence[View] = (Identity(),),
+    merge: Literal["sum", "max", "mean"] = "sum",
+    normalize: Literal["minmax", "max"] = "minmax",
+    alphas: tuple[float, float] = ALPHAS,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FolderReport:
+    """Write the class maps of every image, at its own size, in [0, 1], to ``folder/ID.npy``, ID its file name's stem.
+
+    A run that was broken off goes on where it was: images whose files are there are passed over, and a file is whole
+    or not there. An image that cannot be read, or whose maps cannot be made or hold NaN, is named on standard error
+    and skipped; the run ends with a summary there, and the report says which they were. Progress is a bar where
+    standard error is a terminal and rich is installed, else a line every ten seconds.
+
+    Args:
+        cam: of an image (1, 3, h, w) and its labels (1, C), both on the transform's device, the maps (1, C, h', w'),
+            not normalised: a :class:`~acr_reg.GradientCam`, or a function of yours. Maps of absent classes are left
+            out.
+        images: paths of the photos.
+        labels: of each ID its (C,) labels, > 0 for the classes present, as ``cls_labels.npy`` of PSA holds them.
+        folder: made if need be. For ``psa_crf`` two folders, named ``folder_4`` and ``folder_32`` after the alphas.
+        transform: of the photo in RGB its tensor (3, h, w), on the model's device. It may resize the photo, but not
+            crop or pad it: the maps are stretched over the whole of it.
+        format: of :data:`~acr_reg.integrations.formats.FORMATS`.
+        views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. By default
+            the image alone, as is right for a GradientCam, which merges its own views.
+        normalize: "minmax" as MCTformer and ACR do, "max" as PSA and IRN do; after the maps are enlarged.
+        alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`; for ``psa_crf`` only. No CRF is run.
+        overwrite: make the maps again that are there.
+        progress: show it. Failures are told in any case.
+
+    Raises:
+        ValueError: an image without labels, two images of one ID, files of another format in the folder.
+        RuntimeError: ``cam`` fails for each of the first images, and nothing is in the folder.
+
+    >>> import numpy as np, torch
+    >>> from PIL import Image
+    >>> Image.fromarray(np.zeros((30, 40, 3), np.uint8)).save("2007_000032.png")
+    >>> report = write_cams(
+    ...     lambda image, labels: torch.rand(1, 20, 4, 4),
+    ...     images=["2007_000032.png"],
+    ...     labels={"2007_000032": np.eye(20)[14]},
+    ...     folder="cams",
+    ...     transform=lambda photo: torch.from_numpy(np.array(photo.resize((64, 64)))).permute(2, 0, 1) / 255,
+    ...     progress=False,
+    ... )
+    >>> from acr_reg.integrations.formats import load_cams
+    >>> report.written, load_cams("cams/2007_000032.npy")[14].shape
+    (['2007_000032'], (30, 40))
+    """
+    if normalize not in ("minmax", "max"):
+        raise ValueError(f'found normalize={normalize!r}; expected "minmax" or "max"; choose one')
+    paths = [Path(image) for image in images]
+    repeated = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
+    if repeated:
+        raise ValueError(f"found several images named {repeated[:3]}; expected one each; write them to two folders")
+    files = {path.stem: path for path in paths}
+    missing = [name for name in files if name not in labels]
+    if missing:
+        raise ValueError(
+            f"found no labels of {len(missing)} of {len(files)} images, such as {missing[:3]}; expected labels of "
+            "each; key them by the file name without its ending"
+        )
+    target = CamFolder(Path(folder), format, alphas)
+    failures: list[str] = []
+    made = 0
+
+    def maps_of(name: str) -> tuple[dict[int, npt.NDArray[np.float32]], tuple[int, int]]:
+        nonlocal made
+        with Image.open(files[name]) as photo:
+            size = (photo.height, photo.width)
+            image = transform(photo.convert("RGB"))[None]
+        present = torch.as_tensor(labels[name], device=image.device).reshape(1, -1)
+        try:
+            maps = _maps(cam, image, present, size, views, merge)
+        except Exception as error:
+            failures.append(name)
+            if made == 0 and len(failures) == _TRIES and target.is_empty():
+                raise StopRun(
+                    f"found cam failing for each of the first images, {', '.join(failures)}: {error!r}; expected maps "
+                    "(1, C, h, w); mend it and run again, nothing was written"
+                ) from error
+            raise
+        made += 1
+        numbers = torch.nonzero(present[0] > 0)[:, 0]
+        bounded = normalize_cam(maps[:, numbers], normalize)[0]
+        return dict(zip(numbers.tolist(), bounded.cpu().numpy(), strict=True)), size
+
+    return fill(target, list(files), maps_of, "Class maps", overwrite, progress)
+
+
+def _maps(
+    cam: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Lattice]],
+    image: Tensor,
+    labels: Tensor,
+    size: tuple[int, int],
+    views: Sequence[View],
+    merge: Literal["sum", "max", "mean"],
+) -> Tensor:
+    """(1, C, H, W) at the size of the photo."""
+    maps = multi_view_cam(lambda view: cam(view, labels), image, views, merge, size).detach()
+    if maps.shape[1] != labels.shape[1]:
+        raise ValueError(
+            f"found maps of shape {tuple(maps.shape)} from cam for labels of {labels.shape[1]} classes; expected (1, "
+            f"{labels.shape[1]}, h, w); return one map per class"
+        )
+    return maps

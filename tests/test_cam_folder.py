@@ -1,0 +1,287 @@
+"""Class maps of a list of images into a folder: at each image's size, to be taken up again, with no failure hidden."""
+
+import io
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
+from acr_reg.integrations import _progress
+from acr_reg.integrations.cam_folder import write_cams
+from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
+
+SIZES = {"2007_000032": (30, 44), "2007_000039": (51, 33), "2007_000063": (16, 16)}
+LABELS = {"2007_000032": [1, 0, 0, 1], "2007_000039": [0, 1, 0, 0], "2007_000063": [0, 0, 1, 0]}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    rng = np.random.default_rng(0)
+    paths = []
+    for name, size in SIZES.items():
+        paths.append(tmp_path / f"{name}.png")
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(paths[-1])
+    return paths
+
+
+def transform(photo):
+    assert photo.mode == "RGB"
+    return torch.from_numpy(np.array(photo.resize((32, 32)))).permute(2, 0, 1) / 255
+
+
+def cam(images, labels):
+    """Maps of 4 classes on 4 x 4 tokens, not normalised, larger to the right whatever the image shows there."""
+    assert images.shape == (1, 3, 32, 32)
+    tokens = functional.avg_pool2d(images, 8) * torch.linspace(0.2, 1, 4)
+    return torch.cat([tokens, tokens[:, :1] * torch.arange(4.0)], 1) * 7 * (labels > 0)[:, :, None, None]
+
+
+def contents(folder, format):
+    loaded = {path.name: load_cams(path, format) for path in folder.iterdir()}
+    return {name: {number: values.tobytes() for number, values in maps.items()} for name, maps in loaded.items()}
+
+
+def test_maps_have_the_size_of_each_image_and_its_classes(tmp_path, photos):
+    report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert report.written == list(SIZES)
+    assert not report.failed
+    for name, size in SIZES.items():
+        found = load_cams(tmp_path / "cams" / f"{name}.npy")
+        labels = torch.tensor([LABELS[name]])
+        image = transform(Image.open(tmp_path / f"{name}.png").convert("RGB"))[None]
+        large = functional.interpolate(cam(image, labels), size, mode="bilinear", align_corners=False)
+        expected = normalize_cam(large, "minmax")[0]
+        assert list(found) == [number for number, label in enumerate(LABELS[name]) if label]
+        for number, values in found.items():
+            np.testing.assert_allclose(values, expected[number], atol=1e-5)
+            assert (values.min(), values.max()) == (0, 1)
+
+
+def test_views_are_merged(tmp_path, photos):
+    views = [Identity(), HorizontalFlip()]
+    write_cams(cam, photos[:1], LABELS, tmp_path / "cams", transform, views=views, merge="max", normalize="max")
+    image, labels = transform(Image.open(photos[0]).convert("RGB"))[None], torch.tensor([LABELS["2007_000032"]])
+    merged = multi_view_cam(lambda x: cam(x, labels), image, views, "max", SIZES["2007_000032"])
+    expected = normalize_cam(merged, "max")[0]
+    alone = normalize_cam(multi_view_cam(lambda x: cam(x, labels), image, views[:1], "max", (30, 44)), "max")[0]
+    for number, values in load_cams(tmp_path / "cams" / "2007_000032.npy").items():
+        np.testing.assert_allclose(values, expected[number], atol=1e-6)
+        assert np.abs(values - alone[number].numpy()).max() > 0.1
+
+
+def test_the_lattice_of_the_tokens_counts(tmp_path, photos):
+    def beside(images, labels):
+        return cam(images, labels), Lattice(4, 4, (8.0, 8.0), (4.0, 0.0), (32.0, 32.0))
+
+    for name, function in (("plain", cam), ("moved", beside)):
+        write_cams(function, photos[2:], LABELS, tmp_path / name, transform, normalize="max")
+    plain, moved = (load_cams(tmp_path / name / "2007_000063.npy")[2] for name in ("plain", "moved"))
+    np.testing.assert_allclose(moved[4:14], plain[2:12], atol=1e-5)  # half a token lower: 2 of 16 pixels
+    assert np.abs(moved - plain).max() > 0.05
+
+
+def test_class_maps_of_a_transformer(tmp_path, photos):
+    """GradientCam as it is, labels of several types."""
+    torch.manual_seed(0)
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+
+    class Vit(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patch_embed, self.block = torch.nn.Conv2d(3, 16, 8, 8), block
+
+        def forward(self, images):
+            return self.block(self.patch_embed(images).flatten(2).transpose(1, 2)).mean(1)[:, :4]
+
+    labels = {name: np.array(values, dtype=np.float32) for name, values in LABELS.items()}
+    labels["2007_000039"] = torch.tensor(LABELS["2007_000039"])
+    with GradientCam(Vit(), start_layer=0, query="all", steps=0) as gradient_cam:
+        report = write_cams(gradient_cam, photos, labels, tmp_path / "cams", transform, "irn")
+        image = transform(Image.open(photos[1]).convert("RGB"))[None]
+        maps = gradient_cam(image, torch.tensor([LABELS["2007_000039"]]))
+    assert report.written == list(SIZES)
+    large = functional.interpolate(maps, SIZES["2007_000039"], mode="bilinear", align_corners=False)
+    found = load_cams(tmp_path / "cams" / "2007_000039.npy", "irn")
+    np.testing.assert_allclose(found[1], normalize_cam(large, "minmax")[0, 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_second_run_makes_what_is_missing_only(tmp_path, photos, format):
+    calls = []
+
+    def counted(images, labels):
+        calls.append(labels)
+        return cam(images, labels)
+
+    def run(**options):
+        calls.clear()
+        return write_cams(counted, photos, LABELS, tmp_path / "cams", transform, format, **options)
+
+    assert len(run().written) == len(calls) == 3
+    folders = ["cams_4", "cams_32"] if format == "psa_crf" else ["cams"]
+    files = {folder: contents(tmp_path / folder, format) for folder in folders}
+    assert all(sorted(path.partition(".")[0] for path in found) == list(SIZES) for found in files.values())
+
+    again = run()
+    assert (again.written, again.existing, len(calls)) == ([], list(SIZES), 0)
+
+    next((tmp_path / folders[-1]).glob("2007_000039.*")).unlink()
+    again = run()
+    assert (again.written, again.existing, len(calls)) == (["2007_000039"], ["2007_000032", "2007_000063"], 1)
+    assert {folder: contents(tmp_path / folder, format) for folder in folders} == files
+
+    assert run(overwrite=True).written == list(SIZES)
+    assert len(calls) == 3
+
+
+def test_a_run_that_is_broken_off_leaves_whole_files(tmp_path, photos):
+    def interrupted(images, labels):
+        if labels[0, 2]:
+            raise KeyboardInterrupt
+        return cam(images, labels)
+
+    with pytest.raises(KeyboardInterrupt):
+        write_cams(interrupted, photos, LABELS, tmp_path / "cams", transform)
+    assert sorted(os.listdir(tmp_path / "cams")) == ["2007_000032.npy", "2007_000039.npy"]
+    report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert (report.written, len(report.existing)) == (["2007_000063"], 2)
+
+
+def test_bad_images_are_told_and_skipped(tmp_path, photos, capsys):
+    photos[0].write_bytes(photos[0].read_bytes()[:200])
+    photos[2].unlink()
+    report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert report.written == ["2007_000039"]
+    assert list(report.failed) == ["2007_000032", "2007_000063"]
+    error = capsys.readouterr().err
+    assert "2007_000032 skipped: OSError" in error
+    assert "2007_000063 skipped: FileNotFoundError" in error
+    assert f"{tmp_path / 'cams'}: 1 written, 0 there before, 2 failed\n  2007_000032: OSError" in error
+    assert os.listdir(tmp_path / "cams") == ["2007_000039.npy"]
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform, progress=False)
+    assert "2007_000032 skipped" in capsys.readouterr().err  # failures are told in any case
+
+
+def test_without_failures_progress_false_is_silent(tmp_path, photos, capsys):
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda maps: maps * torch.nan, "holds values from nan to nan"),
+        (lambda maps: maps[:, :2], r"found maps of shape \(1, 2, .* expected \(1, 4, h, w\)"),
+        (lambda maps: maps[0], r"found maps of shape \(4, 4, 4\) from cam_fn"),
+        (lambda maps: maps.view(5, 5), r"RuntimeError: shape '\[5, 5\]' is invalid"),
+    ],
+)
+def test_maps_that_cannot_be_used_fail_their_image_alone(tmp_path, photos, wrong, message):
+    def sometimes(images, labels):
+        maps = cam(images, labels)
+        return wrong(maps) if labels[0, 1] else maps
+
+    report = write_cams(sometimes, photos, LABELS, tmp_path / "cams", transform)
+    assert report.written == ["2007_000032", "2007_000063"]
+    assert list(report.failed) == ["2007_000039"]
+    with pytest.raises(ValueError, match=message):
+        raise ValueError(report.failed["2007_000039"])
+
+
+def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
+    def broken(images, labels):
+        raise IndexError("no such layer")
+
+    with pytest.raises(RuntimeError, match=r"2007_000032, 2007_000039, 2007_000063: IndexError\('no such layer'\)"):
+        write_cams(broken, photos, LABELS, tmp_path / "cams", transform)
+    # Where it has worked before, the images are the odd ones.
+    save_cams(tmp_path / "cams" / "another.npy", {0: np.ones((2, 2))})
+    assert len(write_cams(broken, photos, LABELS, tmp_path / "cams", transform).failed) == 3
+
+
+def test_a_full_disk_ends_the_run(tmp_path, photos, monkeypatch):
+    def full(source, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert os.listdir(tmp_path / "cams") == []
+
+
+def test_a_folder_holds_one_format(tmp_path, photos):
+    write_cams(cam, photos[:1], LABELS, tmp_path / "cams", transform, "irn")
+    with pytest.raises(ValueError, match="of an earlier run, which is not in the format psa"):
+        write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert os.listdir(tmp_path / "cams") == ["2007_000032.npy"]
+
+
+def test_mistakes_are_told_before_any_work(tmp_path, photos):
+    def run(images=photos, labels=LABELS, **options):
+        write_cams(cam, images, labels, tmp_path / "cams", transform, **options)
+
+    with pytest.raises(ValueError, match=r"no labels of 1 of 3 images, such as \['2007_000063'\]"):
+        run(labels={name: LABELS[name] for name in list(LABELS)[:2]})
+    with pytest.raises(ValueError, match=r"several images named \['2007_000032'\]"):
+        run(images=[*photos, "elsewhere/2007_000032.jpg"])
+    with pytest.raises(ValueError, match="found normalize='sum'"):
+        run(normalize="sum")
+    with pytest.raises(ValueError, match="found format='voc'"):
+        run(format="voc")
+    with pytest.raises(ValueError, match="expected 0 < low < high"):
+        run(format="psa_crf", alphas=(32, 4))
+    assert not (tmp_path / "cams").exists()
+
+
+# ---------------------------------------------------------------- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal(tmp_path, photos, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    photos[0].unlink()
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    shown = sys.stderr.getvalue()
+    assert "3/3" in shown
+    assert "Class maps" in shown
+    assert "2007_000032 skipped: FileNotFoundError" in shown
+    assert "2 written, 0 there before, 1 failed" in shown
+
+
+def test_progress_is_a_line_now_and_then_elsewhere(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setattr(_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition(",")[0] for line in lines[:3]] == [f"Class maps: {n} of 3" for n in (1, 2, 3)]
+    assert lines[3].endswith("3 written, 0 there before, 0 failed")
+
+
+def test_a_short_run_writes_its_summary_alone(tmp_path, photos, capsys):
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_without_rich_a_terminal_shows_lines(tmp_path, photos, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.progress", None)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert "Class maps: 3 of 3, about 0 s left" in sys.stderr.getvalue()
+
+
+def test_a_long_summary_names_some(tmp_path, photos, capsys):
+    labels = {f"{number:03}": [1, 0, 0, 0] for number in range(8)}
+    report = write_cams(cam, [f"{name}.jpg" for name in labels], labels, tmp_path / "cams", transform)
+    assert len(report.failed) == 8
+    assert str(report).endswith("and 3 more, in the report's `failed`")
+    assert capsys.readouterr().err.count(" skipped: ") == 8
