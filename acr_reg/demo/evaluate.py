@@ -19,7 +19,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from acr_reg.demo.errors import CommandError
-from acr_reg.integrations.formats import load_cams
+from acr_reg.integrations.formats import FORMATS, Format, load_cams
 from acr_reg.metrics import CamMeanIoU, CamScores
 
 CAM_SUFFIXES = (".npy", ".npz")
@@ -38,8 +38,9 @@ class Sample(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = (
-        "Maps are .npy files holding a PSA dict {0-based class: (H, W) map in [0, 1]} or an IRN dict, or .npz files "
-        "with the 0-based class as key. Class k is mask id k + 1, or k with --no-background. Mask id 255 is ignored."
+        "Maps are .npy files holding a PSA dict {0-based class: (H, W) map in [0, 1]}, an IRN or a CLIP-ES dict, or "
+        ".npz files with the 0-based class as key. Class k is mask id k + 1, or k with --no-background. Mask id 255 is "
+        "ignored."
     )
     parser.add_argument("--cams", type=Path, required=True, metavar="DIR", help="folder of ID.npy or ID.npz")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="folder of palette or grey PNG masks")
@@ -55,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument("--thresholds", type=int, default=100, metavar="N", help="try 0, 1/N, ... (default: 100)")
+    parser.add_argument("--format", choices=FORMATS, help="of the maps; default: as each file says itself")
     parser.add_argument("--resize", action="store_true", help="resize maps (bilinear) where the sizes differ")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores, with the threshold curve")
 
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     metric = CamMeanIoU(args.classes, np.arange(args.thresholds) / args.thresholds, background=background)
     with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         for sample in progress.track(samples, description="Scoring"):
-            score_sample(metric, sample, args.resize)
+            score_sample(metric, sample, args.resize, args.format)
     try:
         scores = metric.compute()
     except ValueError as error:
@@ -137,11 +139,11 @@ def find_samples(entries: Sequence[tuple[str, str]], cams: Path, masks: Path) ->
     return samples
 
 
-def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool) -> None:
+def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool, format: Format | None) -> None:
     """Count one image."""
     first = 1 if metric.background else 0
     try:
-        maps = load_cams(sample.cam)
+        maps = load_cams(sample.cam, format)
         mask = read_mask(sample.mask)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
