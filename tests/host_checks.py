@@ -8,6 +8,7 @@ import importlib
 import multiprocessing
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -205,3 +206,39 @@ def patched_module(folder: Path, file: str, lines: list[tuple[int, str]] | None)
     module.__package__ = package
     exec(compile(source if lines is None else with_added_lines(source, lines), str(path), "exec"), module.__dict__)
     return module
+
+
+# ---------------------------------------------------------------- two ranks
+
+Gradients = dict[str, Tensor]
+
+
+def check_gradients_of_two_ranks(gradients: Callable[..., Gradients], *arguments: object) -> None:
+    """``gradients(data, *arguments)`` starts the process group itself and returns the gradients of one step on the data
+    of that number. Of two ranks, each with data of its own, both must have the mean of what each has alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+        ranks = [pool.submit(_together_and_alone, rank, port, gradients, arguments) for rank in (0, 1)]
+        (together, alone), (other, other_alone) = (rank.result(timeout=600) for rank in ranks)
+    assert together.keys() == other.keys() == alone.keys() == other_alone.keys() != set()
+    assert any(not torch.equal(alone[name], other_alone[name]) for name in alone), "both ranks had the same data"
+    for name, gradient in together.items():
+        assert torch.equal(gradient, other[name]), f"{name} differs between ranks"
+        mean = (alone[name] + other_alone[name]) / 2
+        error = (gradient - mean).norm() / mean.norm().clamp_min(1e-12)
+        assert error < 1e-3, f"{name}: {error:.1e} off the mean of both"
+
+
+def _together_and_alone(
+    rank: int, port: int, gradients: Callable[..., Gradients], arguments: tuple[object, ...]
+) -> list[Gradients]:
+    torch.set_num_threads(1)
+    found = []
+    for place, world, at in ((rank, 2, port), (0, 1, 0)):
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(at), RANK=str(place), WORLD_SIZE=str(world))
+        found.append(gradients(10 + rank, *arguments))
+        torch.distributed.destroy_process_group()
+    return found
