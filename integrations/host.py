@@ -107,12 +107,19 @@ class HostCapture:
 
 class FeatureRecorder:
     """The tensor that ``module`` returned, or was given first, in the last pass (or, ``keep="first"``, the first one)
-    that has a graph."""
+    that has a graph. ``pick`` takes it out of a module's result that is no tensor."""
 
-    def __init__(self, module: nn.Module, what: Literal["input", "output"] = "output", keep: Keep = "only") -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        what: Literal["input", "output"] = "output",
+        keep: Keep = "only",
+        pick: Callable[[Any], Tensor] = lambda result: result,
+    ) -> None:
         self._name = f"the {what} of its {type(module).__name__}"
         self._what = what
         self._keep = keep
+        self._pick = pick
         self._found: Tensor | None = None
         self._hooks = HookSet(self)
         self._hooks.watch_only([module])
@@ -123,7 +130,7 @@ class FeatureRecorder:
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
         if self._what == "output" and not failed:
-            self._see(result)
+            self._see(self._pick(result))
 
     def _see(self, tensor: Tensor) -> None:
         # Under no_grad hosts compute their pseudo labels; within backward, checkpointing repeats a pass.
