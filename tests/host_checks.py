@@ -43,13 +43,10 @@ def observed(watched: Callable[[], dict[str, Tensor]], weight: float | None = No
     steps: list[Step] = []
 
     class Observed(acr_reg.AllPairsConsistencyLoss):
-        def __init__(self, view, **options):
-            weights = {} if weight is None else dict.fromkeys(self.named_weights(), weight)
-            super().__init__(view, **{**options, **weights})
-
-        @staticmethod
-        def named_weights():
-            return ("activation_weight", "affinity_weight", "cam_weight")
+        def __init__(self, view=None, activation_weight=None, affinity_weight=None, cam_weight=None, **options):
+            if weight is not None:
+                activation_weight = affinity_weight = cam_weight = weight
+            super().__init__(view, activation_weight, affinity_weight, cam_weight, **options)
 
         def forward(self, attn_a, attn_b, cam_a=None, cam_b=None, **options):
             loss, terms = super().forward(attn_a, attn_b, cam_a, cam_b, return_terms=True, **options)
@@ -165,35 +162,47 @@ class Absent(types.ModuleType):
 # ---------------------------------------------------------------- the lines that a host file's docstring adds
 
 
-def added_lines(module: types.ModuleType, host: str, commit: str) -> dict[str, list[tuple[int, str]]]:
-    """file -> [(line, code to put before it)], read from the docstring."""
-    found: dict[str, list[tuple[int, str]]] = {}
+@dataclass(frozen=True)
+class Added:
+    """Code to put before line ``first``, in place of the lines from there up to, not including, ``end``."""
+
+    first: int
+    end: int
+    code: str
+
+
+def added_lines(module: types.ModuleType, host: str, commit: str) -> dict[str, list[Added]]:
+    """file -> what to add, read from the docstring."""
+    places: dict[str, list[tuple[int, int, list[str]]]] = {}
     in_host = False
     code: list[str] | None = None
     for line in (module.__doc__ or "").splitlines():
+        place = re.fullmatch(r"        (\S+\.py), (?:before line (\d+)|in place of lines (\d+) to (\d+)):", line)
         if match := re.match(r"    (\S+/\S+) at ([0-9a-f]{7})", line):
             in_host = match.groups() == (host, commit)
-        elif in_host and (match := re.match(r"        (\S+\.py), before line (\d+):$", line)):
+        elif in_host and place:
+            first = int(place[2] or place[3])
             code = []
-            found.setdefault(match[1], []).append((int(match[2]), code))
+            places.setdefault(place[1], []).append((first, int(place[4] or first - 1) + 1, code))
         elif in_host and code is not None and line.startswith(" " * 12):
             code.append(line[12:])
         else:
             code = None
-    assert found, f"{module.__name__} has no lines to add to {host} at {commit}"
-    return {file: [(number, "\n".join(lines)) for number, lines in parts] for file, parts in found.items()}
+    assert places, f"{module.__name__} has no lines to add to {host} at {commit}"
+    return {file: [Added(first, end, "\n".join(code)) for first, end, code in found] for file, found in places.items()}
 
 
-def with_added_lines(source: str, lines: list[tuple[int, str]]) -> str:
+def with_added_lines(source: str, lines: list[Added]) -> str:
     text = source.splitlines()
-    for number, code in sorted(lines, reverse=True):
-        indent = re.match(r"\s*", text[number - 1])[0]
-        assert text[number - 1].strip(), f"line {number} is empty: name one that shows its indentation"
-        text[number - 1 : number - 1] = textwrap.indent(code, indent).splitlines()
+    for added in sorted(lines, key=lambda added: added.first, reverse=True):
+        line = text[added.first - 1]
+        assert line.strip(), f"line {added.first} is empty: name one that shows its indentation"
+        indent = re.match(r"\s*", line)[0]
+        text[added.first - 1 : added.end - 1] = textwrap.indent(added.code, indent).splitlines()
     return "\n".join(text) + "\n"
 
 
-def patched_module(folder: Path, file: str, lines: list[tuple[int, str]] | None) -> types.ModuleType:
+def patched_module(folder: Path, file: str, lines: list[Added] | None) -> types.ModuleType:
     """The host's file as a module, with the lines added; None leaves it as it is."""
     path = folder / file
     source = path.read_text(encoding="utf-8")
@@ -240,5 +249,6 @@ def _together_and_alone(
     for place, world, at in ((rank, 2, port), (0, 1, 0)):
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(at), RANK=str(place), WORLD_SIZE=str(world))
         found.append(gradients(10 + rank, *arguments))
-        torch.distributed.destroy_process_group()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     return found
