@@ -202,15 +202,17 @@ def with_added_lines(source: str, lines: list[Added]) -> str:
     return "\n".join(text) + "\n"
 
 
-def patched_module(folder: Path, file: str, lines: list[Added] | None) -> types.ModuleType:
-    """The host's file as a module, with the lines added; None leaves it as it is."""
+def patched_module(
+    folder: Path, file: str, lines: list[Added] | None, as_name: str | None = None
+) -> types.ModuleType:
+    """The host's file as a module, with the lines added; None leaves it as it is. ``as_name="__main__"`` runs it."""
     path = folder / file
     source = path.read_text(encoding="utf-8")
     name = file.removesuffix(".py").replace("/", ".")
     package = name.rpartition(".")[0]
     if package:
         importlib.import_module(package)
-    module = types.ModuleType(name)
+    module = types.ModuleType(as_name or name)
     module.__file__ = str(path)
     module.__package__ = package
     exec(compile(source if lines is None else with_added_lines(source, lines), str(path), "exec"), module.__dict__)
