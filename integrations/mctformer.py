@@ -1,11 +1,49 @@
-"""MCTformer V1, V2 and MCTformer+, and their heirs WeakTr and CTI: one class token for each class, explicit attention.
+"""MCTformer V1, V2 and MCTformer+, and their heirs WeakTr and CTI: one class token for each class, explicit
+attention.
 
-Weights to start from: the DeiT-S ImageNet checkpoint that each host loads itself (``--finetune``).
-Views: flips, quarter turns and rotations of the square at any weights; MCTformer+ and CTI train at one fixed, square
-size, so their second view keeps that size (``Scale(..., keep_size=True)``, crops resized back to it). V1, V2 and WeakTr
-resize their position table and take any multiple of 16.
+What is regularised: the attention of all blocks on the training images, class tokens' rows and patches' pairs, and
+the class map of the convolutional head (V1 has none: the class tokens' attention to the patches, summed over layers).
+Weights to start from: DeiT-S of ImageNet-1k, deit_small_patch16_224-cd65a155.pth, which MCTformer and WeakTr load by
+``--finetune`` and CTI from pretrained/deit_small_imagenet.pth.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation.
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: the training
+functions themselves (``train_one_epoch``; CTI's ``train_setup``, ``unpack`` and ``update``), two steps. Stubbed: the
+``.cuda()`` calls, OpenCV, the data loader, and CTI's ``__init__``, which wants the weights. MCTformer+ also ran
+whole, ``benchmarks/recipe_voc.py`` on eight made-up images: training, class maps, evaluation. ChunmengLiu1/AReAM at
+fe708c3 could not be fetched and is not served: its blocks return logits in place of probabilities.
+
+Views. V1, V2 and WeakTr resize their position table: flips, quarter turns, crops and scales to any multiple of 16,
+square or not. MCTformer+ and CTI add their table as it is in training, so every view has to have the side they train
+at (448, 224): flips, quarter turns, ``Scale(..., keep_size=True)``, and ``RandomResizedCrop(side)``. ``second_view``
+refuses other sizes, among them oblong ones of equally many patches, which these hosts would take with the wrong
+positions.
+
+Noise floor. drop_path of 0.1 gives two passes on the same images different attention: in train mode the loss is above
+0 under ``Identity()``, and only the part above this floor is the view's. Means of four pairs of passes, two images of
+uniform noise, two classes present, seed 0, random weights (attention close to uniform); in eval mode the floor is
+exactly 0:
+
+    model          px   activation         affinity           cam          identity / flip, each
+    MCTformer V1   224  0.0026 / 0.0244    0.0024 / 0.0253    0.001 / 0.008
+    MCTformer V2   224  0.0027 / 0.0247    0.0025 / 0.0254    0.060 / 0.185
+    MCTformer+     448  0.0025 / 0.0261    0.0023 / 0.0271    0.055 / 0.176
+    WeakTr         224  0.0024 / 0.0247    0.0023 / 0.0251    0.068 / 0.178
+    CTI            224  0.0024 / 0.0248    0.0023 / 0.0254    0.078 / 0.239
+
+Mixed precision. The hosts train under autocast with a scaled loss (CTI does not), and ACR's lines stand before the
+scaler. The loss itself computes in float32. At 64 px and random weights the gradient on the query and key weights has
+a cosine with that of float32 of 0.999 in float16 with the scale that the scaler starts with, and of 0.76 (WeakTr),
+0.97 (CTI) to 0.999 in bfloat16; less than 0.1 % of it is 0. MCTformer+ ran two steps of its loop in bfloat16.
+
+What does not work. ``nn.DataParallel`` over several GPUs, which CTI uses: capture refuses replicas; show it one
+(CUDA_VISIBLE_DEVICES=0). CTI's ``img_pos`` is another image of the class and no view of ``img``. The class maps that
+the hosts return are detached (V2, WeakTr) or, for MCTformer+, end in a square root whose gradient at 0 is not a
+number; hence ``cams`` takes the head's output. WeakTr's fused class map has no gradient on the attention that it
+fuses.
+
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation. Those on
+today's torch and timm are what the host itself needs: timm's ``create_model`` passes arguments that its models
+refuse, and Pillow has lost a name. ``acr_reg.integrations.added_lines`` puts them into a copy.
 
     xulianuwa/MCTformer at 0acc27a (MCTformer+)
         engine.py, before line 5:
@@ -23,6 +61,13 @@ The lines to add stand before the given line of the host's file at that commit, 
             )
             del first, second
 
+    xulianuwa/MCTformer at 0acc27a, on today's torch and timm
+        main.py, before line 217:
+            def create_model(model_name, pretrained, drop_block_rate, **options):
+                return getattr(models, model_name)(**options)
+        datasets.py, before line 13:
+            PIL.Image.CUBIC = PIL.Image.BICUBIC
+
     xulianuwa/MCTformer at 9606597 (MCTformer V1 and V2)
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
@@ -39,6 +84,13 @@ The lines to add stand before the given line of the host's file at that commit, 
             )
             del first, second
 
+    xulianuwa/MCTformer at 9606597, on today's torch and timm
+        main.py, before line 200:
+            def create_model(model_name, pretrained, drop_block_rate, **options):
+                return getattr(models, model_name)(**options)
+        datasets.py, before line 13:
+            PIL.Image.CUBIC = PIL.Image.BICUBIC
+
     hustvl/WeakTr at 3457ad3
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
@@ -54,6 +106,39 @@ The lines to add stand before the given line of the host's file at that commit, 
                 first.attention, second.attention, mctformer.cams(first), mctformer.cams(second), labels=targets
             )
             del first, second
+
+    hustvl/WeakTr at 3457ad3, on today's torch and timm
+        main.py, before line 297:
+            def create_model(model_name, pretrained, drop_block_rate, **options):
+                return getattr(models, model_name)(**options)
+        datasets.py, before line 15:
+            PIL.Image.CUBIC = PIL.Image.BICUBIC
+
+    yoon307/CTI at 1c6fdb4
+        models/model_CTI.py, before line 44:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import mctformer as with_acr
+        models/model_CTI.py, before line 276:
+            self.host = with_acr.capture(self.net_trm)
+            self.acr = AllPairsConsistencyLoss(HorizontalFlip())
+        models/model_CTI.py, before line 312:
+            self.host.clear()
+        models/model_CTI.py, before line 316:
+            first = self.host.take()
+            second = with_acr.second_view(self.host, self.acr.view(self.img))
+        models/model_CTI.py, before line 430:
+            loss_trm = loss_trm + self.acr(
+                first.attention, second.attention, with_acr.cams(first), with_acr.cams(second), labels=self.label
+            )
+            del first, second
+
+    yoon307/CTI at 1c6fdb4, on today's torch and timm
+        models/model_CTI.py, before line 151:
+            def create_model(model_name, pretrained, drop_block_rate, **options):
+                return getattr(mctformer, model_name)(**options)
+
+CTI runs the model up to three times more in a step (img_pos, and twice with swapped class tokens), and with a graph
+when it scores between epochs: ``clear()`` forgets those passes. A ``take()`` below them is refused.
 """
 
 from __future__ import annotations
@@ -61,40 +146,36 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from acr_reg import capture_attention
-from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, Keep, part, unwrap
+from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, part, unwrap
 
 __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
     """Captures the class tokens' and patches' attention of all blocks, and what the convolutional head makes of the
-    patches."""
+    patches. Raises ValueError for a model of another family."""
     network = unwrap(model)
+    blocks = part(network, "blocks", "MCTformer")
     background = _background_tokens(network)
-    count = background + int(network.num_classes)  # type: ignore[arg-type]
-    keep: Keep = "last" if background else "only"  # CTI runs the model up to three times more after its first view
+    count = background + _num_classes(network)
     attention = capture_attention(
-        model,
-        modules=[part(network, "blocks", "MCTformer")],
-        num_prefix_tokens=count,
-        class_tokens=range(background, count),
-        keep=keep,
+        model, modules=[blocks], num_prefix_tokens=count, class_tokens=range(background, count)
     )
     head = network.head
-    features = FeatureRecorder(head, keep=keep) if isinstance(head, nn.Conv2d) else None
-    return HostCapture(model, attention, features)
+    return HostCapture(model, attention, FeatureRecorder(head) if isinstance(head, nn.Conv2d) else None)
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
     """The whole model on ``images`` (B, 3, H, W), through DDP where the model is wrapped. ``output`` is what the host's
-    forward returns, for the paper's second classification loss."""
+    forward returns, for the paper's second classification loss. Raises ValueError for images of a size that the host
+    cannot train at."""
+    _refuse_other_sizes(host.network, images)
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The head's class map of the patches, (B, C, h, w), any range, on the graph. The maps that the hosts themselves
-    return are detached, and MCTformer+ takes a square root at 0, whose gradient is not a number. V1 has no head: its
-    class map is the class tokens' attention to the patches, in [0, 1], summed over layers."""
+    """The head's class map of the patches, (B, C, h, w), any range, on the graph, classes present or not. V1 has no
+    head: its class map is the class tokens' attention to the patches, at least 0, summed over layers."""
     background = _background_tokens(view.network)
     if view.features is not None:
         return view.features[:, background:]
@@ -105,6 +186,36 @@ def cams(view: HostView) -> Tensor:
     return rows.unflatten(2, (layout.key.height, layout.key.width))
 
 
+def _num_classes(network: nn.Module) -> int:
+    """Or a clear error: taken for MCTformer, a plain ViT would have a thousand prefix tokens."""
+    classes = int(getattr(network, "num_classes", 0))
+    token = getattr(network, "cls_token", None)
+    tokens = token.shape[1] if isinstance(token, Tensor) and token.ndim == 3 else 0
+    if not hasattr(network, "num_classes_with_fg") and (classes == 0 or tokens != classes):
+        raise ValueError(
+            f"found a {type(network).__name__} with {tokens} class tokens for {classes} classes; expected a model of "
+            "the MCTformer family, with one for each class; call capture of the file that serves this host (README, "
+            "table of hosts), or capture_attention where none does"
+        )
+    return classes
+
+
 def _background_tokens(network: nn.Module) -> int:
     """CTI has a token of the background before those of the classes."""
-    return int(getattr(network, "num_classes_with_fg", network.num_classes)) - int(network.num_classes)  # type: ignore[arg-type]
+    classes = getattr(network, "num_classes", 0)
+    return int(getattr(network, "num_classes_with_fg", classes)) - int(classes)
+
+
+def _refuse_other_sizes(network: nn.Module, images: Tensor) -> None:
+    """MCTformer+ and CTI hold the patches' positions apart, and in training add them to whatever comes."""
+    table = getattr(network, "pos_embed_pat", None)
+    if not network.training or not isinstance(table, Tensor):
+        return
+    patch = next(part(network, "patch_embed", "MCTformer").parameters()).shape[-1]  # of the convolution's weight
+    side = patch * round(table.shape[1] ** 0.5)
+    if tuple(images.shape[-2:]) != (side, side):
+        raise ValueError(
+            f"found a view of {images.shape[-2]} x {images.shape[-1]} px; expected {side} x {side}, the fixed size at "
+            f"which this {type(network).__name__} trains; use flips, Scale(..., keep_size=True) or "
+            f"RandomResizedCrop({side})"
+        )

@@ -1,9 +1,10 @@
 """TransCAM: a Conformer, whose transformer branch has one class token, and whose class map comes from its convolutions.
 
 Its stem of overlapping windows puts tokens 1.5 px before the middle of their pixels, and the loss compares them there.
-From the fifth block on, where strided convolutions of the other branch join in, their place is not known: the loss warns,
-and takes the middle. BatchNorm runs on each view on its own, as on each batch. The host trains under ``nn.DataParallel``, which
-on several GPUs is refused by name: run it on one, or wrap the model in DistributedDataParallel.
+From the fifth block on, where strided convolutions of the other branch join in, their place is not known: the loss
+warns, and takes the middle. BatchNorm runs on each view on its own, as on each batch. The host trains under
+``nn.DataParallel``, which on several GPUs is refused by name: run it on one, or wrap the model in
+DistributedDataParallel.
 
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation.
 
@@ -18,10 +19,9 @@ The lines to add stand before the given line of the host's file at that commit, 
             first = host.take()
             second = transcam.second_view(host, acr.view(img))
         train_TransCAM.py, before line 95:
-            loss = loss + acr(
-                first.attention, second.attention, transcam.cams(first), transcam.cams(second), labels=label[:, 1:, 0, 0]
-            )
-            del first, second
+            maps = transcam.cams(first), transcam.cams(second)
+            loss = loss + acr(first.attention, second.attention, *maps, labels=label[:, 1:, 0, 0])
+            del first, second, maps
 """
 
 from __future__ import annotations

@@ -7,22 +7,23 @@ import contextlib
 import importlib
 import multiprocessing
 import os
-import re
 import socket
 import subprocess
 import sys
-import textwrap
 import types
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import acr_reg
+from acr_reg.integrations.added_lines import Added, with_added_lines
+from acr_reg.integrations.added_lines import added_lines as added_lines  # the tests take it from here
 
 # ---------------------------------------------------------------- what training with the added lines must show
 
@@ -162,46 +163,6 @@ class Absent(types.ModuleType):
 # ---------------------------------------------------------------- the lines that a host file's docstring adds
 
 
-@dataclass(frozen=True)
-class Added:
-    """Code to put before line ``first``, in place of the lines from there up to, not including, ``end``."""
-
-    first: int
-    end: int
-    code: str
-
-
-def added_lines(module: types.ModuleType, host: str, commit: str) -> dict[str, list[Added]]:
-    """file -> what to add, read from the docstring."""
-    places: dict[str, list[tuple[int, int, list[str]]]] = {}
-    in_host = False
-    code: list[str] | None = None
-    for line in (module.__doc__ or "").splitlines():
-        place = re.fullmatch(r"        (\S+\.py), (?:before line (\d+)|in place of lines (\d+) to (\d+)):", line)
-        if match := re.match(r"    (\S+/\S+) at ([0-9a-f]{7})", line):
-            in_host = match.groups() == (host, commit)
-        elif in_host and place:
-            first = int(place[2] or place[3])
-            code = []
-            places.setdefault(place[1], []).append((first, int(place[4] or first - 1) + 1, code))
-        elif in_host and code is not None and line.startswith(" " * 12):
-            code.append(line[12:])
-        else:
-            code = None
-    assert places, f"{module.__name__} has no lines to add to {host} at {commit}"
-    return {file: [Added(first, end, "\n".join(code)) for first, end, code in found] for file, found in places.items()}
-
-
-def with_added_lines(source: str, lines: list[Added]) -> str:
-    text = source.splitlines()
-    for added in sorted(lines, key=lambda added: added.first, reverse=True):
-        line = text[added.first - 1]
-        assert line.strip(), f"line {added.first} is empty: name one that shows its indentation"
-        indent = re.match(r"\s*", line)[0]
-        text[added.first - 1 : added.end - 1] = textwrap.indent(added.code, indent).splitlines()
-    return "\n".join(text) + "\n"
-
-
 def patched_module(
     folder: Path, file: str, lines: list[Added] | None, as_name: str | None = None
 ) -> types.ModuleType:
@@ -224,16 +185,39 @@ def patched_module(
 Gradients = dict[str, Tensor]
 
 
-def check_gradients_of_two_ranks(gradients: Callable[..., Gradients], *arguments: object) -> None:
-    """``gradients(data, *arguments)`` starts the process group itself and returns the gradients of one step on the data
-    of that number. Of two ranks, each with data of its own, both must have the mean of what each has alone."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+def gradients_of_two_ranks(*calls: tuple[Any, ...]) -> list[list[list[Gradients]]]:
+    """For each call (function, *arguments): of both ranks, the gradients together with the other and alone.
+
+    ``function(data, *arguments)`` starts the process group itself and returns the gradients (name -> tensor) of one
+    step on the data of that number, another for each rank."""
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in calls]
+        for each in free:
+            each.bind(("127.0.0.1", 0))
+        ports = [each.getsockname()[1] for each in free]
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
-        ranks = [pool.submit(_together_and_alone, rank, port, gradients, arguments) for rank in (0, 1)]
-        (together, alone), (other, other_alone) = (rank.result(timeout=600) for rank in ranks)
+        ranks = [pool.submit(_together_and_alone, rank, ports, calls) for rank in (0, 1)]
+        found = [rank.result(timeout=900) for rank in ranks]
+    return [list(of_call) for of_call in zip(*found, strict=True)]
+
+
+def _together_and_alone(rank: int, ports: list[int], calls: tuple[tuple[Any, ...], ...]) -> list[list[Gradients]]:
+    torch.set_num_threads(1)
+    found: list[list[Gradients]] = []
+    for port, (function, *arguments) in zip(ports, calls, strict=True):
+        found.append([])
+        for place, world, at in ((rank, 2, port), (0, 1, 0)):
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(at), RANK=str(place), WORLD_SIZE=str(world))
+            found[-1].append(function(10 + rank, *arguments))
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return found
+
+
+def check_mean_of_ranks(found: list[list[Gradients]]) -> None:
+    """Of two ranks, each with data of its own, both must have the mean of what each has alone."""
+    (together, alone), (other, other_alone) = found
     assert together.keys() == other.keys() == alone.keys() == other_alone.keys() != set()
     assert any(not torch.equal(alone[name], other_alone[name]) for name in alone), "both ranks had the same data"
     for name, gradient in together.items():
@@ -241,16 +225,3 @@ def check_gradients_of_two_ranks(gradients: Callable[..., Gradients], *arguments
         mean = (alone[name] + other_alone[name]) / 2
         error = (gradient - mean).norm() / mean.norm().clamp_min(1e-12)
         assert error < 1e-3, f"{name}: {error:.1e} off the mean of both"
-
-
-def _together_and_alone(
-    rank: int, port: int, gradients: Callable[..., Gradients], arguments: tuple[object, ...]
-) -> list[Gradients]:
-    torch.set_num_threads(1)
-    found = []
-    for place, world, at in ((rank, 2, port), (0, 1, 0)):
-        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(at), RANK=str(place), WORLD_SIZE=str(world))
-        found.append(gradients(10 + rank, *arguments))
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return found

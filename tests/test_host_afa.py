@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from host_checks import (
     added_lines,
-    check_gradients_of_two_ranks,
+    check_mean_of_ranks,
     check_training,
     checkout,
+    gradients_of_two_ranks,
     host_on_path,
     in_fresh_process,
     patched_module,
@@ -166,10 +167,6 @@ def small_gradients(data):
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-def test_two_ranks_have_the_mean_gradient():
-    check_gradients_of_two_ranks(small_gradients)
-
-
 # ---------------------------------------------------------------- the host itself
 
 STUBS = ("bilateralfilter", "cv2", "numpy.lib.utils", "omegaconf", "pydensecrf")
@@ -284,4 +281,4 @@ def test_afa_trains(afa_folder):
 
 
 def test_afa_has_the_mean_gradient_on_two_ranks(afa_folder):
-    check_gradients_of_two_ranks(afa_gradients, afa_folder)
+    check_mean_of_ranks(*gradients_of_two_ranks((afa_gradients, afa_folder)))

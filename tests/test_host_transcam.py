@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from host_checks import (
     added_lines,
-    check_gradients_of_two_ranks,
+    check_mean_of_ranks,
     check_training,
     checkout,
+    gradients_of_two_ranks,
     host_on_path,
     in_fresh_process,
     patched_module,
@@ -127,10 +128,6 @@ def small_gradients(data):
     return gradients_of(Small, data)
 
 
-def test_two_ranks_have_the_mean_gradient():
-    check_gradients_of_two_ranks(small_gradients)
-
-
 # ---------------------------------------------------------------- the host itself
 
 
@@ -188,4 +185,4 @@ def test_host_trains(host_folder):
 
 
 def test_two_ranks_of_the_hosts_model_have_the_mean_gradient(host_folder):
-    check_gradients_of_two_ranks(host_gradients, host_folder)
+    check_mean_of_ranks(*gradients_of_two_ranks((host_gradients, host_folder)))

@@ -1,0 +1,96 @@
+"""The lines that a host file's docstring adds to its host, read as data and put into a copy of the host's source.
+
+A docstring names a host, then files and the lines that code stands before or takes the place of, then the code, four
+more spaces each::
+
+    owner/name at 0123abc (what it is)
+        folder/file.py, before line 12:
+            print("these lines, at the indentation of line 12")
+        folder/file.py, in place of lines 14 to 16:
+            print("at the indentation of line 14")
+
+A heading that ends in ``on today's torch and timm`` holds what the host itself needs to run there, without ACR.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+__all__ = ["Added", "add_lines", "added_lines", "with_added_lines"]
+
+
+@dataclass(frozen=True)
+class Added:
+    """Code that stands before line ``first``, counted from 1, and takes the place of the lines before ``end``."""
+
+    first: int
+    end: int
+    code: str
+
+
+Lines = dict[str, list[Added]]
+_TODAY = "on today's torch and timm"
+_PLACE = re.compile(r"        (\S+\.py), (?:before line (\d+)|in place of lines (\d+) to (\d+)):")
+
+
+def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = False) -> Lines:
+    """file -> what to add to it, for ``owner/name`` at a commit of seven digits. ``today``: the edits that
+    the host itself needs on today's versions, {} where it needs none. Raises ValueError for a host that the docstring
+    does not name."""
+    named = False
+    in_host = False
+    code: list[str] | None = None
+    parts: dict[str, list[tuple[int, int, list[str]]]] = {}
+    for line in (module.__doc__ or "").splitlines():
+        if heading := re.match(r"    (\S+/\S+) at ([0-9a-f]{7})", line):
+            is_host = heading.groups() == (host, commit)
+            named = named or is_host
+            in_host = is_host and line.endswith(_TODAY) == today
+            code = None
+        elif in_host and (place := _PLACE.fullmatch(line)):
+            code = []
+            first = int(place[2] or place[3])
+            parts.setdefault(place[1], []).append((first, int(place[4] or first - 1) + 1, code))
+        elif code is not None and line.startswith(" " * 12):
+            code.append(line[12:])
+        elif line.strip():
+            code = None
+    if not named or (not parts and not today):
+        raise ValueError(
+            f"found no lines to add to {host} at {commit} in {module.__name__}; expected one of the hosts that its "
+            "docstring names; look there for the commits"
+        )
+    return {file: [Added(first, end, "\n".join(code)) for first, end, code in found] for file, found in parts.items()}
+
+
+def with_added_lines(source: str, lines: list[Added]) -> str:
+    """The source with each code at its place, at the indentation of the line that it stands before or replaces."""
+    text = source.splitlines()
+    for added in sorted(lines, key=lambda added: added.first, reverse=True):
+        inside = 1 <= added.first <= len(text) and added.first <= added.end <= len(text) + 1
+        if not inside or not text[added.first - 1].strip():
+            raise ValueError(
+                f"found no code at line {added.first} of {len(text)}; expected a line that shows the indentation; is "
+                "this the commit that the docstring names?"
+            )
+        line = text[added.first - 1]
+        indent = line[: len(line) - len(line.lstrip())]
+        text[added.first - 1 : added.end - 1] = textwrap.indent(added.code, indent).splitlines()
+    return "\n".join(text) + "\n"
+
+
+def add_lines(folder: Path, *additions: Lines) -> None:
+    """Rewrites the files of a copy of the host. Line numbers of all ``additions`` count in the files as they are."""
+    changed = {}
+    for file in dict.fromkeys(name for lines in additions for name in lines):
+        path = folder / file
+        if not path.is_file():
+            raise ValueError(f"found no {file} in {folder}; expected a checkout of the host; look at the path")
+        places = [place for lines in additions for place in lines.get(file, [])]
+        changed[path] = with_added_lines(path.read_text(encoding="utf-8"), places)
+    for path, text in changed.items():  # all or none
+        path.write_text(text, encoding="utf-8")
