@@ -6,6 +6,18 @@ loop calls around DDP and ranks drift apart; the first added line gives it one. 
 ``propagate_cam`` give the maps of its ``getam`` with ``--aff``. What the lines do not touch stays the host's: weight
 decay passed as momentum, every rank on the same list.
 
+Weights to start from: the ImageNet weights of its backbones, which the host loads itself (``use_pretrain``).
+Views: any flip, quarter turn, crop or scale whose size is a multiple of 16. For the class maps' term, pass
+``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` as well, and give it a weight: ``paper`` leaves it at 1.
+
+Run on 2026-11-25 with torch 2.14.1 on a CPU, random weights, at 64 px: ``train()`` itself for two iterations with the
+ResNet hybrid and DeiT-B, on one and on two gloo ranks. Replaced: the images, nccl, SyncBatchNorm, saving.
+Its ResNet stem puts tokens off the middle of their pixels (8.5 px apart under a flip), and the library cannot tell
+where: the loss warns, and takes the middle, as the host does.
+
+Noise floor: 0, the host drops no paths (at 224 px, random weights, under a flip: activation 0.068, affinity 0.067,
+per row; cam 0.25). What does not work: backbone "vitl", whose classification head has the wrong width in the host.
+
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or in place
 of the given lines.
 
