@@ -118,7 +118,8 @@ def gradients_of(build, data):
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     model = build().eval()  # without drop_path, whose draws depend on the rank
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    # In eval mode backward needs BatchNorm's buffers, which DDP would write anew before the second view.
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True, broadcast_buffers=False)
     acr = acr_reg.AllPairsConsistencyLoss(acr_reg.HorizontalFlip())
     small_step(wrapped, acr, transcam.capture(wrapped), batch(data)).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
