@@ -10,8 +10,8 @@ Views: any flip, quarter turn, crop or scale whose size is a multiple of 32.
 
 Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, MiT-B1 at 64 px: ``train()`` itself, two
 iterations, on one and on two gloo ranks. Replaced: the dataset, the YAML configuration, mmcv's ConvModule, the devices
-of DDP. The host needs on today's versions: ``np.float`` and ``numpy.lib.utils`` are gone from numpy, mmcv has no build
-for this torch.
+of DDP. The host needs on today's versions: ``numpy.lib.utils`` is gone from numpy, and mmcv 1.7 does not build on
+Python 3.11.
 
 Noise floor: drop_path of 0.1 gives two passes on the same images different attention. Means of four pairs in train
 mode, two images of uniform noise at 320 px, seed 0, random weights, under identity / flip: affinity 0.0023 / 0.0268,

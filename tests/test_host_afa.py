@@ -6,7 +6,6 @@ import sys
 import types
 import warnings
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -213,7 +212,7 @@ def afa_training(folder, patched, model, data):
 
 
 class ConvModule(nn.Sequential):
-    """In place of mmcv's: the decoder's fusing convolution. mmcv has no build for today's torch."""
+    """In place of mmcv's: the decoder's fusing convolution. mmcv 1.7 does not build on Python 3.11."""
 
     def __init__(self, in_channels, out_channels, kernel_size, norm_cfg):
         convolution = nn.Conv2d(in_channels, out_channels, kernel_size, bias=False)
@@ -224,7 +223,6 @@ def prepare_afa(folder):
     host_on_path(folder, STUBS)
     sys.modules["mmcv"] = sys.modules["mmcv.cnn"] = types.SimpleNamespace(ConvModule=ConvModule)
     torch.cuda.set_device = lambda *_: None
-    setattr(np, "float", float)  # noqa: B010  # gone since numpy 1.24
     logging.disable()
     from wetr.model_attn_aff import WeTr
 

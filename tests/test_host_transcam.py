@@ -1,6 +1,8 @@
 """TransCAM: its own training script with the added lines, its model on two ranks, and a small model like it."""
 
+import os
 import sys
+import tempfile
 import types
 
 import pytest
@@ -150,6 +152,7 @@ def run_host(folder):
     sys.modules["torch.utils.tensorboard"] = types.SimpleNamespace(SummaryWriter=lambda *_: None)
     voc12.data.VOC12ClsDataset = lambda *_, **__: None
     torch.utils.data.DataLoader = lambda *_, **__: [("ab", *batch(2)), ("ab", *batch(3))]
+    os.chdir(tempfile.mkdtemp())  # for the script's log
     sys.argv = ["train_TransCAM.py", "--weights", "none", "--max_epoches", "1", "--arch", "built"]
 
     def train(model, patched):
