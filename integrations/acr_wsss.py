@@ -1,10 +1,37 @@
 """ACR_WSSS, the published code of all-pairs consistency: the same gradients, on any number of ranks and any grid.
 
-``AllPairsConsistencyLoss.paper`` in place of the host's own flips and means gives its gradients on square images, and
-right ones on others, where the host's loops over rows are wrong. The host's model has no ``forward``, which is why its
-loop calls around DDP and ranks drift apart; the first added line gives it one. ``class_token_gradient_cam`` and
-``propagate_cam`` give the maps of its ``getam`` with ``--aff``. What the lines do not touch stays the host's: weight
-decay passed as momentum, every rank on the same list.
+``AllPairsConsistencyLoss.paper`` takes the place of the host's loops over rows. With the horizontal flip its gradients
+are the host's own on square images, to rounding, and right where the host's are not: on images that are not square
+and for the distilled DeiT, whose second prefix token shifts its rows by one. The class map of ``getam`` with
+``--aff`` is ``propagate_cam(class_token_gradient_cam(...))``, for the distilled DeiT too, where infer_cam.py stops.
+
+What is regularised: the class token's row and the pairs of patches, in all twelve blocks. For the class map's term as
+well, pass ``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` to the loss, whose weight is then 1.
+Weights to start from: the ImageNet weights at 384 px that the host itself downloads (``jx_vit_base_resnet50_384``,
+``jx_vit_base_p16_384``, ``deit_base_patch16_384``, ``deit_base_distilled_patch16_384``).
+
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at 530a59d, random weights, 64 px: ``train()`` of
+train_acr.py and of train_acr_coco.py, two steps, ``train()`` of infer_cam.py on two images; backbones vitb_hybrid, deit
+and deit_distilled, one and two gloo ranks. Stubbed: the images (OpenCV), pydensecrf, nccl, ``.cuda()``,
+SyncBatchNorm, saving, and the download.
+
+Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or not: the host resizes its table of
+positions. The host's own ``img2`` is no longer used.
+
+Noise floor: 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a flip at random
+weights the terms per row are 0.07, activation and affinity (vitb_hybrid 192 px, deit_distilled 64 px: 0.08).
+
+Faults of the published code that the lines repair: the call around DDP, after which ranks have gradients of their own;
+grids that are not square; the token of the distilled DeiT; the copies of the stacked maps in backward. Faults that
+remain the host's: weight decay passed as momentum, all ranks on the same list, maps kept on its modules with their
+graph until the next pass (deepcopy of the model fails meanwhile, and inference or validation under ``torch.no_grad``
+reads stale ones), a table of activations that all models of a process share, and inference for batches of one.
+
+What does not work. vitl: its tokens are 1024 wide and its head takes 768, so the host's forward pass fails. And the
+ResNet stem of vitb_hybrid, the default, puts tokens off the middle of their 16 pixels, which no module tells: the loss
+warns and takes the middle, as the published code does. ``acr_reg.check`` measures how far apart the flip matches
+tokens there: at random weights 10 px (queries) and 17 px (keys) at 128 px, 12 and 11 px at 192 px; below 1 px for
+deit_distilled.
 
 Weights to start from: the ImageNet weights of its backbones, which the host loads itself (``use_pretrain``).
 Views: any flip, quarter turn, crop or scale whose size is a multiple of 16. For the class maps' term, pass
@@ -19,7 +46,7 @@ Noise floor: 0, the host drops no paths (at 224 px, random weights, under a flip
 per row; cam 0.25). What does not work: backbone "vitl", whose classification head has the wrong width in the host.
 
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or in place
-of the given lines.
+of the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
 
     OpenNLPLab/ACR_WSSS at 530a59d
         train_acr.py, before line 2:
@@ -33,11 +60,31 @@ of the given lines.
         train_acr.py, in place of lines 138 to 161:
             x1, *_ = model(img)
             first = host.take()
-            second = acr_wsss.second_view(host, img2)
+            second = acr_wsss.second_view(host, acr.view(img))
             x2, *_ = second.output
         train_acr.py, in place of lines 167 to 168:
             loss = cls_loss_1 + cls_loss_2 + acr(first.attention, second.attention)
             del first, second
+        train_acr_coco.py, before line 2:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import acr_wsss
+        train_acr_coco.py, before line 93:
+            model.forward = model.forward_cls
+        train_acr_coco.py, before line 100:
+            host = acr_wsss.capture(model)
+            acr = AllPairsConsistencyLoss.paper(HorizontalFlip(), weight=args.alpha)
+        train_acr_coco.py, in place of lines 135 to 159:
+            x1, *_ = model(img)
+            first = host.take()
+            second = acr_wsss.second_view(host, acr.view(img))
+            x2, *_ = second.output
+        train_acr_coco.py, in place of lines 164 to 165:
+            loss = cls_loss_1 + cls_loss_2 + acr(first.attention, second.attention)
+            del first, second
+
+    OpenNLPLab/ACR_WSSS at 530a59d, on today's torch and timm
+        myTool.py, before line 14:
+            np.float = float
 """
 
 from __future__ import annotations
@@ -55,13 +102,14 @@ def capture(model: nn.Module) -> HostCapture:
     DeiT has a second prefix token."""
     vit = part(unwrap(model), "pretrained.model", "ACR_WSSS")
     blocks = part(vit, "blocks", "ACR_WSSS")
+    last = list(blocks.children())[-1]
     attention = capture_attention(
         model,
         modules=[blocks],
         num_prefix_tokens=int(vit.num_tokens),  # type: ignore[arg-type]
         class_tokens=1,
     )
-    return HostCapture(model, attention, FeatureRecorder(part(blocks, "11", "ACR_WSSS")))
+    return HostCapture(model, attention, FeatureRecorder(last))
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:

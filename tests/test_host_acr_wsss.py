@@ -105,9 +105,7 @@ def test_small_model_trains(cams):
             small_step(model, acr, host, batch(seed, 64, 96), cams).backward()
             optimizer.step()
 
-    steps = check_training(
-        build, train, layers=12, watched=is_query_and_key, terms=TERMS | {"cam"} if cams else TERMS
-    )
+    steps = check_training(build, train, layers=12, watched=is_query_and_key, terms=TERMS | {"cam"} if cams else TERMS)
     assert steps[0].tokens == ((2, 2, 1 + 24, 1 + 24),) * 12
 
 
@@ -155,10 +153,10 @@ def prepare_host(folder):
     return lambda backbone="vitb_hybrid": ACR(CLASSES, backbone, use_pretrain=False)
 
 
-def host_training(folder, patched, model, data, alpha=100):
+def host_training(folder, patched, model, data, alpha=100, file="train_acr.py"):
     """Runs the host's train() on these batches. Stubbed: the images, nccl, SyncBatchNorm, the GPU, saving."""
-    lines = added_lines(acr_wsss, "OpenNLPLab/ACR_WSSS", "530a59d")["train_acr.py"] if patched else None
-    script = patched_module(folder, "train_acr.py", lines)
+    lines = added_lines(acr_wsss, "OpenNLPLab/ACR_WSSS", "530a59d")[file] if patched else None
+    script = patched_module(folder, file, lines)
     begin = torch.distributed.init_process_group
     script.dist = types.SimpleNamespace(init_process_group=lambda **_: begin("gloo"))
     script.ACR = lambda **_: model
@@ -167,12 +165,16 @@ def host_training(folder, patched, model, data, alpha=100):
 
     def next_batch(*_):
         images, labels = next(batches)
-        return images, None, labels, ["a", "b"]
+        return images, None, labels, *names[file == "train_acr.py" :]
 
+    names = None, ["a", "b"]
+    photos = ["a", "b"] * (len(data) - 1)  # the loop takes one batch more than it fills
+    script.os = types.SimpleNamespace(listdir=lambda _: photos, path=os.path)
     script.mytool = types.SimpleNamespace(
-        read_file=lambda _: ["a", "b"] * (len(data) - 1),  # the loop takes one batch more than it fills
+        read_file=lambda _: photos,
         chunker=script.mytool.chunker,
         get_data_from_chunk_v2=next_batch,
+        get_data_from_chunk_coco=next_batch,
     )
     ranks = int(os.environ["WORLD_SIZE"])
     options = types.SimpleNamespace(
@@ -182,6 +184,7 @@ def host_training(folder, patched, model, data, alpha=100):
         world_size=ranks,
         backbone="",
         LISTpath="",
+        IMpath="",
         batch_size=2,
         max_epoches=1,
         lr=0.01,
@@ -192,7 +195,7 @@ def host_training(folder, patched, model, data, alpha=100):
     script.train(int(os.environ["RANK"]), options)
 
 
-def noted_gradients(folder, patched, data, alpha=100, backbone="vitb_hybrid", build=None):
+def noted_gradients(folder, patched, data, alpha=100, backbone="vitb_hybrid", build=None, file="train_acr.py"):
     """Of the first step."""
     build = build or prepare_host(folder)
     torch.manual_seed(0)
@@ -204,7 +207,7 @@ def noted_gradients(folder, patched, data, alpha=100, backbone="vitb_hybrid", bu
             found.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
 
     hook = register_optimizer_step_pre_hook(note)
-    host_training(folder, patched, model, [data, data], alpha)
+    host_training(folder, patched, model, [data, data], alpha, file)
     hook.remove()
     return found
 
