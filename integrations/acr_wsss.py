@@ -19,7 +19,7 @@ Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or
 positions. The host's own ``img2`` is no longer used.
 
 Noise floor: 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a flip at random
-weights the terms per row are 0.07, activation and affinity (vitb_hybrid 192 px, deit_distilled 64 px: 0.08).
+weights activation and affinity, per row, are 0.07 (vitb_hybrid, 192 and 224 px) and 0.08 (deit_distilled, 64 px).
 
 Faults of the published code that the lines repair: the call around DDP, after which ranks have gradients of their own;
 grids that are not square; the token of the distilled DeiT; the copies of the stacked maps in backward. Faults that
@@ -32,18 +32,6 @@ ResNet stem of vitb_hybrid, the default, puts tokens off the middle of their 16 
 warns and takes the middle, as the published code does. ``acr_reg.check`` measures how far apart the flip matches
 tokens there: at random weights 10 px (queries) and 17 px (keys) at 128 px, 12 and 11 px at 192 px; below 1 px for
 deit_distilled.
-
-Weights to start from: the ImageNet weights of its backbones, which the host loads itself (``use_pretrain``).
-Views: any flip, quarter turn, crop or scale whose size is a multiple of 16. For the class maps' term, pass
-``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` as well, and give it a weight: ``paper`` leaves it at 1.
-
-Run on 2026-11-25 with torch 2.14.1 on a CPU, random weights, at 64 px: ``train()`` itself for two iterations with the
-ResNet hybrid and DeiT-B, on one and on two gloo ranks. Replaced: the images, nccl, SyncBatchNorm, saving.
-Its ResNet stem puts tokens off the middle of their pixels (8.5 px apart under a flip), and the library cannot tell
-where: the loss warns, and takes the middle, as the host does.
-
-Noise floor: 0, the host drops no paths (at 224 px, random weights, under a flip: activation 0.068, affinity 0.067,
-per row; cam 0.25). What does not work: backbone "vitl", whose classification head has the wrong width in the host.
 
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or in place
 of the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
