@@ -11,9 +11,9 @@ Weights to start from: the ImageNet weights at 384 px that the host itself downl
 ``jx_vit_base_p16_384``, ``deit_base_patch16_384``, ``deit_base_distilled_patch16_384``).
 
 Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at 530a59d, random weights, 64 px: ``train()`` of
-train_acr.py and of train_acr_coco.py, two steps, ``train()`` of infer_cam.py on two images; backbones vitb_hybrid, deit
-and deit_distilled, one and two gloo ranks. Stubbed: the images (OpenCV), pydensecrf, nccl, ``.cuda()``,
-SyncBatchNorm, saving, and the download.
+train_acr.py, two steps, with vitb_hybrid, deit and deit_distilled on one rank and deit on two gloo ranks; ``train()``
+of train_acr_coco.py with deit, of infer_cam.py with vitb_hybrid. vitb ran forward only. Stubbed: the images (OpenCV),
+pydensecrf, nccl, ``.cuda()``, SyncBatchNorm, saving, and the download.
 
 Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or not: the host resizes its table of
 positions. The host's own ``img2`` is no longer used.
