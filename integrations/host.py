@@ -167,6 +167,17 @@ def unwrap(model: nn.Module) -> nn.Module:
     return model
 
 
+def inside(boxes: Tensor, images: Tensor) -> Tensor:
+    """(B, H, W), True inside of ``boxes`` (B, 4) of top, bottom, left, right, as data sets give them that pad small
+    photos to the crop (AFA, ToCo and their heirs): the ``valid`` of the loss."""
+    sides = boxes.to(images.device).unflatten(1, (2, 2))
+    held = []
+    for axis, size in enumerate(images.shape[-2:]):
+        at = torch.arange(size, device=images.device)
+        held.append((at >= sides[:, axis, :1]) & (at < sides[:, axis, 1:]))
+    return held[0].unsqueeze(2) & held[1].unsqueeze(1)
+
+
 def part(network: nn.Module, name: str, family: str) -> nn.Module:
     """The submodule of that name, or a clear error for a model of another family."""
     found = dict(network.named_modules()).get(name)
