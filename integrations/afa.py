@@ -10,8 +10,8 @@ Weights to start from: SegFormer's MiT-B1 of ImageNet-1k, pretrained/mit_b1.pth,
 Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, MiT-B1 at 64 px: ``train()`` of both
 scripts, two steps, the first before and the second after ``cam_iters``, that of VOC with logging and validation too,
 and on two gloo ranks. Stubbed: the data set, the YAML configuration, TensorBoard, pydensecrf, the CUDA calls, and
-mmcv's ConvModule, whose SyncBN refuses a CPU. mmcv 1 does not install today; mmcv-lite 2.2.0 has what the host needs of
-it, and with it (BatchNorm for SyncBN) VOC's steps and its data set, on made-up photos, ran as well.
+mmcv's ConvModule, whose SyncBN refuses a CPU. mmcv 1.7.2 does not build on Python 3.11; mmcv-lite 2.2.0 has what the
+host needs of it, and with it (BatchNorm for SyncBN) VOC's steps and its data set, on made-up photos, ran as well.
 
 Padding. Photos smaller than the crop are padded; ``img_box`` says where a crop shows the photo, and ``valid`` leaves
 the rest out of both terms.
