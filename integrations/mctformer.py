@@ -35,6 +35,9 @@ scaler. The loss itself computes in float32. At 64 px and random weights the gra
 a cosine with that of float32 of 0.999 in float16 with the scale that the scaler starts with, and of 0.76 (WeakTr),
 0.97 (CTI) to 0.999 in bfloat16; less than 0.1 % of it is 0. MCTformer+ ran two steps of its loop in bfloat16.
 
+Parallel. WeakTr's DistributedDataParallel: the second view is another forward of the wrapped model; on two gloo ranks
+the gradients of its loop are equal, and the mean of both ranks'.
+
 What does not work. ``nn.DataParallel`` over several GPUs, which CTI uses: capture refuses replicas; show it one
 (CUDA_VISIBLE_DEVICES=0). CTI's ``img_pos`` is another image of the class and no view of ``img``. The class maps that
 the hosts return are detached (V2, WeakTr) or, for MCTformer+, end in a square root whose gradient at 0 is not a
@@ -43,7 +46,8 @@ fuses.
 
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation. Those on
 today's torch and timm are what the host itself needs: timm's ``create_model`` passes arguments that its models
-refuse, and Pillow has lost a name. ``acr_reg.integrations.added_lines`` puts them into a copy.
+refuse, and Pillow has lost a name. With them each ``main.py`` (WeakTr's with mlflow stubbed) and CTI's ``__init__``
+build their model and load a file shaped like the weights. ``acr_reg.integrations.added_lines`` puts lines into a copy.
 
     xulianuwa/MCTformer at 0acc27a (MCTformer+)
         engine.py, before line 5:

@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+import multiprocessing
 import types
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -171,8 +173,8 @@ def built(name, drop_path=0.1):
     )
 
 
-def train_engine(name, folder, model, patched):
-    """The host's train_one_epoch on two batches."""
+def train_engine(name, folder, model, patched, data=None):
+    """The host's train_one_epoch on two batches, or on those given."""
     from timm.utils import NativeScaler
 
     repository, commit, _, _ = HOSTS[name]
@@ -180,7 +182,7 @@ def train_engine(name, folder, model, patched):
     extra = {"args": types.SimpleNamespace(num_cct=12, loss_weight=1.0)} if name == "MCTformerPlus" else {}
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-4)
     engine.train_one_epoch(
-        model, list(batches()), optimizer, torch.device("cpu"), 0, NativeScaler(), max_norm=None, **extra
+        model, data or list(batches()), optimizer, torch.device("cpu"), 0, NativeScaler(), max_norm=None, **extra
     )
 
 
@@ -284,3 +286,37 @@ def test_views_that_the_host_takes(name):
             assert "expected 64 x 64" in found
         else:
             assert 0 < found < float("inf")
+
+
+def weaktr_on_rank(rank, folder, address):
+    """Gradients of one step of WeakTr's loop on the rank's own batch; of both batches in turn where it is alone."""
+    host_on_path(folder, absent=("cv2",))
+    if address is None:
+        return [weaktr_gradients(folder, lambda model: model, batch) for batch in batches()]
+    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    importlib.import_module("utils").is_dist_avail_and_initialized = lambda: False  # its meters want CUDA
+    wrap = functools.partial(nn.parallel.DistributedDataParallel, find_unused_parameters=True)  # as its main.py does
+    gradients = weaktr_gradients(folder, wrap, list(batches())[rank])
+    torch.distributed.destroy_process_group()
+    return gradients
+
+
+def weaktr_gradients(folder, wrap, batch):
+    torch.manual_seed(0)
+    model = built("WeakTr", drop_path=0.0)
+    train_engine("WeakTr", folder, wrap(model), True, [batch])
+    return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_gradients_of_two_ranks_of_weaktr_are_the_mean_of_both(tmp_path):
+    folder = checkout("hustvl/WeakTr", "3457ad3")
+    alone = in_fresh_process(weaktr_on_rank, 0, folder, None)
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(weaktr_on_rank, rank, folder, f"file://{tmp_path / 'store'}") for rank in range(2)]
+        first, second = (done.result() for done in waiting)
+    assert sum(is_query_and_key(name) for name in alone[0]) == 12
+    for name, gradient in alone[0].items():
+        assert (first[name] == second[name]).all(), name
+        mean = (gradient + alone[1][name]) / 2
+        assert abs(first[name] - mean).max() <= 1e-4 * abs(mean).max() + 1e-8, name
+        assert abs(gradient - mean).max() > 1e-3 * abs(mean).max() or name.endswith("pos_embed"), name
