@@ -24,7 +24,7 @@ from acr_reg import AttentionCapture, AttentionMaps
 from acr_reg._hooks import CaptureError, HookSet
 from acr_reg._torch import in_backward
 
-Keep = Literal["only", "first", "last"]
+Keep = Literal["only", "first", "last", "all"]
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,11 @@ class HostCapture:
     ) -> None:
         self.remove()
 
-    def take(self) -> HostView:
-        """What the host's forward pass left since the last take, on its graph. Raises ``CaptureError`` where there was
-        no such pass: none at all, or under ``torch.no_grad``, or one that did not reach the host's class maps."""
-        return self._view(None, None)
+    def take(self, run: int | None = None) -> HostView:
+        """What the host's forward pass left since the last take, on its graph; with ``keep="all"``, ``run`` says which
+        of several. Raises ``CaptureError`` where there was no such pass: none at all, or under ``torch.no_grad``, or
+        one that did not reach the host's class maps."""
+        return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
         """The view that ``forward()`` computes, with dropout and stochastic depth drawn from numbers of its own: the
@@ -76,11 +77,11 @@ class HostCapture:
             output = forward()
         return self._view(output, None if features is None else features(output))
 
-    def _view(self, output: Any, features: Tensor | None) -> HostView:
+    def _view(self, output: Any, features: Tensor | None, run: int | None = None) -> HostView:
         try:
-            attention = self._attention.take()
+            attention = self._attention.take(run)
             if features is None and self._features is not None:
-                features = self._features.take()
+                features = self._features.take(run)
             return HostView(attention, features, output, self.network)
         finally:
             self.clear()
@@ -106,8 +107,9 @@ class HostCapture:
 
 
 class FeatureRecorder:
-    """The tensor that ``module`` returned, or was given first, in the last pass (or, ``keep="first"``, the first one)
-    that has a graph. ``pick`` takes it out of a module's result that is no tensor."""
+    """The tensor that ``module`` returned, or was given first, in the last pass (``keep="first"``: the first one;
+    "all": the one that ``take`` names) that has a graph. ``pick`` takes it out of a module's result that is no tensor.
+    """
 
     def __init__(
         self,
@@ -120,7 +122,7 @@ class FeatureRecorder:
         self._what = what
         self._keep = keep
         self._pick = pick
-        self._found: Tensor | None = None
+        self._found: list[Tensor] = []
         self._hooks = HookSet(self)
         self._hooks.watch_only([module])
 
@@ -134,20 +136,26 @@ class FeatureRecorder:
 
     def _see(self, tensor: Tensor) -> None:
         # Under no_grad hosts compute their pseudo labels; within backward, checkpointing repeats a pass.
-        if torch.is_grad_enabled() and not in_backward() and not (self._keep == "first" and self._found is not None):
-            self._found = tensor
+        if not torch.is_grad_enabled() or in_backward():
+            return
+        if self._keep == "all":
+            self._found.append(tensor)
+        elif self._keep != "first" or not self._found:
+            self._found = [tensor]
 
-    def take(self) -> Tensor:
-        found, self._found = self._found, None
-        if found is None:
+    def take(self, run: int | None = None) -> Tensor:
+        """``run`` counts passes that reach the module: with ``keep="all"``, each run of the encoder has to."""
+        found, self._found = self._found, []
+        index = 0 if run is None or self._keep != "all" else run
+        if not -len(found) <= index < len(found):
             raise CaptureError(
                 f"found a pass through the encoder that did not reach {self._name}, of which the host's class maps are "
                 "made; expected the host's whole forward pass; take() right after it"
             )
-        return found
+        return found[index]
 
     def clear(self) -> None:
-        self._found = None
+        self._found = []
 
     def remove(self) -> None:
         self.clear()

@@ -1,23 +1,44 @@
-"""ToCo and the networks that grew from it (DuPL, SeCo): a ViT encoder with one class token, a class map by 1 x 1
-convolution, and a training call that runs the encoder on crops as well.
+"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe): a ViT encoder, a class map by 1 x 1 convolution, and a
+training call that may run the encoder on crops or other images as well.
 
-Regularised is the first pass of the training call, that on the images, and only it. The second view runs the encoder
-alone, outside of DDP's wrapper: its gradients join those of the wrapped pass before DDP averages them. The class logits
-are max-pooled from patches, so the host's own loss gives the last layer's class token no gradient; the activation term
-does.
+What is regularised: the attention of all 12 blocks in the pass on the training images, and only in it; the class
+token's row (MoRe: those of its 20 class tokens, after 4 registers that take no part), patches' pairs, and the class
+map of the classifier's weight. DuPL: both branches. The second view runs the encoder alone, outside of DDP's wrapper:
+its gradients join those of the wrapped pass before DDP averages them. SeCo's momentum encoder is not captured. The
+class logits are max-pooled from patches, so the hosts' own losses on them give the last layer's class token no
+gradient; the activation term does.
 
-Weights to start from: DeiT-B or ViT-B of ImageNet, which the host loads itself (``--backbone``, ``--pretrained``).
-Views: any flip, quarter turn, crop or scale whose size is a multiple of 16; the position table is resized.
+Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL), ViT-B of ImageNet-21k, fine-
+tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe).
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, DeiT-S at 96 px: ``train()`` itself, two
-iterations, on one and on two gloo ranks. Replaced: the dataset, the compiled CRF loss (its weight is 0 up to iteration
-2000), the devices of DDP. The host needs on today's versions: ``np.float`` is gone from numpy (utils/optimizer.py), and
-scikit-learn returns plain floats (utils/evaluate.py), which have no ``item()``.
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: the scripts'
+``train()``, two steps. Stubbed: the GPU, the data sets and their loader, the compiled CRF loss (``bilateralfilter``),
+packages that a step does not call (OpenCV, omegaconf, pydensecrf, tensorboardX, texttable). Not run: the COCO scripts,
+ToCo and DuPL with a larger backbone than DeiT-S, SeCo past iteration 600, and iterations past 2000, where the CRF loss
+and MoRe's and SeCo's segmentation loss join in.
 
-Noise floor: 0. The host drops no paths, so two passes on the same images are equal (at 224 px, random weights, under a
-flip: activation 0.029, affinity 0.029, cam 0.22). What does not work: the aux classifier's map is not regularised.
+Views: any whose sides are multiples of 16, oblong ones too: the position table is resized to each size. Run here:
+``HorizontalFlip()`` in training on squares, it and ``Scale(2.0)`` on images of 96 x 64. A scale changes the share of a
+row that falls on the prefix tokens, and the loss counts that: little with one token, but MoRe's 24 gave attention terms
+of 0.30 in place of 0.05, for 24 and 96 patches and random weights.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation.
+Noise floor: 0. The hosts build their encoders without drop_path and without dropout: two passes on the same images
+gave all three terms as exactly 0 under ``Identity()`` in train mode (the real networks, random weights, two images of
+96 x 64), so the whole loss is the view's. Under the flip the terms were, activation / affinity / cam: ToCo 0.069 /
+0.065 / 0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28. An encoder built with
+``drop_path_rate`` has a floor above 0.
+
+What does not work: the auxiliary classifier's map is not regularised; the distilled DeiT backbones, whose features the
+hosts themselves cannot unpack; ``nn.DataParallel`` over several GPUs; DuPL with ``--gmm_iters`` below ``--cam_iters``,
+where the run that the added lines name does not exist (an error says so). DuPL from ``--gmm_iters`` on also runs each
+branch on images and augmented ones together, and throws the result away: that pass is not regularised, and is held
+until ``take``.
+
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation. Those on
+today's torch and timm are what the host itself needs: scikit-learn returns plain floats, which have no ``item()``;
+``torch.distributed.launch`` passes ``--local-rank``; timm loads no weights into a ViT without ``pretrained_cfg`` (ToCo
+and DuPL with ``--backbone vit_base_patch16_224``; DeiT-B loads without timm). ``np.float`` is gone too, of which only
+the optimizer that is not the default, ``CosWarmupAdamW``, makes use.
 
     rulixiang/ToCo at e13514d
         scripts/dist_train_voc_seg_neg.py, before line 10:
@@ -34,6 +55,80 @@ The lines to add stand before the given line of the host's file at that commit, 
                 first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
             )
             del first, second
+
+    rulixiang/ToCo at e13514d, on today's torch and timm
+        scripts/dist_train_voc_seg_neg.py, before line 75:
+            parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
+        scripts/dist_train_voc_seg_neg.py, before line 305:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 371:
+            model.pretrained_cfg = model.default_cfg
+
+    Wu0409/DuPL at b21990f (both branches; run 1, late in training, is that on the images alone)
+        train_final_voc.py, before line 14:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        train_final_voc.py, before line 157:
+            hosts = [toco.capture(branch, keep="all") for branch in (model.module.branch1, model.module.branch2)]
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        train_final_voc.py, before line 458:
+            for host in hosts:
+                first = host.take(1 if n_iter >= args.gmm_iters else 0)
+                second = toco.second_view(host, acr.view(inputs))
+                loss = loss + acr(
+                    first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+                )
+                del first, second
+
+    Wu0409/DuPL at b21990f, on today's torch and timm
+        train_final_voc.py, before line 461:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 1098:
+            model.pretrained_cfg = model.default_cfg
+
+    zwyang6/SeCo at 202357f
+        scripts/train_voc.py, before line 8:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/train_voc.py, before line 120:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/train_voc.py, before line 200:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+        scripts/train_voc.py, before line 226:
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    zwyang6/SeCo at 202357f, on today's torch and timm
+        scripts/train_voc.py, before line 90:
+            parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
+        scripts/train_voc.py, before line 229:
+            cls_score = np.float64(cls_score)
+
+    zwyang6/MoRe at d733d34
+        scripts/train_voc.py, before line 8:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/train_voc.py, before line 124:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/train_voc.py, before line 200:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+        scripts/train_voc.py, before line 236:
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    zwyang6/MoRe at d733d34, on today's torch and timm
+        scripts/train_voc.py, before line 95:
+            parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
+        scripts/train_voc.py, before line 239:
+            cls_score = np.float64(cls_score)
 """
 
 from __future__ import annotations
@@ -42,23 +137,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acr_reg import capture_attention
-from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, part, unwrap
+from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, Keep, part, unwrap
 
 __all__ = ["cams", "capture", "second_view"]
 
 
-def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and the patches' attention in the encoder's first pass of each training call, and the
-    feature map that reaches the segmentation decoder."""
+def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
+    """Captures the class tokens' and the patches' attention in the encoder's first pass of each training call, and the
+    feature map that reaches the segmentation decoder.
+
+    ``keep="all"`` is for a network whose first pass is not always the one on the images: ``host.take(run)`` then says
+    which. Raises ValueError for a model of another family, and for DuPL's pair, whose branches are captured each.
+    """
     network = unwrap(model)
+    if hasattr(network, "branch1"):
+        raise ValueError(
+            f"found a {type(network).__name__} of two branches; expected one network; capture each: "
+            "[toco.capture(branch, keep='all') for branch in (model.module.branch1, model.module.branch2)]"
+        )
+    encoder, classifier = part(network, "encoder", "ToCo"), part(network, "classifier", "ToCo")
+    prefix = int(encoder.cls_token.shape[1])  # type: ignore[index]
+    classes = int(classifier.weight.shape[0])  # type: ignore[index]
     attention = capture_attention(
-        model, modules=[part(network, "encoder.blocks", "ToCo")], num_prefix_tokens=1, class_tokens=1, keep="first"
+        model,
+        modules=[part(network, "encoder.blocks", "ToCo")],
+        num_prefix_tokens=prefix,
+        class_tokens=1 if prefix == 1 else range(prefix - classes, prefix),  # MoRe's registers come first
+        keep=keep,
     )
-    return HostCapture(model, attention, FeatureRecorder(part(network, "decoder", "ToCo"), "input", keep="first"))
+    return HostCapture(model, attention, FeatureRecorder(part(network, "decoder", "ToCo"), "input", keep=keep))
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """The encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size."""
+    """The encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size. Outside of DDP's wrapper: its
+    gradients join those of the wrapped pass before DDP averages them."""
     encoder = part(host.network, "encoder", "ToCo")
     rows, columns = (side // int(encoder.patch_size) for side in images.shape[-2:])  # type: ignore[arg-type]
 
@@ -69,7 +181,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) of any range, C without the background, on the graph; the host detaches its own."""
+    """The class map (B, C, h, w) of any range, C without the background, on the graph; the hosts detach their own."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "ToCo")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

@@ -78,9 +78,10 @@ def check_training(
     layers: int,
     watched: Callable[[str], bool],
     terms: frozenset[str] = frozenset({"activation", "affinity", "cam", "entropy"}),
+    calls: int = 1,
 ) -> list[Step]:
     """``train(model, patched)`` takes two optimizer steps of the host's own loop, with or without the added lines;
-    ``watched`` names the query and key weights."""
+    ``watched`` names the query and key weights; ``calls`` of the loss, one for each encoder, reach them together."""
 
     def trained(patched: bool, weight: float | None = None) -> tuple[list[Step], dict[str, Tensor], dict[str, Tensor]]:
         torch.manual_seed(0)
@@ -92,20 +93,21 @@ def check_training(
         return steps, before, {name: p.detach() for name, p in model.named_parameters()}
 
     steps, before, after = trained(True)
-    assert len(steps) == 2, f"{len(steps)} calls of the loss in two optimizer steps"
+    assert len(steps) == 2 * calls, f"{len(steps)} calls of the loss in two optimizer steps"
     for step in steps:
         assert step.layers == tuple(range(layers)), step.layers
         assert step.terms.keys() == terms, step.terms
         assert all(0 < value < float("inf") for value in step.terms.values()), step.terms
     assert steps[0].gradients, "no query or key weight is watched"
-    assert all(norm > 0 for norm in steps[0].gradients.values()), steps[0].gradients
+    reached = {name: [step.gradients[name] > 0 for step in steps[:calls]] for name in steps[0].gradients}
+    assert all(sum(by_call) == 1 for by_call in reached.values()), reached
     moved = [name for name in steps[0].gradients if not torch.equal(before[name], after[name])]
     assert moved == list(steps[0].gradients)
 
     plain_steps, _, plain = trained(False)
     assert plain_steps == []
     zero_steps, _, zero = trained(True, weight=0.0)
-    assert len(zero_steps) == 2
+    assert len(zero_steps) == 2 * calls
     different = [name for name in plain if not torch.equal(plain[name], zero[name])]
     assert different == [], f"weights 0 changed {different[:4]}"
     assert any(not torch.equal(plain[name], after[name]) for name in plain)
