@@ -183,6 +183,10 @@ def test_the_images_pass_is_taken_and_the_class_map_is_its_own(name):
                 expected = host.network(data[0], cam_only=True)
             torch.testing.assert_close(toco.cams(first), expected)
             torch.testing.assert_close(toco.cams(alone), expected)
+            for view in (first, alone):
+                patch = view.network.encoder.patch_embed.weight
+                (gradient,) = torch.autograd.grad(toco.cams(view).sum(), patch)
+                assert gradient.norm() > 0, "a class map on the graph, unlike the host's own"
 
 
 @pytest.mark.parametrize("name", BUILDS)
@@ -191,9 +195,10 @@ def test_the_noise_floor_is_that_of_drop_path(name):
     acr = acr_reg.AllPairsConsistencyLoss(acr_reg.Identity())
     for drop_path, training, is_zero in ((0.5, True, False), (0.5, False, True), (0.0, True, True)):
         model = BUILDS[name](drop_path=drop_path).train(training)
-        for host in capture_all(model):
-            model(images)
-            first, second = host.take(None), toco.second_view(host, images)
+        hosts = capture_all(model)
+        model(images)
+        for host in hosts:
+            first, second = host.take(), toco.second_view(host, images)
             _, terms = acr(first.attention, second.attention, toco.cams(first), toco.cams(second), return_terms=True)
             floor = [terms[term].item() for term in ("activation", "affinity", "cam")]
             assert all((value == 0) == is_zero for value in floor), (drop_path, training, floor)
