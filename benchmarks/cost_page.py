@@ -82,7 +82,9 @@ def step_table(rows: Iterable[Row]) -> str:
         "| of published |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for r in sorted(rows, key=_case):
+    ordered = sorted(rows, key=_case)
+    in_noise = {_case(r)[:3] for r in ordered if r["variant"] == "published" and not _above_zero(r)}
+    for r in ordered:
         if r["variant"] == "plain":
             continue
         head = f"| {r['model'][0].upper()} | {r['size']} | {r['tokens']} | {r['batch']} | {NAMES[r['variant']]} |"
@@ -90,12 +92,18 @@ def step_table(rows: Iterable[Row]) -> str:
             lines.append(f"{head} | not run: {r['skipped']} | | | |")
             continue
         low, median, high = r["extra_cpu_seconds"]
+        ratio = "in noise" if _case(r)[:3] in in_noise else _ratio(r["extra_cpu_over_published"])
         lines.append(
             f"{head} {r['rounds']} | {median:+.2f} ({low:.2f} to {high:.2f}) "
-            f"| {_ratio(r['extra_cpu_over_published'])} | {r['extra_mb']:+.0f} "
+            f"| {ratio} | {r['extra_mb']:+.0f} "
             f"| {_ratio(r['extra_mb_over_published'], 3)} |"
         )
     return "\n".join(lines)
+
+
+def _above_zero(published: Row) -> bool:
+    """A ratio to an extra whose quartiles enclose zero says nothing."""
+    return published["skipped"] is not None or published["extra_cpu_seconds"][0] > 0
 
 
 def _case(row: Row) -> tuple[Any, ...]:
