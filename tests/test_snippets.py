@@ -68,7 +68,9 @@ def after_diff(source: str) -> str:
 def execute(block: Block, namespace: dict[str, Any], filename: str) -> None:
     source = after_diff(block.source) if block.language == "diff" else block.source
     if re.search(r"^\s*>>> ", source, re.MULTILINE):
-        run_examples(doctest.DocTestParser().get_doctest(source, namespace, filename, filename, block.line - 1))
+        examples = doctest.DocTestParser().get_doctest(source, {}, filename, filename, block.line - 1)
+        examples.globs = namespace  # itself, where get_doctest takes a copy: later blocks see what these assign
+        run_examples(examples)
     else:
         padded = "\n" * (block.line - 1) + source  # so that a traceback shows the document's own line numbers
         exec(compile(padded, filename, "exec"), namespace)
@@ -149,7 +151,8 @@ raise RuntimeError
 ```
 - item
   ```python
-  >>> total + 1
+  >>> total += 1
+  >>> total
   2
   ```
 ```diff
@@ -166,7 +169,7 @@ def test_the_reader_finds_the_blocks():
         ("python", 6, False),
         ("python", 11, True),
         ("python", 15, False),
-        ("diff", 19, False),
+        ("diff", 20, False),
     ]
 
 
@@ -175,7 +178,7 @@ def test_blocks_share_a_namespace_and_a_diff_leaves_its_new_code():
     for block in blocks_of(DOCUMENT):
         if not block.exempt:
             execute(block, namespace, "document")
-    assert namespace["total"] == 3
+    assert namespace["total"] == 4
 
 
 @pytest.mark.parametrize("source", ["raise ValueError", ">>> 1 + 1\n3", "1 +"])
