@@ -39,6 +39,7 @@ def class_token_gradient_cam(
     """Class maps (B, C, h, w) >= 0, not normalised, from the gradient of ``logits`` (B, C) by ``attention``.
 
     With G = dy_c / dA, of the class row, a layer contributes
+
         "grad": mean_h relu(G)                       "grad_s": mean_h relu(G) squared, element by element
         "cam_grad": mean_h relu(G * A)               "cam_grad_s": mean_h relu(G * A) * mean_h relu(G)
 

@@ -34,9 +34,9 @@ Normalize = Literal["row", "mean"]
 def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     """The distance of two non-negative rows (..., M) -> (...).
 
-    "l1": sum |a - b|, in [0, 2] for probabilities. "l2": sum (a - b)^2. "js": the Jensen-Shannon divergence in nats,
-    1/2 sum a ln(a/m) + b ln(b/m) with m = (a + b)/2, which stays non-negative for rows that do not sum to 1. A callable
-    is given both and reduces the last axis.
+    "l1": ``sum |a - b|``, in [0, 2] for probabilities. "l2": ``sum (a - b)^2``. "js": the Jensen-Shannon divergence in
+    nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2, which stays non-negative for rows that do not sum to 1.
+    A callable is given both and reduces the last axis.
     """
     if distance == "l1":
         return (a - b).abs().sum(-1)
@@ -131,8 +131,8 @@ def activation_consistency(
     ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and
     ``present`` (B, C) leave out padding and absent classes; ``overlap`` (B, H, C) in [0, 1] weights rows by what both
     views show (:meth:`~acr_reg.alignment.AlignedRows.comparable` gives rows and weights). With ``normalize="mean"``
-    this is 1/(B C M) sum |a - b|, the published form; "row" is M times that: the distance per query row, which means
-    the same at every token count.
+    this is ``1/(B C M) sum |a - b|``, the published form; "row" is M times that: the distance per query row, which
+    means the same at every token count.
 
     >>> import torch
     >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
@@ -155,7 +155,7 @@ def affinity_consistency(
 
     ``a``, ``b``: patch rows over aligned patches, (B, H, N, M). ``rows_valid`` (B or 1, N) and ``keys_valid`` (B or 1,
     M) leave out tokens that are padding; ``overlap`` (B, H, N) in [0, 1] weights rows by what both views show. With
-    ``normalize="mean"`` this is 1/(B N M) sum |a - b|, the published form; "row" is M times that.
+    ``normalize="mean"`` this is ``1/(B N M) sum |a - b|``, the published form; "row" is M times that.
     """
     return sum_rows(a, b, distance, normalize, keys_valid, rows_valid, overlap).mean()
 
