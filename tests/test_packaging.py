@@ -115,7 +115,7 @@ def test_metadata(wheel):
     assert metadata["Requires-Python"] == ">=3.10"
     needed = [line for line in metadata.get_all("Requires-Dist") if "extra ==" not in line]
     assert sorted(re.match(r"[\w-]+", line)[0] for line in needed) == ["einops", "numpy", "torch"]
-    assert {"demo", "test", "benchmarks", "dev"} <= set(metadata.get_all("Provides-Extra"))
+    assert {"demo", "test", "benchmarks", "dev", "docs"} <= set(metadata.get_all("Provides-Extra"))
 
 
 def test_the_constraints_pin_all_that_the_extras_name(wheel):

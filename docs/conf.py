@@ -1,0 +1,73 @@
+"""Builds the documentation: python -m sphinx -W -q docs build/docs, then open build/docs/index.html.
+
+Pages are Markdown (MyST), the reference comes from the docstrings. Nothing is fetched. References to names of acr_reg
+must resolve; those of torch, numpy and Python stay text.
+"""
+
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
+
+import acr_reg
+
+project = "acr_reg"
+author = "acr_reg contributors"
+release = version = acr_reg.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+myst_heading_anchors = 3
+default_role = "py:obj"
+
+autodoc_inherit_docstrings = False  # what a method overrides in torch is torch's to explain
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+python_maximum_signature_line_length = 100
+
+nitpicky = True
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!acr_reg\b).*"),
+    ("py:.*", r"acr_reg\._.*|acr_reg\.attention\.RecordedTensors|acr_reg\.alignment\.Aligned.*"),  # not for users
+]
+
+html_theme = "alabaster"
+html_theme_options = {"page_width": "1200px", "fixed_sidebar": True}
+html_sidebars = {"**": ["about.html", "searchfield.html", "navigation.html"]}
+html_copy_source = html_show_sourcelink = html_show_copyright = False
+
+
+def as_literal_blocks(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: list[str]) -> None:
+    """Formulas stand in docstrings as indented paragraphs, which reST takes for quotations: joins, and reads for
+    markup."""
+    made: list[str] = []
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        before = next((other for other in reversed(made) if other.strip()), "")
+        begins = line.strip() and made and not made[-1].strip() and indent > len(before) - len(before.lstrip())
+        if begins and not before.endswith("::") and not before.lstrip().startswith((">>>", "...")):
+            made += [" " * (len(before) - len(before.lstrip())) + "::", ""]
+        made.append(line)
+    lines[:] = made
+
+
+def by_public_name(
+    app: Sphinx, env: BuildEnvironment, node: nodes.Element, content: nodes.TextElement
+) -> nodes.reference | None:
+    """Docstrings refer to a name by the file it is in, acr_reg.cam.propagate_cam; the reference lists it as public."""
+    rest = node.get("reftarget", "").removeprefix("acr_reg.").partition(".")[2]
+    if node.get("refdomain") != "py" or rest.partition(".")[0] not in acr_reg.__all__:
+        return None
+    node["reftarget"] = f"acr_reg.{rest}"
+    domain = env.get_domain("py")
+    found: nodes.reference | None = domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], node["reftarget"], node, content
+    )
+    return found
+
+
+def setup(app: Sphinx) -> None:
+    app.connect("autodoc-process-docstring", as_literal_blocks, priority=400)  # before napoleon moves paragraphs
+    app.connect("missing-reference", by_public_name)
