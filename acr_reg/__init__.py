@@ -13,7 +13,7 @@ from acr_reg.check import Check, LayerCheck, check  # noqa: E402
 from acr_reg.functional import normalize_cam  # noqa: E402
 from acr_reg.gradient_cam import GradientCam  # noqa: E402
 from acr_reg.losses import AllPairsConsistencyLoss  # noqa: E402
-from acr_reg.metrics import CamMeanIoU, CamScores  # noqa: E402
+from acr_reg.metrics import CamCounts, CamMeanIoU, CamScores  # noqa: E402
 from acr_reg.samplers import (  # noqa: E402
     RandomApply,
     RandomChoice,
@@ -40,6 +40,7 @@ __all__ = [
     "AllPairsConsistencyLoss",
     "AttentionCapture",
     "AttentionMaps",
+    "CamCounts",
     "CamMeanIoU",
     "CamScores",
     "CaptureError",

@@ -14,10 +14,25 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CamMeanIoU", "CamScores"]
+__all__ = ["CamCounts", "CamMeanIoU", "CamScores"]
 
 FloatArray = npt.NDArray[np.floating]
 ROUNDING = 1e-5  # how far normalised or resized maps may leave [0, 1]
+
+
+@dataclass(frozen=True, eq=False)
+class CamCounts:
+    """The pixels that scores are made of, which add up over images: what a bootstrap over images resamples.
+
+    Attributes:
+        predicted: (C, T) pixels given to each class at each threshold; (C, 1) without a background class.
+        correct: (C, T) those of them that are right.
+        truth: (C,) pixels of each class in the masks.
+    """
+
+    predicted: npt.NDArray[np.int64]
+    correct: npt.NDArray[np.int64]
+    truth: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +166,8 @@ class CamMeanIoU:
         """
         if self._truth.sum() == 0:
             raise ValueError("no pixel was counted; call update with at least one mask that is not all ignore_index")
-        predicted, correct = self._counts()
+        counts = self.counts()
+        predicted, correct = counts.predicted, counts.correct
         union = predicted + self._truth[:, None] - correct
         with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
             iou = correct / union
@@ -181,17 +197,18 @@ class CamMeanIoU:
         total._truth = self._truth + other._truth
         return total
 
-    def _counts(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Pixels predicted as each class, and rightly so: (C, T), or (C, 1) without background."""
+    def counts(self) -> CamCounts:
+        """Pixels predicted as each class, rightly so, and in the masks, of all images counted so far (there may be
+        none)."""
         if not self.background:
-            return self._predicted, self._correct
+            return CamCounts(self._predicted.copy(), self._correct.copy(), self._truth.copy())
         # A pixel belongs to a class at threshold j if its value exceeds more than j thresholds (columns j + 1 on),
         # and to background otherwise (columns 0 .. j).
         predicted = self._predicted[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
         correct = self._correct[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:]
         predicted[0] = self._predicted.sum(axis=0).cumsum()[:-1]
         correct[0] = self._correct[0].cumsum()[:-1]
-        return predicted, correct
+        return CamCounts(predicted, correct, self._truth.copy())
 
     def _histogram(self, ids: npt.NDArray[np.int64], bins: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
         shape = self._predicted.shape

@@ -259,3 +259,20 @@ def test_too_few_classes():
         CamMeanIoU(1)
     with pytest.raises(ValueError, match="num_classes is 0, expected at least 1"):
         CamMeanIoU(0, background=False)
+
+
+@pytest.mark.parametrize("background", [True, False])
+def test_counts_are_those_of_the_literal_sweep_and_add_up_over_images(background):
+    images = made_images(np.random.default_rng(6), 6, background)
+    counters = []
+    for image in images:
+        counters.append(CamMeanIoU(6, background=background))
+        counters[-1].update(*image)
+    counts = [counter.counts() for counter in counters]
+    for position, threshold in enumerate(THRESHOLDS if background else [None]):
+        confusion = naive_confusion(images, 6, threshold)
+        assert (sum(each.predicted[:, position] for each in counts) == confusion.sum(axis=0)).all()
+        assert (sum(each.correct[:, position] for each in counts) == np.diag(confusion)).all()
+        assert (sum(each.truth for each in counts) == confusion.sum(axis=1)).all()
+    counts[0].predicted[:] = 0  # a copy: the counter is not changed by it
+    assert counters[0].counts().predicted.any()

@@ -86,28 +86,17 @@ class PhotoTask:
         advance = report("frozen blocks", len(parts))
         tokens = []
         for part in parts:
-            images = self._images(part)
+            images = load_photos(self.folder, part, self.settings.size)
             tokens.append(torch.stack([self._lower(images), self._lower(flip(images))]).half())
             advance()
         return torch.cat(tokens, dim=1)
-
-    def _images(self, ids: Sequence[str]) -> Tensor:
-        """(B,3,size,size), normalised for the model. Photos are stretched to a square."""
-        side = (self.settings.size, self.settings.size)
-        photos = [np.asarray(self.folder.photo(name).resize(side, Image.Resampling.BICUBIC)) for name in ids]
-        images = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255
-        return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
     def fork(self) -> nn.Module:
         return copy.deepcopy(self._checkpoint)
 
     def train(self, model: nn.Module, acr: AllPairsConsistencyLoss | None, advance: Callable[[], None]) -> Training:
         settings = self.settings
-        is_head = {name: name.startswith("head.") for name, _ in model.named_parameters()}
-        head = [parameter for name, parameter in model.named_parameters() if is_head[name]]
-        body = [parameter for name, parameter in model.named_parameters() if not is_head[name]]
-        groups = [{"params": body, "lr": settings.rate}, {"params": head, "lr": settings.head_rate}]
-        optimizer = torch.optim.AdamW(groups)
+        optimizer = make_optimizer(model, settings.rate, settings.head_rate)
         scheduler = CosineAnnealingLR(optimizer, self.steps)
         return train(model, self._batches(), optimizer, scheduler, acr, self.grid, advance)
 
@@ -119,7 +108,14 @@ class PhotoTask:
     def truths(self, split: str) -> list[Truth]:
         ids = self.folder.splits[split]
         parts = [ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE)]
-        return [Truth(self._images(p), self.folder.label_matrix(p), [self.folder.mask(n) for n in p]) for p in parts]
+        return [
+            Truth(
+                load_photos(self.folder, part, self.settings.size),
+                self.folder.label_matrix(part),
+                [self.folder.mask(name) for name in part],
+            )
+            for part in parts
+        ]
 
     def prepare(self, images: Tensor) -> Tensor:
         return self._lower(images)
@@ -154,6 +150,21 @@ class PhotoTask:
     def pixels(self, images: Tensor) -> np.ndarray:
         colours = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
         return (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def load_photos(folder: PhotoFolder, ids: Sequence[str], size: int) -> Tensor:
+    """(B,3,size,size), normalised for the model. Photos are stretched to a square."""
+    photos = [np.asarray(folder.photo(name).resize((size, size), Image.Resampling.BICUBIC)) for name in ids]
+    images = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def make_optimizer(model: nn.Module, rate: float, head_rate: float) -> torch.optim.Optimizer:
+    """AdamW; the head, which is new, learns at a rate of its own."""
+    is_head = {name: name.startswith("head.") for name, _ in model.named_parameters()}
+    head = [parameter for name, parameter in model.named_parameters() if is_head[name]]
+    body = [parameter for name, parameter in model.named_parameters() if not is_head[name]]
+    return torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": head_rate}])
 
 
 def some(ids: Sequence[str], count: int | None, seed: int) -> list[str]:

@@ -1,0 +1,183 @@
+"""Does all-pairs consistency make class maps better on photos? A command for a cell, for all of them, for the tables.
+
+export ACR_REG_DATA=...   # holds msrc21/, voc2012-animals/ and vit_small_patch14/weights_fp16.npz
+python benchmarks/study.py cell --set msrc --condition both --weight 0.5 --seed 0
+python benchmarks/study.py run --set msrc --plan dev          # resumes where it was interrupted; --list shows it
+python benchmarks/study.py freeze --set msrc                  # after dev; commit benchmarks/study/frozen.json
+python benchmarks/study.py run --set msrc --plan primary      # scores test.txt, once
+python benchmarks/study.py report                             # writes docs/study.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from study_cells import Bench, commit
+from study_choice import choose
+from study_photos import Places
+from study_plans import PLANS, plan
+from study_report import report
+from study_settings import CONDITIONS, LAYERS, PROPAGATIONS, SETS, SPLITS, Cell, Reading, Setting, StudyError, base
+from study_store import BASELINES, FROZEN, all_cells, load, read_json, write_json
+from study_views import VIEWS
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        return args.command(args)
+    except StudyError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--data", type=Path, default=os.environ.get("ACR_REG_DATA"), metavar="DIR", help="photo sets (ACR_REG_DATA)")
+    add("--weights", type=Path, metavar="FILE", help=f"of the backbone (default: {WEIGHTS} in --data)")
+    add("--cache", type=Path, default=Path.home() / ".cache" / "acr_reg_study", metavar="DIR", help="tokens, networks")
+    add("--results", type=Path, default=HERE / "study", metavar="DIR", help="of the JSON files")
+    add("--threads", type=int, default=1, metavar="N", help="for torch (1)")
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(required=True)
+
+    cell = commands.add_parser("cell", parents=[shared], help="one cell")
+    cell.add_argument("--set", dest="photos", choices=SETS, required=True)
+    cell.add_argument("--condition", choices=CONDITIONS, required=True)
+    cell.add_argument("--seed", type=int, default=0)
+    cell.add_argument("--split", choices=SPLITS, default="dev")
+    cell.add_argument("--view", choices=VIEWS)
+    cell.add_argument("--layers", choices=LAYERS)
+    cell.add_argument("--distance", choices=("l1", "l2", "js"))
+    cell.add_argument("--stop-gradient", action="store_true", default=None)
+    for name in ("size", "epochs", "frozen", "batch_size", "cam_start"):
+        cell.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("weight", "cam_weight", "warmup", "rate", "head_rate"):
+        cell.add_argument(f"--{name.replace('_', '-')}", type=float)
+    cell.add_argument("--start-layer", type=int, default=Reading().start)
+    cell.add_argument("--propagation", choices=PROPAGATIONS, default=Reading().propagation)
+    cell.set_defaults(command=run_cell)
+
+    run = commands.add_parser("run", parents=[shared], help="all cells of a plan that are not there yet")
+    run.add_argument("--set", dest="photos", choices=SETS, required=True)
+    run.add_argument("--plan", choices=PLANS, required=True)
+    run.add_argument("--list", action="store_true", help="only show the cells, which are done, and CPU hours left")
+    run.set_defaults(command=run_plan)
+
+    rows = commands.add_parser("baselines", parents=[shared], help="rows that know no training")
+    rows.add_argument("--set", dest="photos", choices=SETS, required=True)
+    rows.add_argument("--split", choices=SPLITS, default="dev")
+    rows.set_defaults(command=run_baselines)
+
+    freeze = commands.add_parser("freeze", parents=[shared], help="choose by dev, write frozen.json, to be committed")
+    freeze.add_argument("--set", dest="photos", choices=SETS, required=True)
+    freeze.set_defaults(command=run_freeze)
+
+    tables = commands.add_parser("report", parents=[shared], help="write the tables")
+    tables.add_argument("--output", type=Path, default=HERE.parent / "docs" / "study.md", metavar="FILE")
+    tables.set_defaults(command=run_report)
+    return result
+
+
+def bench(args: argparse.Namespace) -> Bench:
+    if args.data is None:
+        raise StudyError("found no --data and no ACR_REG_DATA; expected the folder of the photo sets; give either")
+    weights = args.data / WEIGHTS if args.weights is None else args.weights
+    if not weights.is_file():
+        raise StudyError(f"found no weights at {weights}; expected those of the backbone; give them by --weights FILE")
+
+    def say(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+    return Bench(Places(args.data, weights, args.cache), args.results, say)
+
+
+def run_cell(args: argparse.Namespace) -> int:
+    names = {field.name for field in fields(Setting)} - {"photos", "condition"}
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    setting = base(args.photos, args.condition, **given)
+    bench(args).run(Cell(setting, args.seed, args.split, Reading(args.start_layer, args.propagation)))
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    cells = plan(args.plan, args.photos, args.results)
+    waiting = [cell for cell in cells if load(args.results, cell) is None]
+    if args.list:
+        for cell in cells:
+            print(f"{'-' if cell in waiting else 'done':5}{cell.file}")
+        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done{_hours(args.results, cells, waiting)}")
+        return 0
+    running, failed = bench(args), 0
+    split = "dev" if args.plan == "dev" else "test"
+    if cells and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
+        running.run_baselines(args.photos, SETS[args.photos].size, split)
+    for cell in waiting:
+        try:
+            running.run(cell)
+        except StudyError:
+            raise
+        except Exception:  # one cell that fails must not cost a night: the others go on, and it is said at the end
+            failed += 1
+            print(f"{cell.file} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if failed:
+        raise StudyError(f"found {failed} of {len(waiting)} cells that failed; expected none; read the log above")
+    return 0
+
+
+def _hours(results: Path, cells: list[Cell], waiting: list[Cell]) -> str:
+    """What is left, by the mean time a photo token and epoch of those that are done."""
+    done = [(cell, record) for cell in cells if cell not in waiting and (record := load(results, cell)) is not None]
+    if not done:
+        return ""
+    spent = sum(r["training"]["cpu_seconds"] + r["scoring"]["cpu_seconds"] for _, r in done)
+    each = spent / sum(_work(cell) for cell, _ in done)
+    left = each * sum(_work(cell) for cell in waiting) / 3600
+    return f"; {spent / len(done) / 60:.1f} CPU minutes each so far, about {left:.1f} CPU hours left"
+
+
+def _work(cell: Cell) -> float:
+    return cell.setting.size**2 * cell.setting.epochs
+
+
+def run_baselines(args: argparse.Namespace) -> int:
+    content = bench(args).run_baselines(args.photos, SETS[args.photos].size, args.split)
+    for row in content["rows"]:
+        print(f"{row['name']:45} {row['miou']:.3f}")
+    return 0
+
+
+def run_freeze(args: argparse.Namespace) -> int:
+    path = args.results / FROZEN
+    before = read_json(path)["cells"] if path.exists() else []
+    if any(entry["setting"]["photos"] == args.photos for entry in before):
+        raise StudyError(
+            f"found {args.photos} in {path}; expected it not to be there: settings are frozen once; go on with --plan "
+            "primary"
+        )
+    write_json(path, {"commit": commit(), "cells": before + choose(all_cells(args.results), args.photos)})
+    print(f"Written: {path}. Commit it before the plan primary is run.")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    args.output.write_text(report(args.results), encoding="utf-8")
+    print(f"Written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

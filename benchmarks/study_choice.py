@@ -1,0 +1,81 @@
+"""Chooses settings and readings by dev cells alone, by one rule for all conditions, and writes them to be frozen.
+
+The rule: for each condition, of all epochs and weights that were run on dev with the flip at the set's own size (other
+options at their defaults), and of all start layers, those with the highest mean raw CAM mIoU over seeds; then, for
+them, the propagation with the highest propagated mIoU. The reference and every other condition choose among the same
+epochs and readings. The controls of "both" (misreported, smoothing) take the weight, epochs and reading of "both".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+from study_scoring import RAW
+from study_settings import CONDITIONS, PROPAGATIONS, SEEDS, STARTS, Cell, Reading, Setting, StudyError, base
+
+PRIMARY = ("two", "both", "misreported")
+FOLLOWERS = {"misreported": "both", "smoothing": "both"}
+_MAIN_SEEDS = SEEDS[:3]
+
+Found = Iterable[tuple[Cell, Mapping[str, Any]]]
+
+
+def choose(found: Found, photos: str) -> list[dict[str, Any]]:
+    """The entries of frozen.json for a set. Raises StudyError where a condition of the primary contrast has no cell."""
+    by_setting: dict[Setting, list[Mapping[str, Any]]] = {}
+    for cell, record in found:
+        if cell.split == "dev" and _is_candidate(cell.setting, photos):
+            by_setting.setdefault(cell.setting, []).append(record)
+    chosen: dict[str, tuple[Setting, Reading]] = {}
+    for condition in CONDITIONS:
+        if condition not in FOLLOWERS:
+            candidates = {setting: rows for setting, rows in by_setting.items() if setting.condition == condition}
+            if candidates:
+                chosen[condition] = _best(candidates)
+    missing = [name for name in PRIMARY if name not in FOLLOWERS and name not in chosen]
+    if missing:
+        raise StudyError(
+            f"found no dev cell of {', '.join(missing)} for {photos}; expected at least one of each; run the plan dev"
+        )
+    for condition, leader in FOLLOWERS.items():
+        setting, reading = chosen[leader]
+        chosen[condition] = (replace(setting, condition=condition), reading)
+    return [
+        {
+            "plan": "primary" if condition in PRIMARY else "main",
+            "setting": asdict(setting),
+            "reading": asdict(reading),
+            "seeds": list(SEEDS if condition in PRIMARY else _MAIN_SEEDS),
+        }
+        for condition, (setting, reading) in chosen.items()
+    ]
+
+
+def _is_candidate(setting: Setting, photos: str) -> bool:
+    plain = base(photos, setting.condition, setting.weight, setting.cam_weight, epochs=setting.epochs)
+    return setting == plain
+
+
+def _best(candidates: Mapping[Setting, list[Mapping[str, Any]]]) -> tuple[Setting, Reading]:
+    ranked = [
+        (mean_of(rows, start, RAW), -abs(start), setting.epochs, setting, start)
+        for setting, rows in candidates.items()
+        for start in STARTS
+    ]
+    *_, setting, start = max(ranked, key=lambda entry: entry[:3])
+    rows = candidates[setting]
+    return setting, Reading(start, max(PROPAGATIONS, key=lambda name: mean_of(rows, start, name)))
+
+
+def mean_of(rows: Iterable[Mapping[str, Any]], start: int, propagation: str) -> float:
+    """The mean over seeds of the dev mIoU by one reading."""
+    values = [
+        reading["miou"]
+        for row in rows
+        for reading in row["readings"]
+        if (reading["start"], reading["propagation"]) == (start, propagation)
+    ]
+    return float(np.mean(values))

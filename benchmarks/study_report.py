@@ -1,0 +1,227 @@
+"""docs/study.md from the JSON of the cells that are there. What has not been run is said to be missing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from study_scoring import RAW
+from study_settings import PROPAGATIONS, SETS, SPLITS, STARTS
+from study_store import read_json
+from study_tables import (
+    Group,
+    baseline_rows,
+    difference,
+    groups,
+    number,
+    paired_mean,
+    reference_of,
+    signed,
+    spread,
+    table,
+)
+
+WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
+PRIMARY = "primary.json"
+MATCHED = 0.005  # of mAP
+
+INTRODUCTION = f"""# Does all-pairs consistency make class maps better? A study on real photos
+
+Written by `python benchmarks/study.py report` from the JSON files in `benchmarks/study/`; every figure can be computed
+again from them. The upper half of a ViT-S/14 is trained on image-level labels; masks serve evaluation alone. Every
+figure here: {WEIGHTS_NOTE}. Differences between rows mean something, a comparison with a paper's table does not; the
+paper's 67.3 mIoU on VOC is not reproduced here.
+
+Settings are chosen on dev.txt. test.txt is scored once more, when they are frozen: **the demo scored test.txt of both
+sets once before** (one seed, 112 px, settings from an earlier scouting, table in the README), and that is known to
+whoever planned this study.
+
+Class maps are gradients to the class token's attention, summed over photo and flip. They are spread over the affinity
+of the layers that train, not of all twelve. Thresholds of test and train photos are those that were best on dev
+("held out"); "oracle" is the split's own best. The distance between two views' attention falls by construction and is
+never shown as evidence. ± is the standard deviation over seeds; intervals are 95 % of 2000 paired resamples of the
+images within a seed. FP and FN are pixel rates over the union, means over classes without background.
+"""
+
+
+def report(results: Path) -> str:
+    found = groups(results)
+    parts = [INTRODUCTION, _primary(results, found)]
+    for photos, about in SETS.items():
+        for split in reversed(SPLITS):
+            own = [g for g in found if g.setting.photos == photos and g.split == split]
+            if own:
+                parts.append(f"## {about.title}, {split} photos\n")
+                parts += _split(results, photos, split, own)
+    return "\n".join(parts).rstrip() + "\n"
+
+
+# ------------------------------------------------------------ the primary contrast
+
+
+def _primary(results: Path, found: Sequence[Group]) -> str:
+    path = results / PRIMARY
+    if not path.exists():
+        return "## Primary contrast\n\nNot written down yet.\n"
+    plan = read_json(path)
+    lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
+    for photos, about in SETS.items():
+        own = [g for g in found if g.setting.photos == photos and g.split == "test"]
+        lines += [f"### {about.title}, test photos ({WEIGHTS_NOTE})\n", _contrasts(own, plan["contrasts"]), ""]
+    return "\n".join(lines)
+
+
+def _contrasts(own: Sequence[Group], contrasts: Sequence[Sequence[str]]) -> str:
+    """Every seed of every contrast (first, second): raw and propagated, with intervals."""
+    rows = []
+    for first, second in contrasts:
+        pairs = [(a, b) for a in own for b in own if (a.setting.condition, b.setting.condition) == (first, second)]
+        for a, b in pairs:
+            for seed in [seed for seed in a.records if seed in b.records]:
+                one, other = a.records[seed], b.records[seed]
+                rows.append(
+                    [
+                        f"{b.title} less {a.title}",
+                        str(seed),
+                        f"{one['mean_ap']:.3f} to {other['mean_ap']:.3f}",
+                        f"{one['raw']['miou']:.3f} to {other['raw']['miou']:.3f}",
+                        signed(difference(one, other)),
+                        f"{one['propagated']['miou']:.3f} to {other['propagated']['miou']:.3f}",
+                        signed(difference(one, other, "propagated")),
+                    ]
+                )
+    if not rows:
+        return "Not scored yet."
+    header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
+    return table(header, rows)
+
+
+# ------------------------------------------------------------ one split
+
+
+def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list[str]:
+    """A table for each size, epochs and view, then what cuts across them."""
+    parts = []
+    families: dict[tuple[int, int, str], list[Group]] = {}
+    for group in own:
+        families.setdefault((group.setting.size, group.setting.epochs, group.setting.view), []).append(group)
+    for (size, epochs, view), members in sorted(families.items(), key=lambda item: -len(item[1])):
+        parts.append(f"### {size} px, {epochs} epochs, view {view} ({WEIGHTS_NOTE})\n")
+        parts.append(_conditions(baseline_rows(results, photos, split), members) + "\n")
+        if split == "dev":
+            parts.append(_matched(members) + "\n")
+    largest = max(families.values(), key=len)
+    if split == "dev":
+        parts += [f"### How maps are read ({WEIGHTS_NOTE})\n", _readings(largest) + "\n"]
+    parts += [f"### Classes ({WEIGHTS_NOTE})\n", _classes(largest) + "\n"]
+    curves = _curves(largest)
+    return [*parts, f"### Thresholds ({WEIGHTS_NOTE})\n", curves + "\n"] if curves else parts
+
+
+def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
+    """The baselines that know no training, then every condition with its paired difference to the reference."""
+    header = ["", "seeds", "mAP", "raw CAM mIoU", "to reference", "propagated", "to reference", "oracle raw, prop."]
+    header += ["FP, FN", "multi-label raw", "entropy class, patch rows", "CPU s", "GiB"]
+    rows = [[row["name"], "", "", number(row["miou"]), *[""] * (len(header) - 4)] for row in baselines]
+    for group in members:
+        reference = reference_of(group, members)
+        differences = []
+        for maps in ("raw", "propagated"):
+            paired = None if reference in (None, group) else paired_mean(reference, group, maps)
+            differences.append("" if paired is None else ("+" if paired[0] >= 0 else "") + spread(paired))
+        memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
+        entropies = np.mean([np.mean(record["entropies"], axis=0) for record in group.records.values()], axis=0)
+        rows.append(
+            [
+                group.title,
+                str(len(group.records)),
+                spread(group.mean(lambda r: r["mean_ap"])),
+                spread(group.mean(lambda r: r["raw"]["miou"])),
+                differences[0],
+                spread(group.mean(lambda r: r["propagated"]["miou"])),
+                differences[1],
+                ", ".join(number(group.mean(lambda r, m=maps: r[m]["oracle"])[0]) for maps in ("raw", "propagated")),
+                ", ".join(
+                    number(group.mean(lambda r, n=name: r["raw"][n])[0], 2)
+                    for name in ("false_positive", "false_negative")
+                ),
+                number(group.mean(lambda r: r["raw"]["multi_label"])[0]),
+                ", ".join(number(value) for value in entropies),
+                number(group.mean(lambda r: r["training"]["cpu_seconds"])[0], 0),
+                number(memory, 2),
+            ]
+        )
+    return table(header, rows)
+
+
+def _matched(members: Sequence[Group]) -> str:
+    """Of each condition, the best raw maps among the weights that keep the reference's mAP."""
+    reference = next((g for g in members if reference_of(g, members) is g), None)
+    if reference is None:
+        return "No reference was run with this view: no comparison at matched mAP."
+    floor = reference.mean(lambda r: r["mean_ap"])[0] - MATCHED
+    kept: dict[str, Group] = {}
+    for group in members:
+        name = group.setting.condition
+        if group is reference or group.mean(lambda r: r["mean_ap"])[0] < floor:
+            continue
+        if name not in kept or _raw(group) > _raw(kept[name]):
+            kept[name] = group
+    if not kept:
+        return f"At matched mAP (no less than {floor:.3f}, the reference's less {MATCHED}): no condition keeps it."
+    lines = [f"{group.title}: raw {_raw(group):.3f} ({_raw(group) - _raw(reference):+.3f})" for group in kept.values()]
+    return f"At matched mAP (no less than {floor:.3f}, the reference's less {MATCHED}): {'; '.join(lines)}."
+
+
+def _raw(group: Group) -> float:
+    return group.mean(lambda r: r["raw"]["miou"])[0]
+
+
+def _readings(members: Sequence[Group]) -> str:
+    """mIoU by start layer, raw and by what the map is spread over: the same choices for every condition."""
+    header = ["", *[f"from {start}" for start in STARTS]]
+    rows = []
+    for group in members:
+        for name in (RAW, *PROPAGATIONS):
+            values = [_reading(group, start, name) for start in STARTS]
+            rows.append([f"{group.title}: {name}", *[number(value) for value in values]])
+    return table(header, rows)
+
+
+def _reading(group: Group, start: int, name: str) -> float:
+    values = [
+        each["miou"]
+        for record in group.records.values()
+        for each in record["readings"]
+        if (each["start"], each["propagation"]) == (start, name)
+    ]
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _classes(members: Sequence[Group]) -> str:
+    """Raw IoU of each id, mean over seeds."""
+    count = len(next(iter(members[0].records.values()))["raw"]["per_class_iou"])
+    rows = []
+    for group in members:
+        found = [record["raw"]["per_class_iou"] for record in group.records.values()]
+        values = np.array([[np.nan if value is None else value for value in row] for row in found])
+        seen = [values[~np.isnan(values[:, i]), i] for i in range(count)]
+        rows.append([group.title, *[number(float(v.mean()) if len(v) else None, 2) for v in seen]])
+    names = next(iter(members[0].records.values()))["names"]
+    return table(["raw IoU", *names], rows)
+
+
+def _curves(members: Sequence[Group]) -> str | None:
+    """mIoU of raw maps at every tenth threshold; None for a set without background."""
+    first = next(iter(members[0].records.values()))["raw"]["curve"]
+    if len(first) == 1:
+        return None
+    shown = range(0, len(first), 10)
+    rows = []
+    for group in members:
+        for maps in ("raw", "propagated"):
+            curve = np.mean([record[maps]["curve"] for record in group.records.values()], axis=0)
+            held = group.mean(lambda r, m=maps: r[m]["threshold"])[0]
+            rows.append([f"{group.title}: {maps}", number(held, 2), *[number(float(curve[i])) for i in shown]])
+    return table(["", "threshold used", *[f"{i / len(first):.1f}" for i in shown]], rows)

@@ -1,0 +1,185 @@
+"""What a cell of the study is: how a network is trained, how its class maps are read, and on which photos it is scored.
+
+Every name here ends up in the JSON of a cell and, as far as it tells two cells apart, in its file name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from typing import Any, Literal
+
+Split = Literal["train", "dev", "test"]
+SPLITS = ("train", "dev", "test")
+SEEDS = (0, 1, 2, 3, 4)
+
+WEIGHTS = (0.06, 0.17, 0.5, 1.5, 4.5)  # per query row; 0.17 is the paper's 100 at 576 tokens, the others powers of 3
+CAM_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean distance per pixel of maps in [0, 1]; 1 is the loss's default
+
+STARTS = (-1, -2, -3, -4)
+PROPAGATIONS = {"all": None, "first": (0, 1, 2), "last": (3, 4, 5)}
+"""The layers whose affinity spreads a class map, of the six that train: "all" is as published, as far as they go."""
+
+LAYERS = {"all": None, "lower": (0, 1, 2), "upper": (3, 4, 5)}
+"""The layers that the consistency terms compare, of the six that train."""
+
+
+class StudyError(Exception):
+    """Something whoever runs the study can put right: what was found, what was expected, what to do next."""
+
+
+@dataclass(frozen=True)
+class PhotoSet:
+    """``folder`` is below the data root. ``classes`` None keeps all."""
+
+    folder: str
+    title: str
+    classes: tuple[str, ...] | None
+    size: int
+    epochs: int
+
+
+SETS = {
+    "msrc": PhotoSet("msrc21", "MSRC", None, 112, 8),
+    "voc": PhotoSet("voc2012-animals", "VOC animals", ("cat", "cow", "dog", "horse", "person", "sheep"), 168, 4),
+}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What is added to classification. ``reported`` False tells the loss a view that is off by a flip."""
+
+    title: str
+    views: int = 2
+    activation: bool = False
+    affinity: bool = False
+    cam: bool = False
+    reported: bool = True
+    entropy_of_both: bool = False
+
+
+CONDITIONS = {
+    "plain": Condition("plain, one view", views=1),
+    "two": Condition("two views, no consistency"),
+    "activation": Condition("activation only", activation=True),
+    "affinity": Condition("affinity only", affinity=True),
+    "both": Condition("activation and affinity", activation=True, affinity=True),
+    "cam": Condition("CAM term only", cam=True),
+    "both_cam": Condition("activation, affinity and CAM term", activation=True, affinity=True, cam=True),
+    "misreported": Condition("both, view misreported", activation=True, affinity=True, reported=False),
+    "smoothing": Condition("no consistency, entropy held at that of both", entropy_of_both=True),
+}
+REFERENCE = "two"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a cell is trained. ``weight`` is that of the activation and affinity terms per query row; of "smoothing",
+    that of the cell whose entropy it follows. ``stop_gradient`` holds the second view fixed in the consistency terms.
+    ``warmup`` is the share of the steps over which the terms' weights rise from 0."""
+
+    photos: str
+    condition: str
+    size: int
+    epochs: int
+    weight: float = 0.0
+    cam_weight: float = 0.0
+    view: str = "flip"
+    distance: Literal["l1", "l2", "js"] = "l1"
+    layers: str = "all"
+    stop_gradient: bool = False
+    warmup: float = 0.0
+    frozen: int = 6
+    batch_size: int = 32
+    rate: float = 1e-4
+    head_rate: float = 1e-3
+    cam_start: int = -3
+
+    def __post_init__(self) -> None:
+        for what, name, known in (
+            ("set", self.photos, SETS),
+            ("condition", self.condition, CONDITIONS),
+            ("layers", self.layers, LAYERS),
+        ):
+            if name not in known:
+                raise StudyError(f"found the {what} {name!r}; expected one of {', '.join(known)}; choose among those")
+        condition = CONDITIONS[self.condition]
+        needed = {
+            "weight": condition.activation or condition.affinity or condition.entropy_of_both,
+            "cam_weight": condition.cam,
+        }
+        for name, used in needed.items():
+            if bool(getattr(self, name)) != used:
+                raise StudyError(
+                    f"found {name}={getattr(self, name)} for the condition {self.condition}; expected "
+                    f"{'a weight above 0' if used else '0: it has no such term'}; correct --{name.replace('_', '-')}"
+                )
+
+    @property
+    def slug(self) -> str:
+        """A file name: what every setting has, then what differs from the defaults."""
+        parts = [self.condition]
+        parts += [f"w{self.weight:g}"] if self.weight else []
+        parts += [f"c{self.cam_weight:g}"] if self.cam_weight else []
+        parts += [self.view, f"{self.size}px", f"{self.epochs}ep"]
+        shown = {"photos", "condition", "size", "epochs", "weight", "cam_weight", "view"}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name not in shown and field.default is not MISSING and value != field.default:
+                shown_value = "" if value is True else f"{value:g}" if isinstance(value, float) else str(value)
+                parts.append(field.name.replace("_", "") + shown_value)
+        return "-".join(parts)
+
+    @property
+    def digest(self) -> str:
+        """Tells settings apart whatever their slugs look like."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
+
+    def with_condition(self, condition: str, weight: float = 0.0, cam_weight: float = 0.0) -> Setting:
+        return replace(self, condition=condition, weight=weight, cam_weight=cam_weight)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How class maps are read off a trained network: the first layer whose gradient counts (of those that train,
+    negative), and the layers over whose affinity the map is spread."""
+
+    start: int = -3
+    propagation: str = "all"
+
+    def __post_init__(self) -> None:
+        if self.start not in STARTS or self.propagation not in PROPAGATIONS:
+            raise StudyError(
+                f"found the reading start {self.start}, propagation {self.propagation!r}; expected a start of "
+                f"{', '.join(map(str, STARTS))} and one of {', '.join(PROPAGATIONS)}; choose among those"
+            )
+
+
+READINGS = tuple(Reading(start, name) for start in STARTS for name in PROPAGATIONS)
+
+
+@dataclass(frozen=True)
+class Cell:
+    setting: Setting
+    seed: int
+    split: Split = "dev"
+    reading: Reading = Reading()
+
+    @property
+    def file(self) -> str:
+        """Below the folder of results."""
+        return f"{self.setting.photos}/{self.split}/{self.setting.slug}-s{self.seed}.json"
+
+    def on(self, split: Split) -> Cell:
+        return replace(self, split=split)
+
+
+def base(
+    photos: str, condition: str = REFERENCE, weight: float = 0.0, cam_weight: float = 0.0, **other: Any
+) -> Setting:
+    """The setting of a set's own size and epochs, with whatever else is given."""
+    if photos not in SETS:
+        raise StudyError(f"found the set {photos!r}; expected one of {', '.join(SETS)}; choose among those")
+    given = {"size": SETS[photos].size, "epochs": SETS[photos].epochs, **other}
+    return Setting(photos, condition, weight=weight, cam_weight=cam_weight, **given)

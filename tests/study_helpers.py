@@ -1,0 +1,120 @@
+"""A tiny photo set, a tiny backbone of random weights and made-up results for the tests of the study."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from timm.models.vision_transformer import VisionTransformer
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from study_counts import ImageCounts
+from study_scoring import RAW
+from study_settings import PROPAGATIONS, STARTS, Cell
+from study_store import write_json
+
+SIZE = 56  # 4 x 4 patches
+NAMES = ["background", "cat", "cow", "dog", "horse", "person", "sheep"]
+LABELS = {"a": [1], "b": [3], "c": [1, 3], "d": [2], "e": [1, 2], "f": [3, 5], "g": [4], "h": [6, 1], "i": [2, 3]}
+SPLITS = {"train": "a b c d e", "dev": "f g h i", "test": "b c i"}
+
+
+def tiny_vit(_: str, pretrained: bool, img_size: int, num_classes: int) -> VisionTransformer:
+    """In place of timm.create_model: twelve blocks, as the study's, of width 24."""
+    assert not pretrained
+    return VisionTransformer(img_size, 14, num_classes=num_classes, embed_dim=24, depth=12, num_heads=2)
+
+
+def make_photos(root: Path, background: bool = True) -> Path:
+    """Nine photos of 40 x 60 px of coloured noise; each class present fills a column of the mask."""
+    first = int(background)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets"):
+        (root / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    labels = {name: [number - 1 + first for number in numbers] for name, numbers in LABELS.items()}
+    for name, numbers in labels.items():
+        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
+        mask = np.full((40, 60), 0 if background else numbers[0], np.uint8)
+        mask[:3] = 255
+        for column, number in enumerate(numbers):
+            mask[8:, 8 + 22 * column : 26 + 22 * column] = number
+        Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
+    for split, ids in SPLITS.items():
+        (root / "ImageSets" / f"{split}.txt").write_text("\n".join(ids.split()) + "\n")
+    content = {"classes": NAMES if background else NAMES[1:], "labels": labels}
+    (root / "image_labels.json").write_text(json.dumps(content))
+    return root
+
+
+def git(folder: Path, *arguments: str) -> None:
+    settings = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+    subprocess.run(["git", *settings, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def freeze(results: Path, cells: list[Cell], commit: bool = True) -> None:
+    entries = [
+        {"plan": "primary", "setting": asdict(c.setting), "reading": asdict(c.reading), "seeds": [c.seed]}
+        for c in cells
+    ]
+    write_json(results / "frozen.json", {"cells": entries})
+    if commit:
+        git(results, "init")
+        git(results, "add", "frozen.json")
+        git(results, "commit", "-m", "frozen")
+
+
+def made_counts(seed: int, quality: float, images: int = 12, classes: int = 3) -> ImageCounts:
+    """``quality``: the share of the pixels of each class that is right. Masks depend on ``seed`` alone."""
+    truth = np.random.default_rng(seed).integers(20, 100, (images, classes))
+    correct = np.floor(truth * quality).astype(np.int64)
+    wrong = truth - correct
+    return ImageCounts(correct + np.roll(wrong, 1, axis=1), correct, truth)
+
+
+def made_record(cell: Cell, quality: float, mean_ap: float = 0.8, readings: Mapping[Any, float] = {}) -> dict[str, Any]:
+    """What a cell writes, with maps of a known quality. ``readings`` overrides the mIoU of some of them."""
+    counts = made_counts(cell.seed, quality)
+    maps = {
+        "miou": counts.miou(),
+        "threshold": 0.3,
+        "oracle": counts.miou(),
+        "oracle_threshold": 0.3,
+        "curve": [0.1] * 100,
+        "per_class_iou": [0.5, None, 0.25],
+        "false_positive": 0.2,
+        "false_negative": 0.3,
+        "multi_label": 0.1,
+        "counts": counts.pack(),
+    }
+    found = [
+        {
+            "start": start,
+            "propagation": name,
+            "miou": readings.get((start, name), quality / 2),
+            "threshold": 0.3,
+        }
+        for start in STARTS
+        for name in (RAW, *PROPAGATIONS)
+    ]
+    return {
+        "setting": asdict(cell.setting),
+        "seed": cell.seed,
+        "split": cell.split,
+        "reading": asdict(cell.reading),
+        "names": ["background", "cat", "dog"],
+        "mean_ap": mean_ap,
+        "entropies": [[0.5, 0.6]],
+        "raw": maps,
+        "propagated": maps,
+        "readings": found,
+        "training": {"cpu_seconds": 400.0, "peak_memory": 2**30},
+        "scoring": {"cpu_seconds": 40.0},
+    }
