@@ -101,8 +101,8 @@ def cams(view: HostView) -> Tensor:
 
 
 class _OnOneLattice(HostCapture):
-    def _view(self, output: Any, features: Tensor | None) -> HostView:
-        view = super()._view(output, features)
+    def _view(self, output: Any, features: Tensor | None, run: int | None = None) -> HostView:
+        view = super()._view(output, features, run)
         layout = view.attention[0].layout
         return replace(view, attention=view.attention.with_layout(layout.query, 1, 1))
 
