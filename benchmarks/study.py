@@ -5,6 +5,7 @@ python benchmarks/study.py cell --set msrc --condition both --weight 0.5 --seed 
 python benchmarks/study.py run --set msrc --plan dev          # resumes where it was interrupted; --list shows it
 python benchmarks/study.py freeze --set msrc                  # after dev; commit benchmarks/study/frozen.json
 python benchmarks/study.py run --set msrc --plan primary      # scores test.txt, once
+python benchmarks/study.py pictures --set msrc                # docs/study/*.png, of dev photos
 python benchmarks/study.py report                             # writes docs/study.md
 """
 
@@ -23,6 +24,7 @@ import torch
 from study_cells import Bench, commit
 from study_choice import choose
 from study_photos import Places
+from study_pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from study_plans import PLANS, plan
 from study_report import report
 from study_settings import CONDITIONS, LAYERS, PROPAGATIONS, SETS, SPLITS, Cell, Reading, Setting, StudyError, base
@@ -30,6 +32,7 @@ from study_store import BASELINES, FROZEN, all_cells, load, read_json, write_jso
 from study_views import VIEWS
 
 HERE = Path(__file__).resolve().parent
+PAGE = HERE.parent / "docs" / "study.md"
 WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
 
 
@@ -86,8 +89,13 @@ def parser() -> argparse.ArgumentParser:
     freeze.add_argument("--set", dest="photos", choices=SETS, required=True)
     freeze.set_defaults(command=run_freeze)
 
+    pictures = commands.add_parser("pictures", parents=[shared], help="of dev photos, by the settings that dev chooses")
+    pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
+    pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
+    pictures.set_defaults(command=run_pictures)
+
     tables = commands.add_parser("report", parents=[shared], help="write the tables")
-    tables.add_argument("--output", type=Path, default=HERE.parent / "docs" / "study.md", metavar="FILE")
+    tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     tables.set_defaults(command=run_report)
     return result
 
@@ -173,8 +181,20 @@ def run_freeze(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_pictures(args: argparse.Namespace) -> int:
+    cells = chosen_cells(args.results, args.photos)
+    setting = next(iter(cells.values())).setting
+    photos = bench(args).photos(args.photos, setting.size, setting.frozen)
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw_class_maps(args.output / f"{args.photos}_cams.png", photos, cells)
+    draw_affinities(args.output / f"{args.photos}_affinities.png", photos, cells)
+    draw_curves(args.output / f"{args.photos}_curves.png", args.results, args.photos, photos.origin)
+    print(f"Written: {args.output}/{args.photos}_*.png")
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
-    args.output.write_text(report(args.results), encoding="utf-8")
+    args.output.write_text(report(args.results, args.output.with_suffix("")), encoding="utf-8")
     print(f"Written: {args.output}")
     return 0
 

@@ -45,7 +45,15 @@ images within a seed. FP and FN are pixel rates over the union, means over class
 """
 
 
-def report(results: Path) -> str:
+PICTURES = {
+    "cams": "Class maps of the first dev photos of a seeded shuffle",
+    "affinities": "Attention of one patch in both views, before and after training",
+    "curves": "mIoU against the background threshold, dev photos",
+}
+
+
+def report(results: Path, pictures: Path | None = None) -> str:
+    """``pictures`` is the folder of the PNGs, beside the page; those that are there are shown."""
     found = groups(results)
     parts = [INTRODUCTION, _primary(results, found)]
     for photos, about in SETS.items():
@@ -54,7 +62,18 @@ def report(results: Path) -> str:
             if own:
                 parts.append(f"## {about.title}, {split} photos\n")
                 parts += _split(results, photos, split, own)
+        parts += _pictures(pictures, photos)
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _pictures(folder: Path | None, photos: str) -> list[str]:
+    if folder is None:
+        return []
+    shown = [name for name in PICTURES if (folder / f"{photos}_{name}.png").exists()]
+    return [
+        f"![{PICTURES[name]}: {SETS[photos].title}; {WEIGHTS_NOTE}]({folder.name}/{photos}_{name}.png)\n"
+        for name in shown
+    ]
 
 
 # ------------------------------------------------------------ the primary contrast

@@ -148,8 +148,13 @@ class PhotoTask:
         ]
 
     def pixels(self, images: Tensor) -> np.ndarray:
-        colours = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        return (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+        return to_pixels(images)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(B,H,W,3) uint8 of what :func:`load_photos` gave."""
+    colours = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def load_photos(folder: PhotoFolder, ids: Sequence[str], size: int) -> Tensor:
