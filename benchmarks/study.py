@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[shared], help="all cells of a plan that are not there yet")
     run.add_argument("--set", dest="photos", choices=SETS, required=True)
     run.add_argument("--plan", choices=PLANS, required=True)
+    run.add_argument("--seed", type=int, help="its cells alone: two processes share a plan by seeds")
     run.add_argument("--list", action="store_true", help="only show the cells, which are done, and CPU hours left")
     run.set_defaults(command=run_plan)
 
@@ -122,7 +123,7 @@ def run_cell(args: argparse.Namespace) -> int:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    cells = plan(args.plan, args.photos, args.results)
+    cells = [cell for cell in plan(args.plan, args.photos, args.results) if args.seed in (None, cell.seed)]
     waiting = [cell for cell in cells if load(args.results, cell) is None]
     if args.list:
         for cell in cells:

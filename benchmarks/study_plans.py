@@ -1,5 +1,5 @@
-"""Which cells are run, in which order: the plan of tuning on dev, written down before its first cell ran, and the test
-cells, which frozen.json names."""
+"""Which cells are run, in which order: the plan of tuning on dev, its cells written down before the first of them ran
+(their order was changed since), and the test cells, which frozen.json names."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ Planned = tuple[Setting, tuple[int, ...]]
 
 
 def plan(name: str, photos: str, results: Path) -> list[Cell]:
-    """The cells of a plan, in order. Seed 0 of everything comes first: an interrupted plan is a whole picture."""
+    """The cells of a plan, in order: of dev, those come first from which the primary contrast's settings are chosen."""
     if name not in PLANS:
         raise StudyError(f"found the plan {name!r}; expected one of {', '.join(PLANS)}; choose among those")
     if name != "dev":
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
         return [each for cell in shown for each in (cell, cell.on("train"))]  # the seeds that WSSS papers report, too
     planned = _msrc() if photos == "msrc" else _voc()
-    cells = [Cell(setting, seed) for seed in MORE for setting, seeds in planned if seed in seeds]
-    return list(dict.fromkeys(cells))
+    return list(dict.fromkeys(Cell(setting, seed) for setting, seeds in planned for seed in seeds))
 
 
 def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = CAM_WEIGHT, **other: object) -> Setting:
@@ -37,14 +36,19 @@ def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = 
     return base(photos, condition, weight if weighted else 0.0, cam_weight if kind.cam else 0.0, **other)
 
 
+def _tuning(photos: str, epochs: Iterable[int]) -> list[Setting]:
+    """What the primary contrast is chosen from: weights of both, and the same epochs for it and the reference."""
+    settings = [at(photos, name) for name in ("two", "both", "misreported")]
+    settings += [at(photos, "both", weight) for weight in WEIGHTS]
+    return settings + [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
+
+
 def _msrc() -> list[Planned]:
-    """Full grid: conditions, weights, what may keep mAP, views, epochs of the reference and of both, tokens."""
-    planned = [(at("msrc", name), MORE) for name in ("two", "both", "misreported", "affinity", "activation")]
-    planned += [(at("msrc", name), MORE) for name in ("plain", "smoothing", "cam", "both_cam")]
-    weighted = ("both", "affinity", "activation", "misreported")
-    planned += [(at("msrc", name, weight), FEW) for weight in WEIGHTS for name in weighted]
+    """Full grid: what the primary contrast is chosen from, conditions, weights, what may keep mAP, views, tokens."""
+    planned: list[Planned] = [(setting, FEW) for setting in _tuning("msrc", (4, 16))]
+    planned += [(at("msrc", name), MORE) for name in CONDITIONS]
+    planned += [(at("msrc", name, w), FEW) for w in WEIGHTS for name in ("affinity", "activation", "misreported")]
     planned += [(at("msrc", "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
-    planned += _each("msrc", ("two", "both"), FEW, [{"epochs": 4}, {"epochs": 16}])
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -59,11 +63,10 @@ def _msrc() -> list[Planned]:
 
 
 def _voc() -> list[Planned]:
-    """What the primary contrast needs: weights and epochs of both, the reference's epochs, the controls."""
-    planned: list[Planned] = [(at("voc", name), FEW) for name in ("two", "both", "misreported", "affinity")]
-    planned += [(at("voc", "both", weight), (0,)) for weight in WEIGHTS]
-    planned += [(at("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
-    return planned + _each("voc", ("two", "both"), (0,), [{"epochs": 2}])
+    """What the primary contrast is chosen from, then the main conditions."""
+    planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (2,))]
+    planned += [(at("voc", name), FEW) for name in ("two", "both", "misreported", "affinity")]
+    return planned + [(at("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
 
 
 def _each(

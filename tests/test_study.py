@@ -24,7 +24,7 @@ import study_cells
 import study_photos
 from study_baselines import attention_maps, baselines
 from study_cells import Bench
-from study_choice import choose
+from study_choice import PRIMARY, choose
 from study_counts import ImageCounts, paired_bootstrap
 from study_helpers import SIZE, freeze, git, made_counts, made_record, make_photos, tiny_vit
 from study_objective import Objective, Run, entropies
@@ -32,7 +32,7 @@ from study_photos import Batch, Photos, Places
 from study_plans import plan
 from study_report import WEIGHTS_NOTE, report
 from study_scoring import RAW, class_maps, figures, score
-from study_settings import READINGS, SEEDS, SETS, Cell, Reading, StudyError, base
+from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import load, write_json
 from study_tables import groups, paired_mean, reference_of
 from study_train import checkpoint_path, train, trained
@@ -478,7 +478,9 @@ def test_plans_name_each_cell_once_and_dev_plans_never_test():
         cells = plan("dev", photos, Path("none"))
         assert len({cell.file for cell in cells}) == len(cells)
         assert {cell.split for cell in cells} == {"dev"}
-        assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+        own = [cell for cell in cells if cell.seed == 0]  # as a process that takes one seed runs them
+        weights = {cell.setting.weight for cell in own[:7] if cell.setting.condition == "both"}
+        assert weights == set(WEIGHTS) and {cell.setting.condition for cell in own[:7]} == set(PRIMARY)
     with pytest.raises(StudyError, match="found no none"):
         plan("primary", "msrc", Path("none"))
 
