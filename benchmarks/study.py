@@ -6,6 +6,8 @@ python benchmarks/study.py run --set msrc --plan dev          # resumes where it
 python benchmarks/study.py freeze --set msrc                  # after dev; commit benchmarks/study/frozen.json
 python benchmarks/study.py run --set msrc --plan primary      # scores test.txt, once
 python benchmarks/study.py pictures --set msrc                # docs/study/*.png, of dev photos
+python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
+python benchmarks/study.py scenes acr_demo/demo.json
 python benchmarks/study.py report                             # writes docs/study.md
 """
 
@@ -27,6 +29,7 @@ from study_photos import Places
 from study_pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from study_plans import PLANS, plan
 from study_report import report
+from study_scenes import keep
 from study_settings import CONDITIONS, LAYERS, PROPAGATIONS, SETS, SPLITS, Cell, Reading, Setting, StudyError, base
 from study_store import BASELINES, FROZEN, all_cells, load, read_json, write_json
 from study_views import VIEWS
@@ -94,6 +97,10 @@ def parser() -> argparse.ArgumentParser:
     pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
     pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
     pictures.set_defaults(command=run_pictures)
+
+    scenes = commands.add_parser("scenes", parents=[shared], help="take over what the demo measured on test scenes")
+    scenes.add_argument("demo", type=Path, metavar="demo.json")
+    scenes.set_defaults(command=lambda args: keep(args.demo, args.results) or 0)
 
     tables = commands.add_parser("report", parents=[shared], help="write the tables")
     tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")

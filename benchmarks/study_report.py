@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from study_scenes import scenes
 from study_scoring import RAW
 from study_settings import PROPAGATIONS, SETS, SPLITS, STARTS
 from study_store import read_json
@@ -63,6 +64,7 @@ def report(results: Path, pictures: Path | None = None) -> str:
                 parts.append(f"## {about.title}, {split} photos\n")
                 parts += _split(results, photos, split, own)
         parts += _pictures(pictures, photos)
+    parts += [section] if (section := scenes(results)) else []
     return "\n".join(parts).rstrip() + "\n"
 
 

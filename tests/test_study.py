@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -575,3 +576,30 @@ def test_photos_are_found_by_option_only(places: Places):
     assert study_photos.Photos("voc", SIZE, 6, places).folder.root == places.data / SETS["voc"].folder
     with pytest.raises(StudyError, match=r"give the folder of photo sets by --data"):
         Photos("voc", SIZE, 6, replace(places, data=places.data / "elsewhere"))
+
+
+def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
+    def row(name: str, raw: float) -> dict[str, object]:
+        training = None if "ACR" not in name else {"cpu_seconds": 90.0}
+        propagated = {"miou": raw / 2}
+        terms = {"entropy": 0.9}
+        return {"name": name, "raw": {"miou": raw}, "propagated": propagated, "mean_ap": 0.9, "terms": terms} | {
+            "training": training
+        }
+
+    def run(rows: list[tuple[str, float]], split: str = "test") -> Path:
+        seeds = [{"seed": s, "rows": [row(n, value + s / 100) for n, value in rows]} for s in (3, 4)]
+        content = {"command": ["demo", "--controls"], "settings": {}, "split": split, "versions": {}, "machine": {}}
+        (tmp_path / "demo.json").write_text(json.dumps(content | {"seeds": seeds}))
+        return tmp_path / "demo.json"
+
+    rows = [("best centred ellipse", 0.24), ("without ACR", 0.25), ("with ACR", 0.31)]
+    results = ["--results", str(tmp_path)]
+    for bad in (run(rows), run([*rows, ("ACR, flip not undone", 0.28)], "dev"), tmp_path / "none.json"):
+        assert study.main(["scenes", str(bad), *results]) == 2
+    assert "ACR, flip not undone" in capsys.readouterr().err
+    assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
+    page = report(tmp_path)
+    assert "with ACR less without ACR: raw +0.060 (+0.060 to +0.060, above 0 in 2 of 2), propagated +0.030" in page
+    assert "with ACR less ACR, flip not undone: raw +0.030" in page
+    assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page
