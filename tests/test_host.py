@@ -1,11 +1,14 @@
 """What all host files share: integrations/host.py, and the lines that their docstrings add."""
 
 import copy
+import importlib
 import multiprocessing
 import pickle
 import queue
+import re
 import types
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -359,3 +362,17 @@ def test_lines_are_replaced_within_the_source_only():
     assert with_added_lines(SOURCE, [Added(4, 5, "pass")]) == "def f(x):\n    y = x\n\n    pass\n"
     with pytest.raises(ValueError, match="found no code at line 4 of 4"):
         with_added_lines(SOURCE, [Added(4, 6, "pass")])
+
+
+@pytest.mark.parametrize(("begins", "name"), [("In MCTformer+'s", "mctformer"), ("In ACR_WSSS's", "acr_wsss")])
+def test_the_readmes_examples_are_lines_of_the_docstrings(begins, name):
+    readme = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+    _, _, block = readme.partition(begins)
+    block = re.match(r".*\n\n((?:    .*\n)+)", block)[1]
+    code = "".join(line.partition("#")[0] for line in block.splitlines())
+    docstring = "".join(importlib.import_module(f"acr_reg.integrations.{name}").__doc__.split())
+    pieces = ["".join(piece.split()) for piece in code.split("...")]
+    assert len(pieces) > 1
+    for piece in pieces:
+        shown = re.split(r"(?=acr=)|(?=host=)", piece)  # stand at two places of the host's file
+        assert all(part in docstring for part in shown), piece
