@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._products import meeting, score_factors
-from acr_reg._torch import math_kernel, multi_head_attention_body, never_traced
+from acr_reg._torch import body_of, dispatches, math_kernel, never_traced
 from acr_reg.attention import RecordedTensors
 
 
@@ -152,7 +154,7 @@ class AttentionMode(TorchFunctionMode):
         if role is _Role.FUSED:
             return self._fused(args, kwargs)
         if role is _Role.MULTI_HEAD:
-            return self._multi_head(args, kwargs)
+            return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
         if role is _Role.SOFTMAX:
             self._softmax(result, *args, **kwargs)
@@ -181,19 +183,18 @@ class AttentionMode(TorchFunctionMode):
         if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
             tensor.requires_grad_()
 
-    def _multi_head(self, args: Any, kwargs: Any) -> Any:
+    def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
         """Runs the function's own body with the mode on: by itself it dispatches once and hides what it does.
 
         The weights it returns are a view off the path to its output, so they could not be used for a gradient.
         """
-        query, key = (args[i] if len(args) > i else kwargs[n] for i, n in enumerate(("query", "key")))
-        heads = args[4] if len(args) > 4 else kwargs["num_heads"]
+        query, key, heads = (_argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
         _inside.refusal = None if _same(query, key) else "cross-attention: queries and keys are not the same tokens"
         try:
             with self:
-                return multi_head_attention_body(*args, **kwargs)
+                return _body(func)(*args, **kwargs)
         finally:
             _inside.heads, _inside.refusal = before
 
@@ -309,9 +310,23 @@ def _name_of(func: Any) -> str:
     return str(getattr(func, "__name__", ""))
 
 
+_body = cache(body_of)
+
+
+def _names(func: FunctionType) -> tuple[str, ...]:
+    return func.__code__.co_varnames[: func.__code__.co_argcount]
+
+
+def _argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
+    position = _names(func).index(name)
+    return args[position] if position < len(args) else kwargs[name]
+
+
 def _learn_role(func: Any) -> _Role:
     name = _name_of(func)
     role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
+    if dispatches(func) and {"query", "key", "num_heads"} <= set(_names(func)):
+        role = _Role.MULTI_HEAD  # a copy of torch's multi_head_attention_forward, as repositories around CLIP have it
     _ROLES[func] = role
     return role
 

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch, checkpoint
@@ -20,13 +19,26 @@ from torch.utils import _python_dispatch, checkpoint
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The class that all BatchNorm modules share."""
 
-# A copy of the public function's body that skips its one dispatch to modes, after which it would run unseen.
-multi_head_attention_body: Callable[..., Any] = types.FunctionType(
-    F.multi_head_attention_forward.__code__,
-    {**F.multi_head_attention_forward.__globals__, "has_torch_function": lambda _: False},
-    "multi_head_attention_forward",
-    F.multi_head_attention_forward.__defaults__,
-)
+_DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def dispatches(function: Any) -> bool:
+    """Whether this is a function written in Python that hands itself to modes once, as many of torch's own do."""
+    return isinstance(function, types.FunctionType) and not set(_DISPATCHES).isdisjoint(function.__code__.co_names)
+
+
+def body_of(function: types.FunctionType) -> Callable[..., Any]:
+    """A copy of a function that skips its one dispatch to modes, after which it would run unseen."""
+    never = dict.fromkeys(_DISPATCHES, lambda *_: False)
+    body = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **never},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
 
 
 def in_backward() -> bool:

@@ -7,6 +7,7 @@ import copy
 import gc
 import pickle
 import threading
+import types
 import weakref
 
 import pytest
@@ -595,6 +596,33 @@ def test_two_captures_see_the_same_heads_and_refusals_of_multihead_attention() -
         for attention in (one, two):
             with pytest.raises(CaptureError, match="cross-attention"):
                 attention.take()
+
+
+def copy_in_the_manner_of_clip() -> types.FunctionType:
+    """torch's function as repositories around CLIP have it in a file of their own: it dispatches to modes itself."""
+    public = F.multi_head_attention_forward
+    names = {**public.__globals__, "__name__": "clip.attention"}
+    names[public.__name__] = types.FunctionType(public.__code__, names, public.__name__, public.__defaults__)
+    return names[public.__name__]
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_copies_of_torchs_multi_head_attention_are_seen_as_it_is(
+    need_weights: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = nn.MultiheadAttention(32, 4)
+    tokens, others = torch.randn(25, 2, 32, requires_grad=True), torch.randn(25, 2, 32)
+    with capture_attention(module) as attention:
+        output, _ = module(tokens, tokens, tokens, need_weights=need_weights)
+        expected = attention.take()[0].weights()
+        monkeypatch.setattr(F, "multi_head_attention_forward", copy_in_the_manner_of_clip())
+        again, _ = module(tokens, tokens, tokens, need_weights=need_weights)
+        found = attention.take()[0].weights()
+        assert torch.equal(again, output) and torch.equal(found, expected)
+        assert found.square().sum().grad_fn is not None
+        module(tokens, others, others)
+        with pytest.raises(CaptureError, match="cross-attention"):
+            attention.take()
 
 
 def test_runs_that_nobody_takes_do_not_pile_up() -> None:

@@ -54,12 +54,12 @@ class Seen(TorchFunctionMode):
 
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multi_head_attention_body_is_the_public_function(need_weights: bool) -> None:
-    public, body = F.multi_head_attention_forward, private.multi_head_attention_body
+    public, body = F.multi_head_attention_forward, private.body_of(F.multi_head_attention_forward)
     note = changed("F.multi_head_attention_forward", "whether it is plain Python that asks has_torch_function once")
     assert inspect.signature(body).parameters.keys() == inspect.signature(public).parameters.keys(), note
     defaults = [[p.default for p in inspect.signature(f).parameters.values()] for f in (body, public)]
     assert defaults[0] == defaults[1], note
-    assert "has_torch_function" in public.__code__.co_names, note
+    assert private.dispatches(public), note
     assert "handle_torch_function" in public.__code__.co_names, note
 
     module, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
