@@ -129,7 +129,7 @@ def draw_grid(
     if legend:
         patches = [Patch(color=colour(c), label=scenes.CLASSES[c]) for c in legend]
         figure.legend(handles=patches, loc="outside lower center", ncols=8, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
+    figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
 
 
 def draw_scenes(path: Path, page: dict[str, Any]) -> None:
