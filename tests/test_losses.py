@@ -803,7 +803,7 @@ def test_half_precision_factors_are_multiplied_in_float32(dtype):
 
 
 @pytest.mark.parametrize("view", [HorizontalFlip(), Scale(2)], ids=str)
-@pytest.mark.parametrize("distance", ["l1", "l2", "js", lambda a, b: (a @ a.mT - b @ b.mT).abs().sum(-1)], ids=str)
+@pytest.mark.parametrize("distance", ["l1", "l2", "js", lambda a, b: (a @ a.mT - b @ b.mT).abs().sum(-1)])
 def test_autocast_does_not_change_the_value(view, distance):
     grid, grid_b = (3, 5), view.output_size((3, 5))
     factors = [
