@@ -78,7 +78,6 @@ class _Role(Enum):
 
 _ROLES: dict[Any, _Role] = {
     F.scaled_dot_product_attention: _Role.FUSED,
-    F.multi_head_attention_forward: _Role.MULTI_HEAD,
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), _Role.SOFTMAX),
 }
 _PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
@@ -326,7 +325,7 @@ def _learn_role(func: Any) -> _Role:
     name = _name_of(func)
     role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
     if dispatches(func) and {"query", "key", "num_heads"} <= set(_names(func)):
-        role = _Role.MULTI_HEAD  # a copy of torch's multi_head_attention_forward, as repositories around CLIP have it
+        role = _Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
     _ROLES[func] = role
     return role
 

@@ -84,8 +84,9 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(ROWS, 1 + 2 * len(networks), squeeze=False)
     patch = photos.size // photos.grid[1]
+    masks, present = photos.masks("dev"), photos.present("dev")
     for row, i in enumerate(positions.tolist()):
-        query = most_covered(photos.masks("dev")[i], photos.present("dev")[i][0], photos.grid)
+        query = most_covered(masks[i], present[i][0], photos.grid)
         top, left = query // photos.grid[1] * patch, query % photos.grid[1] * patch
         shown = [pixels[row]]
         for both_views in found.values():

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from study_settings import StudyError
 from study_store import read_json, write_json
-from study_tables import number, spread, table
+from study_tables import moments, number, spread, table
 
 from acr_reg.demo.conditions import CONTROL, WITH, WITHOUT
 
@@ -82,15 +82,10 @@ _COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds"
 
 def _mean(found: list[dict[str, Any]], key: str, digits: int) -> str:
     values = [each[key] for each in found if key in each]
-    return spread(_moments(values), digits) if values else ""
+    return spread(moments(values), digits) if values else ""
 
 
 def _paired(seeds: Mapping[str, Mapping[str, Any]], first: str, second: str, maps: str) -> str:
     values = [rows[second][maps] - rows[first][maps] for rows in seeds.values()]
     above = sum(value > 0 for value in values)
     return f"{np.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}, above 0 in {above} of {len(values)})"
-
-
-def _moments(values: list[float]) -> tuple[float, float, int]:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else float("nan")
-    return float(np.mean(values)), deviation, len(values)

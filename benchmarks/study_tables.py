@@ -26,8 +26,7 @@ class Group:
 
     def mean(self, figure: Callable[[Record], float]) -> tuple[float, float, int]:
         """Mean, standard deviation (NaN of one) and number of seeds."""
-        values = [figure(record) for record in self.records.values()]
-        return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"), len(values)
+        return moments([figure(record) for record in self.records.values()])
 
     @property
     def title(self) -> str:
@@ -79,8 +78,11 @@ def paired_mean(first: Group, second: Group, maps: str = "raw") -> tuple[float, 
     """Mean and deviation over the seeds that both have of the paired difference; None without any."""
     seeds = [seed for seed in first.records if seed in second.records]
     values = [second.records[seed][maps]["miou"] - first.records[seed][maps]["miou"] for seed in seeds]
-    if not values:
-        return None
+    return moments(values) if values else None
+
+
+def moments(values: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation (NaN of one) and number."""
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"), len(values)
 
 

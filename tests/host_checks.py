@@ -114,6 +114,22 @@ def check_training(
     return steps
 
 
+def maps_of_first_loss(model: nn.Module, train: Callable[[nn.Module, bool], object]) -> list[Tensor]:
+    """Of each view, the maps of all layers that the first loss of ``train``, with the added lines, was given."""
+    taken: list[Tensor] = []
+
+    class Noting(acr_reg.AllPairsConsistencyLoss):
+        def forward(self, attn_a, attn_b, *rest, **options):
+            if not taken:
+                taken.extend(torch.stack([m.weights().detach() for m in attn]) for attn in (attn_a, attn_b))
+            return super().forward(attn_a, attn_b, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acr_reg, "AllPairsConsistencyLoss", Noting)
+        train(model, True)
+    return taken
+
+
 # ---------------------------------------------------------------- checkouts
 
 

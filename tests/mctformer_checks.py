@@ -4,9 +4,9 @@ import contextlib
 import copy
 import functools
 
-import pytest
 import torch
 import torch.nn.functional as F
+from host_checks import maps_of_first_loss
 from torch import nn
 
 import acr_reg
@@ -176,18 +176,7 @@ def first_maps(model, train, images_of_step):
         for view in (acr_reg.Identity(), acr_reg.HorizontalFlip()):
             maps = next(part for part in original.forward_features(view(images_of_step))[1:] if isinstance(part, list))
             expected.append(torch.stack(maps))
-    taken = []
-
-    class Noting(acr_reg.AllPairsConsistencyLoss):
-        def forward(self, attn_a, attn_b, *rest, **options):
-            if not taken:
-                taken.extend(torch.stack([m.weights().detach() for m in attn]) for attn in (attn_a, attn_b))
-            return super().forward(attn_a, attn_b, *rest, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acr_reg, "AllPairsConsistencyLoss", Noting)
-        train(model, True)
-    return taken, expected
+    return maps_of_first_loss(model, train), expected
 
 
 def assert_right_pass(taken, expected):

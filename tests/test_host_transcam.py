@@ -18,6 +18,7 @@ from host_checks import (
     gradients_of_two_ranks,
     host_on_path,
     in_fresh_process,
+    maps_of_first_loss,
     patched_module,
 )
 from torch import nn
@@ -252,25 +253,14 @@ def without_drop_path(model):
 
 def first_maps(model, train, images):
     """The maps of all blocks that the first loss was given for each view, and those of the encoder alone."""
-    alone, taken, seen = copy.deepcopy(model).train(), [], []
+    alone, seen = copy.deepcopy(model).train(), []
     for name, block in alone.named_modules():
         if name.endswith(".attn"):
             block.register_forward_hook(lambda _module, _given, result: seen.append(result[1]))
     with torch.no_grad():
         for view in (acr_reg.Identity(), acr_reg.HorizontalFlip()):
             alone("convcam", view(images))
-    expected = torch.stack(seen).chunk(2)
-
-    class Noting(acr_reg.AllPairsConsistencyLoss):
-        def forward(self, attn_a, attn_b, *rest, **options):
-            if not taken:
-                taken.extend(torch.stack([m.weights().detach() for m in attn]) for attn in (attn_a, attn_b))
-            return super().forward(attn_a, attn_b, *rest, **options)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acr_reg, "AllPairsConsistencyLoss", Noting)
-        train(model, True)
-    return taken, expected
+    return maps_of_first_loss(model, train), torch.stack(seen).chunk(2)
 
 
 def noise_floor(model, images):
