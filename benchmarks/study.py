@@ -68,6 +68,7 @@ def parser() -> argparse.ArgumentParser:
     cell.add_argument("--view", choices=VIEWS)
     cell.add_argument("--layers", choices=LAYERS)
     cell.add_argument("--distance", choices=("l1", "l2", "js"))
+    cell.add_argument("--precision", choices=("float32", "bfloat16"))
     cell.add_argument("--stop-gradient", action="store_true", default=None)
     for name in ("size", "epochs", "frozen", "batch_size", "cam_start"):
         cell.add_argument(f"--{name.replace('_', '-')}", type=int)

@@ -77,7 +77,8 @@ REFERENCE = "two"
 class Setting:
     """How a cell is trained. ``weight`` is that of the activation and affinity terms per query row; of "smoothing",
     that of the cell whose entropy it follows. ``stop_gradient`` holds the second view fixed in the consistency terms.
-    ``warmup`` is the share of the steps over which the terms' weights rise from 0."""
+    ``warmup`` is the share of the steps over which the terms' weights rise from 0. ``precision`` is that of the forward
+    passes in training (autocast); the consistency terms are computed, and class maps scored, in float32."""
 
     photos: str
     condition: str
@@ -95,6 +96,7 @@ class Setting:
     rate: float = 1e-4
     head_rate: float = 1e-3
     cam_start: int = -3
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
 
     def __post_init__(self) -> None:
         for what, name, known in (

@@ -30,7 +30,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        """The condition and what it has beside the table's own size, epochs and view."""
+        """The condition and what it has beside the table's own size, epochs, view and precision."""
         setting = self.setting
         parts = [CONDITIONS[setting.condition].title]
         parts += [f"weight {setting.weight:g}"] if setting.weight else []
@@ -54,8 +54,8 @@ def groups(results: Path) -> list[Group]:
 
 
 def reference_of(group: Group, among: Iterable[Group]) -> Group | None:
-    """Two views without consistency, by the same photos, size, epochs and view, on the same split."""
-    same = ("photos", "size", "epochs", "view", "frozen", "batch_size", "rate", "head_rate")
+    """Two views without consistency, by the same photos, size, epochs, view and precision, on the same split."""
+    same = ("photos", "size", "epochs", "view", "precision", "frozen", "batch_size", "rate", "head_rate")
     for other in among:
         if (other.setting.condition, other.split) != (REFERENCE, group.split):
             continue

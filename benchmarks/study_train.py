@@ -92,7 +92,8 @@ def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, a
     photos.tokens("train")  # computed before the clock runs: they are shared by all cells
     with Meter() as meter, capture as attention:
         for step, batch in enumerate(photos.batches(setting, seed)):
-            runs = _forward(model, attention, batch, objective.condition.views, coins)
+            with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bfloat16"):
+                runs = _forward(model, attention, batch, objective.condition.views, coins)
             classification = sum(_classification(run, batch.labels) for run in runs) * 2 / len(runs)
             added, terms = objective(runs, batch, step)
             optimizer.zero_grad()
@@ -122,7 +123,7 @@ def _forward(model: nn.Module, attention: Any, batch: Batch, views: int, coins: 
         inputs = [(batch.tokens, batch.grid), (batch.viewed, batch.viewed_grid)]
     runs = []
     for tokens, grid in inputs:
-        logits = model(tokens)
+        logits = model(tokens).float()
         runs.append(Run(logits, None if attention is None else with_grid(attention.take(), grid)))
     return runs
 

@@ -262,6 +262,28 @@ def test_every_condition_trains_by_every_view(voc: Photos, name: str, view: str,
     assert ("cam" in result.record.epochs[0]) == (name == "both_cam")
 
 
+def test_half_precision_reaches_the_blocks_and_nothing_that_is_kept(voc: Photos, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Photos, "steps", lambda self, setting: 2)
+    seen: dict[str, set[torch.dtype]] = {"float32": set(), "bfloat16": set()}
+    found = {}
+    for precision, types in seen.items():
+
+        def upper(self: Photos, seed: int, types=types, original=Photos.upper) -> torch.nn.Module:
+            model = original(self, seed)
+            model.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+            return model
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Photos, "upper", upper)
+            setting = base("voc", "both", 0.5, size=SIZE, precision=precision)
+            found[precision] = train(voc, setting, 0, None, lambda: None)
+    assert seen == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    (single,), (half,) = (found[precision].record.epochs[:1] for precision in seen)
+    for name in single:
+        assert half[name] == pytest.approx(single[name], rel=0.02)
+    assert all(parameter.dtype == torch.float32 for parameter in found["bfloat16"].model.parameters())
+
+
 def test_settings_that_no_condition_has_are_refused():
     with pytest.raises(StudyError, match=r"weight=0.5 for the condition two; expected 0"):
         tiny("two", 0.5)
