@@ -64,7 +64,7 @@ def _msrc() -> list[Planned]:
 
 def _voc() -> list[Planned]:
     """What the primary contrast is chosen from, then the main conditions."""
-    planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (2,))]
+    planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (4,))]
     planned += [(at("voc", name), FEW) for name in ("two", "both", "misreported", "affinity")]
     return planned + [(at("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
 

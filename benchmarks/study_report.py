@@ -6,25 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from study_primary import primary
 from study_scenes import scenes
 from study_scoring import RAW
 from study_settings import PROPAGATIONS, SETS, SPLITS, STARTS
-from study_store import read_json
 from study_tables import (
+    WEIGHTS_NOTE,
     Group,
     baseline_rows,
-    difference,
     groups,
     number,
     paired_mean,
     reference_of,
-    signed,
     spread,
     table,
 )
 
-WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
-PRIMARY = "primary.json"
 MATCHED = 0.005  # of mAP
 
 INTRODUCTION = f"""# Does all-pairs consistency make class maps better? A study on real photos
@@ -60,7 +57,7 @@ PICTURES = {
 def report(results: Path, pictures: Path | None = None) -> str:
     """``pictures`` is the folder of the PNGs, beside the page; those that are there are shown."""
     found = groups(results)
-    parts = [INTRODUCTION, _primary(results, found)]
+    parts = [INTRODUCTION, primary(results)]
     for photos, about in SETS.items():
         for split in reversed(SPLITS):
             own = [g for g in found if g.setting.photos == photos and g.split == split]
@@ -80,46 +77,6 @@ def _pictures(folder: Path | None, photos: str) -> list[str]:
         f"![{PICTURES[name]}: {SETS[photos].title}; {WEIGHTS_NOTE}]({folder.name}/{photos}_{name}.png)\n"
         for name in shown
     ]
-
-
-# ------------------------------------------------------------ the primary contrast
-
-
-def _primary(results: Path, found: Sequence[Group]) -> str:
-    path = results / PRIMARY
-    if not path.exists():
-        return "## Primary contrast\n\nNot written down yet.\n"
-    plan = read_json(path)
-    lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
-    for photos, about in SETS.items():
-        own = [g for g in found if g.setting.photos == photos and g.split == "test"]
-        lines += [f"### {about.title}, test photos ({WEIGHTS_NOTE})\n", _contrasts(own, plan["contrasts"]), ""]
-    return "\n".join(lines)
-
-
-def _contrasts(own: Sequence[Group], contrasts: Sequence[Sequence[str]]) -> str:
-    """Every seed of every contrast (first, second): raw and propagated, with intervals."""
-    rows = []
-    for first, second in contrasts:
-        pairs = [(a, b) for a in own for b in own if (a.setting.condition, b.setting.condition) == (first, second)]
-        for a, b in pairs:
-            for seed in [seed for seed in a.records if seed in b.records]:
-                one, other = a.records[seed], b.records[seed]
-                rows.append(
-                    [
-                        f"{b.title} less {a.title}",
-                        str(seed),
-                        f"{one['mean_ap']:.3f} to {other['mean_ap']:.3f}",
-                        f"{one['raw']['miou']:.3f} to {other['raw']['miou']:.3f}",
-                        signed(difference(one, other)),
-                        f"{one['propagated']['miou']:.3f} to {other['propagated']['miou']:.3f}",
-                        signed(difference(one, other, "propagated")),
-                    ]
-                )
-    if not rows:
-        return "Not scored yet."
-    header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
-    return table(header, rows)
 
 
 # ------------------------------------------------------------ one split

@@ -42,7 +42,7 @@ class PhotoSet:
 
 SETS = {
     "msrc": PhotoSet("msrc21", "MSRC", None, 112, 8),
-    "voc": PhotoSet("voc2012-animals", "VOC animals", ("cat", "cow", "dog", "horse", "person", "sheep"), 168, 4),
+    "voc": PhotoSet("voc2012-animals", "VOC animals", ("cat", "cow", "dog", "horse", "person", "sheep"), 168, 2),
 }
 
 

@@ -15,6 +15,8 @@ from study_views import VIEWS
 
 Record = Mapping[str, Any]
 
+WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
+
 
 @dataclass(frozen=True, eq=False)
 class Group:

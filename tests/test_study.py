@@ -26,16 +26,17 @@ import study_photos
 from study_baselines import attention_maps, baselines
 from study_cells import Bench
 from study_choice import PRIMARY, choose
-from study_counts import ImageCounts, paired_bootstrap
+from study_counts import Difference, ImageCounts, paired_bootstrap
 from study_helpers import SIZE, freeze, git, made_counts, made_record, make_photos, tiny_vit
 from study_objective import Objective, Run, entropies
 from study_photos import Batch, Photos, Places
 from study_plans import plan
-from study_report import WEIGHTS_NOTE, report
+from study_primary import HARMS, HELPS, UNCLEAR, judged
+from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import load, write_json
-from study_tables import groups, paired_mean, reference_of
+from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
 
@@ -588,6 +589,41 @@ def test_differences_are_paired_with_the_reference_of_the_same_view(tmp_path: Pa
     mean, deviation, seeds = paired_mean(reference, both)
     assert (mean, deviation) == pytest.approx((np.mean(expected), np.std(expected, ddof=1)))
     assert seeds == 2
+
+
+def test_the_primary_contrast_is_judged_by_the_rule_that_was_written_down():
+    clear, doubtful = Difference(0.02, 0.01, 0.03), Difference(0.01, -0.01, 0.02)
+    assert judged([clear] * 3 + [doubtful] * 2) == HELPS
+    assert judged([clear] * 2 + [doubtful] * 3) == UNCLEAR
+    assert judged([clear] * 4 + [Difference(-0.001, -0.01, 0.01)]) == UNCLEAR
+    assert judged([Difference(-d.value, -d.high, -d.low) for d in [clear] * 3 + [doubtful] * 2]) == HARMS
+
+
+@pytest.mark.parametrize(
+    ("quality", "mean_ap", "said"),
+    [
+        (0.6, 0.80, "**a gain**"),
+        (0.4, 0.90, "**a loss**"),
+        (0.5, 0.80, "**no clear difference**"),
+        (0.6, 0.78, "**a trade, not a gain: mAP falls by 0.020**"),
+    ],
+)
+def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_ap: float, said: str):
+    write_json(tmp_path / "primary.json", {"text": [], "contrasts": [["two", "both"]]})
+    write_json(tmp_path / "voc" / "test" / "baselines.json", {"rows": [{"name": "ellipse", "miou": 0.3}]})
+
+    def page(seeds: tuple[int, ...]) -> str:
+        for seed in seeds:
+            for condition, weight, found in (("two", 0.0, (0.5, 0.8)), ("both", 0.5, (quality, mean_ap))):
+                cell = Cell(base("voc", condition, weight), seed, "test")
+                write_json(tmp_path / cell.file, made_record(cell, *found))
+        return report(tmp_path)
+
+    assert "1 seeds are missing, so nothing is said yet" in page(SEEDS[:-1])
+    whole = page(SEEDS[-1:])
+    assert said in whole
+    above = made_counts(0, quality).miou() > 0.3
+    assert ("are above it" if above else "**not yet useful**") in whole
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
