@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from photo_folder import write_photo_folder
 from timm.models.vision_transformer import VisionTransformer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
@@ -34,24 +33,7 @@ def tiny_vit(_: str, pretrained: bool, img_size: int, num_classes: int) -> Visio
 
 
 def make_photos(root: Path, background: bool = True) -> Path:
-    """Nine photos of 40 x 60 px of coloured noise; each class present fills a column of the mask."""
-    first = int(background)
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets"):
-        (root / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    labels = {name: [number - 1 + first for number in numbers] for name, numbers in LABELS.items()}
-    for name, numbers in labels.items():
-        Image.fromarray(rng.integers(0, 256, (40, 60, 3), np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
-        mask = np.full((40, 60), 0 if background else numbers[0], np.uint8)
-        mask[:3] = 255
-        for column, number in enumerate(numbers):
-            mask[8:, 8 + 22 * column : 26 + 22 * column] = number
-        Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
-    for split, ids in SPLITS.items():
-        (root / "ImageSets" / f"{split}.txt").write_text("\n".join(ids.split()) + "\n")
-    content = {"classes": NAMES if background else NAMES[1:], "labels": labels}
-    (root / "image_labels.json").write_text(json.dumps(content))
-    return root
+    return write_photo_folder(root, NAMES if background else NAMES[1:], LABELS, SPLITS)
 
 
 def git(folder: Path, *arguments: str) -> None:

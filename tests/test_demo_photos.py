@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from photo_folder import write_photo_folder
 
 from acr_reg.__main__ import main
 from acr_reg.demo.errors import CommandError
@@ -29,27 +29,12 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def make_folder(root: Path, names: list[str], first: int) -> Path:
-    """Six photos of 40 x 56 px; each class present fills a column of the mask, the rest is background or the class."""
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets"):
-        (root / folder).mkdir(parents=True)
-    rng = np.random.default_rng(0)
-    labels = {name: [number - 1 + first for number in numbers] for name, numbers in LABELS.items()}
-    for name, numbers in labels.items():
-        Image.fromarray(rng.integers(0, 256, (40, 56, 3), np.uint8)).save(root / "JPEGImages" / f"{name}.jpg")
-        mask = np.full((40, 56), 0 if first else numbers[0], np.uint8)
-        mask[:4] = 255
-        for column, number in enumerate(numbers):
-            mask[10:, 10 + 20 * column : 24 + 20 * column] = number
-        Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
-    for split, ids in {"train": "a b c d", "dev": "e f", "test": "c e"}.items():
-        (root / "ImageSets" / f"{split}.txt").write_text("\n".join(ids.split()) + "\n")
-    (root / "image_labels.json").write_text(json.dumps({"classes": names, "labels": labels}))
-    return root
+def make_folder(root: Path, names: list[str]) -> Path:
+    return write_photo_folder(root, names, LABELS, {"train": "a b c d", "dev": "e f", "test": "c e"})
 
 
 def test_classes_left_out_become_unknown_and_photos_of_them_alone_are_dropped(tmp_path: Path) -> None:
-    folder = open_folder(make_folder(tmp_path, NAMES, 1), ["dog", "cat"])
+    folder = open_folder(make_folder(tmp_path, NAMES), ["dog", "cat"])
     assert folder.background
     assert folder.names == ("background", "cat", "dog")
     assert folder.splits == {"train": ["a", "b", "c"], "dev": ["e", "f"], "test": ["c", "e"]}
@@ -62,7 +47,7 @@ def test_classes_left_out_become_unknown_and_photos_of_them_alone_are_dropped(tm
 
 
 def test_without_a_background_class_ids_start_at_the_first_class(tmp_path: Path) -> None:
-    folder = open_folder(make_folder(tmp_path, NAMES[1:], 0))
+    folder = open_folder(make_folder(tmp_path, NAMES[1:]))
     assert not folder.background
     assert folder.names == ("cat", "bird", "dog")
     assert sorted(np.unique(folder.mask("c"))) == [0, 2, 255]
@@ -70,7 +55,7 @@ def test_without_a_background_class_ids_start_at_the_first_class(tmp_path: Path)
 
 
 def test_errors_say_what_the_folder_lacks(tmp_path: Path) -> None:
-    root = make_folder(tmp_path, NAMES, 1)
+    root = make_folder(tmp_path, NAMES)
     with pytest.raises(CommandError, match="no class horse; expected some of cat, bird, dog"):
         open_folder(root, ["cat", "horse"])
     (root / "ImageSets" / "dev.txt").write_text("e\nz\n")
@@ -111,7 +96,7 @@ def test_weights_of_unknown_origin_are_called_so(weights: Path) -> None:
 
 
 def test_only_the_upper_half_learns(tmp_path: Path, weights: Path) -> None:
-    folder = open_folder(make_folder(tmp_path, NAMES, 1))
+    folder = open_folder(make_folder(tmp_path, NAMES))
     task = PhotoTask(folder, weights, PhotoSettings(size=28, epochs=1), seed=0, report=lambda *_: lambda: None)
     truth = task.truths("dev")[0]
     before = task.prepare(truth.images)
@@ -128,7 +113,7 @@ def test_only_the_upper_half_learns(tmp_path: Path, weights: Path) -> None:
 def test_the_command_runs_on_a_folder(
     tmp_path: Path, weights: Path, background: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make_folder(tmp_path / "photos", NAMES if background else NAMES[1:], int(background))
+    root = make_folder(tmp_path / "photos", NAMES if background else NAMES[1:])
     output = tmp_path / "out"
     options = ["--weights", str(weights), "--size", "28", "--epochs", "1", "--split", "test", "--output", str(output)]
     assert main(["demo", "--voc", str(root), *options]) == 0
@@ -147,7 +132,7 @@ def test_the_command_runs_on_a_folder(
 def test_a_size_that_is_no_multiple_of_the_patch_is_refused(
     tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    root = make_folder(tmp_path / "photos", NAMES, 1)
+    root = make_folder(tmp_path / "photos", NAMES)
     output = str(tmp_path / "out")
     assert main(["demo", "--voc", str(root), "--weights", str(weights), "--size", "100", "--output", output]) == 2
     assert "--size is 100, expected a multiple of 14; try 98" in capsys.readouterr().err
