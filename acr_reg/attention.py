@@ -20,6 +20,9 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.tokens import LayoutError, TokenLayout, Window
 
 _BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32, of which a few times as many are alive in a block
+# At least, however many images and heads there are: a block's gradient to all keys is as large as 64 rows of the maps
+# of common heads. In blocks of fewer rows it costs more than the block: 3 rows take six times as long as 32.
+_BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,9 +223,10 @@ class LayerAttention:
 
 
 def rows_of_block(layers: Sequence[LayerAttention]) -> int:
-    """How many query rows of the layers' maps, all images and heads, are formed at a time; at least one."""
+    """How many query rows of the layers' maps, all images and heads, are formed at a time."""
     share = _BLOCK_ELEMENTS // len(layers)
-    return max(1, min(min(n, share // (batch * heads * m)) for batch, heads, n, m in (each.shape for each in layers)))
+    shapes = [layer.shape for layer in layers]
+    return min(min(n, max(_BLOCK_ROWS, share // (batch * heads * m))) for batch, heads, n, m in shapes)
 
 
 class AttentionMaps(Sequence[LayerAttention]):

@@ -75,7 +75,8 @@ def can_be_blockwise(pair: AlignedPair) -> bool:
 
 
 def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Evaluated:
-    """The same in blocks of ``block_rows`` query rows, by default as many as keep a block's maps near 4 MB.
+    """The same in blocks of ``block_rows`` query rows, by default as many as keep a block's maps near 4 MB, at
+    least 64.
 
     The first derivative is exact; a second one is refused.
     """

@@ -60,7 +60,8 @@ class AllPairsConsistencyLoss(nn.Module):
         cam_normalize: "max" (relu, then over the maximum per image and class), "minmax" or None.
         blockwise: evaluates fused layers in blocks of query rows, without an N x N map (None, True), or the maps of a
             layer at once (False), which alone can be differentiated twice. Explicit maps are evaluated at once.
-        block_rows: query rows of a block; None chooses them from the shapes.
+        block_rows: query rows of a block, of all images and heads; None chooses them from the shapes: maps of 4 MB,
+            at least 64 rows.
 
     A term that cannot exist (no class token, no class maps) raises where its weight was given, else it is left out and
     said once.

@@ -254,6 +254,33 @@ def test_no_map_of_all_rows_is_ever_held(name):
     assert largest[True] < 2 * 3 * patches * patches / 6
 
 
+class AllElements(TorchDispatchMode):
+    """Counts the elements that operations write: the work, but for products of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                self.elements += tensor.numel()
+        return result
+
+
+def test_an_image_takes_no_more_work_in_a_large_batch():
+    """Every block forms the gradient to all keys: in blocks of a few rows that would be most of the work."""
+    work = {}
+    for images in (1, 48):
+        factors = [torch.randn(images, 6, 197, 64, generator=generator(seed)).requires_grad_() for seed in range(4)]
+        attention = [AttentionMaps([factored(*factors[i : i + 2], layout_of((14, 14), 1))]) for i in (0, 2)]
+        with AllElements() as watch:
+            torch.autograd.grad(AllPairsConsistencyLoss(HorizontalFlip())(*attention), factors)
+        work[images] = watch.elements / images
+    assert work[48] < 1.5 * work[1]
+
+
 def test_what_needs_maps_is_evaluated_dense():
     weights = [torch.randn(2, 2, 26, 26, generator=generator(s)).softmax(-1).requires_grad_() for s in (1, 2)]
     attention = [AttentionMaps([explicit(w, layout_of(GRID, 2))]) for w in weights]
