@@ -86,15 +86,16 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
     patch = photos.size // photos.grid[1]
     masks, present = photos.masks("dev"), photos.present("dev")
     for row, i in enumerate(positions.tolist()):
-        query = most_covered(masks[i], present[i][0], photos.grid)
+        query = query_patch(masks[i], present[i], photos.grid)
         top, left = query // photos.grid[1] * patch, query % photos.grid[1] * patch
-        shown = [pixels[row]]
+        shown: list[np.ndarray | None] = [None]
         for both_views in found.values():
             heat = both_views[:, row, query].reshape(2, *photos.grid)
-            large = (heat / heat.max()).repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy()
-            shown += [0.4 * pixels[row] + 0.6 * share for share in large]
+            shown += list((heat / heat.max()).repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy())
         for axis, panel in zip(axes[row], shown, strict=True):
-            axis.imshow(panel, cmap="magma", vmin=0, vmax=1)
+            axis.imshow(pixels[row], cmap="gray", vmin=0, vmax=1)
+            if panel is not None:
+                axis.imshow(panel, cmap="magma", vmin=0, vmax=1, alpha=0.6)
             axis.set(xticks=[], yticks=[])
             axis.add_patch(Rectangle((left - 0.5, top - 0.5), patch, patch, fill=False, edgecolor="lime", lw=1.2))
     headings = ["patch", *[f"{name}: {view}" for name in networks for view in ("photo", "flip")]]
@@ -103,10 +104,16 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
     figure.savefig(path, dpi=80, pil_kwargs={"optimize": True})
 
 
-def most_covered(mask: np.ndarray, label: int, grid: tuple[int, int]) -> int:
-    """The patch, row by row, of which that class covers most; the first of several."""
-    covered = torch.from_numpy((mask == label).astype(np.float32))[None]
-    return int(torch.nn.functional.adaptive_avg_pool2d(covered, grid).flatten().argmax())
+def query_patch(mask: np.ndarray, present: Sequence[int], grid: tuple[int, int]) -> int:
+    """The patch, row by row, of which the smallest class present covers most; of several, the one nearest to the middle
+    of that class."""
+    ids, pixels = np.unique(mask[np.isin(mask, present)], return_counts=True)
+    covered = torch.from_numpy((mask == ids[pixels.argmin()]).astype(np.float32))[None]
+    share = torch.nn.functional.adaptive_avg_pool2d(covered, grid)[0]
+    places = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).float()
+    middle = (places * share[..., None]).sum((0, 1)) / share.sum()
+    distance = (places - middle).norm(dim=-1)
+    return int(distance.where(share == share.max(), torch.inf).flatten().argmin())
 
 
 def affinities(model: nn.Module, tokens: Tensor, photos: Photos) -> Tensor:

@@ -89,12 +89,13 @@ def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list
     for group in own:
         key = (group.setting.size, group.setting.epochs, group.setting.view, group.setting.precision)
         families.setdefault(key, []).append(group)
-    for (size, epochs, view, precision), members in sorted(families.items(), key=lambda item: -len(item[1])):
+    ordered = sorted(families.items(), key=lambda item: (item[0][-1] == "float32", -len(item[1])))
+    for (size, epochs, view, precision), members in ordered:
         parts.append(f"### {size} px, {epochs} epochs, view {view}, {precision} ({WEIGHTS_NOTE})\n")
         parts.append(_conditions(baseline_rows(results, photos, split), members) + "\n")
         if split == "dev":
             parts.append(_matched(members) + "\n")
-    largest = max(families.values(), key=len)
+    largest = ordered[0][1]
     if split == "dev":
         parts += [f"### How maps are read ({WEIGHTS_NOTE})\n", _readings(largest) + "\n"]
     parts += [f"### Classes ({WEIGHTS_NOTE})\n", _classes(largest) + "\n"]

@@ -18,7 +18,7 @@ import study
 from study_cells import Bench
 from study_helpers import SIZE, make_photos, tiny_vit
 from study_photos import Photos, Places
-from study_pictures import affinities, chosen_cells, draw_curves, first_photos, most_covered
+from study_pictures import affinities, chosen_cells, draw_curves, first_photos, query_patch
 from study_report import report
 from study_settings import SETS, Cell, base
 
@@ -81,7 +81,12 @@ def test_rows_of_the_flip_are_shown_where_those_of_the_photo_are(places: Places)
     torch.testing.assert_close(undone, own[:, mirrored][:, :, mirrored])
 
 
-def test_the_patch_is_the_one_most_covered():
-    mask = np.zeros((40, 60), np.uint8)
-    mask[10:20, 45:60] = 3
-    assert most_covered(mask, 3, (4, 4)) == 7
+def test_the_patch_is_in_the_middle_of_the_smallest_class():
+    mask = np.full((40, 60), 1, np.uint8)
+    mask[0:40, 15:45] = 2
+    mask[10:30, 0:60] = 3  # two rows of four patches
+    mask[:10] = 255
+    mask[:, :5] = 255
+    assert query_patch(mask, [2, 3], (4, 4)) in (13, 14)  # of the rest of class 2, in the last row
+    assert query_patch(mask, [1, 3], (4, 4)) == 15
+    assert query_patch(mask, [3], (4, 4)) in (5, 6, 9, 10)
