@@ -20,8 +20,8 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.tokens import LayoutError, TokenLayout, Window
 
 _BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32, of which a few times as many are alive in a block
-# At least, however many images and heads there are: a block's gradient to all keys is as large as 64 rows of the maps
-# of common heads. In blocks of fewer rows it costs more than the block: 3 rows take six times as long as 32.
+# At least, however many images and heads there are: every block forms a gradient to all keys, which is as large as d
+# rows of the maps, 64 in most models. Blocks of 3 rows took six times as long as blocks of 32.
 _BLOCK_ROWS = 64
 
 

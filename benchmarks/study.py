@@ -2,7 +2,8 @@
 
 export ACR_REG_DATA=...   # holds msrc21/, voc2012-animals/ and vit_small_patch14/weights_fp16.npz
 python benchmarks/study.py cell --set msrc --condition both --weight 0.5 --seed 0
-python benchmarks/study.py run --set msrc --plan dev          # resumes where it was interrupted; --list shows it
+python benchmarks/study.py run --set msrc --plan dev          # goes on where it was interrupted; --list shows it;
+                                                              # start it once a core: each cell is run by one of them
 python benchmarks/study.py freeze --set msrc                  # after dev; commit benchmarks/study/frozen.json
 python benchmarks/study.py run --set msrc --plan primary      # scores test.txt, once
 python benchmarks/study.py pictures --set msrc                # docs/study/*.png, of dev photos
@@ -31,7 +32,7 @@ from study_plans import PLANS, plan
 from study_report import report
 from study_scenes import keep
 from study_settings import CONDITIONS, LAYERS, PROPAGATIONS, SETS, SPLITS, Cell, Reading, Setting, StudyError, base
-from study_store import BASELINES, FROZEN, all_cells, load, read_json, write_json
+from study_store import BASELINES, FROZEN, all_cells, claimed, load, read_json, write_json
 from study_views import VIEWS
 
 HERE = Path(__file__).resolve().parent
@@ -81,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", parents=[shared], help="all cells of a plan that are not there yet")
     run.add_argument("--set", dest="photos", choices=SETS, required=True)
     run.add_argument("--plan", choices=PLANS, required=True)
-    run.add_argument("--seed", type=int, help="its cells alone: two processes share a plan by seeds")
+    run.add_argument("--seed", type=int, help="its cells alone")
     run.add_argument("--list", action="store_true", help="only show the cells, which are done, and CPU hours left")
     run.set_defaults(command=run_plan)
 
@@ -143,13 +144,16 @@ def run_plan(args: argparse.Namespace) -> int:
     if cells and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
         running.run_baselines(args.photos, SETS[args.photos].size, split)
     for cell in waiting:
-        try:
-            running.run(cell)
-        except StudyError:
-            raise
-        except Exception:  # one cell that fails must not cost a night: the others go on, and it is said at the end
-            failed += 1
-            print(f"{cell.file} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        with claimed(args.cache, cell) as mine:
+            if not mine or load(args.results, cell) is not None:  # another process has it, or had
+                continue
+            try:
+                running.run(cell)
+            except StudyError:
+                raise
+            except Exception:  # one cell that fails must not cost a night: the others go on, and it is said at the end
+                failed += 1
+                print(f"{cell.file} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     if failed:
         raise StudyError(f"found {failed} of {len(waiting)} cells that failed; expected none; read the log above")
     return 0

@@ -6,10 +6,12 @@ setting, reading and seed, and is refused where its result is there already.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,20 @@ def all_cells(results: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
     for path in sorted(results.glob("*/*/*-s*.json")):
         found = read_json(path)
         yield Cell(Setting(**found["setting"]), found["seed"], found["split"], Reading(**found["reading"])), found
+
+
+@contextmanager
+def claimed(cache: Path, cell: Cell) -> Iterator[bool]:
+    """Whether no other process runs this cell; a claim ends with its process, however that ends."""
+    path = cache / "claims" / cell.file.replace("/", "-")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
 
 
 # ------------------------------------------------------------ the rules of test.txt

@@ -35,7 +35,7 @@ from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from study_store import load, write_json
+from study_store import claimed, load, write_json
 from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
@@ -441,6 +441,27 @@ def test_a_plan_goes_on_where_it_was_interrupted(bench: Bench, places: Places, m
     assert (bench.results / "voc" / "dev" / "baselines.json").exists()
     assert study.main([*options, "--list"]) == 0
     assert "2 of 2 cells are done" in capsys.readouterr().out
+
+
+def test_processes_share_a_plan(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch):
+    cells = [Cell(tiny("two", epochs=1), seed) for seed in (23, 24, 25)]
+    monkeypatch.setattr(study, "plan", lambda *_: cells)
+    options = ["run", "--set", "voc", "--plan", "dev", "--data", str(places.data), "--weights", str(places.weights)]
+    options += ["--cache", str(places.cache), "--results", str(bench.results)]
+    write_json(bench.results / "voc" / "dev" / "baselines.json", {"rows": []})
+    ran = []
+
+    def run(self: Bench, cell: Cell) -> None:
+        ran.append(cell)
+        write_json(bench.results / cells[2].file, made_record(cells[2], 0.5))  # meanwhile, by another process
+
+    monkeypatch.setattr(Bench, "run", run)
+    with claimed(places.cache, cells[0]) as mine:
+        assert mine
+        assert study.main(options) == 0
+    assert ran == cells[1:2]
+    with claimed(places.cache, cells[0]) as mine:
+        assert mine
 
 
 def test_test_photos_are_refused_until_settings_are_frozen_and_committed(bench: Bench):
