@@ -112,7 +112,9 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
         reference = reference_of(group, members)
         differences = []
         for maps in ("raw", "propagated"):
-            paired = None if reference in (None, group) else paired_mean(reference, group, maps)
+            paired = (
+                None if reference in (None, group) else paired_mean(reference, group, lambda r, m=maps: r[m]["miou"])
+            )
             differences.append("" if paired is None else ("+" if paired[0] >= 0 else "") + spread(paired))
         memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
         entropies = np.mean([np.mean(record["entropies"], axis=0) for record in group.records.values()], axis=0)
@@ -140,22 +142,24 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
 
 
 def _matched(members: Sequence[Group]) -> str:
-    """Of each condition, the best raw maps among the weights that keep the reference's mAP."""
+    """Of each condition, the best raw maps among the weights that keep the reference's mAP, by the seeds of both."""
     reference = next((g for g in members if reference_of(g, members) is g), None)
     if reference is None:
         return "No reference was run with this view: no comparison at matched mAP."
-    floor = reference.mean(lambda r: r["mean_ap"])[0] - MATCHED
-    kept: dict[str, Group] = {}
+    kept: dict[str, tuple[float, Group]] = {}
     for group in members:
         name = group.setting.condition
-        if group is reference or group.mean(lambda r: r["mean_ap"])[0] < floor:
+        gain = paired_mean(reference, group, lambda record: record["raw"]["miou"])
+        mean_ap = paired_mean(reference, group, lambda record: record["mean_ap"])
+        if group is reference or gain is None or mean_ap is None or mean_ap[0] < -MATCHED:
             continue
-        if name not in kept or _raw(group) > _raw(kept[name]):
-            kept[name] = group
+        if name not in kept or gain[0] > kept[name][0]:
+            kept[name] = gain[0], group
+    head = f"At matched mAP (of the same seeds, the reference's less {MATCHED}, or more)"
     if not kept:
-        return f"At matched mAP (no less than {floor:.3f}, the reference's less {MATCHED}): no condition keeps it."
-    lines = [f"{group.title}: raw {_raw(group):.3f} ({_raw(group) - _raw(reference):+.3f})" for group in kept.values()]
-    return f"At matched mAP (no less than {floor:.3f}, the reference's less {MATCHED}): {'; '.join(lines)}."
+        return f"{head}: no condition keeps it."
+    lines = [f"{group.title}: raw {_raw(group):.3f} ({gain:+.3f})" for gain, group in kept.values()]
+    return f"{head}: {'; '.join(lines)}."
 
 
 def _raw(group: Group) -> float:

@@ -76,10 +76,10 @@ def difference(first: Record, second: Record, maps: str = "raw") -> Difference:
     return paired_bootstrap(ImageCounts.unpack(first[maps]["counts"]), ImageCounts.unpack(second[maps]["counts"]))
 
 
-def paired_mean(first: Group, second: Group, maps: str = "raw") -> tuple[float, float, int] | None:
+def paired_mean(first: Group, second: Group, figure: Callable[[Record], float]) -> tuple[float, float, int] | None:
     """Mean and deviation over the seeds that both have of the paired difference; None without any."""
     seeds = [seed for seed in first.records if seed in second.records]
-    values = [second.records[seed][maps]["miou"] - first.records[seed][maps]["miou"] for seed in seeds]
+    values = [figure(second.records[seed]) - figure(first.records[seed]) for seed in seeds]
     return moments(values) if values else None
 
 

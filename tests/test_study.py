@@ -607,7 +607,7 @@ def test_differences_are_paired_with_the_reference_of_the_same_view(tmp_path: Pa
     reference = reference_of(both, found)
     assert reference.setting == base("voc", "two")
     expected = [made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou() for seed in (0, 1)]
-    mean, deviation, seeds = paired_mean(reference, both)
+    mean, deviation, seeds = paired_mean(reference, both, lambda record: record["raw"]["miou"])
     assert (mean, deviation) == pytest.approx((np.mean(expected), np.std(expected, ddof=1)))
     assert seeds == 2
 
