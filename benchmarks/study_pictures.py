@@ -66,7 +66,7 @@ def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
         for picture, cam, row in zip(pictures, maps[cell.reading.start, RAW], labels, strict=True):
             picture.maps[_SHORT[name]] = resized(cam[row.nonzero()[:, 0]], picture.mask.shape).numpy()
     title = f"Raw class maps, dev photos of {photos.name}: the first {COLUMNS} of a shuffle; {photos.origin}"
-    draw(path, pictures, photos.folder.names, photos.folder.background, title)
+    draw(path, pictures, photos.folder.names, photos.folder.background, title, dpi=80)
 
 
 _SHORT = {"two": "without", "both": "ACR", "misreported": "misreported"}
@@ -88,14 +88,14 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
     for row, i in enumerate(positions.tolist()):
         query = query_patch(masks[i], present[i], photos.grid)
         top, left = query // photos.grid[1] * patch, query % photos.grid[1] * patch
-        shown: list[np.ndarray | None] = [None]
+        shown: list[np.ndarray] = []
         for both_views in found.values():
             heat = both_views[:, row, query].reshape(2, *photos.grid)
             shown += list((heat / heat.max()).repeat_interleave(patch, 1).repeat_interleave(patch, 2).numpy())
-        for axis, panel in zip(axes[row], shown, strict=True):
-            axis.imshow(pixels[row], cmap="gray", vmin=0, vmax=1)
-            if panel is not None:
-                axis.imshow(panel, cmap="magma", vmin=0, vmax=1, alpha=0.6)
+        for axis, panel in zip(axes[row, 1:], shown, strict=True):
+            axis.imshow(panel, cmap="magma", vmin=0, vmax=1, alpha=0.6, zorder=1)
+        for axis in axes[row]:
+            axis.imshow(pixels[row], cmap="gray", vmin=0, vmax=1, zorder=0)
             axis.set(xticks=[], yticks=[])
             axis.add_patch(Rectangle((left - 0.5, top - 0.5), patch, patch, fill=False, edgecolor="lime", lw=1.2))
     headings = ["patch", *[f"{name}: {view}" for name in networks for view in ("photo", "flip")]]

@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from study_counts import Difference
 from study_settings import SEEDS, SETS
 from study_store import read_json
-from study_tables import WEIGHTS_NOTE, Group, baseline_rows, difference, groups, moments, number, signed, spread, table
+from study_tables import (
+    WEIGHTS_NOTE,
+    Group,
+    baseline_rows,
+    difference,
+    moments,
+    number,
+    paired_mean,
+    signed,
+    spread,
+    table,
+)
 
 FILE = "primary.json"
 EXCLUDING = 3  # of the seeds' intervals must exclude zero
@@ -30,48 +41,46 @@ class Contrast:
     def seeds(self) -> list[int]:
         return [seed for seed in self.first.records if seed in self.second.records]
 
-    def differences(self, maps: str = "raw") -> list[Difference]:
+    @cached_property
+    def raw(self) -> list[Difference]:
+        return self._differences("raw")
+
+    def _differences(self, maps: str) -> list[Difference]:
         return [difference(self.first.records[seed], self.second.records[seed], maps) for seed in self.seeds]
 
     def rows(self) -> list[list[str]]:
-        pairs = zip(self.seeds, self.differences(), self.differences("propagated"), strict=True)
-        return [[f"{self.second.title} less {self.first.title}", *self._row(*each)] for each in pairs]
-
-    def _row(self, seed: int, raw: Difference, propagated: Difference) -> list[str]:
-        one, other = self.first.records[seed], self.second.records[seed]
-
-        def both(figure: Any) -> str:
-            return f"{figure(one):.3f} to {figure(other):.3f}"
-
-        return [
-            str(seed),
-            both(lambda record: record["mean_ap"]),
-            both(lambda record: record["raw"]["miou"]),
-            signed(raw),
-            both(lambda record: record["propagated"]["miou"]),
-            signed(propagated),
-        ]
+        rows = []
+        for seed, raw, propagated in zip(self.seeds, self.raw, self._differences("propagated"), strict=True):
+            one, other = self.first.records[seed], self.second.records[seed]
+            rows.append(
+                [
+                    f"{self.second.title} less {self.first.title}",
+                    str(seed),
+                    f"{one['mean_ap']:.3f} to {other['mean_ap']:.3f}",
+                    f"{one['raw']['miou']:.3f} to {other['raw']['miou']:.3f}",
+                    signed(raw),
+                    f"{one['propagated']['miou']:.3f} to {other['propagated']['miou']:.3f}",
+                    signed(propagated),
+                ]
+            )
+        return rows
 
     def verdict(self) -> str:
         """By the rule of primary.json, in a sentence that can be checked against the rows."""
-        found = self.differences()
-        above = sum(each.value > 0 for each in found)
-        clear = sum(each.low > 0 or each.high < 0 for each in found)
+        above = sum(each.value > 0 for each in self.raw)
+        clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
         counts = (
-            f"{spread(moments([each.value for each in found]))}, above zero in {above} of {len(found)} seeds, "
+            f"{spread(moments([each.value for each in self.raw]))}, above zero in {above} of {len(self.raw)} seeds, "
             f"intervals that exclude zero: {clear}"
         )
         pair = f"- {self.second.title} less {self.first.title}"
-        if len(found) < len(SEEDS):
-            return f"{pair}: {counts}; {len(SEEDS) - len(found)} seeds are missing, so nothing is said yet."
-        said = judged(found)
-        if said == HELPS and self._lost_map() > TRADED:
-            said = f"a trade, not a gain: mAP falls by {self._lost_map():.3f}"
+        if len(self.raw) < len(SEEDS):
+            return f"{pair}: {counts}; {len(SEEDS) - len(self.raw)} seeds are missing, so nothing is said yet."
+        said = judged(self.raw)
+        gained = paired_mean(self.first, self.second, lambda record: record["mean_ap"])
+        if said == HELPS and gained is not None and gained[0] < -TRADED:
+            said = f"a trade, not a gain: mAP falls by {-gained[0]:.3f}"
         return f"{pair}: {counts}: **{said}**."
-
-    def _lost_map(self) -> float:
-        first, second = ([group.records[s]["mean_ap"] for s in self.seeds] for group in (self.first, self.second))
-        return float(np.mean(first) - np.mean(second))
 
 
 def judged(found: Sequence[Difference]) -> str:
@@ -83,15 +92,14 @@ def judged(found: Sequence[Difference]) -> str:
     return UNCLEAR
 
 
-def primary(results: Path) -> str:
+def primary(results: Path, found: Sequence[Group]) -> str:
     path = results / FILE
     if not path.exists():
         return "## Primary contrast\n\nNot written down yet.\n"
     plan = read_json(path)
     lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
-    scored = [group for group in groups(results) if group.split == "test"]
     for photos, about in SETS.items():
-        own = [group for group in scored if group.setting.photos == photos]
+        own = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
         lines += [
             f"### {about.title}, test photos ({WEIGHTS_NOTE})\n",
             _section(own, plan, baseline_rows(results, photos, "test")),

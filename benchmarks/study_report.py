@@ -57,7 +57,7 @@ PICTURES = {
 def report(results: Path, pictures: Path | None = None) -> str:
     """``pictures`` is the folder of the PNGs, beside the page; those that are there are shown."""
     found = groups(results)
-    parts = [INTRODUCTION, primary(results)]
+    parts = [INTRODUCTION, primary(results, found)]
     for photos, about in SETS.items():
         for split in reversed(SPLITS):
             own = [g for g in found if g.setting.photos == photos and g.split == split]

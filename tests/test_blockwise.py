@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import explicit, factored, generator, layout_of, random_factors, says
-from torch.utils._python_dispatch import TorchDispatchMode
+from tensor_watch import TensorWatch
 
 from acr_reg import (
     AllPairsConsistencyLoss,
@@ -222,19 +222,6 @@ def test_half_precision_under_a_loss_scale_flushes_nothing_to_zero():
         torch.testing.assert_close(unscaled * scale, reference, rtol=2e-3, atol=1e-7)
 
 
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // max(1, tensor.element_size()))
-        return result
-
-
 @pytest.mark.parametrize("name", ["flip", "resized crop", "another crop for each image"])
 def test_no_map_of_all_rows_is_ever_held(name):
     grid = (16, 24)
@@ -246,27 +233,12 @@ def test_no_map_of_all_rows_is_ever_held(name):
     largest = {}
     for blockwise in (False, True):
         acr = AllPairsConsistencyLoss(view, blockwise=blockwise, block_rows=8)
-        with LargestTensor() as watch:
+        with TensorWatch() as watch:
             torch.autograd.grad(acr(*attention), inputs)
-        largest[blockwise] = watch.elements
+        largest[blockwise] = watch.largest
     patches = grid[0] * grid[1]
     assert largest[False] >= 2 * 3 * patches * patches
     assert largest[True] < 2 * 3 * patches * patches / 6
-
-
-class AllElements(TorchDispatchMode):
-    """Counts the elements that operations write: the work, but for products of matrices."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else [result]:
-            if isinstance(tensor, torch.Tensor) and not func.is_view:
-                self.elements += tensor.numel()
-        return result
 
 
 def test_an_image_takes_no_more_work_in_a_large_batch():
@@ -275,9 +247,9 @@ def test_an_image_takes_no_more_work_in_a_large_batch():
     for images in (1, 48):
         factors = [torch.randn(images, 6, 197, 64, generator=generator(seed)).requires_grad_() for seed in range(4)]
         attention = [AttentionMaps([factored(*factors[i : i + 2], layout_of((14, 14), 1))]) for i in (0, 2)]
-        with AllElements() as watch:
+        with TensorWatch() as watch:
             torch.autograd.grad(AllPairsConsistencyLoss(HorizontalFlip())(*attention), factors)
-        work[images] = watch.elements / images
+        work[images] = watch.written / images
     assert work[48] < 1.5 * work[1]
 
 

@@ -426,12 +426,16 @@ def test_an_interrupted_cell_leaves_no_result_and_keeps_its_network(bench: Bench
     assert bench.run(cell)["seed"] == 12
 
 
+def options_of_run(bench: Bench, places: Places) -> list[str]:
+    options = ["run", "--set", "voc", "--plan", "dev", "--data", str(places.data), "--weights", str(places.weights)]
+    return [*options, "--cache", str(places.cache), "--results", str(bench.results)]
+
+
 def test_a_plan_goes_on_where_it_was_interrupted(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch, capsys):
     cells = [Cell(tiny("two", epochs=1), seed) for seed in (21, 22)]
     monkeypatch.setattr(study, "plan", lambda *_: cells)
     monkeypatch.setattr(study, "SETS", {"voc": replace(SETS["voc"], size=SIZE)})
-    options = ["run", "--set", "voc", "--plan", "dev", "--data", str(places.data), "--weights", str(places.weights)]
-    options += ["--cache", str(places.cache), "--results", str(bench.results)]
+    options = options_of_run(bench, places)
     bench.run(cells[0])
     ran = []
     whole = Bench.run
@@ -446,8 +450,7 @@ def test_a_plan_goes_on_where_it_was_interrupted(bench: Bench, places: Places, m
 def test_processes_share_a_plan(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch):
     cells = [Cell(tiny("two", epochs=1), seed) for seed in (23, 24, 25)]
     monkeypatch.setattr(study, "plan", lambda *_: cells)
-    options = ["run", "--set", "voc", "--plan", "dev", "--data", str(places.data), "--weights", str(places.weights)]
-    options += ["--cache", str(places.cache), "--results", str(bench.results)]
+    options = options_of_run(bench, places)
     write_json(bench.results / "voc" / "dev" / "baselines.json", {"rows": []})
     ran = []
 

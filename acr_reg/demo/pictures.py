@@ -30,7 +30,9 @@ class Picture:
     maps: dict[str, Floats] = field(default_factory=dict)
 
 
-def draw(path: Path, pictures: Sequence[Picture], names: Sequence[str], background: bool, title: str) -> None:
+def draw(
+    path: Path, pictures: Sequence[Picture], names: Sequence[str], background: bool, title: str, dpi: int = 100
+) -> None:
     """Writes the PNG. `names` are those of the masks' ids. With a background a map's value is its opacity; without one
     each pixel takes the colour of its highest map."""
     columns = [panels(picture, background) for picture in pictures]
@@ -48,7 +50,7 @@ def draw(path: Path, pictures: Sequence[Picture], names: Sequence[str], backgrou
     seen = sorted({label for picture in pictures for label in picture.present})
     patches = [Patch(color=colour(label), label=names[label]) for label in seen]
     figure.legend(handles=patches, loc="outside lower center", ncols=min(len(seen), 8), fontsize=8, frameon=False)
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=dpi)
 
 
 def panels(picture: Picture, background: bool) -> dict[str, Floats]:
