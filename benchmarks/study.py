@@ -6,6 +6,7 @@ python benchmarks/study.py run --set msrc --plan dev          # goes on where it
                                                               # start it once a core: each cell is run by one of them
 python benchmarks/study.py freeze --set msrc                  # after dev; commit benchmarks/study/frozen.json
 python benchmarks/study.py run --set msrc --plan primary      # scores test.txt, once
+                                                              # both with --plan main: the other conditions
 python benchmarks/study.py pictures --set msrc                # docs/study/*.png, of dev photos
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
 python benchmarks/study.py scenes acr_demo/demo.json
@@ -25,14 +26,14 @@ from typing import Any
 
 import torch
 from study_cells import Bench, commit
-from study_choice import choose
+from study_choice import choose, entries
 from study_photos import Places
 from study_pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from study_plans import PLANS, plan
 from study_report import report
 from study_scenes import keep
 from study_settings import CONDITIONS, LAYERS, PROPAGATIONS, SETS, SPLITS, Cell, Reading, Setting, StudyError, base
-from study_store import BASELINES, FROZEN, all_cells, claimed, load, read_json, write_json
+from study_store import BASELINES, FROZEN, all_cells, claimed, frozen_entries, load, write_json
 from study_views import VIEWS
 
 HERE = Path(__file__).resolve().parent
@@ -93,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
 
     freeze = commands.add_parser("freeze", parents=[shared], help="choose by dev, write frozen.json, to be committed")
     freeze.add_argument("--set", dest="photos", choices=SETS, required=True)
+    freeze.add_argument("--plan", choices=PLANS[1:], default="primary", help="primary, or the other conditions (main)")
     freeze.set_defaults(command=run_freeze)
 
     pictures = commands.add_parser("pictures", parents=[shared], help="of dev photos, by the settings that dev chooses")
@@ -182,15 +184,21 @@ def run_baselines(args: argparse.Namespace) -> int:
 
 
 def run_freeze(args: argparse.Namespace) -> int:
-    path = args.results / FROZEN
-    before = read_json(path)["cells"] if path.exists() else []
-    if any(entry["setting"]["photos"] == args.photos for entry in before):
+    path, before = args.results / FROZEN, frozen_entries(args.results)
+    plans = {entry["plan"] for entry in before if entry["setting"]["photos"] == args.photos}
+    if args.plan in plans:
         raise StudyError(
-            f"found {args.photos} in {path}; expected it not to be there: settings are frozen once; go on with --plan "
-            "primary"
+            f"found the plan {args.plan} of {args.photos} in {path}; expected it not to be there: settings are frozen "
+            f"once; go on with --plan {args.plan}"
         )
-    write_json(path, {"commit": commit(), "cells": before + choose(all_cells(args.results), args.photos)})
-    print(f"Written: {path}. Commit it before the plan primary is run.")
+    if args.plan == "main" and not plans:
+        raise StudyError(
+            f"found no plan primary of {args.photos} in {path}; expected it first: the controls take its weight; "
+            "freeze that"
+        )
+    added = entries(choose(all_cells(args.results), args.photos, before), args.plan)
+    write_json(path, {"commit": commit(), "cells": [*before, *added]})
+    print(f"Written: {path}. Commit it before the plan {args.plan} is run.")
     return 0
 
 

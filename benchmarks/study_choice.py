@@ -21,17 +21,22 @@ FOLLOWERS = {"misreported": "both", "smoothing": "both"}
 _MAIN_SEEDS = SEEDS[:3]
 
 Found = Iterable[tuple[Cell, Mapping[str, Any]]]
+Entry = Mapping[str, Any]
+Chosen = Mapping[str, tuple[Setting, Reading]]
 
 
-def choose(found: Found, photos: str) -> list[dict[str, Any]]:
-    """The entries of frozen.json for a set. Raises StudyError where a condition of the primary contrast has no cell."""
+def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
+    """The setting and reading of each condition that has cells for the set. ``fixed`` are the entries of frozen.json:
+    what they name is not chosen again, whatever cells have come since. Raises StudyError where a condition of the
+    primary contrast has neither."""
     by_setting: dict[Setting, list[Mapping[str, Any]]] = {}
     for cell, record in found:
         if cell.split == "dev" and _is_candidate(cell.setting, photos):
             by_setting.setdefault(cell.setting, []).append(record)
-    chosen: dict[str, tuple[Setting, Reading]] = {}
+    known = {e["setting"]["condition"]: e for e in fixed if e["setting"]["photos"] == photos}
+    chosen = {name: (Setting(**e["setting"]), Reading(**e["reading"])) for name, e in known.items()}
     for condition in CONDITIONS:
-        if condition not in FOLLOWERS:
+        if condition not in FOLLOWERS and condition not in chosen:
             candidates = {setting: rows for setting, rows in by_setting.items() if setting.condition == condition}
             if candidates:
                 chosen[condition] = _best(candidates)
@@ -42,15 +47,21 @@ def choose(found: Found, photos: str) -> list[dict[str, Any]]:
         )
     for condition, leader in FOLLOWERS.items():
         setting, reading = chosen[leader]
-        chosen[condition] = (replace(setting, condition=condition), reading)
+        chosen.setdefault(condition, (replace(setting, condition=condition), reading))
+    return chosen
+
+
+def entries(chosen: Chosen, plan: str) -> list[Entry]:
+    """What frozen.json says of one plan: "primary", or "main" for all other conditions."""
     return [
         {
-            "plan": "primary" if condition in PRIMARY else "main",
+            "plan": plan,
             "setting": asdict(setting),
             "reading": asdict(reading),
-            "seeds": list(SEEDS if condition in PRIMARY else _MAIN_SEEDS),
+            "seeds": list(SEEDS if plan == "primary" else _MAIN_SEEDS),
         }
         for condition, (setting, reading) in chosen.items()
+        if (condition in PRIMARY) == (plan == "primary")
     ]
 
 

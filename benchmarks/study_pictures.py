@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 from study_choice import choose
 from study_photos import Photos
 from study_scoring import RAW, class_maps
-from study_settings import CONDITIONS, Cell, Reading, Setting
-from study_store import all_cells
+from study_settings import CONDITIONS, Cell
+from study_store import all_cells, frozen_entries
 from study_tables import Group, baseline_rows, groups
 from study_train import trained
 from torch import Tensor, nn
@@ -37,10 +37,9 @@ Chosen = Mapping[str, Cell]
 
 
 def chosen_cells(results: Path, photos: str) -> dict[str, Cell]:
-    """Seed 0 of the conditions shown, by the settings and readings that dev chooses."""
-    entries = choose(all_cells(results), photos)
-    cells = [Cell(Setting(**e["setting"]), SEED, "dev", Reading(**e["reading"])) for e in entries]
-    return {cell.setting.condition: cell for cell in cells if cell.setting.condition in SHOWN}
+    """Seed 0 of the conditions shown, by the settings and readings that dev chooses, or has chosen for good."""
+    chosen = choose(all_cells(results), photos, frozen_entries(results))
+    return {name: Cell(setting, SEED, "dev", reading) for name, (setting, reading) in chosen.items() if name in SHOWN}
 
 
 def first_photos(photos: Photos, count: int) -> Tensor:

@@ -96,6 +96,12 @@ def frozen(results: Path) -> dict[str, Any]:
     return read_json(path)
 
 
+def frozen_entries(results: Path) -> list[dict[str, Any]]:
+    """Those of frozen.json, committed or not; none where there is none yet."""
+    path = results / FROZEN
+    return read_json(path)["cells"] if path.exists() else []
+
+
 def _git(path: Path, *arguments: str) -> int:
     return subprocess.run(["git", *arguments], cwd=path.parent, capture_output=True).returncode
 

@@ -44,9 +44,7 @@ class HostView:
 class HostCapture:
     """A running capture of a host's encoder, and of one tensor beside it. Made by ``capture`` of a host's file."""
 
-    def __init__(
-        self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None) -> None:
         self.model = model
         """The model as it was given, which may be DistributedDataParallel."""
         self.network = unwrap(model)

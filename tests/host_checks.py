@@ -55,9 +55,7 @@ def observed(watched: Callable[[], dict[str, Tensor]], weight: float | None = No
             if weight is None:
                 parameters = watched()
                 found = torch.autograd.grad(loss, list(parameters.values()), retain_graph=True, allow_unused=True)
-                norms = {
-                    name: 0.0 if g is None else g.norm().item() for name, g in zip(parameters, found, strict=True)
-                }
+                norms = {name: 0.0 if g is None else g.norm().item() for name, g in zip(parameters, found, strict=True)}
             assert attn_a.layers == attn_b.layers
             shapes = tuple(layer.shape for layer in attn_a)
             steps.append(Step(attn_a.layers, shapes, {k: v.item() for k, v in terms.items()}, norms))
@@ -181,9 +179,7 @@ class Absent(types.ModuleType):
 # ---------------------------------------------------------------- the lines that a host file's docstring adds
 
 
-def patched_module(
-    folder: Path, file: str, lines: list[Added] | None, as_name: str | None = None
-) -> types.ModuleType:
+def patched_module(folder: Path, file: str, lines: list[Added] | None, as_name: str | None = None) -> types.ModuleType:
     """The host's file as a module, with the lines added; None leaves it as it is. ``as_name="__main__"`` runs it."""
     path = folder / file
     source = path.read_text(encoding="utf-8")

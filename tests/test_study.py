@@ -35,7 +35,7 @@ from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from study_store import claimed, load, write_json
+from study_store import claimed, frozen_entries, load, write_json
 from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
@@ -551,23 +551,38 @@ def test_settings_are_chosen_by_one_rule(tmp_path: Path):
     made_results(tmp_path)
     stray = Cell(base("voc", "both", 0.5, view="crop"), 0)  # better, but of another view
     write_json(tmp_path / stray.file, made_record(stray, 0.99))
-    entries = {entry["setting"]["condition"]: entry for entry in choose(study.all_cells(tmp_path), "voc")}
-    assert entries["both"]["setting"]["weight"] == 0.5
-    assert entries["both"]["setting"]["view"] == "flip"
-    assert entries["both"]["reading"] == {"start": -2, "propagation": "last"}
-    assert entries["misreported"]["reading"] == entries["both"]["reading"]
-    assert entries["two"]["reading"] == {"start": -1, "propagation": "all"}
-    assert entries["two"]["seeds"] == entries["misreported"]["seeds"] == list(SEEDS)
-    assert entries["smoothing"]["plan"] == "main"
+    chosen = choose(study.all_cells(tmp_path), "voc")
+    setting, reading = chosen["both"]
+    assert (setting.weight, setting.view, reading) == (0.5, "flip", Reading(-2, "last"))
+    assert chosen["misreported"][1] == reading
+    assert chosen["two"][1] == Reading(-1, "all")
     with pytest.raises(StudyError, match="found no dev cell of two, both for msrc"):
         choose(study.all_cells(tmp_path), "msrc")
 
 
-def test_settings_are_frozen_once(tmp_path: Path, capsys):
+def test_settings_are_frozen_once_a_plan(tmp_path: Path, capsys):
     made_results(tmp_path)
-    assert study.main(["freeze", "--set", "voc", "--results", str(tmp_path)]) == 0
-    assert study.main(["freeze", "--set", "voc", "--results", str(tmp_path)]) == 2
+    command = ["freeze", "--set", "voc", "--results", str(tmp_path), "--plan"]
+    assert study.main([*command, "main"]) == 2
+    assert "found no plan primary of voc" in capsys.readouterr().err
+    assert study.main([*command, "primary"]) == 0
+    assert study.main([*command, "primary"]) == 2
     assert "settings are frozen once" in capsys.readouterr().err
+    primary = frozen_entries(tmp_path)
+    assert {entry["setting"]["condition"]: entry["seeds"] for entry in primary} == {
+        name: list(SEEDS) for name in PRIMARY
+    }
+    # Cells that come later are chosen from for the other conditions; what is frozen stays, and its controls follow it.
+    for condition, weight, miou in (("both", 0.17, 0.99), ("affinity", 0.17, 0.6), ("affinity", 0.5, 0.5)):
+        cell = Cell(base("voc", condition, weight), 0)
+        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={(-1, RAW): miou}))
+    assert study.main([*command, "main"]) == 0
+    found = frozen_entries(tmp_path)
+    assert found[: len(primary)] == primary
+    weights = {entry["setting"]["condition"]: entry["setting"]["weight"] for entry in found[len(primary) :]}
+    assert weights == {"affinity": 0.17, "smoothing": 0.5}
+    assert choose(study.all_cells(tmp_path), "voc", found)["both"][0].weight == 0.5
+    assert choose(study.all_cells(tmp_path), "voc")["both"][0].weight == 0.17
 
 
 def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
