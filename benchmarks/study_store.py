@@ -68,8 +68,9 @@ def all_cells(results: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 @contextmanager
 def claimed(cache: Path, cell: Cell) -> Iterator[bool]:
-    """Whether no other process runs this cell; a claim ends with its process, however that ends."""
-    path = cache / "claims" / cell.file.replace("/", "-")
+    """Whether no other process runs this cell, on whatever split: they share a network, which one of them trains. A
+    claim ends with its process, however that ends."""
+    path = cache / "claims" / f"{cell.setting.photos}-{cell.setting.slug}-s{cell.seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

@@ -449,7 +449,7 @@ def test_a_plan_goes_on_where_it_was_interrupted(bench: Bench, places: Places, m
 
 def test_processes_share_a_plan(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch):
     cells = [Cell(tiny("two", epochs=1), seed) for seed in (23, 24, 25)]
-    monkeypatch.setattr(study, "plan", lambda *_: cells)
+    monkeypatch.setattr(study, "plan", lambda *_: [cells[0], cells[0].on("train"), *cells[1:]])
     options = options_of_run(bench, places)
     write_json(bench.results / "voc" / "dev" / "baselines.json", {"rows": []})
     ran = []
@@ -459,7 +459,7 @@ def test_processes_share_a_plan(bench: Bench, places: Places, monkeypatch: pytes
         write_json(bench.results / cells[2].file, made_record(cells[2], 0.5))  # meanwhile, by another process
 
     monkeypatch.setattr(Bench, "run", run)
-    with claimed(places.cache, cells[0]) as mine:
+    with claimed(places.cache, cells[0]) as mine:  # its network is being trained, for any split
         assert mine
         assert study.main(options) == 0
     assert ran == cells[1:2]
