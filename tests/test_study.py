@@ -36,7 +36,7 @@ from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import claimed, frozen_entries, load, write_json
-from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of
+from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of, spread
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
 
@@ -663,6 +663,22 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
     assert said in whole
     above = made_counts(0, quality).miou() > 0.3
     assert ("are above it" if above else "**not yet useful**") in whole
+
+
+def test_page_and_readme_say_what_the_results_say():
+    page = study.PAGE
+    results = study.HERE / "study"
+    assert page.read_text(encoding="utf-8") == report(results, page.with_suffix("")), "run study.py report"
+    readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
+    shown = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == ("msrc", "test")}
+    for condition in PRIMARY:
+        mean = shown[condition].mean
+        cells = [f"{mean(lambda r: r['mean_ap'])[0]:.3f}"]
+        cells += [spread(mean(lambda r, maps=maps: r[maps]["miou"])) for maps in ("raw", "propagated")]
+        cells += [f"{mean(lambda r: r['training']['cpu_seconds'])[0]:.0f}"]
+        assert f"| {' | '.join(cells)} |" in readme
+    gain = paired_mean(shown["two"], shown["both"], lambda r: r["raw"]["miou"])
+    assert f"the raw maps gain, +{spread(gain)}, " in readme
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
