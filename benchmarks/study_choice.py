@@ -1,9 +1,10 @@
 """Chooses settings and readings by dev cells alone, by one rule for all conditions, and writes them to be frozen.
 
 The rule: for each condition, of all epochs and weights that were run on dev with the flip at the set's own size (other
-options at their defaults), and of all start layers, those with the highest mean raw CAM mIoU over seeds; then, for
-them, the propagation with the highest propagated mIoU. The reference and every other condition choose among the same
-epochs and readings. The controls of "both" (misreported, smoothing) take the weight, epochs and reading of "both".
+options at their defaults), and of all start layers, those with the highest mean raw CAM mIoU over the seeds that all of
+them have; then, for them, the propagation with the highest propagated mIoU. The reference and "both" choose among the
+same epochs; the other conditions take the reference's, and choose among the same readings. The controls of "both"
+(misreported, smoothing) take the weight, epochs and reading of "both".
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from study_scoring import RAW
-from study_settings import CONDITIONS, PROPAGATIONS, SEEDS, STARTS, Cell, Reading, Setting, StudyError, base
+from study_settings import CONDITIONS, PROPAGATIONS, REFERENCE, SEEDS, STARTS, Cell, Reading, Setting, StudyError, base
 
 PRIMARY = ("two", "both", "misreported")
 FOLLOWERS = {"misreported": "both", "smoothing": "both"}
@@ -35,11 +36,16 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
             by_setting.setdefault(cell.setting, []).append(record)
     known = {e["setting"]["condition"]: e for e in fixed if e["setting"]["photos"] == photos}
     chosen = {name: (Setting(**e["setting"]), Reading(**e["reading"])) for name, e in known.items()}
-    for condition in CONDITIONS:
-        if condition not in FOLLOWERS and condition not in chosen:
-            candidates = {setting: rows for setting, rows in by_setting.items() if setting.condition == condition}
-            if candidates:
-                chosen[condition] = _best(candidates)
+    open_ones = [name for name in CONDITIONS if name not in FOLLOWERS and name not in chosen]
+    for condition in sorted(open_ones, key=lambda name: name not in PRIMARY):
+        candidates = {
+            setting: rows
+            for setting, rows in by_setting.items()
+            if setting.condition == condition
+            and (condition in PRIMARY or REFERENCE not in chosen or setting.epochs == chosen[REFERENCE][0].epochs)
+        }
+        if candidates:
+            chosen[condition] = _best(candidates)
     missing = [name for name in PRIMARY if name not in FOLLOWERS and name not in chosen]
     if missing:
         raise StudyError(
@@ -71,14 +77,21 @@ def _is_candidate(setting: Setting, photos: str) -> bool:
 
 
 def _best(candidates: Mapping[Setting, list[Mapping[str, Any]]]) -> tuple[Setting, Reading]:
+    shared = set.intersection(*({row["seed"] for row in rows} for rows in candidates.values()))
+    if not shared:
+        found = "; ".join(f"{setting.slug}: {[row['seed'] for row in rows]}" for setting, rows in candidates.items())
+        raise StudyError(
+            f"found no seed that all candidates have ({found}); expected one: seeds differ more than settings do; run "
+            "the plan dev to its end"
+        )
+    compared = {s: [row for row in rows if row["seed"] in shared] for s, rows in candidates.items()}
     ranked = [
         (mean_of(rows, start, RAW), -abs(start), setting.epochs, setting, start)
-        for setting, rows in candidates.items()
+        for setting, rows in compared.items()
         for start in STARTS
     ]
     *_, setting, start = max(ranked, key=lambda entry: entry[:3])
-    rows = candidates[setting]
-    return setting, Reading(start, max(PROPAGATIONS, key=lambda name: mean_of(rows, start, name)))
+    return setting, Reading(start, max(PROPAGATIONS, key=lambda name: mean_of(compared[setting], start, name)))
 
 
 def mean_of(rows: Iterable[Mapping[str, Any]], start: int, propagation: str) -> float:

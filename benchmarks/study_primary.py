@@ -120,7 +120,8 @@ def _section(own: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[
     if not rows:
         return "Not scored yet."
     header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
-    lines = [contrast.verdict() for contrast in found if contrast.seeds]
+    lines = [f"- Frozen on dev: {'; '.join(f'{g.title}, {g.setting.epochs} epochs' for g in own)}."]
+    lines += [contrast.verdict() for contrast in found if contrast.seeds]
     if baselines:
         lines += [_against(group, baselines) for group in own if group.setting.condition == plan["contrasts"][0][1]]
     return "\n".join([*lines, "", table(header, rows)])

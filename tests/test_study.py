@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -494,6 +494,7 @@ def test_test_photos_are_scored_once_by_the_threshold_of_dev(bench: Bench):
     freeze(bench.results, [cell])
     found = bench.run(cell)
     dev = load(bench.results, cell.on("dev"))
+    assert dev["reading"] == asdict(Reading())  # as every dev cell, so that their tables compare
     chosen = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
     assert found["raw"]["threshold"] == chosen[-2, RAW]
     assert found["propagated"]["threshold"] == chosen[-2, "last"]
@@ -558,6 +559,25 @@ def test_settings_are_chosen_by_one_rule(tmp_path: Path):
     assert chosen["two"][1] == Reading(-1, "all")
     with pytest.raises(StudyError, match="found no dev cell of two, both for msrc"):
         choose(study.all_cells(tmp_path), "msrc")
+
+
+def test_candidates_are_compared_by_the_seeds_and_epochs_that_all_have(tmp_path: Path):
+    made_results(tmp_path)
+    lucky = {(-1, RAW): 0.99}
+    for condition, weight, epochs, seed in (
+        ("both", 1.5, 2, 2),  # a seed that no other weight has
+        ("affinity", 0.17, 2, 0),
+        ("affinity", 0.5, 4, 0),  # epochs that are not the reference's
+    ):
+        cell = Cell(base("voc", condition, weight, epochs=epochs), seed)
+        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={} if weight == 0.17 else lucky))
+    chosen = choose(study.all_cells(tmp_path), "voc")
+    assert chosen["both"][0].weight == 0.5
+    assert (chosen["affinity"][0].weight, chosen["affinity"][0].epochs) == (0.17, 2)
+    other = Cell(base("voc", "both", 0.06), 3)
+    write_json(tmp_path / other.file, made_record(other, 0.5))
+    with pytest.raises(StudyError, match=r"no seed that all candidates have \(.*both-w0.06.*: \[3\]"):
+        choose(study.all_cells(tmp_path), "voc")
 
 
 def test_settings_are_frozen_once_a_plan(tmp_path: Path, capsys):
