@@ -13,7 +13,7 @@ from study_baselines import baselines
 from study_counts import multi_label
 from study_photos import Photos, Places
 from study_scoring import RAW, Key, figures, score
-from study_settings import Cell, Reading, StudyError
+from study_settings import Cell, StudyError
 from study_store import BASELINES, check_test, frozen, load, write_json
 from study_train import trained
 
@@ -87,7 +87,7 @@ class Bench:
     def _held_out(self, cell: Cell) -> dict[str, float | None]:
         """The thresholds that were best on dev, by the cell's reading. Dev cells are kept by the default reading, all
         of them, so that their tables can be read across; those of all readings are there beside it."""
-        dev = self.run(dataclasses.replace(cell, split="dev", reading=Reading()))
+        dev = self.run(Cell(cell.setting, cell.seed))
         wanted = {"raw": (cell.reading.start, RAW), "propagated": dataclasses.astuple(cell.reading)}
         found = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
         return {name: found[key] for name, key in wanted.items()}

@@ -30,27 +30,26 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
     """The setting and reading of each condition that has cells for the set. ``fixed`` are the entries of frozen.json:
     what they name is not chosen again, whatever cells have come since. Raises StudyError where a condition of the
     primary contrast has neither."""
-    by_setting: dict[Setting, list[Mapping[str, Any]]] = {}
+    candidates: dict[str, dict[Setting, list[Mapping[str, Any]]]] = {name: {} for name in CONDITIONS}
     for cell, record in found:
         if cell.split == "dev" and _is_candidate(cell.setting, photos):
-            by_setting.setdefault(cell.setting, []).append(record)
+            candidates[cell.setting.condition].setdefault(cell.setting, []).append(record)
     known = {e["setting"]["condition"]: e for e in fixed if e["setting"]["photos"] == photos}
     chosen = {name: (Setting(**e["setting"]), Reading(**e["reading"])) for name, e in known.items()}
-    open_ones = [name for name in CONDITIONS if name not in FOLLOWERS and name not in chosen]
-    for condition in sorted(open_ones, key=lambda name: name not in PRIMARY):
-        candidates = {
-            setting: rows
-            for setting, rows in by_setting.items()
-            if setting.condition == condition
-            and (condition in PRIMARY or REFERENCE not in chosen or setting.epochs == chosen[REFERENCE][0].epochs)
-        }
-        if candidates:
-            chosen[condition] = _best(candidates)
-    missing = [name for name in PRIMARY if name not in FOLLOWERS and name not in chosen]
+    leaders = [name for name in PRIMARY if name not in FOLLOWERS]
+    missing = [name for name in leaders if name not in chosen and not candidates[name]]
     if missing:
         raise StudyError(
             f"found no dev cell of {', '.join(missing)} for {photos}; expected at least one of each; run the plan dev"
         )
+    for name in leaders:
+        if name not in chosen:
+            chosen[name] = _best(candidates[name])
+    epochs = chosen[REFERENCE][0].epochs
+    for name in CONDITIONS:
+        comparable = {setting: rows for setting, rows in candidates[name].items() if setting.epochs == epochs}
+        if name not in chosen and name not in FOLLOWERS and comparable:
+            chosen[name] = _best(comparable)
     for condition, leader in FOLLOWERS.items():
         setting, reading = chosen[leader]
         chosen.setdefault(condition, (replace(setting, condition=condition), reading))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from study_settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, StudyError, base
 from study_store import frozen_cells
@@ -16,7 +17,7 @@ WEIGHT, CAM_WEIGHT = 0.5, 0.1  # of the five of each, those in the middle: where
 # Added when tuning had shown that 16 epochs serve the reference best, and at 8 that 0.5 is the worst of three weights:
 # else "both" would be tested at more epochs by that weight alone. No test photo had been scored.
 LIGHT = (0.06, 0.17)
-FROZEN_WEIGHT = 0.17
+FROZEN_WEIGHT, FROZEN_EPOCHS = 0.17, 16  # of MSRC
 FEW, MORE = (0, 1), (0, 1, 2)
 
 Planned = tuple[Setting, tuple[int, ...]]
@@ -52,8 +53,8 @@ def _msrc() -> list[Planned]:
     conditions, what may keep mAP, weights, views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had
     been scored: there it would have shown conditions where the reference itself is not at its best."""
     planned: list[Planned] = [(setting, FEW) for setting in _tuning("msrc", (4, 16))]
-    planned += [(at("msrc", "both", weight, epochs=16), FEW) for weight in LIGHT]
-    planned += [(at("msrc", name, FROZEN_WEIGHT, epochs=16), MORE) for name in CONDITIONS]
+    planned += [(_frozen("both", weight), FEW) for weight in LIGHT]
+    planned += [(_frozen(name), MORE) for name in CONDITIONS]
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -61,12 +62,21 @@ def _msrc() -> list[Planned]:
         {"layers": "lower"},
         {"warmup": 0.5},
     ]
-    planned += _each("msrc", ("both",), FEW, keeping)
+    planned += _each(("both",), keeping)
     weighted = ("affinity", "activation", "misreported")
-    planned += [(at("msrc", name, weight, epochs=16), FEW) for weight in WEIGHTS for name in weighted]
-    planned += [(at("msrc", "cam", cam_weight=weight, epochs=16), FEW) for weight in CAM_WEIGHTS]
-    planned += _each("msrc", ("two", "both", "misreported"), FEW, [{"view": view} for view in VIEWS if view != "flip"])
-    return planned + _each("msrc", ("two", "both", "misreported", "affinity"), FEW, [{"size": 168}])
+    planned += [(_frozen(name, weight), FEW) for weight in WEIGHTS for name in weighted]
+    planned += [(_frozen("cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
+    planned += _each(("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
+    return planned + _each(("two", "both", "misreported", "affinity"), [{"size": 168}])
+
+
+def _frozen(condition: str, weight: float = FROZEN_WEIGHT, **other: Any) -> Setting:
+    """MSRC's, at the epochs that were frozen."""
+    return at("msrc", condition, weight, epochs=FROZEN_EPOCHS, **other)
+
+
+def _each(conditions: Iterable[str], others: Iterable[dict[str, object]]) -> list[Planned]:
+    return [(_frozen(name, **each), FEW) for each in others for name in conditions]
 
 
 def _voc() -> list[Planned]:
@@ -74,9 +84,3 @@ def _voc() -> list[Planned]:
     planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (4,))]
     planned += [(at("voc", name), FEW) for name in ("two", "both", "misreported", "affinity")]
     return planned + [(at("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
-
-
-def _each(
-    photos: str, conditions: Iterable[str], seeds: tuple[int, ...], others: Iterable[dict[str, object]]
-) -> list[Planned]:
-    return [(at(photos, name, FROZEN_WEIGHT, epochs=16, **each), seeds) for each in others for name in conditions]

@@ -16,9 +16,11 @@ from study_tables import (
     Group,
     baseline_rows,
     difference,
+    mean_ap_of,
     moments,
     number,
     paired_mean,
+    raw_of,
     signed,
     spread,
     table,
@@ -77,7 +79,7 @@ class Contrast:
         if len(self.raw) < len(SEEDS):
             return f"{pair}: {counts}; {len(SEEDS) - len(self.raw)} seeds are missing, so nothing is said yet."
         said = judged(self.raw)
-        gained = paired_mean(self.first, self.second, lambda record: record["mean_ap"])
+        gained = paired_mean(self.first, self.second, mean_ap_of)
         if said == HELPS and gained is not None and gained[0] < -TRADED:
             said = f"a trade, not a gain: mAP falls by {-gained[0]:.3f}"
         return f"{pair}: {counts}: **{said}**."
@@ -129,7 +131,7 @@ def _section(own: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[
 
 def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
     best = max(baselines, key=lambda row: row["miou"])
-    mean = group.mean(lambda record: record["raw"]["miou"])
+    mean = group.mean(raw_of)
     said = "above it" if mean[0] > best["miou"] else "below it: **not yet useful**"
     return (
         f"- The best row that knows no training is {best['name']}, {number(best['miou'])}; raw maps of {group.title}, "

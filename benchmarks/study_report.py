@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,14 +11,16 @@ from study_plans import plan
 from study_primary import primary
 from study_scenes import scenes
 from study_scoring import RAW
-from study_settings import CONDITIONS, PROPAGATIONS, SETS, SPLITS, STARTS
+from study_settings import CONDITIONS, PROPAGATIONS, SETS, SPLITS, STARTS, Cell
 from study_tables import (
     WEIGHTS_NOTE,
     Group,
     baseline_rows,
     groups,
+    mean_ap_of,
     number,
     paired_mean,
+    raw_of,
     reference_of,
     spread,
     table,
@@ -64,7 +67,7 @@ def report(results: Path, pictures: Path | None = None) -> str:
     found = groups(results)
     parts = [INTRODUCTION, primary(results, found)]
     for photos, about in SETS.items():
-        parts += _missing(results, photos)
+        parts += _missing(found, plan("dev", photos, results), about.title)
         for split in reversed(SPLITS):
             own = [g for g in found if g.setting.photos == photos and g.split == split]
             if own:
@@ -75,19 +78,15 @@ def report(results: Path, pictures: Path | None = None) -> str:
     return "\n".join(parts).rstrip() + "\n"
 
 
-def _missing(results: Path, photos: str) -> list[str]:
+def _missing(found: Sequence[Group], planned: Sequence[Cell], title: str) -> list[str]:
     """Which planned dev cells are not there yet."""
-    counts: dict[str, list[int]] = {}
-    for cell in plan("dev", photos, results):
-        count = counts.setdefault(CONDITIONS[cell.setting.condition].title, [0, 0])
-        count[0] += (results / cell.file).exists()
-        count[1] += 1
-    lacking = [f"{title} {there} of {planned}" for title, (there, planned) in counts.items() if there < planned]
-    return (
-        [f"Dev cells of {SETS[photos].title} are still to be run; there are: {'; '.join(lacking)}.\n"]
-        if lacking
-        else []
-    )
+    done = {(group.setting, seed) for group in found if group.split == "dev" for seed in group.records}
+    wanted = Counter(cell.setting.condition for cell in planned)
+    there = Counter(cell.setting.condition for cell in planned if (cell.setting, cell.seed) in done)
+    lacking = [f"{CONDITIONS[c].title} {there[c]} of {wanted[c]}" for c in wanted if there[c] < wanted[c]]
+    if not lacking:
+        return []
+    return [f"Dev cells of {title} are still to be run; there are: {'; '.join(lacking)}.\n"]
 
 
 def _pictures(folder: Path | None, photos: str) -> list[str]:
@@ -129,8 +128,11 @@ def _read(members: Sequence[Group]) -> str:
     """How the maps of a table were read; a row of another reading is named."""
     ways: dict[str, list[str]] = {}
     for group in members:
-        for reading in sorted({tuple(record["reading"].values()) for record in group.records.values()}):
-            ways.setdefault("from layer {} on, spread over {}".format(*reading), []).append(group.title)
+        read = {
+            "from layer {start} on, spread over {propagation}".format(**r["reading"]) for r in group.records.values()
+        }
+        for way in sorted(read):
+            ways.setdefault(way, []).append(group.title)
     if len(ways) == 1:
         return f"Maps are read {next(iter(ways))}."
     return "Maps are read " + "; ".join(f"{way}: {', '.join(titles)}" for way, titles in ways.items()) + "."
@@ -155,8 +157,8 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
             [
                 group.title,
                 str(len(group.records)),
-                spread(group.mean(lambda r: r["mean_ap"])),
-                spread(group.mean(lambda r: r["raw"]["miou"])),
+                spread(group.mean(mean_ap_of)),
+                spread(group.mean(raw_of)),
                 differences[0],
                 spread(group.mean(lambda r: r["propagated"]["miou"])),
                 differences[1],
@@ -182,8 +184,8 @@ def _matched(members: Sequence[Group]) -> str:
     kept: dict[str, tuple[float, Group]] = {}
     for group in members:
         name = group.setting.condition
-        gain = paired_mean(reference, group, lambda record: record["raw"]["miou"])
-        mean_ap = paired_mean(reference, group, lambda record: record["mean_ap"])
+        gain = paired_mean(reference, group, raw_of)
+        mean_ap = paired_mean(reference, group, mean_ap_of)
         if group is reference or gain is None or mean_ap is None or mean_ap[0] < -MATCHED:
             continue
         if name not in kept or gain[0] > kept[name][0]:
@@ -191,12 +193,8 @@ def _matched(members: Sequence[Group]) -> str:
     head = f"At matched mAP (of the same seeds, the reference's less {MATCHED}, or more)"
     if not kept:
         return f"{head}: no condition keeps it."
-    lines = [f"{group.title}: raw {_raw(group):.3f} ({gain:+.3f})" for gain, group in kept.values()]
+    lines = [f"{group.title}: raw {group.mean(raw_of)[0]:.3f} ({gain:+.3f})" for gain, group in kept.values()]
     return f"{head}: {'; '.join(lines)}."
-
-
-def _raw(group: Group) -> float:
-    return group.mean(lambda r: r["raw"]["miou"])[0]
 
 
 def _readings(members: Sequence[Group]) -> str:

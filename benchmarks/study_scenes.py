@@ -24,6 +24,7 @@ def keep(demo: Path, results: Path) -> None:
         run = json.loads(demo.read_text(encoding="utf-8"))
         seeds = {str(each["seed"]): {row["name"]: _reduced(row) for row in each["rows"]} for each in run["seeds"]}
         kept = {name: run[name] for name in ("command", "settings", "split", "versions", "machine")}
+        kept["command"] = _without_output(kept["command"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
             f"{demo} cannot be read ({error!r}); expected the demo's JSON; python -m acr_reg demo --controls"
@@ -35,6 +36,14 @@ def keep(demo: Path, results: Path) -> None:
             f"conditions {', '.join(TRAINED)}; run the demo with --controls"
         )
     write_json(results / FILE, kept | {"seeds": seeds})
+
+
+def _without_output(command: list[str]) -> list[str]:
+    """The demo's arguments without --output DIR, which is a place on the machine that ran it."""
+    if "--output" not in command:
+        return command
+    at = command.index("--output")
+    return command[:at] + command[at + 2 :]
 
 
 def _reduced(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -76,6 +76,14 @@ def difference(first: Record, second: Record, maps: str = "raw") -> Difference:
     return paired_bootstrap(ImageCounts.unpack(first[maps]["counts"]), ImageCounts.unpack(second[maps]["counts"]))
 
 
+def mean_ap_of(record: Record) -> float:
+    return record["mean_ap"]
+
+
+def raw_of(record: Record) -> float:
+    return record["raw"]["miou"]
+
+
 def paired_mean(first: Group, second: Group, figure: Callable[[Record], float]) -> tuple[float, float, int] | None:
     """Mean and deviation over the seeds that both have of the paired difference; None without any."""
     seeds = [seed for seed in first.records if seed in second.records]

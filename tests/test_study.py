@@ -36,7 +36,7 @@ from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import claimed, frozen_entries, load, write_json
-from study_tables import WEIGHTS_NOTE, groups, paired_mean, reference_of, spread
+from study_tables import WEIGHTS_NOTE, groups, mean_ap_of, paired_mean, raw_of, reference_of, spread
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
 
@@ -645,7 +645,7 @@ def test_differences_are_paired_with_the_reference_of_the_same_view(tmp_path: Pa
     reference = reference_of(both, found)
     assert reference.setting == base("voc", "two")
     expected = [made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou() for seed in (0, 1)]
-    mean, deviation, seeds = paired_mean(reference, both, lambda record: record["raw"]["miou"])
+    mean, deviation, seeds = paired_mean(reference, both, raw_of)
     assert (mean, deviation) == pytest.approx((np.mean(expected), np.std(expected, ddof=1)))
     assert seeds == 2
 
@@ -693,11 +693,11 @@ def test_page_and_readme_say_what_the_results_say():
     shown = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == ("msrc", "test")}
     for condition in PRIMARY:
         mean = shown[condition].mean
-        cells = [f"{mean(lambda r: r['mean_ap'])[0]:.3f}"]
+        cells = [f"{mean(mean_ap_of)[0]:.3f}"]
         cells += [spread(mean(lambda r, maps=maps: r[maps]["miou"])) for maps in ("raw", "propagated")]
         cells += [f"{mean(lambda r: r['training']['cpu_seconds'])[0]:.0f}"]
         assert f"| {' | '.join(cells)} |" in readme
-    gain = paired_mean(shown["two"], shown["both"], lambda r: r["raw"]["miou"])
+    gain = paired_mean(shown["two"], shown["both"], raw_of)
     assert f"the raw maps gain, +{spread(gain)}, " in readme
 
 
@@ -722,7 +722,8 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
 
     def run(rows: list[tuple[str, float]], split: str = "test") -> Path:
         seeds = [{"seed": s, "rows": [row(n, value + s / 100) for n, value in rows]} for s in (3, 4)]
-        content = {"command": ["demo", "--controls"], "settings": {}, "split": split, "versions": {}, "machine": {}}
+        command = ["demo", "--output", str(tmp_path), "--controls"]
+        content = {"command": command, "settings": {}, "split": split, "versions": {}, "machine": {}}
         (tmp_path / "demo.json").write_text(json.dumps(content | {"seeds": seeds}))
         return tmp_path / "demo.json"
 
@@ -733,6 +734,7 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
     assert "ACR, flip not undone" in capsys.readouterr().err
     assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
     page = report(tmp_path)
+    assert "(`python -m acr_reg demo --controls`)" in page  # not where this machine wrote it
     assert "with ACR less without ACR: raw +0.060 (+0.060 to +0.060, above 0 in 2 of 2), propagated +0.030" in page
     assert "with ACR less ACR, flip not undone: raw +0.030" in page
     assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page
