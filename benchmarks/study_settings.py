@@ -78,7 +78,8 @@ class Setting:
     """How a cell is trained. ``weight`` is that of the activation and affinity terms per query row; of "smoothing",
     that of the cell whose entropy it follows. ``stop_gradient`` holds the second view fixed in the consistency terms.
     ``warmup`` is the share of the steps over which the terms' weights rise from 0. ``precision`` is that of the forward
-    passes in training (autocast); the consistency terms are computed, and class maps scored, in float32."""
+    passes in training (autocast), but for attention, which is in float32 (of the cells up to commit ec7066f, too in
+    bfloat16); the consistency terms are computed, and class maps scored, in float32."""
 
     photos: str
     condition: str

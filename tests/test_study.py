@@ -266,12 +266,14 @@ def test_every_condition_trains_by_every_view(voc: Photos, name: str, view: str,
 def test_half_precision_reaches_the_blocks_and_nothing_that_is_kept(voc: Photos, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Photos, "steps", lambda self, setting: 2)
     seen: dict[str, set[torch.dtype]] = {"float32": set(), "bfloat16": set()}
+    attended: set[torch.dtype] = set()
     found = {}
     for precision, types in seen.items():
 
         def upper(self: Photos, seed: int, types=types, original=Photos.upper) -> torch.nn.Module:
             model = original(self, seed)
             model.blocks[0].attn.qkv.register_forward_hook(lambda module, inputs, output: types.add(output.dtype))
+            model.blocks[0].attn.proj.register_forward_pre_hook(lambda module, inputs: attended.add(inputs[0].dtype))
             return model
 
         with monkeypatch.context() as patch:
@@ -279,6 +281,7 @@ def test_half_precision_reaches_the_blocks_and_nothing_that_is_kept(voc: Photos,
             setting = base("voc", "both", 0.5, size=SIZE, precision=precision)
             found[precision] = train(voc, setting, 0, None, lambda: None)
     assert seen == {"float32": {torch.float32}, "bfloat16": {torch.bfloat16}}
+    assert attended == {torch.float32}  # its bfloat16 kernel is the slower one
     (single,), (half,) = (found[precision].record.epochs[:1] for precision in seen)
     for name in single:
         assert half[name] == pytest.approx(single[name], rel=0.02)
