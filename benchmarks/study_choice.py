@@ -1,10 +1,11 @@
 """Chooses settings and readings by dev cells alone, by one rule for all conditions, and writes them to be frozen.
 
-The rule: for each condition, of all epochs and weights that were run on dev with the flip at the set's own size (other
-options at their defaults), and of all start layers, those with the highest mean raw CAM mIoU over the seeds that all of
-them have; then, for them, the propagation with the highest propagated mIoU. The reference and "both" choose among the
-same epochs; the other conditions take the reference's, and choose among the same readings. The controls of "both"
-(misreported, smoothing) take the weight, epochs and reading of "both".
+The rule: a condition's candidates are all epochs and weights that were run on dev with the flip at the set's own size
+(other options at their defaults), with all start layers, compared by the mean raw CAM mIoU over the seeds that all of
+them have. The reference and "both" are trained equally long: at the epochs, of those that both were run at, where the
+mean of the two's best candidates is highest. At those epochs each takes its best candidate, then, for it, the
+propagation with the highest propagated mIoU. The other conditions take the same epochs, and choose among the same
+readings. The controls of "both" (misreported, smoothing) take the weight, epochs and reading of "both".
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ _MAIN_SEEDS = SEEDS[:3]
 
 Found = Iterable[tuple[Cell, Mapping[str, Any]]]
 Entry = Mapping[str, Any]
+Candidates = Mapping[Setting, list[Mapping[str, Any]]]
 Chosen = Mapping[str, tuple[Setting, Reading]]
 
 
@@ -42,12 +44,11 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
         raise StudyError(
             f"found no dev cell of {', '.join(missing)} for {photos}; expected at least one of each; run the plan dev"
         )
-    for name in leaders:
-        if name not in chosen:
-            chosen[name] = _best(candidates[name])
+    if REFERENCE not in chosen:
+        chosen |= _leaders({name: candidates[name] for name in leaders})
     epochs = chosen[REFERENCE][0].epochs
     for name in CONDITIONS:
-        comparable = {setting: rows for setting, rows in candidates[name].items() if setting.epochs == epochs}
+        comparable = _at(candidates[name], epochs)
         if name not in chosen and name not in FOLLOWERS and comparable:
             chosen[name] = _best(comparable)
     for condition, leader in FOLLOWERS.items():
@@ -75,7 +76,43 @@ def _is_candidate(setting: Setting, photos: str) -> bool:
     return setting == plain
 
 
-def _best(candidates: Mapping[Setting, list[Mapping[str, Any]]]) -> tuple[Setting, Reading]:
+def _leaders(candidates: Mapping[str, Candidates]) -> dict[str, tuple[Setting, Reading]]:
+    """The reference and "both", at the same epochs."""
+    compared = {name: _by_shared_seeds(rows) for name, rows in candidates.items()}
+    ranked = {name: _ranked(rows) for name, rows in compared.items()}
+    shared = set.intersection(*({setting.epochs for _, setting, _ in entries} for entries in ranked.values()))
+    if not shared:
+        found = "; ".join(f"{name}: {sorted({s.epochs for s in rows})}" for name, rows in candidates.items())
+        raise StudyError(
+            f"found no epochs that all have ({found}); expected some: they are compared when equally trained; run the "
+            "plan dev to its end"
+        )
+
+    def together(epochs: int) -> float:
+        return sum(max(value for value, s, _ in entries if s.epochs == epochs) for entries in ranked.values())
+
+    epochs = max(sorted(shared), key=together)
+    return {name: _best(_at(rows, epochs)) for name, rows in compared.items()}
+
+
+def _at(candidates: Candidates, epochs: int) -> Candidates:
+    return {setting: rows for setting, rows in candidates.items() if setting.epochs == epochs}
+
+
+def _best(candidates: Candidates) -> tuple[Setting, Reading]:
+    compared = _by_shared_seeds(candidates)
+    _, setting, start = _ranked(compared)[0]
+    how = max(PROPAGATIONS, key=lambda name: mean_of(compared[setting], start, name))
+    return setting, Reading(start, how)
+
+
+def _ranked(candidates: Candidates) -> list[tuple[float, Setting, int]]:
+    """The mean raw mIoU of each setting by each start layer, the best first; of equals the later start."""
+    found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in candidates.items() for start in STARTS]
+    return sorted(found, key=lambda entry: (-entry[0], -entry[2], -entry[1].epochs))
+
+
+def _by_shared_seeds(candidates: Candidates) -> Candidates:
     shared = set.intersection(*({row["seed"] for row in rows} for rows in candidates.values()))
     if not shared:
         found = "; ".join(f"{setting.slug}: {[row['seed'] for row in rows]}" for setting, rows in candidates.items())
@@ -83,14 +120,7 @@ def _best(candidates: Mapping[Setting, list[Mapping[str, Any]]]) -> tuple[Settin
             f"found no seed that all candidates have ({found}); expected one: seeds differ more than settings do; run "
             "the plan dev to its end"
         )
-    compared = {s: [row for row in rows if row["seed"] in shared] for s, rows in candidates.items()}
-    ranked = [
-        (mean_of(rows, start, RAW), -abs(start), setting.epochs, setting, start)
-        for setting, rows in compared.items()
-        for start in STARTS
-    ]
-    *_, setting, start = max(ranked, key=lambda entry: entry[:3])
-    return setting, Reading(start, max(PROPAGATIONS, key=lambda name: mean_of(compared[setting], start, name)))
+    return {s: [row for row in rows if row["seed"] in shared] for s, rows in candidates.items()}
 
 
 def mean_of(rows: Iterable[Mapping[str, Any]], start: int, propagation: str) -> float:

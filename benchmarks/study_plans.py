@@ -14,10 +14,10 @@ from study_views import VIEWS
 PLANS = ("dev", "primary", "main")
 
 WEIGHT, CAM_WEIGHT = 0.5, 0.1  # of the five of each, those in the middle: where nothing else varies
-# Added when tuning had shown that 16 epochs serve the reference best, and at 8 that 0.5 is the worst of three weights:
-# else "both" would be tested at more epochs by that weight alone. No test photo had been scored.
+# Added at the most epochs when tuning had shown that 0.5 is the worst of these weights at fewer: else "both" would be
+# tested at more epochs by that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
-FROZEN_WEIGHT, FROZEN_EPOCHS = 0.17, 16  # of MSRC
+FROZEN = {"msrc": (0.17, 16), "voc": (0.06, 4)}  # weight and epochs that the primary contrast took
 FEW, MORE = (0, 1), (0, 1, 2)
 
 Planned = tuple[Setting, tuple[int, ...]]
@@ -53,8 +53,8 @@ def _msrc() -> list[Planned]:
     conditions, what may keep mAP, weights, views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had
     been scored: there it would have shown conditions where the reference itself is not at its best."""
     planned: list[Planned] = [(setting, FEW) for setting in _tuning("msrc", (4, 16))]
-    planned += [(_frozen("both", weight), FEW) for weight in LIGHT]
-    planned += [(_frozen(name), MORE) for name in CONDITIONS]
+    planned += [(_frozen("msrc", "both", weight), FEW) for weight in LIGHT]
+    planned += [(_frozen("msrc", name), MORE) for name in CONDITIONS]
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -64,23 +64,25 @@ def _msrc() -> list[Planned]:
     ]
     planned += _each(("both",), keeping)
     weighted = ("affinity", "activation", "misreported")
-    planned += [(_frozen(name, weight), FEW) for weight in WEIGHTS for name in weighted]
-    planned += [(_frozen("cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
+    planned += [(_frozen("msrc", name, weight), FEW) for weight in WEIGHTS for name in weighted]
+    planned += [(_frozen("msrc", "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
     planned += _each(("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
     return planned + _each(("two", "both", "misreported", "affinity"), [{"size": 168}])
 
 
-def _frozen(condition: str, weight: float = FROZEN_WEIGHT, **other: Any) -> Setting:
-    """MSRC's, at the epochs that were frozen."""
-    return at("msrc", condition, weight, epochs=FROZEN_EPOCHS, **other)
+def _frozen(photos: str, condition: str, weight: float | None = None, **other: Any) -> Setting:
+    """A condition at the epochs of the set's primary contrast, and at its weight if no other is given."""
+    chosen, epochs = FROZEN[photos]
+    return at(photos, condition, chosen if weight is None else weight, epochs=epochs, **other)
 
 
 def _each(conditions: Iterable[str], others: Iterable[dict[str, object]]) -> list[Planned]:
-    return [(_frozen(name, **each), FEW) for each in others for name in conditions]
+    return [(_frozen("msrc", name, **each), FEW) for each in others for name in conditions]
 
 
 def _voc() -> list[Planned]:
-    """What the primary contrast is chosen from, then the main conditions."""
+    """What the primary contrast is chosen from; then, as for MSRC, the main conditions where it was frozen."""
     planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (4,))]
-    planned += [(at("voc", name), FEW) for name in ("two", "both", "misreported", "affinity")]
-    return planned + [(at("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
+    planned += [(_frozen("voc", "both", weight), (0,)) for weight in LIGHT]
+    planned += [(_frozen("voc", "affinity"), FEW), (_frozen("voc", "both", 0.17), FEW)]
+    return planned + [(_frozen("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]

@@ -583,6 +583,25 @@ def test_candidates_are_compared_by_the_seeds_and_epochs_that_all_have(tmp_path:
         choose(study.all_cells(tmp_path), "voc")
 
 
+def test_the_reference_and_both_are_trained_equally_long(tmp_path: Path):
+    made_results(tmp_path)
+    lonely = Cell(base("voc", "both", 0.5, epochs=8), 0)  # the best, but the reference has no such epochs
+    write_json(tmp_path / lonely.file, made_record(lonely, 0.9))
+    for condition, weight, miou in (("two", 0.0, 0.85), ("both", 0.5, 0.1), ("both", 1.5, 0.89)):
+        cell = Cell(base("voc", condition, weight, epochs=4), 0)
+        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={(-3, RAW): miou}))
+    chosen = choose(study.all_cells(tmp_path), "voc")  # "both" alone would rather have 2 epochs, where it reads 0.9
+    assert {name: (s.weight, s.epochs) for name, (s, _) in chosen.items() if name in PRIMARY} == {
+        "two": (0.0, 4),
+        "both": (1.5, 4),
+        "misreported": (1.5, 4),
+    }
+    fewer = [(cell, record) for cell, record in study.all_cells(tmp_path) if cell.setting != base("voc")]
+    kept = [each for each in fewer if each[0].setting.condition != "both" or each[0].setting.epochs == 2]
+    with pytest.raises(StudyError, match=r"no epochs that all have \(two: \[4\]; both: \[2\]\)"):
+        choose(kept, "voc")
+
+
 def test_settings_are_frozen_once_a_plan(tmp_path: Path, capsys):
     made_results(tmp_path)
     command = ["freeze", "--set", "voc", "--results", str(tmp_path), "--plan"]
