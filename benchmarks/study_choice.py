@@ -24,7 +24,7 @@ _MAIN_SEEDS = SEEDS[:3]
 
 Found = Iterable[tuple[Cell, Mapping[str, Any]]]
 Entry = Mapping[str, Any]
-Candidates = Mapping[Setting, list[Mapping[str, Any]]]
+Candidates = dict[Setting, list[Mapping[str, Any]]]
 Chosen = Mapping[str, tuple[Setting, Reading]]
 
 
@@ -32,7 +32,7 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
     """The setting and reading of each condition that has cells for the set. ``fixed`` are the entries of frozen.json:
     what they name is not chosen again, whatever cells have come since. Raises StudyError where a condition of the
     primary contrast has neither."""
-    candidates: dict[str, dict[Setting, list[Mapping[str, Any]]]] = {name: {} for name in CONDITIONS}
+    candidates: dict[str, Candidates] = {name: {} for name in CONDITIONS}
     for cell, record in found:
         if cell.split == "dev" and _is_candidate(cell.setting, photos):
             candidates[cell.setting.condition].setdefault(cell.setting, []).append(record)
@@ -50,7 +50,7 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
     for name in CONDITIONS:
         comparable = _at(candidates[name], epochs)
         if name not in chosen and name not in FOLLOWERS and comparable:
-            chosen[name] = _best(comparable)
+            chosen[name] = _best(_by_shared_seeds(comparable))
     for condition, leader in FOLLOWERS.items():
         setting, reading = chosen[leader]
         chosen.setdefault(condition, (replace(setting, condition=condition), reading))
@@ -79,8 +79,7 @@ def _is_candidate(setting: Setting, photos: str) -> bool:
 def _leaders(candidates: Mapping[str, Candidates]) -> dict[str, tuple[Setting, Reading]]:
     """The reference and "both", at the same epochs."""
     compared = {name: _by_shared_seeds(rows) for name, rows in candidates.items()}
-    ranked = {name: _ranked(rows) for name, rows in compared.items()}
-    shared = set.intersection(*({setting.epochs for _, setting, _ in entries} for entries in ranked.values()))
+    shared = set.intersection(*({setting.epochs for setting in rows} for rows in compared.values()))
     if not shared:
         found = "; ".join(f"{name}: {sorted({s.epochs for s in rows})}" for name, rows in candidates.items())
         raise StudyError(
@@ -89,7 +88,7 @@ def _leaders(candidates: Mapping[str, Candidates]) -> dict[str, tuple[Setting, R
         )
 
     def together(epochs: int) -> float:
-        return sum(max(value for value, s, _ in entries if s.epochs == epochs) for entries in ranked.values())
+        return sum(_first(_at(rows, epochs))[0] for rows in compared.values())
 
     epochs = max(sorted(shared), key=together)
     return {name: _best(_at(rows, epochs)) for name, rows in compared.items()}
@@ -99,17 +98,16 @@ def _at(candidates: Candidates, epochs: int) -> Candidates:
     return {setting: rows for setting, rows in candidates.items() if setting.epochs == epochs}
 
 
-def _best(candidates: Candidates) -> tuple[Setting, Reading]:
-    compared = _by_shared_seeds(candidates)
-    _, setting, start = _ranked(compared)[0]
+def _best(compared: Candidates) -> tuple[Setting, Reading]:
+    _, setting, start = _first(compared)
     how = max(PROPAGATIONS, key=lambda name: mean_of(compared[setting], start, name))
     return setting, Reading(start, how)
 
 
-def _ranked(candidates: Candidates) -> list[tuple[float, Setting, int]]:
-    """The mean raw mIoU of each setting by each start layer, the best first; of equals the later start."""
-    found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in candidates.items() for start in STARTS]
-    return sorted(found, key=lambda entry: (-entry[0], -entry[2], -entry[1].epochs))
+def _first(compared: Candidates) -> tuple[float, Setting, int]:
+    """The highest mean raw mIoU, its setting and start layer; of equals the later start, then the longer training."""
+    found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in compared.items() for start in STARTS]
+    return max(found, key=lambda entry: (entry[0], entry[2], entry[1].epochs))
 
 
 def _by_shared_seeds(candidates: Candidates) -> Candidates:

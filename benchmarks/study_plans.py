@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = 
     return base(photos, condition, weight if weighted else 0.0, cam_weight if kind.cam else 0.0, **other)
 
 
-def _tuning(photos: str, epochs: Iterable[int]) -> list[Setting]:
+def _tuning(photos: str, epochs: Sequence[int]) -> list[Setting]:
     """What the primary contrast is chosen from: weights of both, and the same epochs for it and the reference."""
     settings = [at(photos, name) for name in ("two", "both", "misreported")]
     settings += [at(photos, "both", weight) for weight in WEIGHTS]
-    return settings + [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
+    settings += [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
+    return settings + [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
 
 
 def _msrc() -> list[Planned]:
@@ -53,7 +54,6 @@ def _msrc() -> list[Planned]:
     conditions, what may keep mAP, weights, views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had
     been scored: there it would have shown conditions where the reference itself is not at its best."""
     planned: list[Planned] = [(setting, FEW) for setting in _tuning("msrc", (4, 16))]
-    planned += [(_frozen("msrc", "both", weight), FEW) for weight in LIGHT]
     planned += [(_frozen("msrc", name), MORE) for name in CONDITIONS]
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
@@ -83,6 +83,5 @@ def _each(conditions: Iterable[str], others: Iterable[dict[str, object]]) -> lis
 def _voc() -> list[Planned]:
     """What the primary contrast is chosen from; then, as for MSRC, the main conditions where it was frozen."""
     planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (4,))]
-    planned += [(_frozen("voc", "both", weight), (0,)) for weight in LIGHT]
     planned += [(_frozen("voc", "affinity"), FEW), (_frozen("voc", "both", 0.17), FEW)]
     return planned + [(_frozen("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
