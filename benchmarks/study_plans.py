@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from study_settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, StudyError, base
-from study_store import frozen_cells
+from study_store import frozen_cells, frozen_entries
 from study_views import VIEWS
 
 PLANS = ("dev", "primary", "main")
@@ -17,20 +17,22 @@ WEIGHT, CAM_WEIGHT = 0.5, 0.1  # of the five of each, those in the middle: where
 # Added at the most epochs when tuning had shown that 0.5 is the worst of these weights at fewer: else "both" would be
 # tested at more epochs by that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
-FROZEN = {"msrc": (0.17, 16), "voc": (0.06, 4)}  # weight and epochs that the primary contrast took
 FEW, MORE = (0, 1), (0, 1, 2)
 
 Planned = tuple[Setting, tuple[int, ...]]
 
 
 def plan(name: str, photos: str, results: Path) -> list[Cell]:
-    """The cells of a plan, in order: of dev, those come first from which the primary contrast's settings are chosen."""
+    """The cells of a plan, in order. Of dev those come first from which the primary contrast's settings are chosen; the
+    others are planned where that was frozen, and not before."""
     if name not in PLANS:
         raise StudyError(f"found the plan {name!r}; expected one of {', '.join(PLANS)}; choose among those")
     if name != "dev":
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
         return [each for cell in shown for each in (cell, cell.on("train"))]  # the seeds that WSSS papers report, too
-    planned = _msrc() if photos == "msrc" else _voc()
+    planned = _tuned(photos)
+    if (leader := _frozen_both(photos, results)) is not None:
+        planned += _msrc(leader) if photos == "msrc" else _voc(leader)
     return list(dict.fromkeys(Cell(setting, seed) for setting, seeds in planned for seed in seeds))
 
 
@@ -49,12 +51,22 @@ def _tuning(photos: str, epochs: Sequence[int]) -> list[Setting]:
     return settings + [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
 
 
-def _msrc() -> list[Planned]:
-    """Full grid: what the primary contrast is chosen from; then, at the epochs and the weight that were frozen,
-    conditions, what may keep mAP, weights, views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had
-    been scored: there it would have shown conditions where the reference itself is not at its best."""
-    planned: list[Planned] = [(setting, FEW) for setting in _tuning("msrc", (4, 16))]
-    planned += [(_frozen("msrc", name), MORE) for name in CONDITIONS]
+def _tuned(photos: str) -> list[Planned]:
+    epochs, seeds = ((4, 16), FEW) if photos == "msrc" else ((4,), (0,))
+    return [(setting, seeds) for setting in _tuning(photos, epochs)]
+
+
+def _frozen_both(photos: str, results: Path) -> Setting | None:
+    """ "Both" of the primary contrast, where that is frozen already."""
+    settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
+    return next((found for found in settings if (found.photos, found.condition) == (photos, "both")), None)
+
+
+def _msrc(leader: Setting) -> list[Planned]:
+    """The rest of the full grid at the epochs and the weight that were frozen: conditions, what may keep mAP, weights,
+    views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had been scored: there it would have shown
+    conditions where the reference itself is not at its best."""
+    planned: list[Planned] = [(_like(leader, name), MORE) for name in CONDITIONS]
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -62,26 +74,25 @@ def _msrc() -> list[Planned]:
         {"layers": "lower"},
         {"warmup": 0.5},
     ]
-    planned += _each(("both",), keeping)
+    planned += _each(leader, ("both",), keeping)
     weighted = ("affinity", "activation", "misreported")
-    planned += [(_frozen("msrc", name, weight), FEW) for weight in WEIGHTS for name in weighted]
-    planned += [(_frozen("msrc", "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
-    planned += _each(("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
-    return planned + _each(("two", "both", "misreported", "affinity"), [{"size": 168}])
+    planned += [(_like(leader, name, weight), FEW) for weight in WEIGHTS for name in weighted]
+    planned += [(_like(leader, "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
+    planned += _each(leader, ("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
+    return planned + _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
 
 
-def _frozen(photos: str, condition: str, weight: float | None = None, **other: Any) -> Setting:
-    """A condition at the epochs of the set's primary contrast, and at its weight if no other is given."""
-    chosen, epochs = FROZEN[photos]
-    return at(photos, condition, chosen if weight is None else weight, epochs=epochs, **other)
+def _voc(leader: Setting) -> list[Planned]:
+    """The main conditions where the primary contrast was frozen, and the default's weight."""
+    planned: list[Planned] = [(_like(leader, "affinity"), FEW), (_like(leader, "both", 0.17), FEW)]
+    return planned + [(_like(leader, name), (0,)) for name in ("smoothing", "activation", "plain")]
 
 
-def _each(conditions: Iterable[str], others: Iterable[dict[str, object]]) -> list[Planned]:
-    return [(_frozen("msrc", name, **each), FEW) for each in others for name in conditions]
+def _like(leader: Setting, condition: str, weight: float | None = None, **other: Any) -> Setting:
+    """A condition at the leader's epochs, and at its weight if no other is given."""
+    weight = leader.weight if weight is None else weight
+    return at(leader.photos, condition, weight, epochs=leader.epochs, **other)
 
 
-def _voc() -> list[Planned]:
-    """What the primary contrast is chosen from; then, as for MSRC, the main conditions where it was frozen."""
-    planned: list[Planned] = [(setting, (0,)) for setting in _tuning("voc", (4,))]
-    planned += [(_frozen("voc", "affinity"), FEW), (_frozen("voc", "both", 0.17), FEW)]
-    return planned + [(_frozen("voc", name), (0,)) for name in ("smoothing", "activation", "plain")]
+def _each(leader: Setting, conditions: Iterable[str], others: Iterable[dict[str, object]]) -> list[Planned]:
+    return [(_like(leader, name, **each), FEW) for each in others for name in conditions]

@@ -35,7 +35,7 @@ from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from study_store import claimed, frozen_entries, load, write_json
+from study_store import FROZEN, claimed, frozen_entries, load, write_json
 from study_tables import WEIGHTS_NOTE, groups, mean_ap_of, paired_mean, raw_of, reference_of, spread
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
@@ -535,6 +535,18 @@ def test_plans_name_each_cell_once_and_dev_plans_never_test():
         assert weights == set(WEIGHTS) and {cell.setting.condition for cell in own[:7]} == set(PRIMARY)
     with pytest.raises(StudyError, match="found no none"):
         plan("primary", "msrc", Path("none"))
+
+
+def test_the_rest_of_the_grid_is_planned_where_the_primary_contrast_was_frozen(tmp_path: Path):
+    frozen = [{"plan": "primary", "setting": asdict(base("voc", "both", 1.5, epochs=7)), "seeds": [0]}]
+    tuned = {photos: plan("dev", photos, Path("none")) for photos in SETS}
+    write_json(tmp_path / FROZEN, {"commit": "none", "cells": frozen})
+    added = plan("dev", "voc", tmp_path)
+    assert added[: len(tuned["voc"])] == tuned["voc"]
+    rest = {(cell.setting.condition, cell.setting.weight, cell.setting.epochs) for cell in added[len(tuned["voc"]) :]}
+    assert {("affinity", 1.5, 7), ("both", 0.17, 7), ("smoothing", 1.5, 7), ("plain", 0.0, 7)} < rest
+    assert {epochs for *_, epochs in rest} == {7}
+    assert plan("dev", "msrc", tmp_path) == tuned["msrc"]
 
 
 def made_results(results: Path, split: str = "dev") -> None:
