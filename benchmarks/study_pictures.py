@@ -14,6 +14,7 @@ import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from palette import with_few_colours
 from PIL import Image
 from study_choice import choose
 from study_photos import Photos
@@ -67,8 +68,8 @@ def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
             picture.maps[_SHORT[name]] = resized(cam[row.nonzero()[:, 0]], picture.mask.shape).numpy()
     title = f"Raw class maps, dev photos of {photos.name}: the first {COLUMNS} of a shuffle; {photos.origin}"
     draw(path, pictures, photos.folder.names, photos.folder.background, title, dpi=80)
-    with Image.open(path) as image:  # photographs: in 256 colours a quarter of the size, and no harder to read
-        fewer = image.convert("RGB").quantize(256)
+    with Image.open(path) as drawn:
+        fewer = with_few_colours(drawn.convert("RGB"))
     fewer.save(path, optimize=True)
 
 

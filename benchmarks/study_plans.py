@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ def plan(name: str, photos: str, results: Path) -> list[Cell]:
     if name != "dev":
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
         return [each for cell in shown for each in (cell, cell.on("train"))]  # the seeds that WSSS papers report, too
-    planned = _tuned(photos)
+    planned = _tuning(photos)
     if (leader := _frozen_both(photos, results)) is not None:
         planned += _msrc(leader) if photos == "msrc" else _voc(leader)
     return list(dict.fromkeys(Cell(setting, seed) for setting, seeds in planned for seed in seeds))
@@ -43,21 +43,18 @@ def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = 
     return base(photos, condition, weight if weighted else 0.0, cam_weight if kind.cam else 0.0, **other)
 
 
-def _tuning(photos: str, epochs: Sequence[int]) -> list[Setting]:
+def _tuning(photos: str) -> list[Planned]:
     """What the primary contrast is chosen from: weights of both, and the same epochs for it and the reference."""
+    epochs, seeds = ((4, 16), FEW) if photos == "msrc" else ((4,), (0,))
     settings = [at(photos, name) for name in ("two", "both", "misreported")]
     settings += [at(photos, "both", weight) for weight in WEIGHTS]
     settings += [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
-    return settings + [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
-
-
-def _tuned(photos: str) -> list[Planned]:
-    epochs, seeds = ((4, 16), FEW) if photos == "msrc" else ((4,), (0,))
-    return [(setting, seeds) for setting in _tuning(photos, epochs)]
+    settings += [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
+    return [(setting, seeds) for setting in settings]
 
 
 def _frozen_both(photos: str, results: Path) -> Setting | None:
-    """ "Both" of the primary contrast, where that is frozen already."""
+    """The setting of "both" in the primary contrast, where that is frozen already."""
     settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
     return next((found for found in settings if (found.photos, found.condition) == (photos, "both")), None)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from palette import with_few_colours
 from PIL import Image
 from torch import Tensor
 
@@ -103,7 +103,7 @@ def draw(path: Path, rows: Sequence[Sequence[Panel]], dpi: int = 100) -> None:
             _show(ax, panel, full, font=13 if columns < 6 else 11)
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png", dpi=dpi)
-    _with_few_colours(Image.open(drawn).convert("RGB")).save(path, optimize=True)
+    with_few_colours(Image.open(drawn).convert("RGB"), _COLOURS, _KEPT).save(path, optimize=True)
 
 
 def _show(ax: Axes, panel: Panel, full: Sequence[int], font: int) -> None:
@@ -121,13 +121,3 @@ def _show(ax: Axes, panel: Panel, full: Sequence[int], font: int) -> None:
     ]:
         corner = (left - 0.5, top - 0.5)
         ax.add_patch(Rectangle(corner, wide, high, fill=False, edgecolor=colour, linewidth=line, clip_on=False))
-
-
-def _with_few_colours(picture: Image.Image) -> Image.Image:
-    """In a palette, without the dithering that would make it large."""
-    reserved = [round(255 * channel) for colour in _KEPT for channel in to_rgb(colour)]
-    palette = picture.quantize(_COLOURS, dither=Image.Dither.NONE).getpalette()
-    assert palette is not None
-    holder = Image.new("P", (1, 1))
-    holder.putpalette(palette[: 3 * _COLOURS] + reserved)
-    return picture.quantize(palette=holder, dither=Image.Dither.NONE)
