@@ -183,10 +183,13 @@ class Recorder:
         state, entry = self._state, self._entry()
         if entry is None or not self.index.counts(entry.module) or is_faked():
             return
-        if not torch.is_grad_enabled() and not self._no_grad:  # reentrant checkpointing turns it off within a forward
-            self._without_grad += 1
-            return
         module = entry.module
+        if not torch.is_grad_enabled() and not self._no_grad:  # turned off within the module's own forward
+            self._without_grad += 1
+            if in_reentrant_checkpoint():
+                self._attention_modules.add(module)  # to be watched, and refused, in later steps too
+                state.current.reentrant.add(module)
+            return
         self._attention_modules.add(module)
         run = entry.run
         if run is None or run is not state.run:  # else the module makes several maps in one call

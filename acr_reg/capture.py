@@ -38,7 +38,7 @@ def capture_attention(
         layers: indices of the attention layers to keep, in the order they run (negative: from the last); None keeps
             all.
         modules: names (or modules) within which attention counts, e.g. one of two encoders; None means anywhere.
-        patch_size, num_prefix_tokens, class_tokens: where the model's own fields do not say (see ``infer_layout``).
+        patch_size, num_prefix_tokens, class_tokens: where the model's own fields do not say, or say it wrongly.
             ``class_tokens`` is a count from the first prefix token, or their positions; token c belongs to class c.
         keep: what :meth:`AttentionCapture.take` does with several encoder runs since the last take: "only" refuses
             them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
@@ -174,6 +174,12 @@ def _refuse_partial(recorder: Recorder, run: Run) -> None:
             f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
             "that were there then; capture again after the change"
         )
+    checkpointed = recorder.checkpointed(run)
+    if checkpointed:
+        raise CaptureError(
+            f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
+            "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
+        )
     unseen = recorder.unseen(run)
     if unseen:
         raise CaptureError(
@@ -181,10 +187,4 @@ def _refuse_partial(recorder: Recorder, run: Run) -> None:
             f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
             "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
             "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
-        )
-    checkpointed = recorder.checkpointed(run)
-    if checkpointed:
-        raise CaptureError(
-            f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
-            "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
         )

@@ -125,8 +125,10 @@ class GradientCam:
         if self._attention is None:
             first = self.start_layer
             if first < 0:
-                with capture_attention(self.model, no_grad=True, **self._hints) as attention, torch.no_grad():
-                    self.forward(images[:1])
+                # No parameter asks for a gradient, so there is no graph. Not under no_grad: layers that the model runs
+                # under no_grad itself would count too, and they are not captured afterwards.
+                with capture_attention(self.model, **self._hints) as attention:
+                    self.forward(images[:1].detach())
                     first = max(0, len(attention.take()) + first)
             self._attention = capture_attention(self.model, graph_from=first, **self._hints)
         return self._attention

@@ -53,7 +53,7 @@ class AllPairsConsistencyLoss(nn.Module):
         normalize: "row" is the distance per query row, independent of the number of tokens; "mean" the paper's mean
             over pairs.
         layers: indices of the layers to use (negative: from the last); None uses all. Layers without gradient (a frozen
-            lower half) are left out of the mean.
+            lower half) are left out of the mean, unless no layer has any; under ``torch.no_grad`` they cannot be told.
         heads: "mean" compares the average over heads, as published; "each" compares head by head.
         rows: the share in (0, 1] of patch query rows compared in each call, sampled anew; class rows are always
             compared.
@@ -257,9 +257,11 @@ class AllPairsConsistencyLoss(nn.Module):
         if self.layers is not None:
             attn_a, attn_b = attn_a.select(self.layers), attn_b.select(self.layers)
         pairs = list(zip(attn_a, attn_b, strict=True))
-        if not torch.is_grad_enabled() or not any(self.weights[name] for name in ("activation", "affinity")):
+        if not torch.is_grad_enabled():
             return pairs
         learning = [(a, b) for a, b in pairs if a.requires_grad or b.requires_grad]
+        if not any(self.weights[name] for name in ("activation", "affinity")):
+            return learning or pairs  # reported alone, of the same layers as where they are trained
         if not learning:
             raise ValueError(
                 f"found no gradient in the maps of either view (layers {attn_a.layers}); expected at least one view to "

@@ -254,6 +254,20 @@ def test_reentrant_checkpointing_of_some_blocks_is_not_silent(kind: str) -> None
             assert "use_reentrant=False" in said or any("encoder.1." in name for name, _ in attention.skipped)
 
 
+class CheckpointsItself(ExplicitBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[return-value]
+
+
+def test_a_layer_that_checkpoints_itself_reentrantly_is_refused() -> None:
+    model = PlainEncoder(nn.Sequential(CheckpointsItself(), ExplicitBlock()))
+    with capture_attention(model) as attention:
+        for _ in range(2):
+            model(images())
+            with pytest.raises(CaptureError, match=r"reentrant checkpointing around encoder\.0"):
+                attention.take()
+
+
 # ---- threads
 
 

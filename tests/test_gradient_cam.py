@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import says
 from models import explicit_vit, multihead_vit
+from torch import nn
 
 from acr_reg import (
     GradientCam,
@@ -102,6 +103,19 @@ def test_layers_below_the_first_used_run_without_a_graph():
     with GradientCam(model, start_layer=3, views=[Identity()]) as cam:
         cam(images(), LABELS)
     assert seen == [False, False, False, True]
+
+
+@every_model
+def test_a_lower_half_that_the_model_runs_under_no_grad_is_not_counted(build):
+    """Frozen backbones are often written so. Were it counted, no layer of the upper half would be on a graph."""
+    model = build(4).eval()
+    lower = nn.Sequential(*model.encoder[:2])
+    lower.forward = torch.no_grad()(lower.forward)
+    model.encoder = nn.Sequential(lower, *model.encoder[2:])
+    expected = by_hand(model, start_layer=0)
+    for start_layer in (-2, 0):
+        with GradientCam(model, start_layer) as cam:
+            torch.testing.assert_close(cam(images(), LABELS), expected, rtol=1e-4, atol=1e-9)
 
 
 def test_dropout_is_off_meanwhile():
