@@ -217,7 +217,15 @@ def _judge(
         faults.append(refusal)
     if faults:
         return "wrong", "; ".join([*faults, *([reasons] if reasons else [])])
-    return ("captured" if candidate.expected else "refused"), reasons or refusal.partition("(")[2].partition(")")[0]
+    return ("captured" if candidate.expected else "refused"), reasons or _reason(refusal)
+
+
+def _reason(refusal: str) -> str:
+    """What the message says in brackets after what it found."""
+    if not refusal:
+        return ""
+    given = refusal.partition("since the last take")[2].partition("; expected at least")[0]
+    return given.removeprefix(" (").removesuffix(")") or "nothing like attention ran"
 
 
 def table(rows: list[Row]) -> str:

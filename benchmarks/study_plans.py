@@ -60,10 +60,12 @@ def _frozen_both(photos: str, results: Path) -> Setting | None:
 
 
 def _msrc(leader: Setting) -> list[Planned]:
-    """The rest of the full grid at the epochs and the weight that were frozen: conditions, what may keep mAP, weights,
-    views, tokens. Planned at 8 epochs and 0.5 until the primary contrast had been scored: there it would have shown
-    conditions where the reference itself is not at its best."""
+    """The rest of the full grid at the epochs and the weight that were frozen: conditions, tokens, the control's
+    weights, what may keep mAP, other weights, views. Planned at 8 epochs and 0.5 until the primary contrast had been
+    scored: there it would have shown conditions where the reference itself is not at its best."""
     planned: list[Planned] = [(_like(leader, name), MORE) for name in CONDITIONS]
+    planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
+    planned += [(_like(leader, "misreported", weight), FEW) for weight in WEIGHTS]
     keeping: list[dict[str, object]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -72,11 +74,9 @@ def _msrc(leader: Setting) -> list[Planned]:
         {"warmup": 0.5},
     ]
     planned += _each(leader, ("both",), keeping)
-    weighted = ("affinity", "activation", "misreported")
-    planned += [(_like(leader, name, weight), FEW) for weight in WEIGHTS for name in weighted]
+    planned += [(_like(leader, name, weight), FEW) for weight in WEIGHTS for name in ("affinity", "activation")]
     planned += [(_like(leader, "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
-    planned += _each(leader, ("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
-    return planned + _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
+    return planned + _each(leader, ("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
 
 
 def _voc(leader: Setting) -> list[Planned]:

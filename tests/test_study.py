@@ -670,6 +670,21 @@ def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
     assert "weight 1.5" not in matched
 
 
+def test_details_are_of_the_frozen_size_and_epochs_however_few_were_run_there(tmp_path: Path):
+    made_results(tmp_path)
+    cell = Cell(base("voc", epochs=4), 0)
+    write_json(tmp_path / cell.file, made_record(cell, 0.5))
+
+    def detailed() -> set[str]:
+        lines = report(tmp_path).splitlines()
+        return {line.split(", ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))}
+
+    assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 2 epochs"]
+    entry = {"plan": "primary", "setting": asdict(cell.setting), "reading": asdict(Reading()), "seeds": [0]}
+    write_json(tmp_path / FROZEN, {"commit": "none", "cells": [entry]})
+    assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 4 epochs"]
+
+
 def test_differences_are_paired_with_the_reference_of_the_same_view(tmp_path: Path):
     made_results(tmp_path)
     stray = Cell(base("voc", "two", view="crop"), 0)
@@ -715,6 +730,9 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
     assert "1 seeds are missing, so nothing is said yet" in page(SEEDS[:-1])
     whole = page(SEEDS[-1:])
     assert said in whole
+    gains = [made_counts(seed, quality).miou() - made_counts(seed, 0.5).miou() for seed in SEEDS]
+    interval = np.mean(gains) + np.array((-1, 1)) * 2.776 * np.std(gains, ddof=1) / 5**0.5
+    assert "95 % over seeds {:+.3f} to {:+.3f}".format(*interval) in whole
     above = made_counts(0, quality).miou() > 0.3
     assert ("are above it" if above else "**not yet useful**") in whole
 
