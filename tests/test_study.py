@@ -36,7 +36,7 @@ from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import FROZEN, claimed, frozen_entries, load, write_json
-from study_tables import WEIGHTS_NOTE, groups, mean_ap_of, paired_mean, raw_of, reference_of, spread
+from study_tables import WEIGHTS_NOTE, Group, groups, mean_ap_of, paired_mean, raw_of, reference_of, spread
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
 
@@ -751,6 +751,35 @@ def test_page_and_readme_say_what_the_results_say():
             cells += [f"{mean(lambda r: r['training']['cpu_seconds'])[0]:.0f}"]
             assert f"| {' | '.join(cells)} |" in readme
         assert gains.format(spread(paired_mean(shown["two"], shown["both"], raw_of))) in readme
+
+
+README_ROWS = {
+    "plain": "one view, as most loops train",
+    "activation": "activation alone",
+    "affinity": "affinity alone",
+    "both": "both",
+    "cam": "class maps alone, weight 0.1",
+    "both_cam": "all three",
+    "smoothing": "attention held at the entropy of both, no consistency",
+}
+
+
+def test_readme_says_what_dev_says_of_the_other_conditions():
+    readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
+    found = [group for group in groups(study.HERE / "study") if group.split == "dev"]
+    told = {1: " (one seed)", 2: " (two seeds)", 3: "", 5: " (five seeds)"}
+    columns: list[dict[str, str]] = []
+    for photos, weight, epochs, seeds in (("msrc", 0.17, 16, SEEDS[:3]), ("voc", 0.06, 4, SEEDS)):
+        own: dict[str, Group] = {}
+        for group in found:
+            s = group.setting
+            is_base = s == base(photos, s.condition, s.weight, s.cam_weight, epochs=epochs)
+            if is_base and s.weight in (0, weight) and s.cam_weight in (0, 0.1):
+                own[s.condition] = replace(group, records={i: r for i, r in group.records.items() if i in seeds})
+        gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
+        columns.append({name: ("+" if g[0] >= 0 else "") + spread(g) + told[g[2]] for name, g in gains.items()})
+    for name, label in README_ROWS.items():
+        assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
