@@ -73,9 +73,7 @@ class Recorder:
         if state.entries:
             self._drop_interrupted(state)
         if not torch.is_grad_enabled() and not self._no_grad:
-            self._without_grad += 1
-            if state.entries and in_reentrant_checkpoint():
-                state.current.reentrant.add(module)
+            self._pass_over(state, module)
             return
         if in_backward():  # checkpointing recomputes what the first pass has already shown
             if self._double_backward:  # by the kernel of the first pass
@@ -87,6 +85,12 @@ class Recorder:
             self._begin_visit(state, entry)
         self._note_images(module, args, kwargs, state, outermost)
         self._begin(state, entry, with_mode=not self._narrowed or module in self._alike)
+
+    def _pass_over(self, state: ThreadState, module: nn.Module) -> None:
+        """What runs without a graph, where such runs are not recorded."""
+        self._without_grad += 1
+        if state.entries and in_reentrant_checkpoint():
+            state.current.reentrant.add(module)
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
         state = self._state
@@ -185,10 +189,7 @@ class Recorder:
             return
         module = entry.module
         if not torch.is_grad_enabled() and not self._no_grad:  # turned off within the module's own forward
-            self._without_grad += 1
-            if in_reentrant_checkpoint():
-                self._attention_modules.add(module)  # to be watched, and refused, in later steps too
-                state.current.reentrant.add(module)
+            self._pass_over(state, module)
             return
         self._attention_modules.add(module)
         run = entry.run
@@ -262,7 +263,8 @@ class Recorder:
         if not self._narrowed:
             for run in runs:
                 self.index.trace(run.windowed, run.images, run.preceded)
-        if self._attention_modules and not self._narrowed and not self._state.entries:
+        refused = any(self.checkpointed(run) for run in runs)  # and is to be in later steps, by all that was watched
+        if self._attention_modules and not self._narrowed and not self._state.entries and not refused:
             self._alike = self.index.alike(self._attention_modules) | self._unknown_modules
             self._hooks.watch_only([self._root, *self.images.modules, *self._alike, *self.index.likely])
             self._narrowed = True

@@ -34,9 +34,9 @@ Normalize = Literal["row", "mean"]
 def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     """The distance of two non-negative rows (..., M) -> (...).
 
-    "l1": ``sum |a - b|``, in [0, 2] for probabilities. "l2": ``sum (a - b)^2``, squared. "js": the Jensen-Shannon
-    divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2, which stays non-negative for rows that do
-    not sum to 1. A callable is given both and reduces the last axis.
+    "l1": ``sum |a - b|``, in [0, 2] for probabilities. "l2": the squared one, ``sum (a - b)^2``. "js": the
+    Jensen-Shannon divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2, which stays non-negative
+    for rows that do not sum to 1. A callable is given both and reduces the last axis.
     """
     if distance == "l1":
         return (a - b).abs().sum(-1)

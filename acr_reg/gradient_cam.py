@@ -114,9 +114,10 @@ class GradientCam:
                     cam = propagate_cam(cam, maps, self.propagation_layers, self.steps)
             return cam, grid
 
+        images = images.detach()
         with _for_inference(self.model):
             attention = self._running(images)
-            return multi_view_cam(one_view, images.detach(), self.views, self.merge, size)
+            return multi_view_cam(one_view, images, self.views, self.merge, size)
 
     def _running(self, images: Tensor) -> AttentionCapture:
         """The capture, which must know the first layer that needs a graph by its number."""
@@ -128,7 +129,7 @@ class GradientCam:
                 # No parameter asks for a gradient, so there is no graph. Not under no_grad: layers that the model runs
                 # under no_grad itself would count too, and they are not captured afterwards.
                 with capture_attention(self.model, **self._hints) as attention:
-                    self.forward(images[:1].detach())
+                    self.forward(images[:1])
                     first = max(0, len(attention.take()) + first)
             self._attention = capture_attention(self.model, graph_from=first, **self._hints)
         return self._attention

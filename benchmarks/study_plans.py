@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from study_settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, StudyError, base
-from study_store import frozen_cells, frozen_entries
+from study_store import frozen_cells, frozen_setting
 from study_views import VIEWS
 
 PLANS = ("dev", "primary", "main")
@@ -31,7 +31,7 @@ def plan(name: str, photos: str, results: Path) -> list[Cell]:
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
         return [each for cell in shown for each in (cell, cell.on("train"))]  # the seeds that WSSS papers report, too
     planned = _tuning(photos)
-    if (leader := _frozen_both(photos, results)) is not None:
+    if (leader := frozen_setting(results, photos, "both")) is not None:
         planned += _msrc(leader) if photos == "msrc" else _voc(leader)
     return list(dict.fromkeys(Cell(setting, seed) for setting, seeds in planned for seed in seeds))
 
@@ -51,12 +51,6 @@ def _tuning(photos: str) -> list[Planned]:
     settings += [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
     settings += [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
     return [(setting, seeds) for setting in settings]
-
-
-def _frozen_both(photos: str, results: Path) -> Setting | None:
-    """The setting of "both" in the primary contrast, where that is frozen already."""
-    settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
-    return next((found for found in settings if (found.photos, found.condition) == (photos, "both")), None)
 
 
 def _msrc(leader: Setting) -> list[Planned]:

@@ -72,14 +72,14 @@ class Contrast:
         """By the rule of primary.json, in a sentence that can be checked against the rows."""
         above = sum(each.value > 0 for each in self.raw)
         clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
+        found = moments([each.value for each in self.raw])
         counts = (
-            f"{spread(moments([each.value for each in self.raw]))}, above zero in {above} of {len(self.raw)} seeds, "
-            f"intervals that exclude zero: {clear}"
+            f"{spread(found)}, above zero in {above} of {len(self.raw)} seeds, intervals that exclude zero: {clear}"
         )
         pair = f"- {self.second.title} less {self.first.title}"
         if len(self.raw) < len(SEEDS):
             return f"{pair}: {counts}; {len(SEEDS) - len(self.raw)} seeds are missing, so nothing is said yet."
-        mean, deviation, seeds = moments([each.value for each in self.raw])
+        mean, deviation, seeds = found
         half = STUDENT * deviation / seeds**0.5
         counts += f"; 95 % over seeds {mean - half:+.3f} to {mean + half:+.3f}"
         said = judged(self.raw)

@@ -12,7 +12,7 @@ from study_primary import primary
 from study_scenes import scenes
 from study_scoring import RAW
 from study_settings import CONDITIONS, PROPAGATIONS, REFERENCE, SETS, SPLITS, STARTS, Cell, Setting
-from study_store import frozen_entries
+from study_store import frozen_setting
 from study_tables import (
     WEIGHTS_NOTE,
     Group,
@@ -23,6 +23,7 @@ from study_tables import (
     paired_mean,
     raw_of,
     reference_of,
+    signed_spread,
     spread,
     table,
 )
@@ -122,13 +123,14 @@ def _pictures(folder: Path | None, photos: str) -> list[str]:
 
 
 def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list[str]:
-    """A table for each size, epochs, view and precision, then the details of the first."""
+    """A table for each size, epochs, view and precision, that of the primary contrast first, then its details."""
     parts = []
     families: dict[Family, list[Group]] = {}
     for group in own:
         families.setdefault(_family(group.setting), []).append(group)
-    frozen = _frozen_family(results, photos)
-    ordered = sorted(families.items(), key=lambda item: (item[0] != frozen, item[0][-1] == "float32", -len(item[1])))
+    frozen = frozen_setting(results, photos, REFERENCE)
+    chosen = None if frozen is None else _family(frozen)
+    ordered = sorted(families.items(), key=lambda item: (item[0] != chosen, item[0][-1] == "float32", -len(item[1])))
     for family, members in ordered:
         parts.append(f"### {_named(family)} ({WEIGHTS_NOTE})\n")
         parts.append(_read(members) + "\n")
@@ -151,12 +153,6 @@ def _family(setting: Setting) -> Family:
 def _named(family: Family) -> str:
     size, epochs, view, precision = family
     return f"{size} px, {epochs} epochs, view {view}, {precision}"
-
-
-def _frozen_family(results: Path, photos: str) -> Family | None:
-    """That of the primary contrast, which is shown first and in all detail."""
-    settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
-    return next((_family(s) for s in settings if (s.photos, s.condition) == (photos, REFERENCE)), None)
 
 
 def _read(members: Sequence[Group]) -> str:
@@ -185,7 +181,7 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
             paired = (
                 None if reference in (None, group) else paired_mean(reference, group, lambda r, m=maps: r[m]["miou"])
             )
-            differences.append("" if paired is None else ("+" if paired[0] >= 0 else "") + spread(paired))
+            differences.append("" if paired is None else signed_spread(paired))
         memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
         entropies = np.mean([np.mean(record["entropies"], axis=0) for record in group.records.values()], axis=0)
         rows.append(

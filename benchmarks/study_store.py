@@ -103,6 +103,12 @@ def frozen_entries(results: Path) -> list[dict[str, Any]]:
     return read_json(path)["cells"] if path.exists() else []
 
 
+def frozen_setting(results: Path, photos: str, condition: str) -> Setting | None:
+    """That of a condition in frozen.json; None where it is not frozen yet."""
+    settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
+    return next((found for found in settings if (found.photos, found.condition) == (photos, condition)), None)
+
+
 def _git(path: Path, *arguments: str) -> int:
     return subprocess.run(["git", *arguments], cwd=path.parent, capture_output=True).returncode
 

@@ -113,5 +113,9 @@ def spread(found: tuple[float, float, int], digits: int = 3) -> str:
     return number(mean, digits) if np.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
 
 
+def signed_spread(found: tuple[float, float, int]) -> str:
+    return ("+" if found[0] >= 0 else "") + spread(found)
+
+
 def signed(found: Difference) -> str:
     return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"

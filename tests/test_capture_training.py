@@ -259,12 +259,30 @@ class CheckpointsItself(ExplicitBlock):
         return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[return-value]
 
 
-def test_a_layer_that_checkpoints_itself_reentrantly_is_refused() -> None:
-    model = PlainEncoder(nn.Sequential(CheckpointsItself(), ExplicitBlock()))
+class Other(ExplicitBlock):
+    """Not alike to the blocks in which attention is seen."""
+
+
+def another_checkpoints() -> nn.Sequential:
+    blocks = Checkpointed(Other(), ExplicitBlock())
+    blocks.reentrant = (True, None)
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("encoder", "named"),
+    [
+        (nn.Sequential(CheckpointsItself(), ExplicitBlock()), r"encoder\.0"),
+        (another_checkpoints(), r"encoder, encoder\.0"),
+    ],
+    ids=["itself", "another"],
+)
+def test_a_layer_unlike_the_others_that_is_checkpointed_reentrantly_is_refused(encoder: nn.Module, named: str) -> None:
+    model = PlainEncoder(encoder)
     with capture_attention(model) as attention:
         for _ in range(2):
             model(images())
-            with pytest.raises(CaptureError, match=r"reentrant checkpointing around encoder\.0"):
+            with pytest.raises(CaptureError, match=rf"reentrant checkpointing around {named}"):
                 attention.take()
 
 

@@ -385,8 +385,8 @@ def test_layers_without_gradient_count_out_of_the_mean():
     upper = acr(wrap(tensors_a, (3, 5)).select([2, 3]), wrap(tensors_b, (3, 5)).select([2, 3]))
     assert acr(*(wrap(tensors, (3, 5)) for tensors in frozen)).item() == pytest.approx(upper.item(), rel=1e-12)
     reported = AllPairsConsistencyLoss(HorizontalFlip(), activation_weight=0, affinity_weight=0)  # by the reference
-    for name, term in reported(*(wrap(tensors, (3, 5)) for tensors in frozen), return_terms=True)[1].items():
-        _, expected = acr(*(wrap(tensors, (3, 5)) for tensors in frozen), return_terms=True)
+    terms, expected = (each(*(wrap(t, (3, 5)) for t in frozen), return_terms=True)[1] for each in (reported, acr))
+    for name, term in terms.items():
         assert term.item() == pytest.approx(expected[name].item(), rel=1e-12)
     with torch.no_grad():  # where nothing carries gradient, there is nothing to leave out
         assert acr(*(wrap(tensors, (3, 5)) for tensors in frozen)).item() != pytest.approx(upper.item(), rel=1e-3)

@@ -36,7 +36,17 @@ from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import FROZEN, claimed, frozen_entries, load, write_json
-from study_tables import WEIGHTS_NOTE, Group, groups, mean_ap_of, paired_mean, raw_of, reference_of, spread
+from study_tables import (
+    WEIGHTS_NOTE,
+    Group,
+    groups,
+    mean_ap_of,
+    paired_mean,
+    raw_of,
+    reference_of,
+    signed_spread,
+    spread,
+)
 from study_train import checkpoint_path, train, trained
 from study_views import VIEWS, draws_views, misreported
 
@@ -737,13 +747,19 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
     assert ("are above it" if above else "**not yet useful**") in whole
 
 
-def test_page_and_readme_say_what_the_results_say():
+@pytest.fixture(scope="module")
+def committed() -> list[Group]:
+    """The study's own results."""
+    return groups(study.HERE / "study")
+
+
+def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
     page = study.PAGE
     results = study.HERE / "study"
     assert page.read_text(encoding="utf-8") == report(results, page.with_suffix("")), "run study.py report"
     readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
     for photos, gains in {"msrc": "the raw maps gain, +{}, ", "voc": "raw maps differ by +{}, "}.items():
-        shown = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == (photos, "test")}
+        shown = {g.setting.condition: g for g in committed if (g.setting.photos, g.split) == (photos, "test")}
         for condition in PRIMARY:
             mean = shown[condition].mean
             cells = [f"{mean(mean_ap_of)[0]:.3f}"]
@@ -764,9 +780,9 @@ README_ROWS = {
 }
 
 
-def test_readme_says_what_dev_says_of_the_other_conditions():
+def test_readme_says_what_dev_says_of_the_other_conditions(committed: list[Group]):
     readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
-    found = [group for group in groups(study.HERE / "study") if group.split == "dev"]
+    found = [group for group in committed if group.split == "dev"]
     told = {1: " (one seed)", 2: " (two seeds)", 3: "", 5: " (five seeds)"}
     columns: list[dict[str, str]] = []
     for photos, weight, epochs, seeds in (("msrc", 0.17, 16, SEEDS[:3]), ("voc", 0.06, 4, SEEDS)):
@@ -777,7 +793,7 @@ def test_readme_says_what_dev_says_of_the_other_conditions():
             if is_base and s.weight in (0, weight) and s.cam_weight in (0, 0.1):
                 own[s.condition] = replace(group, records={i: r for i, r in group.records.items() if i in seeds})
         gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
-        columns.append({name: ("+" if g[0] >= 0 else "") + spread(g) + told[g[2]] for name, g in gains.items()})
+        columns.append({name: signed_spread(gain) + told[gain[2]] for name, gain in gains.items()})
     for name, label in README_ROWS.items():
         assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
 
