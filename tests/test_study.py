@@ -559,6 +559,11 @@ def test_the_rest_of_the_grid_is_planned_where_the_primary_contrast_was_frozen(t
     assert plan("dev", "msrc", tmp_path) == tuned["msrc"]
 
 
+@pytest.mark.parametrize(("name", "splits"), [("primary", {"test", "train"}), ("main", {"test"})])
+def test_training_photos_are_scored_for_the_primary_contrast_alone(name: str, splits: set[str]):
+    assert {cell.split for cell in plan(name, "voc", study.HERE / "study")} == splits
+
+
 def made_results(results: Path, split: str = "dev") -> None:
     """Over two seeds "both" is better by 0.1 of the pixels of each class at weight 0.5, and loses mAP at 1.5."""
     for seed in (0, 1):
