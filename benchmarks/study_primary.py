@@ -114,7 +114,9 @@ def primary(results: Path, found: Sequence[Group]) -> str:
     return "\n".join(lines)
 
 
-def _section(own: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
+def _section(scored: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
+    contrasted = {condition for pair in plan["contrasts"] for condition in pair}
+    own = [group for group in scored if group.setting.condition in contrasted]
     found = [
         Contrast(a, b)
         for first, second in plan["contrasts"]

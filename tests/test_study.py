@@ -34,7 +34,7 @@ from study_plans import plan
 from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
-from study_settings import READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
+from study_settings import CONDITIONS, READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from study_store import FROZEN, claimed, frozen_entries, load, write_json
 from study_tables import (
     WEIGHTS_NOTE,
@@ -657,6 +657,8 @@ def test_settings_are_frozen_once_a_plan(tmp_path: Path, capsys):
 def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
     made_results(tmp_path)
     made_results(tmp_path, "test")
+    other = Cell(base("voc", "affinity", 0.5), 0, "test")
+    write_json(tmp_path / other.file, made_record(other, 0.5))
     text = ["Both is to be above two."]
     write_json(tmp_path / "primary.json", {"text": text, "contrasts": [["two", "both"], ["misreported", "both"]]})
     baseline = {"rows": [{"name": "best centred ellipse", "miou": 0.359}]}
@@ -679,6 +681,9 @@ def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
         assert f"| {gain:+.3f} (" in row
     assert page.count(f"| {better} less both, view misreported, weight 0.5 |") == 2
     assert page.count("Not scored yet.") == 1
+    frozen = next(line for line in page.splitlines() if line.startswith("- Frozen on dev: "))
+    assert better in frozen and CONDITIONS["affinity"].title not in frozen  # another plan's, in the table below
+    assert page.count(f"| {CONDITIONS['affinity'].title}, weight 0.5 | 1 |") == 1
     # The weight that loses mAP is no candidate at matched mAP; the better one is.
     matched = next(line for line in page.splitlines() if line.startswith("At matched mAP"))
     assert "weight 0.5" in matched
