@@ -768,7 +768,11 @@ def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
     results = study.HERE / "study"
     assert page.read_text(encoding="utf-8") == report(results, page.with_suffix("")), "run study.py report"
     readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
-    for photos, gains in {"msrc": "the raw maps gain, +{}, ", "voc": "raw maps differ by +{}, "}.items():
+    said = {
+        "msrc": ("come from {:.3f} to {:.3f} mIoU", "the raw maps gain, +{}, "),
+        "voc": ("difference, {:.3f} and {:.3f}, below", "raw maps differ by +{}, "),
+    }
+    for photos, (opening, gains) in said.items():
         shown = {g.setting.condition: g for g in committed if (g.setting.photos, g.split) == (photos, "test")}
         for condition in PRIMARY:
             mean = shown[condition].mean
@@ -776,6 +780,7 @@ def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
             cells += [spread(mean(lambda r, maps=maps: r[maps]["miou"])) for maps in ("raw", "propagated")]
             cells += [f"{mean(lambda r: r['training']['cpu_seconds'])[0]:.0f}"]
             assert f"| {' | '.join(cells)} |" in readme
+        assert opening.format(*(shown[name].mean(raw_of)[0] for name in ("two", "both"))) in readme
         assert gains.format(spread(paired_mean(shown["two"], shown["both"], raw_of))) in readme
 
 
