@@ -98,6 +98,11 @@ def judged(found: Sequence[Difference]) -> str:
     return UNCLEAR
 
 
+def by_seed(contrasts: Sequence[Contrast]) -> str:
+    header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
+    return table(header, [row for contrast in contrasts for row in contrast.rows()])
+
+
 def primary(results: Path, found: Sequence[Group]) -> str:
     path = results / FILE
     if not path.exists():
@@ -124,15 +129,13 @@ def _section(scored: Sequence[Group], plan: Mapping[str, Any], baselines: Sequen
         for b in own
         if (a.setting.condition, b.setting.condition) == (first, second)
     ]
-    rows = [row for contrast in found for row in contrast.rows()]
-    if not rows:
+    if not any(contrast.seeds for contrast in found):
         return "Not scored yet."
-    header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
     lines = [f"- Frozen on dev: {'; '.join(f'{g.title}, {g.setting.epochs} epochs' for g in own)}."]
     lines += [contrast.verdict() for contrast in found if contrast.seeds]
     if baselines:
         lines += [_against(group, baselines) for group in own if group.setting.condition == plan["contrasts"][0][1]]
-    return "\n".join([*lines, "", table(header, rows)])
+    return "\n".join([*lines, "", by_seed(found)])
 
 
 def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
