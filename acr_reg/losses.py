@@ -30,7 +30,8 @@ from acr_reg.views import Compose, Identity, View, require_view
 
 # The paper's weight of 100 on a mean over 576 tokens is 100 / 576 of the distance per row.
 DEFAULT_WEIGHT = 0.17
-DEFAULT_CAM_WEIGHT = 1.0
+# Not the paper's, which has no such term. At 1, alone, it cost gradient CAMs 0.1 of mIoU on dev photos (docs/study.md).
+DEFAULT_CAM_WEIGHT = 0.1
 
 Terms = Mapping[str, Tensor]
 
@@ -48,7 +49,7 @@ class AllPairsConsistencyLoss(nn.Module):
     Args:
         view: what leads from the images of the first maps to those of the second; may be given per call instead.
         activation_weight, affinity_weight: default 0.17 per row, which is the paper's 100 at 576 tokens.
-        cam_weight: default 1, used when class maps are passed.
+        cam_weight: default 0.1, used when class maps are passed; per pixel of maps in [0, 1].
         distance: "l1", "l2", "js" or a callable of two (..., M) rows that reduces the last axis.
         normalize: "row" is the distance per query row, independent of the number of tokens; "mean" the paper's mean
             over pairs.

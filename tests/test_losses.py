@@ -729,7 +729,7 @@ def test_cam_term_adds_to_the_others():
     acr = AllPairsConsistencyLoss(HorizontalFlip())
     loss, terms = terms_of(acr, *attention, *cams)
     assert terms["cam"] == pytest.approx(pixelwise_cam_term(*cams, mirror), rel=1e-6)
-    assert loss.item() == pytest.approx(acr(*attention).item() + pixelwise_cam_term(*cams, mirror), rel=1e-9)
+    assert loss.item() == pytest.approx(acr(*attention).item() + 0.1 * pixelwise_cam_term(*cams, mirror), rel=1e-9)
 
 
 def test_cam_term_of_float32_maps_beside_float64_attention():

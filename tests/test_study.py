@@ -790,7 +790,7 @@ README_ROWS = {
     "activation": "activation alone",
     "affinity": "affinity alone",
     "both": "both",
-    "cam": "class maps alone, weight 0.1",
+    "cam": "class maps alone, weight 0.1, the default",
     "both_cam": "all three",
     "smoothing": "attention held at the entropy of both, no consistency",
 }
@@ -809,6 +809,10 @@ def test_readme_says_what_the_other_conditions_gain(committed: list[Group]):
                 own[s.condition] = replace(group, records={i: r for i, r in group.records.items() if i in seeds})
         gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
         columns.append({name: signed_spread(gain) + told[gain[2]] for name, gain in gains.items()})
+    two = base("msrc", epochs=16)
+    former = base("msrc", "cam", cam_weight=1.0, epochs=16)
+    reference, heavy = (next(g for g in committed if (g.setting, g.split) == (s, "dev")) for s in (two, former))
+    assert f"lose {-paired_mean(reference, heavy, raw_of)[0]:.3f} (two seeds)" in " ".join(readme.split())
     for name, label in README_ROWS.items():
         assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
 
