@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from study_choice import PRIMARY
 from study_counts import Difference
 from study_settings import SEEDS, SETS
 from study_store import read_json
@@ -99,6 +100,7 @@ def judged(found: Sequence[Difference]) -> str:
 
 
 def by_seed(contrasts: Sequence[Contrast]) -> str:
+    """A table of all contrasts, a row for each seed that both conditions have."""
     header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
     return table(header, [row for contrast in contrasts for row in contrast.rows()])
 
@@ -110,7 +112,8 @@ def primary(results: Path, found: Sequence[Group]) -> str:
     plan = read_json(path)
     lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
     for photos, about in SETS.items():
-        own = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
+        scored = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
+        own = [group for group in scored if group.setting.condition in PRIMARY]
         lines += [
             f"### {about.title}, test photos ({WEIGHTS_NOTE})\n",
             _section(own, plan, baseline_rows(results, photos, "test")),
@@ -119,9 +122,7 @@ def primary(results: Path, found: Sequence[Group]) -> str:
     return "\n".join(lines)
 
 
-def _section(scored: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
-    contrasted = {condition for pair in plan["contrasts"] for condition in pair}
-    own = [group for group in scored if group.setting.condition in contrasted]
+def _section(own: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
     found = [
         Contrast(a, b)
         for first, second in plan["contrasts"]
