@@ -34,8 +34,8 @@ from study_plans import plan
 from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
-from study_settings import CONDITIONS, READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from study_store import FROZEN, claimed, frozen_entries, load, write_json
+from study_settings import CAM_WEIGHTS, CONDITIONS, READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
+from study_store import FROZEN, claimed, frozen_entries, frozen_setting, load, write_json
 from study_tables import (
     WEIGHTS_NOTE,
     Group,
@@ -798,23 +798,34 @@ README_ROWS = {
 
 def test_readme_says_what_the_other_conditions_gain(committed: list[Group]):
     readme = (study.HERE.parent / "README.md").read_text(encoding="utf-8")
+    prose = " ".join(readme.split())
     told = {1: " (one seed)", 2: " (two seeds)", 3: "", 5: " (five seeds)"}
     columns: list[dict[str, str]] = []
-    for photos, split, weight, epochs, seeds in (("msrc", "dev", 0.17, 16, SEEDS[:3]), ("voc", "test", 0.06, 4, SEEDS)):
-        own: dict[str, Group] = {}
-        for group in (group for group in committed if group.split == split):
-            s = group.setting
-            is_base = s == base(photos, s.condition, s.weight, s.cam_weight, epochs=epochs)
-            if is_base and s.weight in (0, weight) and s.cam_weight in (0, 0.1):
-                own[s.condition] = replace(group, records={i: r for i, r in group.records.items() if i in seeds})
+    for photos in SETS:
+        frozen = {name: frozen_setting(study.HERE / "study", photos, name) for name in CONDITIONS}
+        own = {g.setting.condition: g for g in committed if g.split == "test" and g.setting in frozen.values()}
         gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
         columns.append({name: signed_spread(gain) + told[gain[2]] for name, gain in gains.items()})
-    two = base("msrc", epochs=16)
-    former = base("msrc", "cam", cam_weight=1.0, epochs=16)
-    reference, heavy = (next(g for g in committed if (g.setting, g.split) == (s, "dev")) for s in (two, former))
-    assert f"lose {-paired_mean(reference, heavy, raw_of)[0]:.3f} (two seeds)" in " ".join(readme.split())
+        first, second = own["two"].records, own["affinity"].records
+        assert ", ".join(f"{raw_of(second[seed]) - raw_of(first[seed]):+.3f}" for seed in second) in prose
     for name, label in README_ROWS.items():
         assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
+
+
+def test_readme_says_what_dev_shows_of_the_class_maps(committed: list[Group]):
+    root = study.HERE.parent
+    readme, weights = (" ".join((root / name).read_text("utf-8").split()) for name in ("README.md", "docs/weights.md"))
+    dev = {group.setting: group for group in committed if group.split == "dev"}
+
+    def gain(condition: str, weight: float = 0.0, cam_weight: float = 0.0, view: str = "flip", seeds=SEEDS) -> str:
+        reference = dev[base("msrc", epochs=16, view=view)]
+        other = dev[base("msrc", condition, weight, cam_weight, epochs=16, view=view)]
+        shared = replace(other, records={seed: row for seed, row in other.records.items() if seed in seeds})
+        return signed_spread(paired_mean(reference, shared, raw_of))
+
+    for cam_weight in CAM_WEIGHTS:
+        assert gain("cam", cam_weight=cam_weight) in weights
+    assert f"lose {gain('cam', cam_weight=1.0)[1:6]} (dev, two seeds)" in readme
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
