@@ -30,7 +30,7 @@ from study_counts import Difference, ImageCounts, paired_bootstrap
 from study_helpers import SIZE, freeze, git, made_counts, made_record, make_photos, tiny_vit
 from study_objective import Objective, Run, entropies
 from study_photos import Batch, Photos, Places
-from study_plans import plan
+from study_plans import FEW, plan
 from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
@@ -41,6 +41,7 @@ from study_tables import (
     Group,
     groups,
     mean_ap_of,
+    moments,
     paired_mean,
     raw_of,
     reference_of,
@@ -785,6 +786,12 @@ def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
         assert gains.format(spread(paired_mean(shown["two"], shown["both"], raw_of))) in readme
 
 
+README_VIEWS = {
+    "flip": "flip",
+    "scale": "flip and scale (0.75 or 1.25)",
+    "crop": "flip and random crop",
+    "turn": "flip, random crop and quarter turns",
+}
 README_ROWS = {
     "plain": "one view, as most loops train",
     "activation": "activation alone",
@@ -812,7 +819,7 @@ def test_readme_says_what_the_other_conditions_gain(committed: list[Group]):
         assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
 
 
-def test_readme_says_what_dev_shows_of_the_class_maps(committed: list[Group]):
+def test_readme_says_what_dev_shows_of_views_and_of_the_class_maps(committed: list[Group]):
     root = study.HERE.parent
     readme, weights = (" ".join((root / name).read_text("utf-8").split()) for name in ("README.md", "docs/weights.md"))
     dev = {group.setting: group for group in committed if group.split == "dev"}
@@ -823,6 +830,11 @@ def test_readme_says_what_dev_shows_of_the_class_maps(committed: list[Group]):
         shared = replace(other, records={seed: row for seed, row in other.records.items() if seed in seeds})
         return signed_spread(paired_mean(reference, shared, raw_of))
 
+    for view, title in README_VIEWS.items():
+        reference = dev[base("msrc", epochs=16, view=view)]
+        shown = spread(moments([raw_of(reference.records[seed]) for seed in FEW]))
+        gains = (gain(name, 0.17, view=view, seeds=FEW) for name in ("both", "misreported"))
+        assert f"| {title} | {shown} | {' | '.join(gains)} |" in readme
     for cam_weight in CAM_WEIGHTS:
         assert gain("cam", cam_weight=cam_weight) in weights
     assert f"lose {gain('cam', cam_weight=1.0)[1:6]} (dev, two seeds)" in readme
