@@ -35,13 +35,12 @@ from study_primary import HARMS, HELPS, UNCLEAR, judged
 from study_report import report
 from study_scoring import RAW, class_maps, figures, score
 from study_settings import CAM_WEIGHTS, CONDITIONS, READINGS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from study_store import FROZEN, claimed, frozen_entries, frozen_setting, load, write_json
+from study_store import FROZEN, claimed, frozen_entries, load, write_json
 from study_tables import (
     WEIGHTS_NOTE,
     Group,
     groups,
     mean_ap_of,
-    moments,
     paired_mean,
     raw_of,
     reference_of,
@@ -765,6 +764,11 @@ def committed() -> list[Group]:
     return groups(study.HERE / "study")
 
 
+def on_test(committed: list[Group], photos: str) -> dict[str, Group]:
+    """By condition: of each, one setting was frozen, and no other may be scored there."""
+    return {g.setting.condition: g for g in committed if (g.setting.photos, g.split) == (photos, "test")}
+
+
 def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
     page = study.PAGE
     results = study.HERE / "study"
@@ -775,7 +779,7 @@ def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
         "voc": ("difference, {:.3f} and {:.3f}, below", "raw maps differ by +{}, "),
     }
     for photos, (opening, gains) in said.items():
-        shown = {g.setting.condition: g for g in committed if (g.setting.photos, g.split) == (photos, "test")}
+        shown = on_test(committed, photos)
         for condition in PRIMARY:
             mean = shown[condition].mean
             cells = [f"{mean(mean_ap_of)[0]:.3f}"]
@@ -809,8 +813,7 @@ def test_readme_says_what_the_other_conditions_gain(committed: list[Group]):
     told = {1: " (one seed)", 2: " (two seeds)", 3: "", 5: " (five seeds)"}
     columns: list[dict[str, str]] = []
     for photos in SETS:
-        frozen = {name: frozen_setting(study.HERE / "study", photos, name) for name in CONDITIONS}
-        own = {g.setting.condition: g for g in committed if g.split == "test" and g.setting in frozen.values()}
+        own = on_test(committed, photos)
         gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
         columns.append({name: signed_spread(gain) + told[gain[2]] for name, gain in gains.items()})
         first, second = own["two"].records, own["affinity"].records
@@ -824,20 +827,19 @@ def test_readme_says_what_dev_shows_of_views_and_of_the_class_maps(committed: li
     readme, weights = (" ".join((root / name).read_text("utf-8").split()) for name in ("README.md", "docs/weights.md"))
     dev = {group.setting: group for group in committed if group.split == "dev"}
 
-    def gain(condition: str, weight: float = 0.0, cam_weight: float = 0.0, view: str = "flip", seeds=SEEDS) -> str:
-        reference = dev[base("msrc", epochs=16, view=view)]
-        other = dev[base("msrc", condition, weight, cam_weight, epochs=16, view=view)]
-        shared = replace(other, records={seed: row for seed, row in other.records.items() if seed in seeds})
-        return signed_spread(paired_mean(reference, shared, raw_of))
+    def gain(reference: Group, condition: str, weight: float = 0.0, cam_weight: float = 0.0) -> str:
+        other = dev[reference.setting.with_condition(condition, weight, cam_weight)]
+        return signed_spread(paired_mean(reference, other, raw_of))
 
     for view, title in README_VIEWS.items():
-        reference = dev[base("msrc", epochs=16, view=view)]
-        shown = spread(moments([raw_of(reference.records[seed]) for seed in FEW]))
-        gains = (gain(name, 0.17, view=view, seeds=FEW) for name in ("both", "misreported"))
-        assert f"| {title} | {shown} | {' | '.join(gains)} |" in readme
+        every = dev[base("msrc", epochs=16, view=view)]
+        reference = replace(every, records={seed: every.records[seed] for seed in FEW})
+        gains = (gain(reference, name, 0.17) for name in ("both", "misreported"))
+        assert f"| {title} | {spread(reference.mean(raw_of))} | {' | '.join(gains)} |" in readme
+    reference = dev[base("msrc", epochs=16)]
     for cam_weight in CAM_WEIGHTS:
-        assert gain("cam", cam_weight=cam_weight) in weights
-    assert f"lose {gain('cam', cam_weight=1.0)[1:6]} (dev, two seeds)" in readme
+        assert gain(reference, "cam", cam_weight=cam_weight) in weights
+    assert f"lose {gain(reference, 'cam', cam_weight=1.0)[1:6]} (dev, two seeds)" in readme
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
