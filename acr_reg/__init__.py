@@ -4,25 +4,27 @@ from ._versions import require_supported_versions
 
 require_supported_versions()
 
-from acr_reg._hooks import CaptureError  # noqa: E402
-from acr_reg.alignment import align_attention, align_tokens, token_validity  # noqa: E402
-from acr_reg.attention import AttentionMaps, LayerAttention  # noqa: E402
-from acr_reg.cam import class_token_gradient_cam, multi_view_cam, propagate_cam  # noqa: E402
-from acr_reg.capture import AttentionCapture, capture_attention  # noqa: E402
-from acr_reg.check import Check, LayerCheck, check  # noqa: E402
-from acr_reg.functional import normalize_cam  # noqa: E402
-from acr_reg.gradient_cam import GradientCam  # noqa: E402
-from acr_reg.losses import AllPairsConsistencyLoss  # noqa: E402
-from acr_reg.metrics import CamCounts, CamMeanIoU, CamScores  # noqa: E402
-from acr_reg.samplers import (  # noqa: E402
-    RandomApply,
-    RandomChoice,
-    RandomCompose,
-    RandomResizedCrop,
-    RandomScale,
+from acr_reg.alignment.functional import align_attention, align_tokens, token_validity  # noqa: E402
+from acr_reg.attention.layer import LayerAttention  # noqa: E402
+from acr_reg.attention.maps import AttentionMaps  # noqa: E402
+from acr_reg.cam.gradient import class_token_gradient_cam  # noqa: E402
+from acr_reg.cam.inference import GradientCam  # noqa: E402
+from acr_reg.cam.refinement import (  # noqa: E402
+    multi_view_cam,
+    normalize_cam,
+    propagate_cam,
 )
-from acr_reg.tokens import Lattice, LayoutError, TokenLayout, Window  # noqa: E402
-from acr_reg.views import (  # noqa: E402
+from acr_reg.capture.handle import AttentionCapture, capture_attention  # noqa: E402
+from acr_reg.errors import (  # noqa: E402
+    CaptureError,
+    LayoutError,
+)
+from acr_reg.inspection.check import check  # noqa: E402
+from acr_reg.inspection.report import Check, LayerCheck  # noqa: E402
+from acr_reg.losses.all_pairs import AllPairsConsistencyLoss  # noqa: E402
+from acr_reg.metrics import CamCounts, CamMeanIoU, CamScores  # noqa: E402
+from acr_reg.tokens import Lattice, TokenLayout, Window  # noqa: E402
+from acr_reg.views.constructors import (  # noqa: E402
     Compose,
     Crop,
     HorizontalFlip,
@@ -31,8 +33,9 @@ from acr_reg.views import (  # noqa: E402
     Rotate90,
     Scale,
     VerticalFlip,
-    View,
 )
+from acr_reg.views.samplers import RandomApply, RandomChoice, RandomCompose, RandomResizedCrop, RandomScale  # noqa: E402
+from acr_reg.views.view import View  # noqa: E402
 
 __version__ = "0.1.0"
 

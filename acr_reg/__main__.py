@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import NamedTuple
 
-from acr_reg.demo.errors import CommandError
+from acr_reg.errors import CommandError
 
 
 class Command(NamedTuple):
@@ -18,10 +18,14 @@ class Command(NamedTuple):
 
 # Only the module of the command asked for is imported: the others may need packages that are not installed.
 COMMANDS = {
-    "check": Command("acr_reg.demo.check", "show what a capture sees of a model: the first thing to run on a new one"),
-    "convert": Command("acr_reg.demo.convert", "carry saved class maps into the file format of another codebase"),
-    "demo": Command("acr_reg.demo.command", "train without and with ACR on the same images and compare"),
-    "evaluate": Command("acr_reg.demo.evaluate", "score saved class maps against masks at every background threshold"),
+    "check": Command(
+        "acr_reg.commands.check", "show what a capture sees of a model: the first thing to run on a new one"
+    ),
+    "convert": Command("acr_reg.commands.convert", "carry saved class maps into the file format of another codebase"),
+    "demo": Command("acr_reg.commands.demo", "train without and with ACR on the same images and compare"),
+    "evaluate": Command(
+        "acr_reg.commands.evaluate", "score saved class maps against masks at every background threshold"
+    ),
 }
 
 

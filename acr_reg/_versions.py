@@ -2,7 +2,7 @@
 
 acr_reg/__init__.py calls this before it imports anything else, so that an old environment is told what it lacks and
 does not stumble over syntax or functions it has never heard of. Both files are therefore written in the language of
-Python 3.7; tests/test_versions.py holds them to it.
+Python 3.7; tests/project/test_versions.py holds them to it.
 """
 
 import re

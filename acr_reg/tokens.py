@@ -11,9 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-
-class LayoutError(ValueError):
-    """The grid or the prefix of a layer's tokens is not known, or more than one fits."""
+from acr_reg.errors import LayoutError
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!acr_reg\b).*"),
     ("py:.*", r"acr_reg(\.\w+)*\._.*"),  # this and the next are not for users
-    ("py:.*", r"acr_reg\.attention\.RecordedTensors|acr_reg\.alignment\.Aligned.*"),
+    ("py:.*", r"acr_reg\.(attention|alignment|capture|placement|views)\.\w+\.[A-Z]\w+.*"),
 ]
 
 html_theme = "alabaster"
@@ -57,11 +57,12 @@ def as_literal_blocks(app: Sphinx, what: str, name: str, obj: Any, options: Any,
 def by_public_name(
     app: Sphinx, env: BuildEnvironment, node: nodes.Element, content: nodes.TextElement
 ) -> nodes.reference | None:
-    """Docstrings refer to a name by the file it is in, acr_reg.cam.propagate_cam; the reference lists it as public."""
-    rest = node.get("reftarget", "").removeprefix("acr_reg.").partition(".")[2]
-    if node.get("refdomain") != "py" or rest.partition(".")[0] not in acr_reg.__all__:
+    """Annotations name a class by the file that it is in, acr_reg.views.view.View; the reference lists acr_reg.View."""
+    parts = node.get("reftarget", "").split(".")
+    public = next((i for i, part in enumerate(parts) if part in acr_reg.__all__), None)
+    if node.get("refdomain") != "py" or parts[0] != "acr_reg" or public in (None, 1):
         return None
-    node["reftarget"] = f"acr_reg.{rest}"
+    node["reftarget"] = ".".join(["acr_reg", *parts[public:]])
     domain = env.get_domain("py")
     found: nodes.reference | None = domain.resolve_xref(
         env, node["refdoc"], app.builder, node["reftype"], node["reftarget"], node, content

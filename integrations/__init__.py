@@ -1,1 +1,1 @@
-"""Host codebases and file formats. Shipped as ``acr_reg.integrations``; see the modules for what each one serves."""
+"""Host codebases, the file formats of their class maps, and folders of such files."""

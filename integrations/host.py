@@ -21,8 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
-from acr_reg._hooks import CaptureError, HookSet
-from acr_reg._torch import in_backward
+from acr_reg._torch_private import in_backward
+from acr_reg.capture.hooks import HookSet
+from acr_reg.errors import CaptureError
 
 Keep = Literal["only", "first", "last", "all"]
 

@@ -62,7 +62,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acr_reg import capture_attention
-from acr_reg._torch import BatchNorm
+from acr_reg._torch_private import BatchNorm
 from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, part, unwrap
 
 __all__ = ["cams", "capture", "second_view"]

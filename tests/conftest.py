@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("PIL", "matplotlib", "rich", "scipy", "skimage", "sklearn", "timm", "torchvision", "transformers")
+# Parts of the package that may import extras themselves.
+NEED_EXTRAS = re.compile(r"acr_reg\.(?:demo|commands|__main__)\b")
+IMPORT = re.compile(r"^(?:from ([\w.]+) import ([\w, ]+|\()|import ([\w.]+))", re.MULTILINE)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,7 +32,7 @@ class CoreOnly:
     def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
         if collection_path.suffix != ".py" or not imports_an_extra(collection_path):
             return None
-        print(f"{collection_path.name}: left out, it imports an extra")
+        print(f"{collection_path.relative_to(ROOT)}: left out, it imports an extra")
         return True
 
     @pytest.hookimpl(wrapper=True)
@@ -40,13 +44,19 @@ class CoreOnly:
         return (yield from skipping_where_an_extra_is_missing())
 
 
-def imports_an_extra(file: Path) -> bool:
-    """Whether the file, or a file beside it that it imports, imports an extra at its top level."""
-    source = file.read_text(encoding="utf-8")
-    if re.search(rf"^(?:from|import) (?:(?:{'|'.join(EXTRAS)})\b|acr_reg\.(?:demo|__main__)\b)", source, re.MULTILINE):
-        return True
-    names = re.findall(r"^(?:from|import) (\w+)", source, re.MULTILINE)
-    return any((file.parent / f"{name}.py").exists() and imports_an_extra(file.parent / f"{name}.py") for name in names)
+def imports_an_extra(file: Path, seen: frozenset[Path] = frozenset()) -> bool:
+    """Whether the file, or one of tests/ or benchmarks/ that it imports, imports an extra at its top level."""
+    for package, names, module in IMPORT.findall(file.read_text(encoding="utf-8")):
+        imported = package or module
+        if imported.partition(".")[0] in EXTRAS or NEED_EXTRAS.match(imported):
+            return True
+        if imported.partition(".")[0] not in ("tests", "benchmarks"):
+            continue
+        parts = [imported, *(f"{imported}.{name.strip()}" for name in names.strip("(").split(",") if name.strip())]
+        for part in (ROOT.joinpath(*name.split(".")).with_suffix(".py") for name in parts):
+            if part.exists() and part not in seen and imports_an_extra(part, seen | {file}):
+                return True
+    return False
 
 
 def skipping_where_an_extra_is_missing() -> Iterator[None]:

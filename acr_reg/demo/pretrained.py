@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from acr_reg.demo.errors import CommandError
+from acr_reg.errors import CommandError
 
 NAME = "vit_small_patch14_dinov2"
 PATCH = 14  # pixels

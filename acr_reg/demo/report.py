@@ -8,7 +8,7 @@ import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from acr_reg.demo.compare import Plan
+from acr_reg.demo.comparison import Plan
 from acr_reg.demo.conditions import CONTROL, WITH, WITHOUT, Row
 
 HEADLINE = "raw CAM mIoU"

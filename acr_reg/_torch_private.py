@@ -1,0 +1,177 @@
+"""Everything that is private in torch and used here, in one place: nothing public serves. Seen on torch 2.1 to 2.14.
+
+``tests/project/test_torch_private.py`` fails by name where a new torch has changed one of them.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn, overrides
+from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch, checkpoint
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""The class that all BatchNorm modules share."""
+
+_DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+def dispatches(function: Any) -> bool:
+    """Whether this is a function written in Python that hands itself to modes once, as many of torch's own do."""
+    return isinstance(function, types.FunctionType) and not set(_DISPATCHES).isdisjoint(function.__code__.co_names)
+
+
+def body_of(function: types.FunctionType) -> Callable[..., Any]:
+    """A copy of a function that skips its one dispatch to modes, after which it would run unseen."""
+    never = dict.fromkeys(_DISPATCHES, lambda *_: False)
+    body = types.FunctionType(
+        function.__code__,
+        {**function.__globals__, **never},
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
+    )
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def in_backward() -> bool:
+    """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def in_reentrant_checkpoint() -> bool:
+    """Whether torch.utils.checkpoint(use_reentrant=True) is running the calling code, without a graph."""
+    code = checkpoint.CheckpointFunction.forward.__code__
+    frame: types.FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame is not None
+
+
+def remove_mode(mode: TorchFunctionMode) -> None:
+    """Takes a mode off this thread's stack, wherever it stands: after an interruption others may lie above it."""
+    above = []
+    while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
+        top = overrides._pop_mode()
+        if top is mode:
+            break
+        above.append(top)
+    for other in reversed(above):
+        overrides._push_mode(other)
+
+
+def math_kernel() -> AbstractContextManager[Any]:
+    """The SDPA kernel whose backward is itself differentiable."""
+    try:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:  # torch < 2.3
+        return torch.backends.cuda.sdp_kernel(enable_flash=False, enable_math=True, enable_mem_efficient=False)
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def is_compiling() -> bool:
+    """Whether torch.compile or torch.export is tracing this very line."""
+    public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the other
+    return bool(public() if public is not None else torch._utils.is_compiling())
+
+
+def is_faked() -> bool:
+    """Whether torch.compile runs this code on tensors without data, as torch 2.1 does under a function mode."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    stack = _python_dispatch._get_current_dispatch_mode_stack()
+    return any(type(mode).__name__ == "FakeTensorMode" for mode in stack)
+
+
+def never_traced(function: Any) -> Any:
+    """Keeps torch.compile from tracing a function mode's handler, at which it may stumble."""
+    function._torchdynamo_disable = True
+    return function
+
+
+def break_graph(why: str) -> None:
+    """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not.
+
+    Where no graph may be broken, torch's own error repeats ``why``.
+    """
+    if "msg" in torch._dynamo.graph_break.__code__.co_varnames:  # not in torch 2.1
+        torch._dynamo.graph_break(msg=why)
+    else:
+        torch._dynamo.graph_break()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile(module), module.compile() or a compiled forward made this module run what hooks do not
+    see."""
+    if getattr(module, "_compiled_call_impl", None) is not None:
+        return True
+    forward = module.forward  # one that torch.compiler.disable made bears the same mark, and another
+    if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
+        return True
+    return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
+
+
+def children_of(module: nn.Module) -> tuple[nn.Module | None, ...]:
+    """The children as they are registered: nn.Module.children() is far slower, and this is asked in each step."""
+    return tuple(module._modules.values())
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether nn.DataParallel made this module, for one forward on one device."""
+    return bool(getattr(module, "_is_replica", False))
+
+
+def is_exported(module: nn.Module) -> bool:
+    """Whether torch.export left this module, whose kernels are ATen operators that no function mode can tell apart."""
+    if not isinstance(module, torch.fx.GraphModule):
+        return False
+    return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether a backward has freed the graph that made this tensor, as its nearest nodes that saved anything tell.
+
+    Nothing is unpacked or recomputed: hooks of checkpointing and of offloading are kept from running. Within such
+    hooks, of which torch then lets none be disabled, the answer is no.
+    """
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):
+            return _any_freed(tensor.grad_fn)
+    except RuntimeError:
+        return False
+
+
+def _any_freed(node: Any) -> bool:
+    todo, seen = [node], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        freed, kept = _saved(node)
+        if freed:
+            return True
+        if not kept:
+            todo += [before for before, _ in node.next_functions]
+    return False
+
+
+def _saved(node: Any) -> tuple[bool, bool]:
+    """(whether what a node saved is freed, whether it saved anything)."""
+    for name in dir(node):
+        if not name.startswith("_raw_saved_"):
+            continue
+        try:
+            saved = getattr(node, name if name == "_raw_saved_tensors" else name.removeprefix("_raw"))
+        except RuntimeError as error:
+            return "second time" in str(error), True
+        if saved is not None and saved != ():
+            return False, True
+    return False, False

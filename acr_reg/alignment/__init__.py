@@ -1,0 +1,1 @@
+"""Brings the tokens and the attention of a view back onto the image that it was made from."""

@@ -1,0 +1,85 @@
+"""Tokens, and attention between tokens, carried from a view back onto the image's tokens, as pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32
+from acr_reg.alignment.resampled import Carriers, check_lattices
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views.view import View, lattice_map
+
+
+def align_tokens(
+    tokens: Tensor,
+    view: View,
+    source: Lattice,
+    target: Lattice,
+    num_prefix_tokens: int = 0,
+    dim: int = -2,
+) -> Tensor:
+    """Values of a view's tokens, prefix + ``source`` of them along ``dim``, carried back onto the image's ``target``.
+
+    Token features (B, N, D) with ``dim=-2``, class-token rows (B, H, C, N) with ``dim=-1``. Prefix tokens stay in
+    place; tokens that the view does not show are 0 (:func:`token_validity` tells which). Differentiable, any dtype and
+    device. Raises ValueError where the number of tokens is another.
+
+    >>> import torch
+    >>> from acr_reg import HorizontalFlip, Lattice
+    >>> row = torch.tensor([[9.0, 1.0, 2.0, 3.0]])
+    >>> align_tokens(row, HorizontalFlip(), Lattice(1, 3), Lattice(1, 3), num_prefix_tokens=1, dim=-1).tolist()
+    [[9.0, 3.0, 2.0, 1.0]]
+    """
+    _check_count(tokens, dim, num_prefix_tokens + len(source), f"{num_prefix_tokens} prefix + {source}")
+    view.check_batch(tokens.shape[0])
+    check_lattices("align_tokens", view, source, target)
+    prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
+    moved = lattice_map(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
+    return torch.cat([prefix, moved], dim)
+
+
+def align_attention(maps: Tensor, view: View, source: TokenLayout, target: TokenLayout) -> Tensor:
+    """Attention maps (B, H, N', M') of a view carried back onto the image's tokens: (B, H, N, M), P^T A P.
+
+    Both axes are carried by their own lattices, prefix rows and columns stay in place, and each row keeps the mass
+    that it gave to the patches the image shows. Rows and columns that the view does not show are 0.
+
+    >>> import torch
+    >>> from acr_reg import HorizontalFlip, Lattice, TokenLayout
+    >>> layout = TokenLayout(Lattice(1, 3), Lattice(1, 3))
+    >>> align_attention(torch.arange(9.0).reshape(1, 1, 3, 3), HorizontalFlip(), layout, layout)[0, 0].tolist()
+    [[8.0, 7.0, 6.0], [5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]
+    """
+    if maps.ndim != 4:
+        raise ValueError(
+            f"found maps of shape {tuple(maps.shape)}; expected (B, H, N, M); stack the heads along the second axis"
+        )
+    for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
+        _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
+    view.check_batch(maps.shape[0])
+    check_lattices("align_attention", view, source.key, target.key)
+    carriers = Carriers(view, source, target, str(maps.device))
+    prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
+    columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
+    return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
+
+
+def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
+    """(1 or B, target tokens) bool: which tokens of the image its view shows, by their centres.
+
+    >>> from acr_reg import Crop, Lattice
+    >>> view = Crop(0, 16, 16, 32, image_size=(16, 64))  # tokens of 16 px
+    >>> token_validity(view, Lattice(1, 2), Lattice(1, 4)).tolist()
+    [[False, True, True, False]]
+    """
+    check_lattices("token_validity", view, source, target)
+    return lattice_map(view.inverse, source, target, "cpu").valid
+
+
+def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:
+    if values.shape[dim] != expected:
+        raise ValueError(
+            f"found {values.shape[dim]} tokens along dimension {dim} of {tuple(values.shape)}; expected {expected} "
+            f"({made_of}); correct the lattice or num_prefix_tokens"
+        )

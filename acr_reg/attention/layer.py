@@ -1,0 +1,230 @@
+"""The attention of one encoder run, as the factors or the maps that the model itself computed, on its autograd graph.
+
+With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and
+its output O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.errors import LayoutError
+from acr_reg.tokens import TokenLayout, Window
+
+_BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32, of which a few times as many are alive in a block
+
+# At least, however many images and heads there are: every block forms a gradient to all keys, which is as large as d
+# rows of the maps, 64 in most models. Blocks of 3 rows took six times as long as blocks of 32.
+_BLOCK_ROWS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedTensors:
+    """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B
+    H, N, M).
+
+    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there; checks see both. ``heads``
+    unflattens (B H, ...); ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
+    """
+
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+    map: Tensor | None = None
+    mask: Tensor | None = None
+    causal: bool = False
+    scale: float | None = None
+    heads: int | None = None
+
+    @property
+    def seen(self) -> Tensor:
+        """The map, or where a fused kernel left none the query: what is always there."""
+        tensor = self.map if self.map is not None else self.query
+        assert tensor is not None
+        return tensor
+
+    def detach(self) -> RecordedTensors:
+        tensors: dict[str, Any] = {
+            name: value.detach() for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAttention:
+    """Self-attention of one layer: its ``factors`` (query, key, ...) or its explicit map, and where its tokens sit.
+
+    ``index`` counts the run's captured layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the
+    map are probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of
+    the batch: the recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on
+    the graph.
+    """
+
+    index: int
+    name: str
+    recorded: RecordedTensors
+    located: TokenLayout | str
+    dropout: float = 0.0
+    stochastic: bool = True
+    images: slice = field(default_factory=lambda: slice(None))
+    window: Window | None = None
+
+    @property
+    def kind(self) -> Literal["global", "window", "reduced keys", "reduced queries"]:
+        """Whether every token looks at all others, only at its window, or one side has a grid of its own."""
+        if self.window is not None:
+            return "window"
+        queries, keys = self.shape[2:]
+        return "global" if queries == keys else "reduced keys" if keys < queries else "reduced queries"
+
+    @property
+    def layout(self) -> TokenLayout:
+        """The :class:`TokenLayout`; a :class:`LayoutError` that says why where it is not known."""
+        if isinstance(self.located, str):
+            raise LayoutError(f"layer {self.index} ({self.name}): {self.located}")
+        return self.located
+
+    @property
+    def device(self) -> torch.device:
+        return self.recorded.seen.device
+
+    @property
+    def is_factored(self) -> bool:
+        return self.recorded.map is None
+
+    @property
+    def query(self) -> Tensor | None:
+        """(B, H, N, d), or None for an explicit map."""
+        return self.batched(self.recorded.query)
+
+    @property
+    def key(self) -> Tensor | None:
+        """(B, H, M, d), or None for an explicit map. Grouped keys are repeated for each query head."""
+        return self._per_query_head(self.batched(self.recorded.key))
+
+    @property
+    def value(self) -> Tensor | None:
+        """(B, H, M, d), or None for an explicit map. Grouped values are repeated for each query head."""
+        return self._per_query_head(self.batched(self.recorded.value))
+
+    @property
+    def output(self) -> Tensor | None:
+        """A V, (B, H, N, d), of a fused kernel; None for an explicit map, whose output no graph keeps."""
+        return self.batched(self.recorded.output)
+
+    @property
+    def explicit(self) -> Tensor | None:
+        """The map that met V before dropout, (B, H, N, M), or None for a fused layer."""
+        return self.batched(self.recorded.map)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, N, M)"""
+        if (explicit := self.explicit) is not None:
+            batch, heads, queries, keys = explicit.shape
+        else:
+            query, key = self.query, self.key
+            assert query is not None and key is not None
+            batch, heads, queries, keys = *query.shape[:3], key.shape[2]
+        return batch, heads, queries, keys
+
+    def of_images(self, images: Tensor) -> LayerAttention:
+        """The layer of these images (n,), in this order, with tensors of their own."""
+        recorded = self.recorded
+        mask = None if recorded.causal else self.batched_mask()
+        mask = mask[images] if mask is not None and mask.shape[0] > 1 else mask
+        tensors: dict[str, Any] = {
+            name: None if (tensor := getattr(self, name)) is None else tensor[images]
+            for name in ("query", "key", "value")
+        }
+        explicit = None if self.explicit is None else self.explicit[images]
+        return replace(
+            self, recorded=replace(recorded, map=explicit, mask=mask, output=None, **tensors), images=slice(None)
+        )
+
+    @property
+    def requires_grad(self) -> bool:
+        return any(
+            t is not None and t.requires_grad for t in (self.recorded.map, self.recorded.query, self.recorded.key)
+        )
+
+    def batched(self, tensor: Tensor | None) -> Tensor | None:
+        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the
+        batch."""
+        if tensor is None:
+            return None
+        if tensor.ndim == 3:
+            tensor = rearrange(tensor, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
+        elif tensor.ndim > 4:  # windows beside heads
+            tensor = tensor.flatten(1, -3)
+        return tensor[self.images]
+
+    def _per_query_head(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        seen = self.batched(self.recorded.seen)
+        assert seen is not None
+        heads = seen.shape[1]
+        return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+
+    def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
+
+        ``queries`` and ``keys``, token indices (n,) or, for each image, (B, n), select and reorder its rows and
+        columns; from factors they do so before any product is formed, so softmax(Q K^T) permuted on both axes costs
+        softmax((PQ)(PK)^T). ``keys`` must then name every key once, since a softmax needs all of them.
+        """
+        if (explicit := self.explicit) is not None:
+            return select(select(at_least_float32(explicit), -2, queries), -1, keys)
+        query, key = self.query, self.key
+        assert query is not None and key is not None
+        with torch.autocast(query.device.type, enabled=False):
+            query, key = at_least_float32(query), at_least_float32(key)
+            scale = self.recorded.scale if self.recorded.scale is not None else 1.0 / math.sqrt(query.shape[-1])
+            scores = (select(query, -2, queries) * scale) @ select(key, -2, keys).transpose(-2, -1)
+            mask = self.batched_mask()
+            if mask is not None:
+                per_image = any(index is not None and index.ndim == 2 for index in (queries, keys))
+                mask = mask.expand(query.shape[0] if per_image else -1, -1, query.shape[-2], key.shape[-2])
+                mask = select(select(mask, -2, queries), -1, keys)
+                scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
+            return scores.softmax(-1)
+
+    def batched_mask(self) -> Tensor | None:
+        """The kernel's mask for this part of the batch, with four axes, to be broadcast over (B, H, N, M), or None."""
+        mask = self.recorded.mask
+        if self.recorded.causal:
+            _, _, queries, keys = self.shape
+            assert self.recorded.query is not None
+            return torch.ones(queries, keys, dtype=torch.bool, device=self.recorded.query.device).tril()[None, None]
+        if mask is None:
+            return None
+        if mask.ndim < 3:
+            return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        if mask.ndim > 4:
+            assert self.recorded.query is not None
+            return mask.expand(*self.recorded.query.shape[:-2], *mask.shape[-2:]).flatten(1, -3)[self.images]
+        if mask.ndim == 3:
+            assert self.recorded.query is not None
+            # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N,
+            # d).
+            if self.recorded.query.ndim == 4 or mask.shape[0] == 1:
+                return mask[None]
+            mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
+        return mask if mask.shape[0] == 1 else mask[self.images]
+
+
+def rows_of_block(layers: Sequence[LayerAttention]) -> int:
+    """How many query rows of the layers' maps, all images and heads, are formed at a time."""
+    share = _BLOCK_ELEMENTS // len(layers)
+    shapes = [layer.shape for layer in layers]
+    return min(min(n, max(_BLOCK_ROWS, share // (batch * heads * m))) for batch, heads, n, m in shapes)

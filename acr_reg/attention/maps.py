@@ -1,0 +1,217 @@
+"""The attention of one encoder run, layer by layer; captured, or given as the tensors of a repository."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32
+from acr_reg.attention.layer import LayerAttention, RecordedTensors
+from acr_reg.errors import LayoutError
+from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
+
+Grid = tuple[int, int] | Lattice
+
+
+def grid_layout(
+    grid: Grid,
+    num_prefix_tokens: int,
+    class_tokens: int | Sequence[int] | None,
+    key_grid: Grid | None = None,
+) -> TokenLayout:
+    query = _lattice(grid)
+    key = query if key_grid is None else _lattice(key_grid)
+    if key_grid is not None and not isinstance(key_grid, Lattice):  # over the same image
+        stride = (query.extent[0] / key.height, query.extent[1] / key.width)
+        key = replace(key, stride=stride, extent=query.extent)
+    return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
+
+
+def _lattice(grid: Grid) -> Lattice:
+    if isinstance(grid, Lattice):
+        return grid
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        raise LayoutError(
+            f"found grid={grid!r}; expected (height, width) in tokens, or a Lattice; pass grid=(14, 14) for 196"
+        )
+    return Lattice(*grid)
+
+
+def check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
+    if tuple(shape[-2:]) != (layout.num_queries, layout.num_keys):
+        prefix, query, key = layout.num_prefix_tokens, layout.query, layout.key
+        keys = f" and {layout.num_keys} keys ({prefix} prefix + {key})" if key != query else ""
+        raise LayoutError(
+            f"layer {index}: found {shape[-2]} queries and {shape[-1]} keys; expected {layout.num_queries} "
+            f"({prefix} prefix + {query}){keys}; correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}"
+        )
+
+
+def check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
+    if maps.ndim != 4 or not maps.is_floating_point():
+        raise ValueError(
+            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, "
+            "H, N, M) or (B, N, M); give the probabilities, not stacked or flattened"
+        )
+    check_tokens(maps.shape, index, layout)
+    rows = at_least_float32(maps.detach())
+    off = (rows.sum(-1) - 1).abs().max().item()
+    allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
+    if math.isnan(off) or math.isinf(off):
+        raise ValueError(
+            f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them"
+        )
+    if off > allowed or rows.min().item() < 0:
+        raise ValueError(
+            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); "
+            f"expected probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
+        )
+
+
+class AttentionMaps(Sequence[LayerAttention]):
+    """The attention layers of one encoder run, in the model's order.
+
+    ``batch_norms`` names the BatchNorm modules that were in training mode: they couple the images of the batch.
+    ``run`` counts the encoder runs before this one since the last take; None where the caller chose it.
+
+    >>> import torch
+    >>> maps = [torch.rand(2, 3, 1 + 4 * 6, 1 + 4 * 6).softmax(-1) for _ in range(2)]
+    >>> attention = AttentionMaps.from_tensors(maps, num_prefix_tokens=1, grid=(4, 6))
+    >>> attention
+    AttentionMaps(layers 0, 1; 2 images; 3 heads; 25 tokens: 1 prefix + 4 x 6)
+    >>> attention.chunk(2)[0].weights()[0].shape
+    torch.Size([1, 3, 25, 25])
+    """
+
+    def __init__(
+        self, layers: Iterable[LayerAttention], batch_norms: Sequence[str] = (), run: int | None = None
+    ) -> None:
+        self._layers = tuple(layers)
+        self.batch_norms = tuple(batch_norms)
+        self.run = run
+        if not self._layers:
+            raise ValueError("found no attention layer; expected at least one; give the maps of at least one layer")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        tensors: Sequence[Tensor],
+        num_prefix_tokens: int,
+        grid: Grid,
+        class_tokens: int | Sequence[int] | None = None,
+        key_grid: Grid | None = None,
+    ) -> AttentionMaps:
+        """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
+
+        ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width; ``key_grid`` the same for M,
+        where keys are fewer; a :class:`~acr_reg.Lattice` in their place also tells stride and offset of an
+        overlapping stem. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; it may be
+        left out with one prefix token or none.
+        Raises ValueError where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is
+        not finite: those are logits, or not attention.
+        """
+        if isinstance(tensors, Tensor):
+            raise TypeError(
+                "found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))"
+            )
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        layers = []
+        for index, tensor in enumerate(tensors):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(
+                    f"layer {index}: found a {type(tensor).__name__}; expected a tensor; convert it by torch.as_tensor"
+                )
+            probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
+            check_probabilities(probabilities, index, layout)
+            layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
+        if len({layer.shape[0] for layer in layers}) > 1:
+            raise ValueError(
+                f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch "
+                "size; give maps of the same images"
+            )
+        return cls(layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, position):  # type: ignore[no-untyped-def]  # int -> a layer, slice -> a tuple of them
+        return self._layers[position]
+
+    def __repr__(self) -> str:
+        batch, heads, queries, keys = self[0].shape
+        tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
+        located = self[0].located
+        where = (
+            f": {located.num_prefix_tokens} prefix + {located.query}"
+            if isinstance(located, TokenLayout)
+            else ", grid unknown"
+        )
+        return (
+            f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
+        )
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers' indices in the model."""
+        return tuple(layer.index for layer in self)
+
+    @property
+    def batch_size(self) -> int:
+        """Images; a layer of windows holds several maps an image."""
+        return min(layer.shape[0] for layer in self)
+
+    def weights(self) -> list[Tensor]:
+        """The map of every layer, (B, H, N, M) in [0, 1]: all of them at once."""
+        return [layer.weights() for layer in self]
+
+    def select(self, layers: Iterable[int]) -> AttentionMaps:
+        """The layers of these model indices; negative ones count from the last recorded layer."""
+        by_index = {layer.index: layer for layer in self}
+        wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
+        missing = [i for i in wanted if i not in by_index]
+        if missing:
+            raise IndexError(
+                f"found no layer {missing}; expected some of {list(self.layers)}; choose layers= among those"
+            )
+        return self._with_layers(by_index[i] for i in wanted)
+
+    def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:
+        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images,
+        view(images)])``."""
+        if chunks < 1 or self.batch_size % chunks:
+            raise ValueError(
+                f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as "
+                "were concatenated"
+            )
+        return tuple(self._with_layers(_part(layer, i, chunks) for layer in self) for i in range(chunks))
+
+    def detach(self) -> AttentionMaps:
+        """The same maps without a graph, as the fixed side of a teacher and student pair."""
+        return self._with_layers(replace(layer, recorded=layer.recorded.detach()) for layer in self)
+
+    def with_layout(
+        self,
+        grid: Grid,
+        num_prefix_tokens: int,
+        class_tokens: int | Sequence[int] | None = None,
+        key_grid: Grid | None = None,
+    ) -> AttentionMaps:
+        """The same maps on the ``grid`` given, (height, width) or a :class:`~acr_reg.Lattice`, where the capture
+        could not tell it. ``key_grid`` is that of the keys, over the same image, where it is another."""
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        for layer in self:
+            check_tokens(layer.shape, layer.index, layout)
+        return self._with_layers(replace(layer, located=layout) for layer in self)
+
+    def _with_layers(self, layers: Iterable[LayerAttention]) -> AttentionMaps:
+        return AttentionMaps(layers, self.batch_norms, self.run)
+
+
+def _part(layer: LayerAttention, part: int, chunks: int) -> LayerAttention:
+    size = layer.shape[0] // chunks
+    start = (layer.images.start or 0) + part * size
+    return replace(layer, images=slice(start, start + size))

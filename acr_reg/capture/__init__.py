@@ -1,0 +1,1 @@
+"""Watches a model while it runs and hands out the attention that it computed."""

@@ -1,0 +1,134 @@
+"""Hooks that tell a watcher which module of a model is running, on any thread, and leave nothing behind.
+
+The hooks themselves hold only a number: a copy or a pickle of the model carries hooks that do nothing, and a watcher
+that is gone is never called.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Iterable
+from itertools import count
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from acr_reg._torch_private import break_graph, is_compiling
+from acr_reg.errors import CaptureError
+
+
+class Watcher(Protocol):
+    def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None: ...
+
+    def left(self, module: nn.Module, result: Any, failed: bool) -> None: ...
+
+
+_WATCHERS: dict[int, weakref.ref[Watcher]] = {}
+
+_NUMBERS = count()
+
+_TRACED = (
+    "found {} tracing a captured model; expected the model itself to run, since hooks and maps are no part of a traced "
+    "graph; run the captured model uncompiled, or end the capture before tracing"
+)
+
+
+def _watcher(number: int) -> Watcher | None:
+    reference = _WATCHERS.get(number)
+    return None if reference is None else reference()
+
+
+class _ScriptingError(CaptureError, AttributeError):
+    """To whoever only asks whether a hook has a name, it has none."""
+
+
+class _Hook:
+    """Stateless but for its watcher's number, which copies and pickles do not inherit."""
+
+    def __init__(self, number: int = -1) -> None:
+        self.number = number
+
+    @property
+    def __name__(self) -> str:  # torch.jit.script alone needs it
+        raise _ScriptingError(_TRACED.format("torch.jit.script"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
+        return type(self)()
+
+    def __copy__(self) -> _Hook:
+        return type(self)()
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return type(self), ()
+
+
+class _EnterHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.number >= 0 and is_compiling():  # before anything that tracing cannot follow
+            message = _TRACED.format("torch.compile or torch.export")
+            break_graph(message)
+            raise CaptureError(message)
+        watcher = _watcher(self.number)
+        if watcher is None:
+            return
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+            raise CaptureError(_TRACED.format("torch.jit.trace"))
+        watcher.entered(module, args, kwargs, sys._getframe(1))
+
+
+class _LeaveHook(_Hook):
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
+        watcher = None if self.number >= 0 and is_compiling() else _watcher(self.number)
+        if watcher is not None:
+            # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
+            watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
+
+
+class HookSet:
+    """The hooks of one watcher on any number of modules. They go when :meth:`remove` is called or the watcher is
+    collected."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._number = next(_NUMBERS)
+        _WATCHERS[self._number] = weakref.ref(watcher)
+        self._handles: dict[nn.Module, list[Any]] = {}
+        # The finalizer must not hold the watcher, which holds this set.
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self._number)
+
+    def watch_only(self, modules: Iterable[nn.Module]) -> None:
+        """Hooks these modules and no others."""
+        wanted = dict.fromkeys(modules)
+        for module in [m for m in self._handles if m not in wanted]:
+            for handle in self._handles.pop(module):
+                handle.remove()
+        for module in wanted:
+            if module not in self._handles:
+                # Prepended, so that of two captures the one entered last leaves first.
+                self._handles[module] = [
+                    module.register_forward_pre_hook(_EnterHook(self._number), with_kwargs=True),
+                    module.register_forward_hook(_LeaveHook(self._number), prepend=True, always_call=True),
+                ]
+
+    def remove(self) -> None:
+        self._finalizer()
+
+
+def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
+    _WATCHERS.pop(number, None)
+    for module_handles in handles.values():
+        for handle in module_handles:
+            handle.remove()
+    handles.clear()
+
+
+def is_running(frame: FrameType) -> bool:
+    """Whether this frame is still on the calling thread's stack: a KeyboardInterrupt skips even always-called hooks."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False

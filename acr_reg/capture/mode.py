@@ -1,0 +1,348 @@
+"""Sees the attention that a model computes: a TorchFunctionMode that turns kernels and softmaxes into attention calls.
+
+While the mode is entered, F.scaled_dot_product_attention is seen with its factors. Elsewhere scores are followed from
+the product of queries and keys through bias and mask to the softmax, and the probability through dropout, casts and
+mixing to the matmul where it meets V. Nothing is computed twice, replaced or stored on modules.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from acr_reg._torch_private import body_of, dispatches, math_kernel, never_traced
+from acr_reg.attention.call import AttentionCall
+from acr_reg.attention.layer import RecordedTensors
+from acr_reg.capture.kernels import meeting, score_factors
+
+
+@dataclass(frozen=True, eq=False)
+class _Trace:
+    """What is known of a tensor on the way from the scores to V. ``probability`` is None before the softmax.
+
+    ``alias`` is the tensor itself, weakly: traces are found by id(), which is used again once a tensor is gone.
+    """
+
+    alias: weakref.ref[Tensor]
+    factors: tuple[Tensor, Tensor] | None = None  # query and key, for checks
+    probability: Tensor | None = None
+    sources: frozenset[int] = frozenset()  # ids of all probabilities that went into it
+    transposed: bool = False  # keys on the last axis but one
+    reshaped: bool = False
+    mixed: bool = False
+    dropout: float = 0.0
+    refusal: str | None = None
+
+
+class _Role(Enum):
+    """What a function may do to attention."""
+
+    OTHER = 0
+    FUSED = 1
+    MULTI_HEAD = 2
+    SOFTMAX = 3
+    PRODUCT = 4
+    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
+
+
+_ROLES: dict[Any, _Role] = {
+    F.scaled_dot_product_attention: _Role.FUSED,
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), _Role.SOFTMAX),
+}
+
+_PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+
+# These change dtype, memory or dropout, never which probability stands where.
+_SAME_MAP_NAMES = {
+    "dropout",
+    "dropout_",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "contiguous",
+    "clone",
+}
+
+# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
+_SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
+
+
+class _MultiHead(threading.local):
+    """What nn.MultiheadAttention says of its products; shared, since only the innermost mode sees its call."""
+
+    heads: int | None = None
+    refusal: str | None = None
+
+
+_inside = _MultiHead()
+
+
+class AttentionMode(TorchFunctionMode):
+    """Reports every :class:`AttentionCall` made on this thread while it is entered.
+
+    ``starts_graph`` is asked whether a layer that carries no gradient shall become the first of a graph.
+    ``for_checks`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
+    """
+
+    def __init__(
+        self,
+        report: Callable[[AttentionCall], None],
+        report_unknown: Callable[[str], None],
+        math_kernel: bool = False,
+        starts_graph: Callable[[], bool] | None = None,
+        for_checks: bool = False,
+    ) -> None:
+        super().__init__()
+        self._report = report
+        self._report_unknown = report_unknown
+        self._math_kernel = math_kernel
+        self._starts_graph = starts_graph
+        self._for_checks = for_checks
+        self._traces: dict[int, _Trace] = {}
+        self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
+        self._met: set[int] = set()
+
+    def forget(self) -> list[str]:
+        """Drops the softmaxes being followed and says which met no V."""
+        if not self._traces and not self._unmet:
+            return []
+        unmet = list(dict.fromkeys(self._unmet.values()))
+        self._traces.clear()
+        self._unmet.clear()
+        self._met.clear()
+        return unmet
+
+    @never_traced
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        role = _ROLES.get(func) or _learn_role(func)
+        if role is _Role.OTHER and not self._traces:
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        if role is _Role.FUSED:
+            return self._fused(args, kwargs)
+        if role is _Role.MULTI_HEAD:
+            return self._multi_head(func, args, kwargs)
+        result = func(*args, **kwargs)
+        if role is _Role.SOFTMAX:
+            self._softmax(result, *args, **kwargs)
+        elif role is _Role.UNKNOWN_KERNEL:
+            self._report_unknown(_name_of(func))
+        else:
+            self._follow(_name_of(func), args, kwargs, result)
+        return result
+
+    def _fused(self, args: Any, kwargs: Any) -> Tensor:
+        if self._math_kernel:
+            with math_kernel():
+                output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
+        else:
+            output = F.scaled_dot_product_attention(*args, **kwargs)
+        query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
+        if self._starts_graph is not None:
+            self._start_graph(output)
+        recorded = RecordedTensors(
+            query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
+        )
+        self._report(AttentionCall(recorded, *_laid_out(value), dropout, True, _inside.refusal))
+        return output
+
+    def _start_graph(self, tensor: Tensor) -> None:
+        if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
+            tensor.requires_grad_()
+
+    def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
+        """Runs the function's own body with the mode on: by itself it dispatches once and hides what it does.
+
+        The weights it returns are a view off the path to its output, so they could not be used for a gradient.
+        """
+        query, key, heads = (_argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
+        before = _inside.heads, _inside.refusal
+        _inside.heads = heads
+        _inside.refusal = None if _same(query, key) else "cross-attention: queries and keys are not the same tokens"
+        try:
+            with self:
+                return _body(func)(*args, **kwargs)
+        finally:
+            _inside.heads, _inside.refusal = before
+
+    def _trace_of(self, tensor: Any) -> _Trace | None:
+        trace = self._traces.get(id(tensor))
+        return trace if trace is not None and trace.alias() is tensor else None
+
+    def _softmax(self, probability: Tensor, input: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
+        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
+        scores = self._trace_of(input)
+        if len(shape) < (2 if scores is not None else 3):  # probabilities of classes
+            return
+        refusal = None
+        if scores is None:  # a gate over channels or classes, or the weights of linear attention
+            refusal = f"a softmax over {shape} of what is no product of queries and keys: linear attention, or a gate"
+        elif len(shape) < 3:
+            refusal = f"a softmax over {shape}, between images and not their tokens"
+        elif dim not in (-1, len(shape) - 1):
+            refusal = f"a softmax over axis {dim} of {shape}, not over the last"
+        else:
+            self._start_graph(probability)
+        self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
+        factors = None if scores is None else scores.factors
+        sources = frozenset([id(probability)])
+        self._traces[id(probability)] = _Trace(weakref.ref(probability), factors, probability, sources, refusal=refusal)
+
+    def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
+        operands = [
+            a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)) if isinstance(a, Tensor)
+        ]
+        operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
+        traces = [self._trace_of(operand) for operand in operands]
+        if name in _PRODUCT_NAMES:
+            probable = [t is not None and t.probability is not None for t in traces]
+            if not any(probable):
+                self._start_scores(args[0] if name == "einsum" else None, operands, result)
+                return
+            if sum(probable) > 1 or len(traces) != 2:
+                return
+            if not isinstance(operands[probable.index(False)], nn.Parameter):
+                self._met_values(name, args, operands, traces, result)
+                return
+            # else heads are mixed by a matrix of weights, which are no values
+        found = [t for t in traces if t is not None]
+        if not found or not isinstance(result, Tensor) or not result.is_floating_point():
+            return
+        # Of several, the one most likely to be the attention: ConViT adds a softmax over positions.
+        trace = min(found, key=lambda t: (t.probability is None, t.refusal is not None))
+        if trace.probability is None:
+            self._traces[id(result)] = replace(trace, alias=weakref.ref(result))
+            return
+        alias = trace.alias()
+        assert alias is not None
+        same_rows = name in _SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
+        turned = not same_rows and _is_transposed(result, alias)
+        # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
+        # otherwise.
+        dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
+        overwritten = dropped > 0 and any(result is operand for operand in operands)
+        same = name in _SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
+        self._traces[id(result)] = replace(
+            trace,
+            alias=weakref.ref(result),
+            sources=frozenset().union(*(t.sources for t in found)),
+            transposed=trace.transposed != turned,
+            reshaped=trace.reshaped or same_rows,
+            mixed=trace.mixed or not (same or same_rows or turned),
+            dropout=max(trace.dropout, dropped),
+        )
+
+    def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
+        if isinstance(result, Tensor):
+            factors = score_factors(equation, operands) if self._for_checks else None
+            self._traces[id(result)] = _Trace(weakref.ref(result), factors)
+
+    def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
+        """The operand that meets V is the effective attention; before dropout where nothing else changed it.
+
+        Its first product is that with V: a later one (a refinement of class maps) is no other layer.
+        """
+        position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
+        trace: _Trace = traces[position]
+        if trace.sources <= self._met:
+            return
+        self._met |= trace.sources
+        for source in trace.sources:
+            self._unmet.pop(source, None)
+        alias, probability = trace.alias(), trace.probability
+        assert alias is not None and probability is not None
+        found = meeting(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
+        changed = trace.mixed or trace.reshaped
+        attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
+        if changed and trace.transposed:
+            found = replace(found, refusal="a mixed map that is transposed before it meets the values")
+        # What only checks need is not kept: the product, and operands that may be views of larger tensors.
+        kept: dict[str, Any] = {}
+        if self._for_checks:
+            query, key = trace.factors or (None, None)
+            kept = {"query": query, "key": key, "value": found.value, "output": found.output}
+        recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
+        stochastic = not trace.mixed and not (trace.reshaped and trace.dropout > 0)
+        refusal = _inside.refusal or trace.refusal or found.refusal
+        self._report(AttentionCall(recorded, *_laid_out(found.value), trace.dropout, stochastic, refusal))
+
+
+def _laid_out(value: Tensor | None) -> tuple[int | None, bool]:
+    if value is None:
+        return None, False
+    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)
+
+
+def _name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+_body = cache(body_of)
+
+
+def _names(func: FunctionType) -> tuple[str, ...]:
+    return func.__code__.co_varnames[: func.__code__.co_argcount]
+
+
+def _argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
+    position = _names(func).index(name)
+    return args[position] if position < len(args) else kwargs[name]
+
+
+def _learn_role(func: Any) -> _Role:
+    name = _name_of(func)
+    role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
+    if dispatches(func) and {"query", "key", "num_heads"} <= set(_names(func)):
+        role = _Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
+    _ROLES[func] = role
+    return role
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _is_transposed(result: Tensor, alias: Tensor) -> bool:
+    """Whether one is the other with its last two axes exchanged, on the same memory."""
+    return (
+        result.ndim == alias.ndim >= 2
+        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
+        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
+        and result.data_ptr() == alias.data_ptr()
+    )
+
+
+def _dropout_of(args: Any, kwargs: Any) -> float:
+    """p of an active F.dropout(input, p=0.5, training=True, inplace=False)."""
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return float(p) if training else 0.0
+
+
+def _sdpa_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale

@@ -1,0 +1,178 @@
+"""The comparison on a folder of photos: a pretrained ViT-S/14, its upper half trained on image-level labels."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+from acr_reg.demo.baselines import Sample, all_background, centred_ellipse, largest_class, location_prior
+from acr_reg.demo.comparison import Plan, Report
+from acr_reg.demo.conditions import Row, baseline_row, losses
+from acr_reg.demo.photo_folder import PhotoFolder
+from acr_reg.demo.pretrained import MEAN, PATCH, STD, build, describe
+from acr_reg.demo.scoring import Maps, Truth
+from acr_reg.demo.train import Batch, Training, shuffled, train
+
+_AT_ONCE = 32  # photos in memory at full precision, outside training
+
+
+@dataclass(frozen=True)
+class PhotoSettings:
+    """Weights are per query row. `start_layer` counts from the last block: class maps read that one and those above.
+
+    The weights are 20 / 64 tokens of a scouting run on other VOC photos, not tuned on either set's development photos.
+    """
+
+    size: int = 112
+    epochs: int = 4
+    batch_size: int = 32
+    frozen: int = 6
+    rate: float = 1e-4
+    head_rate: float = 1e-3
+    activation_weight: float = 0.3
+    affinity_weight: float = 0.3
+    start_layer: int = -3
+    train_images: int | None = None
+
+
+def plan_photos(folder: PhotoFolder, weights: Path | None, settings: PhotoSettings, controls: bool) -> Plan:
+    origin = describe(weights)
+    return Plan(
+        title=f"{folder.root.name} at {settings.size} px ({origin})",
+        where=f"on {folder.root.name}",
+        notes=(f"{folder.root.name}: {len(folder.numbers)} classes; {origin}; masks serve evaluation only.",),
+        names=folder.names,
+        background=folder.background,
+        settings=settings,
+        conditions=losses(settings.activation_weight, settings.affinity_weight, controls),
+        start=lambda seed, report: PhotoTask(folder, weights, settings, seed, report),
+    )
+
+
+class PhotoTask:
+    """A photo folder as a `Task`. The frozen half's tokens of both views are computed once, here."""
+
+    pretraining: Training | None = None
+
+    def __init__(
+        self, folder: PhotoFolder, weights: Path | None, settings: PhotoSettings, seed: int, report: Report
+    ) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.seed = seed
+        self.maps = Maps(settings.start_layer, folder.background)
+        self.grid: tuple[int, int] | None = (settings.size // PATCH, settings.size // PATCH)
+        torch.manual_seed(seed)
+        self._lower, self._checkpoint = build(len(folder.numbers), settings.size, settings.frozen, weights)
+        self._train_ids = some(folder.splits["train"], settings.train_images, seed)
+        self._labels = folder.label_matrix(self._train_ids)
+        self._tokens = self._lower_tokens(report)
+        self._batch_size = min(settings.batch_size, len(self._train_ids))
+        self.steps = settings.epochs * (len(self._train_ids) // self._batch_size)
+
+    def _lower_tokens(self, report: Report) -> Tensor:
+        """(2, photos, 1+N, D) half precision: tokens of the photos and of their flips."""
+        flip = HorizontalFlip()
+        parts = [self._train_ids[i : i + _AT_ONCE] for i in range(0, len(self._train_ids), _AT_ONCE)]
+        advance = report("frozen blocks", len(parts))
+        tokens = []
+        for part in parts:
+            images = load_photos(self.folder, part, self.settings.size)
+            tokens.append(torch.stack([self._lower(images), self._lower(flip(images))]).half())
+            advance()
+        return torch.cat(tokens, dim=1)
+
+    def fork(self) -> nn.Module:
+        return copy.deepcopy(self._checkpoint)
+
+    def train(self, model: nn.Module, acr: AllPairsConsistencyLoss | None, advance: Callable[[], None]) -> Training:
+        settings = self.settings
+        optimizer = make_optimizer(model, settings.rate, settings.head_rate)
+        scheduler = CosineAnnealingLR(optimizer, self.steps)
+        return train(model, self._batches(), optimizer, scheduler, acr, self.grid, advance)
+
+    def _batches(self) -> Iterator[Batch]:
+        for chosen in shuffled(len(self._train_ids), self._batch_size, self.steps, self.seed):
+            images, viewed = self._tokens[:, chosen].float()
+            yield images, viewed, self._labels[chosen]
+
+    def truths(self, split: str) -> list[Truth]:
+        ids = self.folder.splits[split]
+        parts = [ids[i : i + _AT_ONCE] for i in range(0, len(ids), _AT_ONCE)]
+        return [
+            Truth(
+                load_photos(self.folder, part, self.settings.size),
+                self.folder.label_matrix(part),
+                [self.folder.mask(name) for name in part],
+            )
+            for part in parts
+        ]
+
+    def prepare(self, images: Tensor) -> Tensor:
+        return self._lower(images)
+
+    def baselines(self, split: str) -> list[Row]:
+        classes = len(self.folder.names)
+        samples = {name: self._samples(name) for name in ("dev", split)}
+        if not self.folder.background:
+            train_samples = self._samples("train")
+            largest = largest_class(samples[split], classes, train_samples)
+            prior = location_prior(samples[split], classes, train_samples)
+            return [
+                baseline_row("largest present class", largest, largest),
+                baseline_row("location prior", prior, prior),
+            ]
+        frequency = [0, *self._labels.sum(dim=0).int().tolist()]
+        ellipse = {name: centred_ellipse(found, classes, frequency) for name, found in samples.items()}
+        nothing = all_background(samples[split], classes)
+        return [
+            baseline_row("all background", nothing, nothing),
+            baseline_row("best centred ellipse", ellipse[split], ellipse["dev"]),
+        ]
+
+    def _samples(self, split: str) -> list[Sample]:
+        ids = self.folder.splits[split]
+        labels = self.folder.label_matrix(ids)
+        first = int(self.folder.background)
+        return [
+            (self.folder.mask(n), (row.nonzero()[:, 0] + first).tolist()) for n, row in zip(ids, labels, strict=True)
+        ]
+
+    def pixels(self, images: Tensor) -> np.ndarray:
+        return to_pixels(images)
+
+
+def to_pixels(images: Tensor) -> np.ndarray:
+    """(B,H,W,3) uint8 of what :func:`load_photos` gave."""
+    colours = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    return (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
+
+
+def load_photos(folder: PhotoFolder, ids: Sequence[str], size: int) -> Tensor:
+    """(B,3,size,size), normalised for the model. Photos are stretched to a square."""
+    photos = [np.asarray(folder.photo(name).resize((size, size), Image.Resampling.BICUBIC)) for name in ids]
+    images = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255
+    return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+
+
+def make_optimizer(model: nn.Module, rate: float, head_rate: float) -> torch.optim.Optimizer:
+    """AdamW; the head, which is new, learns at a rate of its own."""
+    is_head = {name: name.startswith("head.") for name, _ in model.named_parameters()}
+    head = [parameter for name, parameter in model.named_parameters() if is_head[name]]
+    body = [parameter for name, parameter in model.named_parameters() if not is_head[name]]
+    return torch.optim.AdamW([{"params": body, "lr": rate}, {"params": head, "lr": head_rate}])
+
+
+def some(ids: Sequence[str], count: int | None, seed: int) -> list[str]:
+    """`count` of them, drawn by the seed; all where it is None or more than there are."""
+    order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
+    return [ids[i] for i in order[:count]]

@@ -1,0 +1,116 @@
+"""Measures where the tokens of a layer look on the image, by the gradient that reaches the pixels.
+
+The gradient of one token's query (or, of an unfused layer, of one row of its map) lies around the pixels that the token
+was made from; the centroid of its strongest part is the token's position. Under a view, the tokens that a lattice
+matches should stand at the same place of the image; by how much they do not is the offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from acr_reg.attention.layer import LayerAttention
+from acr_reg.attention.maps import AttentionMaps
+from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.views.resampling import Line
+from acr_reg.views.view import View
+
+Side = Literal["query", "key"]
+Observe = Callable[[Tensor], AttentionMaps]
+
+_STRONG = 0.1  # of the largest gradient energy; the rest comes through attention below and normalisation, from anywhere
+# Where on the grid the probed tokens stand, (y, x): inside, away from padded borders.
+_PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
+
+
+@dataclass(frozen=True)
+class Offset:
+    """How far matched tokens are apart under a view, and a token of the images from the lattice's centre for it: the
+    largest of those probed, in pixels of the images as the model reads them."""
+
+    under_view: float
+    from_lattice: float
+
+
+def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[Side, Offset]]:
+    """Of the first layer on each layout, by its position in what ``observe`` returns: five tokens on noise of the size
+    of ``images``, since an image of one colour shows nothing."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
+    probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
+    found: dict[int, dict[Side, Offset]] = {}
+    layouts: set[TokenLayout] = set()
+    for position, layer in enumerate(probe_a.maps):
+        if isinstance(layer.located, str) or layer.located in layouts:
+            continue
+        layouts.add(layer.located)
+        found[position] = {}
+        for side in ("query", "key"):
+            lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
+            tokens_b = _inner_tokens(lattice_b)
+            centres_b = _carried_back(_centres(lattice_b)[tokens_b], view)
+            on_image = ((centres_b > 0) & (centres_b < 1)).all(1)  # not in what a view pads
+            if not on_image.any():
+                continue
+            tokens_b, centres_b = tokens_b[on_image], centres_b[on_image]
+            tokens_a = torch.cdist(centres_b, _centres(lattice_a)).argmin(1)
+            nominal_a = _centres(lattice_a)[tokens_a]
+            missed = centres_b - nominal_a  # of a view that maps no lattice onto the other
+            found_a = probe_a.positions(position, side, tokens_a)
+            found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
+            pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
+            apart = ((found_b - missed - found_a) * pixels).norm(dim=1)
+            away = ((found_a - nominal_a) * pixels).norm(dim=1)
+            found[position][side] = Offset(apart.max().item(), away.max().item())
+    return found
+
+
+class _Probe:
+    """One forward on a copy of the image for every token probed; a backward for each layer and side."""
+
+    def __init__(self, observe: Observe, image: Tensor) -> None:
+        self.images = image.detach().expand(len(_PLACES), -1, -1, -1).clone().requires_grad_()
+        self.maps = observe(self.images)
+
+    def positions(self, layer: int, side: Side, tokens: Tensor) -> Tensor:
+        """(P, 2): y and x, from 0 to 1 over the image, of what each token was made from."""
+        seen = self.maps[layer]
+        of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
+        weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
+        (gradient,) = torch.autograd.grad((of_token * weights).sum(), self.images, retain_graph=True)
+        energy = gradient.double().square().sum(1).cpu()
+        strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
+        y, x = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in energy.shape[1:])
+        return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
+
+
+def _centres(lattice: Lattice) -> Tensor:
+    """(tokens, 2): y and x of every centre, from 0 to 1 over the image."""
+    grid = torch.meshgrid(*(Line(lattice, axis).places() for axis in (0, 1)), indexing="ij")
+    return torch.stack(grid, -1).flatten(0, 1)
+
+
+def _inner_tokens(lattice: Lattice) -> Tensor:
+    return torch.tensor([int(y * lattice.height) * lattice.width + int(x * lattice.width) for y, x in _PLACES])
+
+
+def _carried_back(points: Tensor, view: View) -> Tensor:
+    """Points (P, 2) of a view's output as points of its input, from 0 to 1 over each."""
+    (affine,) = view.affines
+    y, x = points.flip(1).unbind(1) if affine.transposed else points.unbind(1)
+    axes = ((affine.y, y), (affine.x, x))
+    return torch.stack([float(axis.slope) * along + float(axis.start) for axis, along in axes], 1)
+
+
+def _of_token(layer: LayerAttention, side: Side) -> Tensor:
+    """(B, H, tokens, anything): what depends on one token more than on the others."""
+    tensor = layer.query if side == "query" else layer.key
+    if tensor is None:
+        tensor = layer.explicit if side == "query" or layer.explicit is None else layer.explicit.transpose(-2, -1)
+    assert tensor is not None
+    return tensor

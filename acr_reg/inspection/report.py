@@ -1,0 +1,99 @@
+"""The table that a check prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+from acr_reg.views.view import View
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One layer as captured. Errors are relative; offsets are in pixels of the images, None where not measured."""
+
+    index: int
+    name: str
+    kind: str
+    source: str
+    """"fused": query and key of a fused kernel; "explicit": the map; "mixed": a map that was mixed after softmax."""
+    heads: int
+    queries: str
+    keys: str
+    prefix: int | None
+    class_tokens: tuple[int, ...] | None
+    row_error: float | None
+    product_error: float | None
+    query_offset: float | None
+    key_offset: float | None
+    problem: str | None
+
+
+@dataclass(frozen=True)
+class Check:
+    """The table of :func:`check`. ``print(it)`` shows it; ``ok`` says whether a loss on all its layers would be right.
+
+    ``dense_bytes`` is what the maps of all layers and heads take where a loss forms them, of both views;
+    ``factor_bytes`` what query, key, value and output take where they outlive the graph, of both views.
+    """
+
+    model: str
+    view: View
+    layers: tuple[LayerCheck, ...]
+    skipped: tuple[tuple[str, str], ...]
+    problems: tuple[str, ...]
+    terms: dict[str, float]
+    dense_bytes: int
+    factor_bytes: int
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+_HEADINGS = {
+    "index": "layer",
+    "class_tokens": "class",
+    "row_error": "rows off",
+    "product_error": "A V off",
+    "query_offset": "query off, px",
+    "key_offset": "key off, px",
+}
+
+
+def _lines(report: Check) -> Iterator[str]:
+    yield f"{report.model}: {len(report.layers)} layers of token-to-token attention captured, view {report.view!r}"
+    names = [f.name for f in fields(LayerCheck) if f.name != "problem"]
+    rows = [[_HEADINGS.get(name, name) for name in names]]
+    rows += [[_cell(getattr(layer, name)) for name in names] for layer in report.layers]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if report.layers:
+        for row in rows:
+            yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    for name, reason in report.skipped:
+        yield f"skipped {name}: {reason}"
+    if report.layers:
+        yield (
+            f"memory of both views: {report.dense_bytes / 2**20:.1f} MiB where maps are formed, "
+            f"{report.factor_bytes / 2**20:.1f} MiB where factors outlive the graph"
+        )
+    if report.terms:
+        yield "terms: " + ", ".join(f"{name} {value:.3f}" for name, value in report.terms.items())
+    yield from (f"problem: {problem}" for problem in report.problems)
+    yield "ok" if report.ok else f"problems: {len(report.problems)}"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if value == 0.0:
+        return "0"
+    if isinstance(value, float):
+        return f"{value:.1e}" if 0 < value < 0.01 else f"{value:.2f}"
+    if isinstance(value, tuple):
+        return "all" if len(value) > 3 else ",".join(map(str, value)) or "none"
+    return str(value)

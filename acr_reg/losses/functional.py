@@ -1,0 +1,218 @@
+"""The consistency terms as pure functions.
+
+After "All-pairs Consistency Learning for Weakly Supervised Semantic Segmentation" (Sun et al., ICCV 2023 workshop,
+arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020, arXiv 2004.04581).
+
+With attention maps A1, A2 of an image and of its view, and P the view's permutation of patch tokens:
+
+    activation = | A1[class, patches] - A2[class, patches] P |            which patches the class token attends to
+    affinity   = | A1[patches, patches] - P^T A2[patches, patches] P |    which patches attend to each other
+
+Attention is aligned by :class:`~acr_reg.alignment.pairs.AlignedPair` first; everything is differentiable to both views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32
+from acr_reg.alignment.pairs import OVERLAP_FLOOR
+from acr_reg.alignment.resampled import check_valid, valid_tokens
+from acr_reg.cam.refinement import normalize_cam
+from acr_reg.tokens import Lattice
+from acr_reg.views.view import View, lattice_map
+
+Distance = Literal["l1", "l2", "js"] | Callable[[Tensor, Tensor], Tensor]
+
+Normalize = Literal["row", "mean"]
+
+
+def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
+    """The distance of two non-negative rows (..., M) -> (...).
+
+    "l1": ``sum |a - b|``, in [0, 2] for probabilities. "l2": the squared one, ``sum (a - b)^2``. "js": the
+    Jensen-Shannon divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2, which stays non-negative
+    for rows that do not sum to 1. A callable is given both and reduces the last axis.
+    """
+    if distance == "l1":
+        return (a - b).abs().sum(-1)
+    if distance == "l2":
+        return (a - b).square().sum(-1)
+    if distance == "js":
+        middle = (a + b) / 2
+        # The floor keeps 0 ln 0 = 0 and its gradient finite.
+        tiny = torch.finfo(a.dtype).tiny
+        log_middle = middle.clamp_min(tiny).log()
+        pairs = a * (a.clamp_min(tiny).log() - log_middle) + b * (b.clamp_min(tiny).log() - log_middle)
+        # Each pair's share is >= 0, except by rounding where a and b nearly agree.
+        return 0.5 * pairs.clamp_min(0).sum(-1)
+    if not callable(distance):
+        raise ValueError(f'found distance={distance!r}; expected "l1", "l2", "js" or a callable; choose one of these')
+    result = distance(a, b)
+    if result.shape != a.shape[:-1]:
+        raise ValueError(
+            f"found a distance of shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}; expected "
+            f"{tuple(a.shape[:-1])}; reduce the last axis only"
+        )
+    return result
+
+
+@dataclass(frozen=True, eq=False)
+class RowSum:
+    """Distances of some rows, summed: ``total`` of those weighted by what both views show, their summed ``weight``, and
+    the ``count`` of rows that are compared at all. Sums of several blocks of rows add up."""
+
+    total: Tensor
+    weight: Tensor
+    count: Tensor
+
+    def __add__(self, other: RowSum) -> RowSum:
+        return RowSum(self.total + other.total, self.weight + other.weight, self.count + other.count)
+
+    def norm(self) -> Tensor:
+        """What ``total`` is divided by: the rows' weight, and no less than OVERLAP_FLOOR of the rows, so that what
+        little is shown of an image counts little."""
+        tiny = torch.finfo(self.count.dtype).tiny
+        return self.weight.maximum(OVERLAP_FLOOR * self.count).clamp_min(tiny)
+
+    def mean(self) -> Tensor:
+        return self.total / self.norm()
+
+
+def sum_rows(
+    a: Tensor,
+    b: Tensor,
+    distance: Distance = "l1",
+    normalize: Normalize = "row",
+    keys_valid: Tensor | None = None,
+    counted: Tensor | None = None,
+    overlap: Tensor | None = None,
+) -> RowSum:
+    """The distances of rows (B, H, R, M), over the rows ``counted`` (B or 1, R), weighted by ``overlap`` (B, H, R) in
+    [0, 1]."""
+    keys: Tensor | int = a.shape[-1]
+    if keys_valid is not None:
+        a, b = (rows.masked_fill(~keys_valid[:, None, None, :], 0) for rows in (a, b))
+        keys = keys_valid.sum(-1).clamp_min(1)[:, None, None]
+    distances = row_distance(a, b, distance)
+    if normalize == "mean":
+        distances = distances / keys
+    elif normalize != "row":
+        raise ValueError(
+            f'found normalize={normalize!r}; expected "row" (per query row) or "mean" (the paper\'s); choose one'
+        )
+    if counted is None and overlap is None:
+        rows = distances.new_full((), distances.numel())
+        return RowSum(distances.sum(), rows, rows)
+    weight = torch.ones_like(distances)
+    if counted is not None:
+        weight = weight * counted.to(distances.dtype)[:, None]
+    rows = weight.sum()
+    if overlap is not None:
+        weight = weight * overlap.to(distances.dtype)
+    return RowSum((distances * weight).sum(), weight.sum(), rows)
+
+
+def activation_consistency(
+    a: Tensor,
+    b: Tensor,
+    distance: Distance = "l1",
+    normalize: Normalize = "row",
+    keys_valid: Tensor | None = None,
+    present: Tensor | None = None,
+    overlap: Tensor | None = None,
+) -> Tensor:
+    """Region activation consistency (L_act of arXiv 2308.04321): a scalar >= 0, differentiable.
+
+    ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and
+    ``present`` (B, C) leave out padding and absent classes; ``overlap`` (B, H, C) in [0, 1] weights rows by what both
+    views show (:meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` gives rows and weights). With
+    ``normalize="mean"`` this is ``1/(B C M) sum |a - b|``, the published form; "row" is M times that: the distance per query row, which
+    means the same at every token count.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
+    >>> activation_consistency(a, b).item(), activation_consistency(a, b, normalize="mean").item()
+    (0.5, 0.25)
+    """
+    return sum_rows(a, b, distance, normalize, keys_valid, present, overlap).mean()
+
+
+def affinity_consistency(
+    a: Tensor,
+    b: Tensor,
+    distance: Distance = "l1",
+    normalize: Normalize = "row",
+    keys_valid: Tensor | None = None,
+    rows_valid: Tensor | None = None,
+    overlap: Tensor | None = None,
+) -> Tensor:
+    """Region affinity consistency (L_aff of arXiv 2308.04321): a scalar >= 0, differentiable.
+
+    ``a``, ``b``: patch rows over aligned patches, (B, H, N, M). ``rows_valid`` (B or 1, N) and ``keys_valid`` (B or 1,
+    M) leave out tokens that are padding; ``overlap`` (B, H, N) in [0, 1] weights rows by what both views show. With
+    ``normalize="mean"`` this is ``1/(B N M) sum |a - b|``, the published form; "row" is M times that.
+    """
+    return sum_rows(a, b, distance, normalize, keys_valid, rows_valid, overlap).mean()
+
+
+def cam_consistency(
+    cam_a: Tensor,
+    cam_b: Tensor,
+    view: View,
+    distance: Distance = "l1",
+    labels: Tensor | None = None,
+    valid: Tensor | None = None,
+    normalize: Literal["max", "minmax"] | None = "max",
+    lattices: tuple[Lattice, Lattice] | None = None,
+) -> Tensor:
+    """Equivariance of class maps (SEAM's L_ER, eq. 4 of arXiv 2004.04581): a scalar >= 0, differentiable.
+
+    ``cam_a`` (B, C, h, w) of images, ``cam_b`` (B, C, h', w') of ``view(images)``; the mean distance per pixel over
+    classes with ``labels`` (B, C) > 0 and the pixels that both views show and where ``valid`` (B, H, W). Each map is
+    normalised by itself, over those pixels, before it is aligned. ``lattices`` say where the pixels of both lie on
+    their images; by default they divide them evenly.
+    """
+    if cam_a.ndim != 4 or cam_b.ndim != 4 or cam_a.shape[:2] != cam_b.shape[:2]:
+        raise ValueError(
+            f"found class maps of shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}; expected (B, C, h, w) with the "
+            "same B and C; pass the maps of the same images and classes"
+        )
+    view.check_batch(cam_a.shape[0])
+    expected = view.output_size(cam_a.shape[-2:])
+    if any(abs(found - size) > 1 for found, size in zip(cam_b.shape[-2:], expected, strict=True)):
+        raise ValueError(
+            f"found cam_a of {tuple(cam_a.shape[-2:])} and cam_b of {tuple(cam_b.shape[-2:])}; expected cam_b of about "
+            f"{expected} under {view.brief}; pass the view that was applied to the images of cam_b"
+        )
+    cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)
+    grid_a, grid_b = lattices or (Lattice(*cam_a.shape[-2:]), Lattice(*cam_b.shape[-2:]))
+    device = str(cam_a.device)
+    there, back = lattice_map(view, grid_a, grid_b, device), lattice_map(view.inverse, grid_b, grid_a, device)
+    keys_valid = overlap = shown_a = shown_b = None
+    if valid is not None or not (there.is_complete and back.is_complete):
+        keys_valid, shown = back.valid, there.valid
+        if valid is not None:
+            check_valid(valid, cam_a.shape[0])
+            image = valid_tokens(valid, grid_a).to(device)
+            keys_valid, shown = keys_valid & image, shown & (there.tokens(image.to(cam_a)) >= 0.5)
+        shown_a, shown_b = keys_valid.unflatten(-1, cam_a.shape[-2:]), shown.unflatten(-1, cam_b.shape[-2:])
+        of_image = keys_valid.shape[-1] if valid is None else image.sum(-1, keepdim=True).clamp_min(1)
+        overlap = (keys_valid.sum(-1, keepdim=True) / of_image)[:, None].expand(cam_a.shape[0], 1, cam_a.shape[1])
+    if normalize is not None:
+        cam_a, cam_b = normalize_cam(cam_a, normalize, shown_a), normalize_cam(cam_b, normalize, shown_b)
+    if valid is not None and not back.is_exact:  # padding beside the image is not mixed into it
+        assert shown_b is not None
+        image = shown_b[:, None].to(cam_b).expand(cam_b.shape[0], 1, -1, -1)
+        cam_b = back(cam_b * image) / back(image).clamp_min(torch.finfo(cam_b.dtype).tiny)
+    else:
+        cam_b = back(cam_b)
+    present = None if labels is None else labels > 0
+    # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are no distributions.
+    rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]
+    return sum_rows(rows_a, rows_b, distance, "mean", keys_valid, present, overlap).mean()

@@ -1,0 +1,305 @@
+"""Reads off a model and its input where the tokens of a layer sit, or says why it cannot.
+
+:func:`read_fields` gathers what a model says about its tokens; :func:`infer_layout` finds the one grid and prefix that
+fit a number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from acr_reg.errors import LayoutError
+from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
+
+# Longer prefixes exist (prompt tuning), but beyond this a guess is more often a wrong grid than a long prefix.
+MAX_GUESSED_PREFIX = 24
+_LARGEST_GUESSED_PATCH = 32  # px; above, the channels of channel attention begin to look like a few huge patches
+# Where the patch size is to be guessed: those that divide the image, and these, under which a margin may be left over.
+_COMMON_PATCHES = (8, 14, 16, 32)
+
+_CLASS_TOKEN_NAMES = ("cls_token", "cls_tokens", "class_token", "class_tokens", "class_embedding")
+_OTHER_PREFIX_NAMES = (
+    "dist_token",
+    "distillation_token",
+    "reg_token",
+    "reg_tokens",
+    "register_tokens",
+    "storage_tokens",
+)
+# A parameter of such a name may hold prefix tokens; a model without any has none.
+_TOKEN_LIKE = ("token", "cls", "class_emb", "prompt", "register", "query", "latent")
+_STAGES = 6  # of a pyramid, each on a grid of half the size
+_STEM_STRIDES = (4, 8, 16)  # of several convolutions before the first attention
+
+
+@dataclass(frozen=True)
+class Stem:
+    """The one convolution that reads the images, where its windows overlap: kernel, stride and padding (y, x)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+    def grid(self, image_size: tuple[int, int]) -> tuple[int, int]:
+        rows, columns = ((image_size[i] + 2 * self.padding[i] - self.kernel[i]) // self.stride[i] + 1 for i in (0, 1))
+        return rows, columns
+
+
+@dataclass(frozen=True)
+class ModelFields:
+    """What a model says about its own tokens; ``None`` where it says nothing (or more than one thing).
+
+    ``reads_patches`` says that a convolution cuts the images into the patches stated. A quarter as many tokens are then
+    a later stage only where the run ``is_pyramid``, with ever fewer tokens; else masking or patch dropout left them,
+    and they are on no grid.
+    """
+
+    patch_size: tuple[int, int] | None = None
+    num_prefix_tokens: int | None = None
+    num_class_tokens: int | None = None
+    stem: Stem | None = None
+    reads_patches: bool = False
+    is_pyramid: bool = False
+
+
+def read_fields(model: nn.Module) -> ModelFields:
+    """Reads patch size and prefix tokens off the names and shapes that timm, torchvision, transformers and WSSS hosts
+    use."""
+    class_tokens = _count_parameters(model, _CLASS_TOKEN_NAMES)
+    others = _count_parameters(model, _OTHER_PREFIX_NAMES)
+    stated = {n for m in model.modules() if isinstance(n := getattr(m, "num_prefix_tokens", None), int)}
+    prefix = stated.pop() if len(stated) == 1 else (class_tokens + others if class_tokens + others else None)
+    if prefix is None and not stated and _image_convolutions(model) and not _may_hold_tokens(model):
+        prefix = 0
+    known = prefix is not None and class_tokens <= prefix and (class_tokens > 0 or bool(others) or prefix == 0)
+    patches = _patches_cut(model)
+    patch = _the_only(patches or _patches_stated(model))
+    return ModelFields(patch, prefix, class_tokens if known else None, _stem(model), bool(patches))
+
+
+def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
+    """Tokens held by parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one; a name counts once (its
+    largest)."""
+    counts: dict[str, int] = {}
+    for full_name, parameter in model.named_parameters():
+        name = full_name.rpartition(".")[2]
+        if name in names:
+            counts[name] = max(counts.get(name, 0), parameter.shape[-2] if parameter.ndim > 1 else 1)
+    return sum(counts.values())
+
+
+def _image_convolutions(model: nn.Module) -> list[nn.Conv2d]:
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4) and m.groups == 1]
+
+
+def _stem(model: nn.Module) -> Stem | None:
+    convolutions = _image_convolutions(model)
+    if len(convolutions) != 1 or isinstance(convolutions[0].padding, str):  # "same", "valid"
+        return None
+    (conv,) = convolutions
+    padding = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
+    stem = Stem(_pair(conv.kernel_size), _pair(conv.stride), _pair(padding))
+    return None if stem.kernel == stem.stride or stem.stride == (1, 1) else stem
+
+
+def _may_hold_tokens(model: nn.Module) -> bool:
+    names = (name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim <= 3)
+    return any(like in name and name != "mask_token" for name in names for like in _TOKEN_LIKE)
+
+
+def _patches_cut(model: nn.Module) -> set[tuple[int, int]]:
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels <= 4]
+    return {_pair(m.stride) for m in convolutions if m.kernel_size == m.stride and m.stride[0] > 1}
+
+
+def _patches_stated(model: nn.Module) -> set[tuple[int, int]]:
+    values = [
+        value
+        for module in model.modules()
+        for value in (getattr(module, "patch_size", None), getattr(getattr(module, "config", None), "patch_size", None))
+    ]
+    pairs = [v for v in values if isinstance(v, (tuple, list)) and len(v) == 2 and isinstance(v[0], int)]
+    return {_pair(value) for value in [*pairs, *(v for v in values if isinstance(v, int))]}
+
+
+def _the_only(found: set[tuple[int, int]]) -> tuple[int, int] | None:
+    return next(iter(found)) if len(found) == 1 else None
+
+
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+
+
+def infer_layout(
+    num_tokens: int,
+    image_size: tuple[int, int] | None,
+    fields: ModelFields,
+    patch_size: int | Sequence[int] | None = None,
+    num_prefix_tokens: int | None = None,
+    class_tokens: int | Sequence[int] | None = None,
+    num_keys: int | None = None,
+) -> TokenLayout:
+    """The one layout of ``num_tokens`` queries and ``num_keys`` keys (None: as many) that fits an image of
+    ``image_size`` (height, width) in pixels.
+
+    What the user gives (``patch_size``, ``num_prefix_tokens``, ``class_tokens``) goes before what the model's
+    ``fields`` say; in later stages of a pyramid the stated patch is doubled, and the prefix may be missing. Where keys
+    and queries are not as many, the smaller lattice is the larger one reduced. Raises :class:`LayoutError` where
+    nothing fits, or where more than one layout does, and lists those.
+
+    >>> infer_layout(25, (64, 96), ModelFields(patch_size=(16, 16))).query
+    Lattice(height=4, width=6, stride=(16.0, 16.0), offset=(0.0, 0.0), extent=(64.0, 96.0))
+    >>> print(infer_layout(384, (64, 96), ModelFields(num_prefix_tokens=0), num_keys=6).key)
+    2 x 3
+    """
+    num_keys = num_tokens if num_keys is None else num_keys
+    if image_size is None:
+        raise LayoutError(
+            f"found {num_tokens} tokens and no image on their way (no module of the model was given a (B, C, H, W) "
+            "tensor of at most 4 channels); expected one, to tell the grid; call "
+            "attention.take().with_layout(grid=(h, w), num_prefix_tokens=)"
+        )
+    if patch_size is not None:
+        fields = replace(fields, patch_size=_pair(patch_size), stem=None)
+    prefix = num_prefix_tokens if num_prefix_tokens is not None else fields.num_prefix_tokens
+    # A class token may join in the last stage only; one that the user states is there.
+    prefixes = [prefix, 0] if prefix and num_prefix_tokens is None else [prefix]
+    fits, fitted = _first_fits(num_tokens, image_size, fields, prefixes), num_tokens
+    if num_keys != num_tokens and (len(fits) != 1 or num_keys > num_tokens):  # the larger one tells more
+        of_keys = _first_fits(num_keys, image_size, fields, prefixes)
+        fits, fitted = (of_keys, num_keys) if len(of_keys) == 1 else (fits, fitted)
+    if len(fits) != 1:
+        raise LayoutError(_misfit(num_tokens, image_size, fields.patch_size, prefix, fits))
+    prefix, lattice = fits[0]
+    query = lattice if num_tokens == fitted else _in_proportion(lattice, num_tokens - prefix)
+    key = lattice if num_keys == fitted else _in_proportion(lattice, num_keys - prefix)
+    if class_tokens is None and fields.num_class_tokens is not None and fields.num_class_tokens <= prefix:
+        class_tokens = fields.num_class_tokens
+    elif class_tokens is None and num_prefix_tokens is None and prefix < (fields.num_prefix_tokens or 0):
+        class_tokens = 0
+    return TokenLayout(query, key, prefix, class_token_positions(class_tokens, prefix))
+
+
+_Fit = tuple[int, Lattice]
+
+
+def _first_fits(
+    num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefixes: Sequence[int | None]
+) -> list[_Fit]:
+    """What fits first: the stated patch, the stem, their later stages; where nothing is stated, common patches."""
+    for prefix in prefixes:
+        fits = _patch_fits(num_tokens, image_size, fields.patch_size, prefix)
+        if not fits and prefix is not None:
+            fits = _stage_fits(num_tokens, image_size, fields, prefix)
+        if fits:
+            return fits
+    return []
+
+
+def _patch_fits(
+    num_tokens: int, image_size: tuple[int, int], patch: tuple[int, int] | None, prefix: int | None
+) -> list[_Fit]:
+    """Every (prefix, lattice) that adds up to ``num_tokens``, one for each grid."""
+    height, width = image_size
+    if patch is not None:
+        patches = [patch]
+    else:
+        largest = min(height, width, _LARGEST_GUESSED_PATCH)
+        dividing = [p for p in range(1, largest + 1) if height % p == 0 and width % p == 0]
+        patches = [(p, p) for p in (*_COMMON_PATCHES, *dividing)]  # of patches with the same grid, a dividing one stays
+    fits: dict[tuple[int, int], _Fit] = {}
+    for size in patches:
+        grid = (height // size[0], width // size[1])
+        left = num_tokens - grid[0] * grid[1]
+        if min(grid) > 0 and (left == prefix if prefix is not None else 0 <= left <= MAX_GUESSED_PREFIX):
+            fits[grid] = (left, _lattice(grid, size, image_size))
+    return [fits[grid] for grid in sorted(fits, key=lambda grid: (fits[grid][0], grid))]
+
+
+def _stage_fits(num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefix: int) -> list[_Fit]:
+    """The fit on the stem's own grid, or on that of a later stage of a pyramid: half the rows and columns, rounded
+    either way, of the stage before."""
+    height, width = image_size
+    bases: list[tuple[tuple[int, int], tuple[int, int], bool]] = []  # grid, stride, whether it is centred on the image
+    if fields.stem is not None:
+        bases.append((fields.stem.grid(image_size), fields.stem.stride, fields.stem.padding == (0, 0)))
+    if fields.patch_size is not None:
+        patch = fields.patch_size
+        bases += [((height // patch[0], width // patch[1]), patch, False)]
+        bases += [((-(-height // patch[0]), -(-width // patch[1])), patch, False)]
+    if fields.stem is None and not fields.reads_patches:  # a stem of several convolutions
+        bases += [((-(-height // p), -(-width // p)), (p, p), False) for p in _STEM_STRIDES]
+    fits: dict[tuple[int, int], _Fit] = {}
+    stages = 1 if fields.reads_patches and not fields.is_pyramid else _STAGES
+    for base, patch, centred in bases:
+        grids = {base}
+        for stage in range(stages):
+            for grid in grids:
+                if min(grid) > 0 and grid[0] * grid[1] + prefix == num_tokens and grid not in fits:
+                    stride = (patch[0] << stage, patch[1] << stage)
+                    fits[grid] = (prefix, _lattice(grid, stride, image_size, centred))
+            grids = {half for grid in grids for half in ((grid[0] // 2, grid[1] // 2), _halved_up(grid))}
+    return list(fits.values())
+
+
+def _halved_up(grid: tuple[int, int]) -> tuple[int, int]:
+    return -(-grid[0] // 2), -(-grid[1] // 2)
+
+
+def _lattice(
+    grid: tuple[int, int], stride: tuple[int, int], image_size: tuple[int, int], centred: bool = False
+) -> Lattice:
+    height, width = float(image_size[0]), float(image_size[1])
+    offset = ((height - grid[0] * stride[0]) / 2, (width - grid[1] * stride[1]) / 2) if centred else (0.0, 0.0)
+    return Lattice(*grid, (float(stride[0]), float(stride[1])), offset, (height, width))
+
+
+def _in_proportion(lattice: Lattice, count: int) -> Lattice:
+    """The lattice of ``count`` tokens with the proportions of another, over the same image."""
+    height, width = lattice.height, lattice.width
+    grids = [
+        (rows, count // rows)
+        for rows in range(1, count + 1)
+        if count % rows == 0 and abs(rows * width - count // rows * height) < max(height, width, rows, count // rows)
+    ]
+    if len(grids) != 1:
+        raise LayoutError(
+            f"found {count} patches beside a grid of {lattice}, which "
+            f"{'fit ' + ' or '.join(f'{h} x {w}' for h, w in grids) if grids else 'fit no grid like it'}; expected one "
+            "grid of the same proportions; name it by with_layout(grid=, key_grid=, num_prefix_tokens=)"
+        )
+    rows, columns = grids[0]
+    fits = [r for r in range(1, height + 1) if height // r == rows and width // r == columns]
+    by = min(fits, key=lambda r: (height % r + width % r, r), default=None)
+    step = (float(by), float(by)) if by is not None else (height / rows, width / columns)
+    stride = (lattice.stride[0] * step[0], lattice.stride[1] * step[1])
+    return Lattice(rows, columns, stride, lattice.offset, lattice.extent)
+
+
+def _misfit(
+    num_tokens: int,
+    image_size: tuple[int, int],
+    patch: tuple[int, int] | None,
+    prefix: int | None,
+    fits: list[_Fit],
+) -> str:
+    seen = f"found {num_tokens} tokens for an image of {image_size[0]} x {image_size[1]} px"
+    if fits:
+        listed = " or ".join(f"{left} prefix + {lattice}" for left, lattice in fits)
+        return (
+            f"{seen}, which fit {listed}; expected one fit; pass patch_size= or num_prefix_tokens= to capture_attention"
+        )
+    said = (
+        [f"patch size {patch[0]} x {patch[1]}, so a grid of {image_size[0] // patch[0]} x {image_size[1] // patch[1]}"]
+        if patch
+        else []
+    )
+    said += [f"{prefix} prefix tokens"] if prefix is not None else []
+    return (
+        f"{seen}; expected prefix tokens + grid to add up to that "
+        f"({' and '.join(said) or 'nothing is known of patch or prefix'}); pass patch_size= and num_prefix_tokens= to "
+        "capture_attention, or name the layout by with_layout(grid=, num_prefix_tokens=)"
+    )

@@ -1,0 +1,244 @@
+"""What kind of attention a call was: of all tokens, within windows, with reduced keys, or none between tokens at all.
+
+A map alone does not say what its axes stand for. What the module was given and returned, and how many images there
+were, do: see :func:`place`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from acr_reg.attention.call import SeenCall
+from acr_reg.attention.layer import LayerAttention
+from acr_reg.tokens import TokenLayout, Window
+
+Locate = Callable[[int, int, "tuple[int, int] | None"], "TokenLayout | str"]
+
+_OTHER_TOKENS = {"key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k"}
+
+_HEAD_NAMES = ("num_heads", "heads", "num_attention_heads", "n_heads")
+
+_WINDOW_NAMES = ("window_size", "partition_size", "win_size", "ws")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a layer's map is made of: its heads where they are flattened into the batch, its windows, its tokens."""
+
+    heads: int | None
+    window: Window | None
+    located: TokenLayout | str
+
+    def layer(self, index: int, seen: SeenCall) -> LayerAttention:
+        recorded = seen.call.recorded if self.heads is None else replace(seen.call.recorded, heads=self.heads)
+        return LayerAttention(
+            index, seen.name, recorded, self.located, seen.call.dropout, seen.call.stochastic, window=self.window
+        )
+
+
+def first_tensor(*values: Any) -> Tensor | None:
+    """The first tensor among values, of which some may be tuples or dicts of tensors."""
+    for value in values:
+        if isinstance(value, Tensor):
+            return value
+        if isinstance(value, (tuple, list)):
+            found = first_tensor(*value)
+        elif isinstance(value, Mapping):
+            found = first_tensor(*value.values())
+        else:
+            continue
+        if found is not None:
+            return found
+    return None
+
+
+def token_counts(shape: Sequence[int] | None) -> frozenset[int]:
+    """How many tokens a tensor may hold: of (N, C), (B, N, C) or (N, B, C), (B, h, w, C) or (B, C, h, w)."""
+    if shape is None or not 2 <= len(shape) <= 4:
+        return frozenset()
+    if len(shape) == 4:
+        return frozenset([shape[1] * shape[2], shape[2] * shape[3]])
+    return frozenset(shape[:-1])
+
+
+def holds_rows(shape: Sequence[int] | None, module: nn.Module) -> bool:
+    """Whether a module's input holds tokens as rows of channels: (B, N, C), or (B, h, w, C) that its linear maps
+    take."""
+    if shape is None or len(shape) not in (3, 4):
+        return False
+    return len(shape) == 3 or shape[-1] in {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}
+
+
+def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a module was given other tokens to look at than those that look: two tensors, by name or in order."""
+    second = args[1] if len(args) > 1 else None
+    if second is None and _OTHER_TOKENS.isdisjoint(kwargs):
+        return False
+    query = first_tensor(args, {name: value for name, value in kwargs.items() if name not in _OTHER_TOKENS}, kwargs)
+    named = [kwargs[name] for name in _OTHER_TOKENS & kwargs.keys()]
+    if any(isinstance(other, Tensor) and other is not query for other in named):
+        return True
+    if query is None or not isinstance(second, Tensor) or second is query or not second.is_floating_point():
+        return False
+    alike = second.ndim == query.ndim == 3 and second.shape[0] == query.shape[0]
+    return alike and second.shape[1] != query.shape[1]
+
+
+def place(
+    seen: SeenCall,
+    around: Sequence[nn.Module],
+    images: tuple[int, int, int] | None,
+    locate: Locate,
+    unordered: str | None = None,
+) -> Placement | str:
+    """Where the tokens of a call sit, or why it is not token-to-token self-attention.
+
+    ``around`` is the attention module and what it lies in, the innermost first; ``images`` is (B, height, width);
+    ``unordered`` says why the model's tokens, if so, are on no grid.
+    """
+    recorded = seen.call.recorded
+    if seen.call.refusal is not None:
+        return seen.call.refusal
+    layer = LayerAttention(0, seen.name, recorded, "")
+    heads = None
+    if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and layer.shape[0] % images[0] == 0:
+        heads = layer.shape[0] // images[0]  # (B H, N, M) or (B, N, M), without a word about H
+        layer = replace(layer, recorded=replace(recorded, heads=heads))
+    batch, _, queries, keys = layer.shape
+    if seen.cross and (queries != keys or images is None):
+        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
+    if queries == 1:
+        return f"1 query, {keys} keys: pooling or class attention"
+    if images is not None and batch % images[0]:
+        return f"a batch of {batch} for {images[0]} images: tokens of something else"
+    if is_channels(layer, seen):
+        return f"{queries} channels attend to {keys} channels over all tokens: channel attention"
+    window = _window(layer, seen, around, images)
+    if window is not None:
+        return Placement(heads, window, "")
+    if seen.cross:
+        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
+    located = unordered or locate(queries, keys, images and images[1:])
+    size = _said(around, _WINDOW_NAMES)
+    if isinstance(located, str) and size is not None and size[0] * size[1] == keys:  # one window, padded
+        return Placement(heads, Window(size, _shift(around), 1), "")
+    if queries != keys:
+        refusal, located = _reduced(layer, seen, images, located, unordered)
+        if refusal is not None:
+            return refusal
+    return Placement(heads, None, located)
+
+
+def is_channels(layer: LayerAttention, seen: SeenCall) -> bool:
+    """Whether the map's axes are channels: then what stands where a head's width should is the number of tokens.
+
+    Where channels are as many as tokens, the order in memory tells: of (B, N, C), channels lie side by side.
+    """
+    queries, keys = layer.shape[2:]
+    width, inputs = seen.call.value_width, token_counts(seen.input_shape)
+    if width not in inputs:
+        return False
+    if queries not in inputs and keys not in inputs:
+        return True
+    in_rows = holds_rows(seen.input_shape, seen.module)
+    return queries == keys == width and in_rows and seen.call.value_in_columns
+
+
+def is_pyramid(calls: Sequence[SeenCall]) -> bool:
+    """Whether the calls show ever fewer tokens, windows counted together."""
+    shapes = [seen.call.recorded.seen.shape for seen in calls if seen.call.recorded.seen.ndim == 4]
+    tokens = [shape[0] * shape[2] for shape in shapes if shape[2] > 1]
+    return len(set(tokens)) > 1 and tokens == sorted(tokens, reverse=True)
+
+
+def _reduced(
+    layer: LayerAttention,
+    seen: SeenCall,
+    images: tuple[int, int, int] | None,
+    located: TokenLayout | str,
+    unordered: str | None,
+) -> tuple[str | None, TokenLayout | str]:
+    """Fewer keys than queries (PVT, SegFormer), or fewer queries than keys (LeViT between its stages): (why not, where
+    its tokens sit)."""
+    queries, keys = layer.shape[2:]
+    counted = f"{queries} queries, {keys} keys"
+    if images is None:
+        return f"{counted} and no image that would tell their grids: reduced keys, pooling or cross-attention", located
+    outputs = token_counts(seen.output_shape)
+    if queries < keys and outputs and queries not in outputs:
+        return f"{counted}, of which the queries are not the module's tokens: pooling or cross-attention", located
+    if any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in seen.module.modules()):
+        return None, (
+            f"found {keys} keys pooled along the sequence of {queries} tokens, which lie on no grid; expected keys on "
+            "a grid; leave the layer out: choose layers= among the others"
+        )
+    if isinstance(located, str) and located is not unordered:
+        return f"{counted} that fit no two grids of the image: pooling or cross-attention", located
+    return None, located
+
+
+def _window(
+    layer: LayerAttention, seen: SeenCall, around: Sequence[nn.Module], images: tuple[int, int, int] | None
+) -> Window | None:
+    """The windows of a layer, told by a batch that holds several groups of tokens an image, or by a fifth axis."""
+    groups = 1 if images is None else layer.shape[0] // images[0]
+    if layer.recorded.seen.ndim > 4:
+        groups *= _groups_beside_heads(layer, seen)
+    if groups == 1:
+        return None
+    size = _said(around, _WINDOW_NAMES)
+    if size is not None and size[0] * size[1] != layer.shape[3]:  # a number of tokens, or something else altogether
+        size = None
+    return Window(size, _shift(around), groups)
+
+
+def _shift(around: Sequence[nn.Module]) -> tuple[int, int]:
+    return _said(around, ("shift_size",)) or (0, 0)
+
+
+def _groups_beside_heads(layer: LayerAttention, seen: SeenCall) -> int:
+    """Of (B, windows, heads, N, .) or (B, heads, windows, N, .), how many windows."""
+    beside = layer.shape[1]
+    heads = next((n for name in _HEAD_NAMES if isinstance(n := getattr(seen.module, name, None), int)), None)
+    if heads and beside % heads == 0:
+        return beside // heads
+    return 1 if layer.shape[2] in token_counts(seen.input_shape) else max(layer.recorded.seen.shape[1:-2])
+
+
+def _said(modules: Sequence[nn.Module], names: Sequence[str]) -> tuple[int, int] | None:
+    """The first pair of numbers, or number, that one of the modules holds under one of the names."""
+    return next((pair for m in modules for name in names if (pair := _pair_or_none(getattr(m, name, None)))), None)
+
+
+def _pair_or_none(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = (value, value)
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return (value[0], value[1]) if any(value) else None
+    return None
+
+
+def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
+    """The same layers; those within windows with the reason in place of a layout, and the layers to use instead."""
+    usable = [layer.index for layer in layers if layer.window is None and not isinstance(layer.located, str)]
+    advice = f"choose layers={usable}, which see all of it" if usable else "no layer here does; take another model"
+    reason = "found attention within {} ({} tokens each); expected every token to attend to the whole image; {}"
+    return [
+        replace(layer, located=reason.format(layer.window, layer.shape[2], advice)) if layer.window else layer
+        for layer in layers
+    ]
+
+
+def unordered_tokens(model: nn.Module) -> str | None:
+    """Why the tokens of this model do not stand in rows over the image, where it is known to arrange them otherwise."""
+    names = [type(m).__name__ for m in model.modules() if type(m).__name__ == "Unroll" or hasattr(m, "unroll_schedule")]
+    if not names:
+        return None
+    return (
+        f"found tokens in the order of mask units ({names[0]}), not row by row; expected rows of a grid; bring them "
+        "into order yourself and use AttentionMaps.from_tensors(list, num_prefix_tokens=, grid=)"
+    )

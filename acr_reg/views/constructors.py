@@ -1,0 +1,222 @@
+"""Views: augmentations that know how to carry a map, or an affinity between tokens, back to the image they came from.
+
+The constructors of every kind of :class:`View`. It acts on images and dense maps itself; ``acr_reg.alignment`` carries
+tokens and attention by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from fractions import Fraction
+from functools import reduce
+
+from acr_reg.views.affine import Affine, Axis
+from acr_reg.views.view import Size, View
+
+_MIRRORED = Axis.reading(-1, 1)
+
+
+def Identity() -> View:
+    """The view that changes nothing."""
+    return View()
+
+
+def HorizontalFlip() -> View:
+    """Mirrors left and right."""
+    return View((Affine(x=_MIRRORED),), label="HorizontalFlip()")
+
+
+def VerticalFlip() -> View:
+    """Mirrors top and bottom.
+
+    >>> import torch
+    >>> VerticalFlip()(torch.tensor([[1, 2], [3, 4]])).tolist()
+    [[3, 4], [1, 2]]
+    """
+    return View((Affine(y=_MIRRORED),), label="VerticalFlip()")
+
+
+def Rotate90(k: int = 1) -> View:
+    """``k`` quarter turns counter-clockwise, as ``torch.rot90`` over (H, W)."""
+    if not isinstance(k, int):
+        raise TypeError(f"found k={k!r}; expected a whole number of quarter turns; Rotate90(2) is half a turn")
+    y, x, transposed = {
+        0: (Axis(), Axis(), False),
+        1: (Axis(), _MIRRORED, True),
+        2: (_MIRRORED, _MIRRORED, False),
+        3: (_MIRRORED, Axis(), True),
+    }[k % 4]
+    return View((Affine(y, x, transposed),), label=f"Rotate90({k % 4})")
+
+
+def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
+    """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
+
+    With ``keep_size`` the output has the input's size, as of torchvision's affine: scaled about the centre, cut where
+    it is larger and 0 (and not valid) where it is smaller. Unlike affine it is antialiased, and reads nothing that is
+    cut.
+
+    >>> import torch
+    >>> Scale(0.5)(torch.ones(1, 3, 32, 48)).shape
+    torch.Size([1, 3, 16, 24])
+    """
+    try:
+        factors = tuple(map(float, factor)) if isinstance(factor, (tuple, list)) else (float(factor), float(factor))
+    except (TypeError, ValueError):
+        factors = ()
+    if len(factors) != 2 or not all(0 < f < float("inf") for f in factors):
+        raise ValueError(f"found a scale of {factor}; expected positive factors; 0.5 halves the size, 2 doubles it")
+    if not isinstance(factor, (int, float, tuple)):  # numbers of numpy and torch print as they are not written
+        factor = factors[0] if factors[0] == factors[1] else factors
+    zoom = (Fraction(factors[0]), Fraction(factors[1]))
+    if not keep_size:
+        return View((Affine(zoom=zoom),), label=f"Scale({factor})", rounds=True)
+    y, x = (Axis.reading(1 / z, (1 - 1 / z) / 2) for z in zoom)
+    return View((Affine(y, x),), label=f"Scale({factor}, keep_size=True)")
+
+
+def Crop(
+    top: int,
+    left: int,
+    height: int,
+    width: int,
+    size: int | Size | None = None,
+    *,
+    image_size: Size,
+    pad: bool = False,
+) -> View:
+    """The box of an image of ``image_size`` (height, width), in pixels, resized to ``size`` (height, width), by default
+    its own: torchvision's ``resized_crop``.
+
+    The box is in torchvision's order, so that ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
+    image_size=images.shape[-2:])`` is what that transform would have done. With ``pad`` the box may reach beyond the
+    image, where the output is 0 and not valid: what hosts do that scale by 0.5 to 2 and pad to one size. Raises
+    ValueError for a box outside the image.
+
+    >>> import torch
+    >>> Crop(0, 16, 32, 32, size=64, image_size=(32, 48))(torch.ones(1, 3, 32, 48)).shape
+    torch.Size([1, 3, 64, 64])
+    """
+    box = tuple(_whole(value, "a box") for value in (top, left, height, width))
+    rows, columns = _height_and_width(image_size, "an image size")
+    size = (height, width) if size is None else (size, size) if isinstance(size, int) else size
+    out_rows, out_columns = _height_and_width(size, "a size")
+    top, left, height, width = box
+    inside = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
+    touching = top < rows and left < columns and top + height > 0 and left + width > 0
+    if min(height, width, out_rows, out_columns, rows, columns) < 1 or not (touching if pad else inside):
+        raise ValueError(
+            f"found a box of {height} x {width} at ({top}, {left}), rows {top} to {top + height} and columns {left} to "
+            f"{left + width}, of an image of {rows} x {columns}, resized to {out_rows} x {out_columns}; expected a box "
+            f"within the image and sizes of at least 1; {'move' if pad else 'shrink or move'} the box"
+            f"{'' if pad else ', or pass pad=True for zeros beyond the image'}"
+        )
+    y = Axis.reading(Fraction(height, rows), Fraction(top, rows))
+    x = Axis.reading(Fraction(width, columns), Fraction(left, columns))
+    padded = ", pad=True" if pad else ""
+    resized = "" if (out_rows, out_columns) == (height, width) else f", size=({out_rows}, {out_columns})"
+    label = f"Crop({top}, {left}, {height}, {width}{resized}, image_size=({rows}, {columns}){padded})"
+    zoom = (Fraction(out_rows, rows), Fraction(out_columns, columns))
+    return View((Affine(y, x, zoom=zoom),), (rows, columns), (out_rows, out_columns), label)
+
+
+def _height_and_width(size: object, what: str) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise TypeError(f"found {size!r} as {what}; expected (height, width); for instance images.shape[-2:]")
+    return _whole(size[0], what), _whole(size[1], what)
+
+
+def _whole(value: object, what: str) -> int:
+    try:
+        whole = int(value)  # type: ignore[call-overload]
+    except (TypeError, ValueError, OverflowError):
+        whole = None
+    if whole is None or whole != value or isinstance(value, bool):
+        raise TypeError(f"found {value!r} in {what}; expected whole pixels; round the numbers")
+    return whole
+
+
+def Compose(views: Sequence[View]) -> View:
+    """The views one after another, the first first, as one view: resampled once. Views of one image each and views for
+    a batch go together.
+
+    Raises ValueError where a view is bound to another size than the one before gives.
+    """
+    views = _views(views, "Compose([first, second])")
+    composed = reduce(_then, views, View(label="nothing"))
+    return replace(composed, label=f"Compose({list(views)})")
+
+
+def _then(first: View, second: View) -> View:
+    if 1 not in (first.num_images, second.num_images):
+        second.check_batch(first.num_images)
+    given, wanted = first.fixed_size, second.input_size
+    if given is not None and wanted is not None and given != wanted:
+        raise ValueError(
+            f"found {second.brief} after {first.brief}, which gives {given[0]} x {given[1]}; expected {wanted[0]} x "
+            f"{wanted[1]}; make each view for the output of the one before"
+        )
+    input_size, fixed_size = first.input_size, second.fixed_size
+    if input_size is None and wanted is not None and not first.rounds:
+        input_size = first.inverse.output_size(wanted)
+    if fixed_size is None and given is not None:
+        fixed_size = second.output_size(given)
+    count = max(first.num_images, second.num_images)
+    pairs = zip(_for_all(first, count), _for_all(second, count), strict=True)
+    affines = tuple(one.then(other) for one, other in pairs)
+    return View(affines, input_size, fixed_size, second.label, first.rounds or second.rounds)
+
+
+def _for_all(view: View, count: int) -> Iterator[Affine]:
+    return iter(view.affines * count if view.num_images == 1 else view.affines)
+
+
+def PerImage(views: Sequence[View]) -> View:
+    """One view that holds another for each image of a batch, all with one output size. The images they are made
+    from may differ in size, where each was cropped before the batch was stacked.
+
+    >>> import torch
+    >>> view = PerImage([HorizontalFlip(), Identity()])
+    >>> view(torch.tensor([[[[1, 2]]], [[[3, 4]]]])).flatten().tolist()
+    [2, 1, 3, 4]
+    """
+    views = _views(views, "PerImage([of_the_first, of_the_second])")
+    if not views or any(view.num_images > 1 for view in views):
+        raise ValueError(
+            f"found {len(views)} views for {[view.num_images for view in views]} images; expected one view for each "
+            "image, of one image each; PerImage([HorizontalFlip(), Identity()])"
+        )
+    inputs, outputs = (
+        {size for view in views if (size := getattr(view, what))} for what in ("input_size", "fixed_size")
+    )
+    if len(outputs) > 1:
+        raise ValueError(
+            f"found views that give {' and '.join(f'{h} x {w}' for h, w in sorted(outputs))}; expected one size for "
+            "all images of a batch; crop or pad to one size by Crop(..., size=, pad=True)"
+        )
+    # Crops of images of several sizes make a batch, but there is no batch to make them from.
+    input_size, fixed_size = inputs.pop() if len(inputs) == 1 else None, outputs.pop() if outputs else None
+    affines, rounds = tuple(view.affines[0] for view in views), any(view.rounds for view in views)
+    made = View(affines, input_size, fixed_size, f"PerImage({list(views)})", rounds)
+    free = any(view.fixed_size is None for view in views)
+    if made.input_size is not None:
+        made.output_size(made.input_size)
+    elif free and len({affine.zoom for affine in affines}) > 1:
+        zooms = list(dict.fromkeys(affine.zoom for affine in made.affines))
+        raise ValueError(
+            f"found views that scale by {' and '.join(f'({float(y):g}, {float(x):g})' for y, x in zooms)}; expected "
+            "one output size for all images; Scale(factor, keep_size=True) keeps it"
+        )
+    return made
+
+
+def _views(views: Sequence[View], example: str) -> Sequence[View]:
+    if isinstance(views, View):
+        raise TypeError(f"found one View; expected a sequence of them; {example}")
+    for view in views:
+        if not isinstance(view, View):
+            raise TypeError(
+                f"found a {type(view).__name__} among the views; expected Views; for instance HorizontalFlip()"
+            )
+    return list(views)

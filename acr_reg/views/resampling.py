@@ -1,0 +1,253 @@
+"""Carries what lies on one lattice onto another, through an affine map for each image, by the centres of their tokens.
+
+Where the centres of one lattice fall on those of the other, that is an index, exact to the bit; elsewhere it is a
+bilinear resampling of each axis, antialiased when shrinking (torchvision's, ``align_corners=False``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.tokens import Lattice
+from acr_reg.views.affine import Affine, Axis
+
+# A centre this close to another (in units of the source's spacing) falls on it: far below any resampling one could see.
+_ON_LATTICE = 1e-4
+
+
+@dataclass(frozen=True, eq=False)
+class AxisMap:
+    """Where each target position along one axis reads its source of ``count``, for one image or, S of them, for each.
+
+    ``index`` (S, target, taps) are the positions read, with the ``weights`` of each, which sum to 1; None where it is
+    one, exactly. ``valid`` (S, target) is False where the centre lies outside what is shown of the source. ``step``
+    (S,) is the distance of neighbouring targets, in source tokens.
+    """
+
+    count: int
+    index: Tensor
+    weights: Tensor | None
+    valid: Tensor
+    step: Tensor
+    _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def places(self) -> Tensor:
+        """(S, target) the one position read. Only for exact maps."""
+        assert self.weights is None
+        return self.index[:, :, 0]
+
+    def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(S, target, source) the weights as a matrix, made once for each precision and device."""
+        made = self._dense.get((dtype, device))
+        if made is None:
+            assert self.weights is not None
+            images, targets, _ = self.index.shape
+            # For training too, which tensors of inference_mode could not serve.
+            with torch.inference_mode(False), torch.no_grad():
+                empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
+                made = empty.scatter_add_(2, self.index.to(device), self.weights.to(dtype).to(device))
+            self._dense[dtype, device] = made
+        return made
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The images of a batch (None: all) whose views are transposed alike."""
+
+    images: list[int] | None
+    y: AxisMap
+    x: AxisMap
+    transposed: bool
+
+    def over_tokens(self, pairs: Tensor) -> Tensor:
+        """What holds for a target position along y and one along x, (S, y, x), over the target's tokens."""
+        return (pairs.mT if self.transposed else pairs).flatten(1)
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        mapped = _read(_read(maps, -2, self.y), -1, self.x)
+        return mapped.mT if self.transposed else mapped
+
+    def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
+        """(S, R, source tokens): what is read for the target tokens in these ``rows`` and ``columns`` (R,)."""
+        along_y, along_x = (columns, rows) if self.transposed else (rows, columns)
+        y, x = (axis.dense(dtype, rows.device) for axis in (self.y, self.x))
+        return (y[:, along_y, :, None] * x[:, along_x, None, :]).flatten(2)
+
+
+@dataclass(frozen=True, eq=False)
+class LatticeMap:
+    """Carries what lies on a source lattice onto a target lattice, for one view or one of each image of a batch."""
+
+    parts: tuple[_Part, ...]
+    source: Lattice
+    target: Lattice
+    is_exact: bool
+    """Whether every target centre falls on a source centre."""
+    is_complete: bool
+    """Whether every target centre is shown."""
+
+    @property
+    def is_permutation(self) -> bool:
+        """Whether the target's tokens are the source's, each once, in another order."""
+        return self.is_exact and self.is_complete and len(self.source) == len(self.target)
+
+    @property
+    def valid(self) -> Tensor:
+        """(1 or B, target tokens) bool: whether the source shows a target token's centre."""
+        return self._gathered(
+            [part.over_tokens(part.y.valid[:, :, None] & part.x.valid[:, None, :]) for part in self.parts]
+        )
+
+    @property
+    def area(self) -> Tensor:
+        """(1 or B,) how many source tokens one target token covers."""
+        return self._gathered([(part.y.step * part.x.step).abs() for part in self.parts])
+
+    def index(self) -> Tensor:
+        """(1 or B, target tokens) the source token on which each target token falls. Only for exact maps."""
+        width = self.source.width
+        found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
+        return self._gathered(found)
+
+    def sources(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The source tokens (1 or B, U) that are read for some target ``tokens`` (R,), and their weights
+        (1 or B, R, U). Only for maps that are not exact. Images that read fewer than U have weight 0 on the rest."""
+        rows, columns = tokens // self.target.width, tokens % self.target.width
+        weights = self._gathered([part.weights(rows, columns, dtype) for part in self.parts])
+        read = (weights > 0).any(1)
+        sources = read.long().argsort(dim=1, descending=True, stable=True)[:, : int(read.sum(1).max())]
+        weights = weights.gather(2, sources[:, None].expand(-1, weights.shape[1], -1))
+        return sources, weights
+
+    def __call__(self, maps: Tensor) -> Tensor:
+        """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.
+
+        With a view for each image the first axis is the batch.
+        """
+        # Half precision is resampled in float32 and rounded once.
+        precise = maps if self.is_exact else at_least_float32(maps)
+        mapped = self._gathered([part(precise if part.images is None else precise[part.images]) for part in self.parts])
+        if not self.is_complete:
+            hidden = rearrange(~self.valid, "b (h w) -> b h w", h=self.target.height)
+            mapped = mapped.masked_fill(_beside(hidden, mapped), 0)
+        return mapped.to(maps.dtype)
+
+    def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Values of tokens along one dimension, ``len(source)`` of them -> ``len(target)``, 0 where not shown."""
+        values = values.movedim(dim, -1)
+        if self.is_exact:
+            mapped = select(values, -1, self.index())
+            if not self.is_complete:
+                mapped = mapped.masked_fill(_beside(~self.valid, mapped), 0)
+        else:
+            mapped = self(rearrange(values, "... (h w) -> ... h w", h=self.source.height)).flatten(-2)
+        return mapped.movedim(-1, dim)
+
+    def _gathered(self, parts: list[Tensor]) -> Tensor:
+        """What was made of each part, in the order of the batch."""
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor([image for part in self.parts for image in part.images or ()])
+        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
+
+def _beside(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask (1 or B, ...) over the last axes of ``values`` (B, ..., ...)."""
+    between = values.ndim - mask.ndim
+    return mask[0] if len(mask) == 1 else mask.reshape(len(mask), *[1] * between, *mask.shape[1:])
+
+
+def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
+    if axis.weights is None:
+        return select(values, dim, axis.places)
+    values = values.movedim(dim, -1)
+    weights = axis.dense(values.dtype, values.device).mT
+    with torch.autocast(values.device.type, enabled=False):
+        if len(weights) == 1:
+            return (values @ weights[0]).movedim(-1, dim)
+        images = values.flatten(1, -2) @ weights
+        return images.unflatten(1, values.shape[1:-1]).movedim(-1, dim)
+
+
+def lattice_map(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
+    """The map from a ``source`` lattice on the input of a view onto a ``target`` lattice on its output."""
+    turned = [affine.transposed for affine in affines]
+    groups = {t: [i for i, other in enumerate(turned) if other == t] for t in dict.fromkeys(turned)}
+    made = []
+    # Made for training too, which tensors of inference_mode could not serve.
+    with torch.inference_mode(False), torch.no_grad():
+        for transposed, images in groups.items():
+            chosen = [affines[i] for i in images]
+            on_y, on_x = (1, 0) if transposed else (0, 1)
+            y = _Positions([a.y for a in chosen], Line(source, 0), Line(target, on_y))
+            x = _Positions([a.x for a in chosen], Line(source, 1), Line(target, on_x))
+            made.append((None if len(groups) == 1 else images, y, x, transposed))
+        exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
+        complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
+        parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
+    return LatticeMap(parts, source, target, exact, complete)
+
+
+class Line:
+    """One axis of a lattice: centres at offset + (i + 1/2) * stride on a line of length extent."""
+
+    def __init__(self, lattice: Lattice, axis: int) -> None:
+        self.count = (lattice.height, lattice.width)[axis]
+        self.stride, self.offset, self.extent = lattice.stride[axis], lattice.offset[axis], lattice.extent[axis]
+
+    def places(self) -> Tensor:
+        """(count,) the centres, from 0 to 1 over the image."""
+        return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
+
+    def tokens(self, places: Tensor) -> Tensor:
+        """Places from 0 to 1 over the image, counted in tokens: token i is at i."""
+        return (places * self.extent - self.offset) / self.stride - 0.5
+
+
+class _Positions:
+    """Where the target's centres fall on the source line, in source tokens, (S, target)."""
+
+    def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
+        slope, start, low, high = (
+            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64)[:, None]
+            for name in ("slope", "start", "low", "high")
+        )
+        self.source = source
+        self.step = (slope * target.stride / target.extent * source.extent / source.stride)[:, 0]
+        self.positions = source.tokens(slope * target.places() + start)
+        nothing = low > high
+        within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
+        # At the image's own edges the lattice tells what is shown: it may reach beyond, or leave a margin.
+        low = source.tokens(low).where(low > 0, -torch.inf)
+        high = source.tokens(high).where(high < 1, torch.inf)
+        shown = (self.positions >= low - _ON_LATTICE) & (self.positions <= high + _ON_LATTICE)
+        self.valid = within & shown & ~nothing
+        # Only what is shown is read, be it in part: the tokens in whose cells its edges lie.
+        self.first = (low + 0.5 + _ON_LATTICE).floor().clamp(0, source.count - 1)
+        self.last = ((high + 0.5 - _ON_LATTICE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
+
+    @property
+    def fall_on_source(self) -> bool:
+        off = (self.positions - self.positions.round()).abs()
+        return bool((off < _ON_LATTICE).all()) and bool(((self.step.abs() - 1).abs() < _ON_LATTICE).all())
+
+    def axis_map(self, exact: bool, device: str) -> AxisMap:
+        count, valid, step = self.source.count, self.valid.to(device), self.step.float().to(device)
+        positions = self.positions.clamp(self.first, self.last)[:, :, None]
+        if exact:
+            return AxisMap(count, positions.round().long().to(device), None, valid, step)
+        # The triangle filter of bilinear interpolation, widened by the factor of shrinking.
+        reach = self.step.abs().clamp_min(1)[:, None, None]
+        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
+        weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)
+        weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
+        index = tokens.clamp(0, count - 1).long()
+        return AxisMap(count, index, weights / weights.sum(2, keepdim=True), valid, step)

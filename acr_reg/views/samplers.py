@@ -1,0 +1,183 @@
+"""Samplers draw views: random augmentations whose every draw is a :class:`~acr_reg.View`.
+
+A draw knows what it did, so that attention and class maps can be carried back. Each sampler has ``sample(images)`` for
+one view shared by the batch and ``sample(images, per_image=True)`` for another view of each image. Numbers come from
+torch's global generator, or from ``generator=``.
+
+>>> import torch
+>>> from acr_reg import HorizontalFlip
+>>> images = torch.rand(2, 3, 64, 96)
+>>> sampler = RandomCompose([RandomApply(HorizontalFlip()), RandomResizedCrop(32)])
+>>> view = sampler.sample(images, per_image=True)
+>>> view(images).shape, view.num_images
+(torch.Size([2, 3, 32, 32]), 2)
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Generator, Tensor
+
+from acr_reg.views.constructors import Compose, Crop, Identity, PerImage, Scale
+from acr_reg.views.view import Size, View
+
+_TRIES = 10  # at a box of the area and proportions drawn, as torchvision's
+
+
+class Sampler(ABC):
+    """Draws views. Subclasses say how one is drawn for images of a size."""
+
+    @abstractmethod
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        """A view of images of ``size`` (height, width)."""
+
+    def sample(self, images: Tensor | Size, per_image: bool = False, generator: Generator | None = None) -> View:
+        """A view of ``images`` (..., H, W), or of images of a size (H, W): one for all, or with ``per_image`` one for
+        each of the batch (B, C, H, W), which must then come to one output size."""
+        if not isinstance(images, Tensor):
+            if per_image:
+                raise ValueError(
+                    f"found a size {tuple(images)} and per_image=True; expected images (B, C, H, W), which tell how "
+                    "many views to draw; pass the images"
+                )
+            if len(images) != 2:
+                raise ValueError(
+                    f"found a size {tuple(images)}; expected (H, W); pass the images, or images.shape[-2:]"
+                )
+            return self.draw((int(images[0]), int(images[1])), generator)
+        if images.ndim < (4 if per_image else 2):
+            raise ValueError(
+                f"found images of shape {tuple(images.shape)}; expected (B, C, H, W){'' if per_image else ' or (H, W)'}"
+                "; stack the images of a batch"
+            )
+        size = (images.shape[-2], images.shape[-1])
+        if not per_image:
+            return self.draw(size, generator)
+        return PerImage([self.draw(size, generator) for _ in range(images.shape[0])])
+
+
+def _uniform(low: float, high: float, generator: Generator | None) -> float:
+    return low + (high - low) * torch.rand((), dtype=torch.float64, generator=generator).item()
+
+
+def _drawn(step: View | Sampler, size: tuple[int, int], generator: Generator | None) -> View:
+    return step if isinstance(step, View) else step.draw(size, generator)
+
+
+def _check_steps(steps: Sequence[View | Sampler]) -> list[View | Sampler]:
+    if isinstance(steps, (View, Sampler)) or not steps:
+        raise TypeError(
+            f"found {steps!r}; expected a sequence of views and samplers; for instance [HorizontalFlip(), Identity()]"
+        )
+    for step in steps:
+        if not isinstance(step, (View, Sampler)):
+            raise TypeError(
+                f"found a {type(step).__name__} among the steps; expected views and samplers of acr_reg; a torchvision "
+                "transform becomes one by its parameters, Crop(*RandomResizedCrop.get_params(...), ...)"
+            )
+    return list(steps)
+
+
+class RandomApply(Sampler):
+    """``step``, a view or a sampler, with probability ``p``, else Identity()."""
+
+    def __init__(self, step: View | Sampler, p: float = 0.5) -> None:
+        (self.step,) = _check_steps([step])
+        if not 0 <= p <= 1:
+            raise ValueError(f"found p={p}; expected a probability in [0, 1]; 0.5 applies it half of the time")
+        self.p = p
+
+    def __repr__(self) -> str:
+        return f"RandomApply({self.step!r}, p={self.p})"
+
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        return _drawn(self.step, size, generator) if _uniform(0, 1, generator) < self.p else Identity()
+
+
+class _OfSteps(Sampler):
+    def __init__(self, steps: Sequence[View | Sampler]) -> None:
+        self.steps = _check_steps(steps)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.steps})"
+
+
+class RandomChoice(_OfSteps):
+    """One of several views or samplers, each as likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
+
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        chosen = torch.randint(len(self.steps), (), generator=generator).item()
+        return _drawn(self.steps[int(chosen)], size, generator)
+
+
+class RandomCompose(_OfSteps):
+    """Several views and samplers one after another, each drawn for the size that the one before leaves."""
+
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        views: list[View] = []
+        for step in self.steps:
+            views.append(_drawn(step, size, generator))
+            size = views[-1].output_size(size)
+        return Compose(views)
+
+
+class RandomScale(Sampler):
+    """A factor between ``low`` and ``high``, the same for height and width. ``keep_size`` as for
+    :func:`~acr_reg.Scale`; views of each image need it."""
+
+    def __init__(self, low: float, high: float, keep_size: bool = False) -> None:
+        if not 0 < low <= high < math.inf:
+            raise ValueError(f"found factors from {low} to {high}; expected 0 < low <= high; RandomScale(0.5, 2)")
+        self.low, self.high, self.keep_size = low, high, keep_size
+
+    def __repr__(self) -> str:
+        return f"RandomScale({self.low}, {self.high}{', keep_size=True' if self.keep_size else ''})"
+
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        return Scale(_uniform(self.low, self.high, generator), self.keep_size)
+
+
+class RandomResizedCrop(Sampler):
+    """A box of a random share ``scale`` of the image's area and of random proportions ``ratio`` (width over height),
+    resized to ``size``: the distribution of torchvision's transform of that name."""
+
+    def __init__(
+        self,
+        size: int | Size,
+        scale: tuple[float, float] = (0.08, 1.0),
+        ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    ) -> None:
+        pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (scale, ratio))
+        if not pairs or not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] < math.inf):
+            raise ValueError(
+                f"found scale={scale}, ratio={ratio}; expected shares 0 < low <= high <= 1 and 0 < low <= high; the "
+                "defaults are (0.08, 1) and (3/4, 4/3)"
+            )
+        self.size, self.scale, self.ratio = size, scale, ratio
+
+    def __repr__(self) -> str:
+        return f"RandomResizedCrop({self.size}, scale={self.scale}, ratio={self.ratio})"
+
+    def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
+        rows, columns = size
+        for _ in range(_TRIES):
+            area = rows * columns * _uniform(*self.scale, generator)
+            ratio = math.exp(_uniform(math.log(self.ratio[0]), math.log(self.ratio[1]), generator))
+            height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < height <= rows and 0 < width <= columns:
+                top, left = (
+                    int(torch.randint(space + 1, (), generator=generator).item())
+                    for space in (rows - height, columns - width)
+                )
+                return Crop(top, left, height, width, self.size, image_size=size)
+        # The largest box in the middle whose proportions are allowed.
+        height, width = rows, columns
+        if columns / rows < self.ratio[0]:
+            height = max(1, round(columns / self.ratio[0]))
+        elif columns / rows > self.ratio[1]:
+            width = max(1, round(rows * self.ratio[1]))
+        return Crop((rows - height) // 2, (columns - width) // 2, height, width, self.size, image_size=size)

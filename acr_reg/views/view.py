@@ -1,0 +1,216 @@
+"""What a view is: an augmentation that knows how to carry a map back to the image it came from.
+
+A :class:`View` is one axis-aligned affine map between a source image and its augmented output, or one for each image of
+a batch, in coordinates that run from 0 to 1 along each axis, with half-pixel centres (torchvision's convention,
+``align_corners=False``). It acts on anything laid over the image by mapping centres: where the centres of one lattice
+fall on those of the other, that is an index, exact to the bit; elsewhere it is a bilinear resampling, antialiased when
+shrinking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+from einops import rearrange
+from torch import Tensor
+
+from acr_reg.tokens import Lattice
+from acr_reg.views import resampling as _resampling
+from acr_reg.views.affine import Affine
+from acr_reg.views.resampling import LatticeMap
+
+Size = Sequence[int]
+
+_BRIEF = 120  # characters
+
+
+@dataclass(frozen=True)
+class View:
+    """An augmentation as one axis-aligned affine map, shared by a batch or one for each of its images. Made by
+    HorizontalFlip, VerticalFlip, Rotate90, Scale, Crop, Compose, PerImage, Identity, or drawn by a sampler.
+
+    Immutable, comparable, hashable, picklable, and printed as it is written. ``input_size`` and ``fixed_size`` are the
+    (height, width) in pixels of its input and output where it is bound to them, as a crop is; other views take any.
+
+    >>> import torch
+    >>> from acr_reg import Compose, HorizontalFlip, Rotate90
+    >>> image = torch.arange(6.0).reshape(1, 1, 2, 3)
+    >>> view = Compose([HorizontalFlip(), Rotate90()])
+    >>> view
+    Compose([HorizontalFlip(), Rotate90(1)])
+    >>> view(image).shape
+    torch.Size([1, 1, 3, 2])
+    >>> torch.equal(view.inverse(view(image)), image)
+    True
+    """
+
+    affines: tuple[Affine, ...] = (Affine(),)
+    input_size: tuple[int, int] | None = None
+    fixed_size: tuple[int, int] | None = None
+    label: str = field(default="Identity()", compare=False)
+    rounds: bool = field(default=False, compare=False)
+    """Whether a scale of images of any size is part of it, whose output size is rounded."""
+
+    def __repr__(self) -> str:
+        return self.label
+
+    @property
+    def brief(self) -> str:
+        """As printed, cut where the views of a batch would fill a screen."""
+        return self.label if len(self.label) <= _BRIEF else f"{self.label[:_BRIEF]} ..."
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:  # fractions are slow to hash, and maps are looked up by it for every layer
+        return hash((self.affines, self.input_size, self.fixed_size))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    @property
+    def num_images(self) -> int:
+        """How many images it is for; 1 serves any batch."""
+        return len(self.affines)
+
+    @property
+    def scales(self) -> bool:
+        """Whether sizes change, and so may have been rounded."""
+        return any(zoom != 1 for affine in self.affines for zoom in affine.zoom)
+
+    @property
+    def shows_anything(self) -> bool:
+        """Whether its output shows any part of its input, of any image: two crops joined may not."""
+        return any(axes.y.low < axes.y.high and axes.x.low < axes.x.high for axes in self.affines)
+
+    def of_image(self, image: int) -> View:
+        """The view of one image of the batch."""
+        affine = self.affines[image if self.num_images > 1 else 0]
+        label = f"{self.label}.of_image({image})" if self.num_images > 1 else self.label
+        return View((affine,), self.input_size, self.fixed_size, label, self.rounds)
+
+    @cached_property
+    def inverse(self) -> View:
+        """The view that leads back: ``view.inverse(view(images))`` has the images' orientation, and their size too
+        unless a scaled size was rounded; :meth:`align` leads back onto a given size. What the view does not show is 0.
+        """
+        label = self.label[: -len(".inverse")] if self.label.endswith(".inverse") else f"{self.label}.inverse"
+        affines = tuple(affine.inverse() for affine in self.affines)
+        return View(affines, self.fixed_size, self.input_size, label, self.rounds)
+
+    def output_size(self, size: Size) -> tuple[int, int]:
+        """The size (height, width) of this view of a map of ``size``. Raises ValueError where nothing would be left,
+        and where the views of a batch differ in size or are bound to images of another."""
+        sizes = list(dict.fromkeys(self._output_size(affine, size) for affine in self.affines))
+        if len(sizes) > 1:
+            raise ValueError(
+                f"found {self.brief} of a map of {size[0]} x {size[1]}, which gives "
+                f"{' and '.join(f'{h} x {w}' for h, w in sizes)}; expected one output size for all images; turn square "
+                "images only, and bring the views to one size by Crop(..., size=)"
+            )
+        output = sizes[0]
+        if min(output) < 1:
+            raise ValueError(
+                f"found {self.brief} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; "
+                "expected at least 1 x 1; scale less"
+            )
+        self._check_size("input", self.input_size, size, size)
+        self._check_size("output", self.fixed_size, output, size, self._rounding(self.fixed_size))
+        return output
+
+    def _output_size(self, affine: Affine, size: Size) -> tuple[int, int]:
+        """What one image comes to; of images, not of smaller maps of them, the size that the view is bound to."""
+        output, fixed = affine.output_size(size), self.fixed_size
+        if fixed is None or self.input_size not in (None, tuple(size)):
+            return output
+        off = [abs(a - b) for a, b in zip(fixed, output, strict=True)]
+        return fixed if all(o <= most for o, most in zip(off, self._rounding(fixed), strict=True)) else output
+
+    def _rounding(self, fixed: Size | None) -> tuple[int, int]:
+        """How far a computed size may be off the one bound to, at each side: a pixel of a scaled image that a crop
+        then enlarges is several."""
+        if fixed is None or not self.rounds:
+            return 1, 1
+        return 1 + fixed[0] // 5, 1 + fixed[1] // 5
+
+    def _check_size(
+        self, what: str, bound: Size | None, found: Size, size: Size, rounding: tuple[int, int] = (0, 0)
+    ) -> None:
+        """A view bound to images of one size takes those, and maps of them at a lower resolution."""
+        if bound is not None and not _is_reduction(bound, found, rounding):
+            raise ValueError(
+                f"found {self.brief} of a map of {size[0]} x {size[1]}; expected {bound[0]} x {bound[1]} as its "
+                f"{what}, or maps of such images at a whole fraction of their resolution; draw the view for the size "
+                "of the images it is applied to"
+            )
+
+    def __call__(self, maps: Tensor, size: int | Size | None = None) -> Tensor:
+        """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W').
+
+        With a view for each image the first axis is the batch. What lies outside the source is 0.
+        """
+        if not isinstance(maps, Tensor):
+            raise TypeError(
+                f"found a {type(maps).__name__}; expected a tensor (..., H, W); convert images to tensors first"
+            )
+        if maps.ndim < 2:
+            raise TypeError(f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W); reshape")
+        self.check_batch(maps.shape[0] if maps.ndim > 2 else 1)
+        pixels = self._pixel_map(maps.shape[-2:], size, str(maps.device))
+        if not (maps.is_floating_point() or pixels.is_exact):
+            raise TypeError(
+                f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point "
+                f"where {self.brief} resamples; convert images with .float()"
+            )
+        return pixels(maps)
+
+    def align(self, maps: Tensor, size: int | Size) -> Tensor:
+        """Maps made from ``view(images)``, (..., h', w'), carried back onto the images' grid of ``size`` (h, w)."""
+        return self.inverse(maps, size)
+
+    def valid(self, size: Size, output_size: Size | None = None) -> Tensor:
+        """(1 or B, H', W') bool: which pixels of ``view(images)``, with images of ``size``, show the image."""
+        pixels = self._pixel_map(size, output_size, "cpu")
+        return rearrange(pixels.valid, "b (h w) -> b h w", h=pixels.target.height)
+
+    def check_batch(self, images: int) -> None:
+        """Raises ValueError where the view holds one map for each of a different number of images."""
+        if self.num_images not in (1, images):
+            raise ValueError(
+                f"found {self.brief}, which is for {self.num_images} images, and a batch of {images}; expected as "
+                "many; draw it for this batch, images along the first axis"
+            )
+
+    def _pixel_map(self, source: Size, size: int | Size | None, device: str) -> LatticeMap:
+        if isinstance(size, int):
+            size = (size, size)
+        if size is None:
+            size = self.output_size(source)
+        else:
+            self._check_size("input", self.input_size, source, source)
+        # Not cached: of random views every one is new, and maps of pixels are large.
+        return _resampling.lattice_map(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
+
+
+def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:
+    """Whether ``found`` is the size ``full``, or that of a map at a whole fraction of it, give or take one token."""
+    return all(
+        abs(large - small) <= off or any(abs(large / by - small) <= 1 for by in range(2, large + 1))
+        for large, small, off in zip(full, found, rounding, strict=True)
+    )
+
+
+@lru_cache(maxsize=32)
+def lattice_map(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
+    """The map from a ``source`` lattice of tokens on a view's input to a ``target`` lattice on its output."""
+    return _resampling.lattice_map(view.affines, source, target, device)
+
+
+def require_view(view: object) -> None:
+    if isinstance(view, View):
+        return
+    drawn = "; draw one: sampler.sample(images)" if hasattr(view, "sample") else "; for instance HorizontalFlip()"
+    raise TypeError(f"found a view of type {type(view).__name__}; expected an acr_reg View{drawn}")

@@ -1,0 +1,1 @@
+"""What stands behind the claims: costs, coverage, a study on photos, pictures, and a recipe for VOC."""

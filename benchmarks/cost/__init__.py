@@ -1,0 +1,1 @@
+"""What the capture, the loss, class maps and scores cost, beside the published procedure."""

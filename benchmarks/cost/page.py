@@ -1,0 +1,164 @@
+"""The measured costs as Markdown: the table in README.md, and all cases in docs/cost.md.
+
+    python -m benchmarks.cost page            # prints both
+    python -m benchmarks.cost page --write    # puts them into README.md and docs/cost.md
+
+Reads the JSON files in benchmarks/cost/results/, measures nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent / "results"
+ROOT = HERE.parents[2]
+README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "cost.md"
+BEGIN = "<!-- table: python -m benchmarks.cost page --write -->"
+END = "<!-- end of table -->"
+ORDER = ("tiny", "small", "base")
+NAMES = {
+    "published": "published procedure",
+    "dense": "dense (`blockwise=False`)",
+    "blockwise": "blockwise (default)",
+    "rows": "blockwise, `rows=0.25`",
+}
+Row = Mapping[str, Any]
+
+
+def results(name: str) -> list[Row]:
+    return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))["results"]
+
+
+def short_table() -> str:
+    """README's: what a user asks first, at one model."""
+    steps = {(r["size"], r["variant"]): r for r in results("step") if r["model"] == "small" and r["batch"] == 1}
+    lines = ["| ViT-S/16, one image | published | acr_reg | of published |", "|---|---|---|---|"]
+    for size in (384, 768):
+        published, ours, rows = (steps[size, v] for v in ("published", "blockwise", "rows"))
+        pixels = f"{size} px"
+        for name, row in ((f"loss, {pixels}: CPU time", ours), (f"loss with `rows=0.25`, {pixels}: CPU time", rows)):
+            lines.append(
+                f"| {name} | {_seconds(published)} | {_seconds(row)} | {_ratio(row['extra_cpu_over_published'])} |"
+            )
+        lines.append(
+            f"| loss, {pixels}: peak memory | +{published['extra_mb']:.0f} MB | +{ours['extra_mb']:.0f} MB "
+            f"| {ours['extra_mb_over_published']:.3f} |"
+        )
+    cams = {(r["present"], r["variant"]): r for r in results("cam") if r["model"] == "small" and r["size"] == 384}
+    for present in sorted({p for p, _ in cams}):
+        published, ours = cams[present, "published"], cams[present, "library"]
+        lines.append(
+            f"| class maps of {present} class{'' if present == 1 else 'es'}, 384 px, two flips: CPU time "
+            f"| {published['cpu_seconds'][1]:.2f} s | {ours['cpu_seconds'][1]:.2f} s "
+            f"| {1 / ours['published_over_this'][1]:.2f} |"
+        )
+    metrics = {r["variant"]: r for r in results("metrics")}
+    sweep, ours = metrics["sweep, present"], metrics["library"]
+    per_image = [1000 * r["cpu_seconds"][1] / r["images"] for r in (sweep, ours)]
+    lines.append(
+        f"| mIoU at 100 thresholds, an image: CPU time | {per_image[0]:.0f} ms | {per_image[1]:.0f} ms "
+        f"| {per_image[1] / per_image[0]:.3f} |"
+    )
+    return "\n".join(lines)
+
+
+def _seconds(row: Row) -> str:
+    low, median, high = row["extra_cpu_seconds"]
+    return f"{median:+.2f} s ({low:.2f} to {high:.2f})"
+
+
+def _ratio(value: float | None, digits: int = 2) -> str:
+    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: no minus before a zero
+
+
+def step_table(rows: Iterable[Row]) -> str:
+    lines = [
+        "| ViT | px | tokens | batch | step | rounds | extra CPU s (quartiles) | of published | extra MB "
+        "| of published |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    ordered = sorted(rows, key=_case)
+    in_noise = {_case(r)[:3] for r in ordered if r["variant"] == "published" and not _above_zero(r)}
+    for r in ordered:
+        if r["variant"] == "plain":
+            continue
+        head = f"| {r['model'][0].upper()} | {r['size']} | {r['tokens']} | {r['batch']} | {NAMES[r['variant']]} |"
+        if r["skipped"] is not None:
+            lines.append(f"{head} | not run: {r['skipped']} | | | |")
+            continue
+        low, median, high = r["extra_cpu_seconds"]
+        ratio = "in noise" if _case(r)[:3] in in_noise else _ratio(r["extra_cpu_over_published"])
+        lines.append(
+            f"{head} {r['rounds']} | {median:+.2f} ({low:.2f} to {high:.2f}) "
+            f"| {ratio} | {r['extra_mb']:+.0f} "
+            f"| {_ratio(r['extra_mb_over_published'], 3)} |"
+        )
+    return "\n".join(lines)
+
+
+def _above_zero(published: Row) -> bool:
+    """A ratio to an extra whose quartiles enclose zero says nothing."""
+    return published["skipped"] is not None or published["extra_cpu_seconds"][0] > 0
+
+
+def _case(row: Row) -> tuple[Any, ...]:
+    return ORDER.index(row["model"]), row["size"], row["batch"], ("plain", *NAMES).index(row["variant"])
+
+
+def cam_table() -> str:
+    lines = [
+        "| present classes | variant | CPU s (quartiles) | over the forward passes | less than published "
+        "| extra MB | of published |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(results("cam"), key=lambda r: (r["present"], r["cpu_seconds"][1])):
+        low, median, high = r["cpu_seconds"]
+        lines.append(
+            f"| {r['present']} | {r['variant']} | {median:.2f} ({low:.2f} to {high:.2f}) | {r['over_forward'][1]:.2f} "
+            f"| {r['published_over_this'][1]:.1f} | {r['extra_mb']:+.0f} | {r['extra_mb_over_published']:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def slope_table() -> str:
+    about = json.loads((HERE / "scaling.json").read_text(encoding="utf-8"))
+    lines = ["| step | sizes, px | slope of extra memory | slope of extra CPU time |", "|---|---|---|---|"]
+    for slope in about["slopes"]:
+        memory, cpu = ("" if slope[k] is None else f"{slope[k]:.2f}" for k in ("memory", "cpu"))
+        sizes = ", ".join(str(size) for size in slope["sizes"])
+        lines.append(f"| {NAMES[slope['variant']]} | {sizes} | {memory} | {cpu} |")
+    return "\n".join(lines)
+
+
+def sections() -> dict[Path, str]:
+    scaling = step_table(results("scaling"))
+    full = (
+        f"## Training step\n\n{step_table(results('step'))}\n\n"
+        f"## Growth with the tokens\n\n{slope_table()}\n\n{scaling}\n\n"
+        f"## Class maps, ViT-S at 384 px, an image and its flip\n\n{cam_table()}"
+    )
+    return {README: short_table(), PAGE: full}
+
+
+def put(text: str, table: str) -> str:
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"found no {BEGIN} ... {END}; expected both lines; put them where the table belongs")
+    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="The measured costs as Markdown.")
+    parser.add_argument("--write", action="store_true", help="into README.md and docs/cost.md")
+    args = parser.parse_args(arguments)
+    for path, table in sections().items():
+        print(table)
+        if args.write:
+            path.write_text(put(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+    return 0

@@ -1,0 +1,1 @@
+"""Which models the capture serves, and where their tokens stand."""

@@ -1,0 +1,183 @@
+"""Where an overlapping stem puts tokens, and what it costs a flipped pair not to know it.
+
+    python -m benchmarks.coverage.stem_offsets            # SegFormer (MiT) and PVTv2, random weights; a minute
+    python -m benchmarks.coverage.stem_offsets --write    # also benchmarks/coverage/stem_offsets.json
+
+"Before": tokens taken for a grid that divides the image evenly, so that query and key n-1-j are matched with j under a
+flip. "After": the lattices that the capture reads off the model's convolutions. The offset is that of matched tokens on
+the image, measured by the gradient of a token to the pixels (``acr_reg.check`` shows it too). The loss is the affinity
+term of a smooth random image and its flip, layer by layer; with "mirrored" kernels (each averaged with its own mirror
+image) the network itself favours no side, so that what is left is the alignment.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import SegformerConfig, SegformerModel
+
+from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Lattice, TokenLayout, capture_attention
+from acr_reg.inspection.offsets import token_offsets
+
+VIEW = HorizontalFlip()
+
+
+@dataclass(frozen=True)
+class Config:
+    image: tuple[int, int] = (192, 256)
+    batch: int = 2
+    sharpness: float = 1.5  # of query and key: attention of freshly drawn weights is uniform, and any two agree
+    blob: int = 16  # pixels, the size of what is on the images
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Result:
+    """One layer: the lattices' offset and stride (x) in pixels, and the pixels (largest of five tokens) by which
+    matched tokens are apart under the flip, measured; the affinity term of the pair, per query row."""
+
+    model: str
+    layer: int
+    query: tuple[float, float]
+    key: tuple[float, float]
+    query_apart: tuple[float, float]
+    key_apart: tuple[float, float]
+    loss: tuple[float, float]
+    loss_mirrored: tuple[float, float]
+
+
+def segformer() -> nn.Module:
+    """MiT-B0's stem, strides, reductions and widths, one block a stage."""
+    config = SegformerConfig(depths=[1, 1, 1, 1], drop_path_rate=0.0, attn_implementation="eager")
+    return SegformerModel(config)
+
+
+def pvt() -> nn.Module:
+    return timm.create_model("pvt_v2_b0", num_classes=0, depths=(1, 1, 1, 1))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {"SegFormer": segformer, "pvt_v2_b0": pvt}
+
+
+def sharpened(model: nn.Module, sharpness: float) -> nn.Module:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and name.rpartition(".")[2] in ("query", "key", "q_proj", "k_proj", "q", "kv"):
+            nn.init.normal_(module.weight, std=sharpness / module.in_features**0.5)
+    return model
+
+
+def mirrored(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.weight.copy_((module.weight + module.weight.flip(-1)) / 2)
+    return model
+
+
+def smooth_images(config: Config) -> Tensor:
+    small = [side // config.blob for side in config.image]
+    noise = torch.randn(config.batch, 3, *small)
+    return F.interpolate(noise, config.image, mode="bicubic", align_corners=False)
+
+
+def evenly(maps: AttentionMaps) -> AttentionMaps:
+    """The same maps on lattices that divide the image evenly."""
+
+    def divided(grid: Lattice) -> Lattice:
+        return Lattice(grid.height, grid.width, (grid.extent[0] / grid.height, grid.extent[1] / grid.width))
+
+    layers = []
+    for layer in maps:
+        layout = layer.layout
+        located = TokenLayout(divided(layout.query), divided(layout.key), layout.num_prefix_tokens, layout.class_tokens)
+        layers.append(replace(layer, located=located))
+    return AttentionMaps(layers)
+
+
+@contextmanager
+def observing(model: nn.Module) -> Iterator[Callable[[Tensor], AttentionMaps]]:
+    with capture_attention(model) as attention:
+
+        def observe(images: Tensor) -> AttentionMaps:
+            attention.clear()
+            model(images)
+            return attention.take()
+
+        yield observe
+
+
+def losses(model: nn.Module, images: Tensor) -> list[tuple[float, float]]:
+    """The affinity term of every layer, before and after."""
+    with observing(model) as observe:
+        a, b = observe(images), observe(VIEW(images))
+    found = []
+    for layer in a.layers:
+        acr = AllPairsConsistencyLoss(VIEW, 0.0, 1.0, layers=[layer])
+        with torch.no_grad():
+            found.append((acr(evenly(a), evenly(b)).item(), acr(a, b).item()))
+    return found
+
+
+def measure(name: str, config: Config) -> list[Result]:
+    torch.manual_seed(config.seed)
+    model, images = MODELS[name]().eval(), smooth_images(config)
+    with observing(model) as observe:
+        maps = observe(images)
+        before = token_offsets(lambda x: evenly(observe(x)), images, VIEW)
+        after = token_offsets(observe, images, VIEW)
+    # Sharp attention would show the probe what a token looks at, in place of what it was made from.
+    plain = losses(sharpened(model, config.sharpness), images)
+    without_side = losses(mirrored(model), images)
+    return [
+        Result(
+            name,
+            layer.index,
+            (layer.layout.query.offset[1], layer.layout.query.stride[1]),
+            (layer.layout.key.offset[1], layer.layout.key.stride[1]),
+            (before[i]["query"].under_view, after[i]["query"].under_view),
+            (before[i]["key"].under_view, after[i]["key"].under_view),
+            plain[i],
+            without_side[i],
+        )
+        for i, layer in enumerate(maps)
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Token offsets of overlapping stems, before and after.")
+    parser.add_argument("--write", action="store_true", help="write benchmarks/coverage/stem_offsets.json")
+    args = parser.parse_args()
+    config = Config()
+    results = [result for name in MODELS for result in measure(name, config)]
+    for r in results:
+        print(
+            f"{r.model:10} layer {r.layer}: queries {r.query[0]:+6.1f} of {r.query[1]:g} px, keys {r.key[0]:+6.1f} of "
+            f"{r.key[1]:g} px; matched queries apart {r.query_apart[0]:.1f} -> {r.query_apart[1]:.1f} px, keys "
+            f"{r.key_apart[0]:.1f} -> {r.key_apart[1]:.1f} px; affinity {r.loss[0]:.3f} -> {r.loss[1]:.3f}, mirrored "
+            f"kernels {r.loss_mirrored[0]:.3f} -> {r.loss_mirrored[1]:.3f}"
+        )
+    if args.write:
+        machine = f"{platform.machine()}, {torch.__version__}, timm {timm.__version__}"
+        file = Path(__file__).with_suffix(".json")
+        file.write_text(
+            json.dumps(
+                {"machine": machine, "config": asdict(config), "results": [asdict(r) for r in results]}, indent=1
+            )
+            + "\n"
+        )
+        print(f"written: {file}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,306 @@
+"""20-class VOC 2012 with MCTformer+, without and with ACR: trains, makes class maps, scores them. Not run on VOC here.
+
+    python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --dry-run
+    python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --write
+
+See docs/recipe_mctformer_plus.md. The host's checkout stays as it is: copies of it get the lines that
+acr_reg/integrations/mctformer.py adds. What is finished is not run again; ``--out`` holds one set of settings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from acr_reg.__main__ import main as acr_reg_command
+from acr_reg.integrations import mctformer
+from acr_reg.integrations.added_lines import add_lines, added_lines
+from benchmarks.recipe.results import STAGES, RecipeError, collect, table, write_atomically, write_page
+
+HOST, COMMIT = "xulianuwa/MCTformer", "0acc27a"
+DEIT = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
+DEIT_SHA256 = "cd65a155"  # its first digits, as in the name
+PACKAGES = ("torch", "torchvision", "timm", "numpy", "PIL", "sklearn", "cv2", "pandas")
+ARMS = ("without", "with")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The defaults are the host's own. Lists: name -> number of images of voc12/NAME_id.txt."""
+
+    input_size: int = 448
+    batch_size: int = 32
+    epochs: int = 45
+    lr: float = 5e-4
+    drop_path: float = 0.1
+    scales: tuple[float, ...] = (1.0, 0.75, 1.25)
+    finetune: str = DEIT
+    device: str = "cuda"
+    num_workers: int = 10
+    lists: Mapping[str, int] = field(default_factory=lambda: {"train_aug": 10582, "train": 1464, "val": 1449})
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where everything is."""
+
+    voc: Path
+    checkout: Path
+    out: Path
+    masks: str = "SegmentationClassAug"
+
+    def source(self, arm: str) -> Path:
+        return self.out / f"source-{arm}"
+
+    def run(self, arm: str, seed: int) -> Path:
+        return self.out / f"{arm}-seed{seed}"
+
+
+# ---------------------------------------------------------------- before anything runs
+
+
+def check_packages() -> None:
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"found no package {', '.join(missing)}; expected what the host imports; pip install torchvision timm "
+            "scikit-learn opencv-python-headless pandas pillow"
+        )
+
+
+def check_device(settings: Settings) -> None:
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise RecipeError("found no CUDA device; expected one; run this on a machine with a GPU, or with --dry-run")
+
+
+def check_checkout(place: Place) -> None:
+    """The host's own repository at the commit, with nothing changed in its files."""
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", "-C", str(place.checkout), *arguments], capture_output=True, text=True)
+        if done.returncode:
+            raise RecipeError(
+                f"found no git checkout in {place.checkout} ({done.stderr.strip()}); expected a clone of "
+                f"github.com/{HOST}; clone it, and git checkout {COMMIT}"
+            )
+        return done.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    if not head.startswith(COMMIT):
+        raise RecipeError(
+            f"found {place.checkout} at commit {head[:7]}; expected {COMMIT}, MCTformer+; git checkout {COMMIT}"
+        )
+    changed = git("status", "--porcelain", "--untracked-files=no")
+    if changed:
+        raise RecipeError(
+            f"found changed files in {place.checkout}: {_some(changed.splitlines())}; expected them as at {COMMIT}; "
+            "the recipe makes its changes in copies: git stash, or clone anew"
+        )
+    if not (place.checkout / "voc12" / "cls_labels.npy").is_file():
+        raise RecipeError(
+            f"found no voc12/cls_labels.npy in {place.checkout}; expected the host's image labels; clone it whole"
+        )
+
+
+def check_data(place: Place, settings: Settings) -> dict[str, list[str]]:
+    """The host's lists, after every image and every mask that they name was found."""
+    listed = {}
+    for name, count in settings.lists.items():
+        path = place.checkout / "voc12" / f"{name}_id.txt"
+        if not path.is_file():
+            raise RecipeError(f"found no {path}; expected the host's list; clone it whole")
+        listed[name] = path.read_text(encoding="utf-8").split()
+        if len(listed[name]) != count:
+            raise RecipeError(f"found {len(listed[name])} images in {path}; expected {count}; clone it anew")
+    images = sorted({each for ids in listed.values() for each in ids})
+    for folder, ids, suffix in (("JPEGImages", images, ".jpg"), (place.masks, listed["train"], ".png")):
+        missing = [each for each in ids if not (place.voc / folder / f"{each}{suffix}").is_file()]
+        if missing:
+            raise RecipeError(
+                f"found {len(ids) - len(missing)} of {len(ids)} files in {place.voc / folder}, not {_some(missing)}; "
+                "expected those of the host's lists; see docs/recipe_mctformer_plus.md for the data"
+            )
+    return listed
+
+
+def place_weights(place: Place, weights: Path | None) -> None:
+    """The file where torch's hub looks for the download: by its address alone the host knows how to load it."""
+    if weights is None:
+        return
+    if not weights.is_file():
+        raise RecipeError(f"found no file {weights}; expected DeiT-S from {DEIT}; or leave --weights out to load it")
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if not digest.startswith(DEIT_SHA256):
+        raise RecipeError(f"found {weights} with sha256 {digest[:8]}; expected {DEIT_SHA256}; load it from {DEIT}")
+    target = hub(place) / "hub" / "checkpoints" / DEIT.rpartition("/")[2]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(weights, target)
+
+
+def hub(place: Place) -> Path:
+    return place.out / "torch_home"
+
+
+def prepare(place: Place, listed: Mapping[str, Sequence[str]]) -> None:
+    """Copies of the host, as today's versions need it and with ACR's lines; a list of the images to score."""
+    today = added_lines(mctformer, HOST, COMMIT, today=True)
+    for arm, lines in (("without", [today]), ("with", [today, added_lines(mctformer, HOST, COMMIT)])):
+        folder = place.source(arm)
+        if folder.exists():
+            shutil.rmtree(folder)
+        shutil.copytree(place.checkout, folder, ignore=shutil.ignore_patterns(".git", "__pycache__"))
+        add_lines(folder, *lines)
+        for file in folder.glob("*.py"):
+            compile(file.read_text(encoding="utf-8"), str(file), "exec")
+    # The host makes maps of its train_aug list, seven times as many as are scored.
+    lists = place.out / "lists"
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / "train_aug_id.txt").write_text("\n".join(listed["train"]), encoding="utf-8")
+    (lists / "val_id.txt").write_text("\n".join(listed["val"]), encoding="utf-8")
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def commands(place: Place, settings: Settings, arm: str, seed: int) -> dict[str, list[str]]:
+    """The host's own commands, run in the copy of its checkout."""
+    run = place.run(arm, seed)
+    common = ["main.py", "--data-path", place.voc, "--input-size", settings.input_size, "--device", settings.device]
+    common += ["--num_workers", settings.num_workers, "--seed", seed]
+    train = [*common, "--output_dir", run, "--batch-size", settings.batch_size, "--epochs", settings.epochs]
+    train += ["--lr", settings.lr, "--drop-path", settings.drop_path]
+    train += ["--finetune", settings.finetune] if settings.finetune else []
+    cams = [*common, "--data-set", "VOC12MS", "--img-list", place.out / "lists", "--gen_attention_maps"]
+    cams += ["--resume", run / "checkpoint.pth", "--cam-npy-dir", run / "cams", "--attention-dir", run / "pictures"]
+    cams += ["--output_dir", run, "--scales", *settings.scales]
+    evaluate = ["evaluation.py", "--list", "voc12/train_id.txt", "--gt_dir", place.voc / place.masks]
+    evaluate += ["--logfile", run / "evallog.txt", "--type", "npy", "--curve", "True"]
+    evaluate += ["--predict_dir", run / "cams", "--comment", "train"]
+    stages = {"train": train, "cams": cams, "evaluate": evaluate}
+    return {name: [sys.executable, *map(str, command)] for name, command in stages.items()}
+
+
+def run_stage(place: Place, settings: Settings, arm: str, seed: int, stage: str) -> None:
+    """Runs one command unless its record says that it is done with the same settings and source."""
+    run = place.run(arm, seed)
+    run.mkdir(parents=True, exist_ok=True)
+    command = commands(place, settings, arm, seed)[stage]
+    record_file = run / f"{stage}.json"
+    identity = {"command": command, "source": fingerprint(place.source(arm))}
+    if record_file.is_file():
+        record = json.loads(record_file.read_text(encoding="utf-8"))
+        if {name: record.get(name) for name in identity} != identity:
+            raise RecipeError(
+                f"found {record_file} of another command, host or acr_reg; expected the one of now; choose another "
+                f"--out, or remove {run} to run it again"
+            )
+        print(f"{run.name}: {stage} is done", flush=True)
+        return
+    print(f"{run.name}: {stage}, log in {run / f'{stage}.log'}", flush=True)
+    for later in STAGES[STAGES.index(stage) :]:  # made of what is now made anew
+        (run / f"{later}.json").unlink(missing_ok=True)
+    (run / "score.json").unlink(missing_ok=True)
+    for leftover in ("cams", "pictures") if stage == "cams" else ():
+        shutil.rmtree(run / leftover, ignore_errors=True)
+    environment = {**os.environ, "TORCH_HOME": str(hub(place))} if hub(place).is_dir() else None
+    begin = time.time()
+    with open(run / f"{stage}.log", "w", encoding="utf-8") as log:
+        done = subprocess.run(
+            command, cwd=place.source(arm), env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
+        )
+    if done.returncode:
+        last = (run / f"{stage}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
+        raise RecipeError(
+            f"found that {stage} of {run.name} ended with code {done.returncode}: {' | '.join(last)}; expected 0; see "
+            f"{run / f'{stage}.log'}, and start again: what is done is kept"
+        )
+    record = {**identity, "seconds": round(time.time() - begin, 1)}
+    write_atomically(record_file, json.dumps(record, indent=1) + "\n")
+
+
+def fingerprint(folder: Path) -> str:
+    """Of the host's Python files, with the added lines."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.py")):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()
+
+
+def score(place: Place, arm: str, seed: int) -> None:
+    """``python -m acr_reg evaluate`` on the train list; cheap, hence always done anew."""
+    run = place.run(arm, seed)
+    arguments = ["evaluate", "--cams", run / "cams", "--masks", place.voc / place.masks]
+    arguments += ["--list", place.source(arm) / "voc12" / "train_id.txt", "--classes", 21, "--json", run / "score.json"]
+    if acr_reg_command(list(map(str, arguments))):
+        raise RecipeError(
+            f"found class maps in {run / 'cams'} that cannot be scored, as said above; expected PSA dicts"
+        )
+
+
+def run_all(place: Place, settings: Settings, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    for seed in seeds:  # both arms of a seed before the next seed, so that a part of the runs can be compared
+        for arm in arms:
+            for stage in STAGES:
+                run_stage(place, settings, arm, seed, stage)
+            score(place, arm, seed)
+            results = collect(place.out, asdict(settings), f"{HOST} at {COMMIT}", place.masks)
+    return results
+
+
+def _some(names: Sequence[str], limit: int = 3) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
+    parser = argparse.ArgumentParser(description="20-class VOC with MCTformer+, without and with ACR.")
+    parser.add_argument("--voc", type=Path, required=True, metavar="DIR", help="VOCdevkit/VOC2012")
+    parser.add_argument("--mctformer", type=Path, required=True, metavar="DIR", help=f"clone of {HOST} at {COMMIT}")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for copies, runs and results.json")
+    parser.add_argument("--masks", default=Place.masks, metavar="NAME", help="folder in --voc (default: %(default)s)")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="DeiT-S, where there is no network")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
+    parser.add_argument("--dry-run", action="store_true", help="check and copy all, and print the commands")
+    parser.add_argument("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
+    args = parser.parse_args(arguments)
+    settings = settings or Settings()
+    place = Place(args.voc.resolve(), args.mctformer.resolve(), args.out.resolve(), args.masks)
+    try:
+        check_packages()
+        check_checkout(place)
+        listed = check_data(place, settings)
+        if not args.dry_run:
+            check_device(settings)
+        place_weights(place, args.weights)
+        prepare(place, listed)
+        if args.dry_run:
+            for seed in args.seeds:
+                for arm in args.arms:
+                    for command in commands(place, settings, arm, seed).values():
+                        print(f"cd {place.source(arm)} && {' '.join(command)}")
+            return 0
+        results = run_all(place, settings, args.arms, args.seeds)
+    except RecipeError as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(table(results))
+    if args.write:
+        write_page(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Asks whether all-pairs consistency makes class maps better on photos."""

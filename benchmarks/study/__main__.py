@@ -1,0 +1,236 @@
+"""Does all-pairs consistency make class maps better on photos? A command for a cell, for all of them, for the tables.
+
+export ACR_REG_DATA=...   # holds msrc21/, voc2012-animals/ and vit_small_patch14/weights_fp16.npz
+python -m benchmarks.study cell --set msrc --condition both --weight 0.5 --seed 0
+python -m benchmarks.study run --set msrc --plan dev          # goes on where it was interrupted; --list shows it;
+                                                              # start it once a core: each cell is run by one of them
+python -m benchmarks.study freeze --set msrc                  # after dev; commit benchmarks/study/results/frozen.json
+python -m benchmarks.study run --set msrc --plan primary      # scores test.txt, once
+                                                              # both with --plan main: the other conditions
+python -m benchmarks.study pictures --set msrc                # docs/study/*.png, of dev photos
+python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
+python -m benchmarks.study scenes acr_demo/demo.json
+python -m benchmarks.study report                             # writes docs/study.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.study.cells import Bench, commit
+from benchmarks.study.choice import choose, entries
+from benchmarks.study.page.pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
+from benchmarks.study.page.report import report
+from benchmarks.study.page.scenes import keep
+from benchmarks.study.photos import Places
+from benchmarks.study.plans import PLANS, plan
+from benchmarks.study.settings import (
+    CONDITIONS,
+    LAYERS,
+    PROPAGATIONS,
+    SETS,
+    SPLITS,
+    Cell,
+    Reading,
+    Setting,
+    StudyError,
+    base,
+)
+from benchmarks.study.store import BASELINES, FROZEN, all_cells, claimed, frozen_entries, load, write_json
+from benchmarks.study.views import VIEWS
+
+HERE = Path(__file__).resolve().parent
+PAGE = HERE.parents[1] / "docs" / "study.md"
+WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    try:
+        return args.command(args)
+    except StudyError as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    shared = argparse.ArgumentParser(add_help=False)
+    add = shared.add_argument
+    add("--data", type=Path, default=os.environ.get("ACR_REG_DATA"), metavar="DIR", help="photo sets (ACR_REG_DATA)")
+    add("--weights", type=Path, metavar="FILE", help=f"of the backbone (default: {WEIGHTS} in --data)")
+    add("--cache", type=Path, default=Path.home() / ".cache" / "acr_reg_study", metavar="DIR", help="tokens, networks")
+    add("--results", type=Path, default=HERE / "results", metavar="DIR", help="of the JSON files")
+    add("--threads", type=int, default=1, metavar="N", help="for torch (1)")
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = result.add_subparsers(required=True)
+
+    cell = commands.add_parser("cell", parents=[shared], help="one cell")
+    cell.add_argument("--set", dest="photos", choices=SETS, required=True)
+    cell.add_argument("--condition", choices=CONDITIONS, required=True)
+    cell.add_argument("--seed", type=int, default=0)
+    cell.add_argument("--split", choices=SPLITS, default="dev")
+    cell.add_argument("--view", choices=VIEWS)
+    cell.add_argument("--layers", choices=LAYERS)
+    cell.add_argument("--distance", choices=("l1", "l2", "js"))
+    cell.add_argument("--precision", choices=("float32", "bfloat16"))
+    cell.add_argument("--stop-gradient", action="store_true", default=None)
+    for name in ("size", "epochs", "frozen", "batch_size", "cam_start"):
+        cell.add_argument(f"--{name.replace('_', '-')}", type=int)
+    for name in ("weight", "cam_weight", "warmup", "rate", "head_rate"):
+        cell.add_argument(f"--{name.replace('_', '-')}", type=float)
+    cell.add_argument("--start-layer", type=int, default=Reading().start)
+    cell.add_argument("--propagation", choices=PROPAGATIONS, default=Reading().propagation)
+    cell.set_defaults(command=run_cell)
+
+    run = commands.add_parser("run", parents=[shared], help="all cells of a plan that are not there yet")
+    run.add_argument("--set", dest="photos", choices=SETS, required=True)
+    run.add_argument("--plan", choices=PLANS, required=True)
+    run.add_argument("--seed", type=int, help="its cells alone")
+    run.add_argument("--list", action="store_true", help="only show the cells, which are done, and CPU hours left")
+    run.set_defaults(command=run_plan)
+
+    rows = commands.add_parser("baselines", parents=[shared], help="rows that know no training")
+    rows.add_argument("--set", dest="photos", choices=SETS, required=True)
+    rows.add_argument("--split", choices=SPLITS, default="dev")
+    rows.set_defaults(command=run_baselines)
+
+    freeze = commands.add_parser("freeze", parents=[shared], help="choose by dev, write frozen.json, to be committed")
+    freeze.add_argument("--set", dest="photos", choices=SETS, required=True)
+    freeze.add_argument("--plan", choices=PLANS[1:], default="primary", help="primary, or the other conditions (main)")
+    freeze.set_defaults(command=run_freeze)
+
+    pictures = commands.add_parser("pictures", parents=[shared], help="of dev photos, by the settings that dev chooses")
+    pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
+    pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
+    pictures.set_defaults(command=run_pictures)
+
+    scenes = commands.add_parser("scenes", parents=[shared], help="take over what the demo measured on test scenes")
+    scenes.add_argument("demo", type=Path, metavar="demo.json")
+    scenes.set_defaults(command=lambda args: keep(args.demo, args.results) or 0)
+
+    tables = commands.add_parser("report", parents=[shared], help="write the tables")
+    tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
+    tables.set_defaults(command=run_report)
+    return result
+
+
+def bench(args: argparse.Namespace) -> Bench:
+    if args.data is None:
+        raise StudyError("found no --data and no ACR_REG_DATA; expected the folder of the photo sets; give either")
+    weights = args.data / WEIGHTS if args.weights is None else args.weights
+    if not weights.is_file():
+        raise StudyError(f"found no weights at {weights}; expected those of the backbone; give them by --weights FILE")
+
+    def say(line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+    return Bench(Places(args.data, weights, args.cache), args.results, say)
+
+
+def run_cell(args: argparse.Namespace) -> int:
+    names = {field.name for field in fields(Setting)} - {"photos", "condition"}
+    given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    setting = base(args.photos, args.condition, **given)
+    bench(args).run(Cell(setting, args.seed, args.split, Reading(args.start_layer, args.propagation)))
+    return 0
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    cells = [cell for cell in plan(args.plan, args.photos, args.results) if args.seed in (None, cell.seed)]
+    waiting = [cell for cell in cells if load(args.results, cell) is None]
+    if args.list:
+        for cell in cells:
+            print(f"{'-' if cell in waiting else 'done':5}{cell.file}")
+        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done{_hours(args.results, cells, waiting)}")
+        return 0
+    running, failed = bench(args), 0
+    split = "dev" if args.plan == "dev" else "test"
+    if cells and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
+        running.run_baselines(args.photos, SETS[args.photos].size, split)
+    for cell in waiting:
+        with claimed(args.cache, cell) as mine:
+            if not mine or load(args.results, cell) is not None:  # another process has it, or had
+                continue
+            try:
+                running.run(cell)
+            except StudyError:
+                raise
+            except Exception:  # one cell that fails must not cost a night: the others go on, and it is said at the end
+                failed += 1
+                print(f"{cell.file} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+    if failed:
+        raise StudyError(f"found {failed} of {len(waiting)} cells that failed; expected none; read the log above")
+    return 0
+
+
+def _hours(results: Path, cells: list[Cell], waiting: list[Cell]) -> str:
+    """What is left, by the mean time a photo token and epoch of those that are done."""
+    done = [(cell, record) for cell in cells if cell not in waiting and (record := load(results, cell)) is not None]
+    if not done:
+        return ""
+    spent = sum(r["training"]["cpu_seconds"] + r["scoring"]["cpu_seconds"] for _, r in done)
+    each = spent / sum(_work(cell) for cell, _ in done)
+    left = each * sum(_work(cell) for cell in waiting) / 3600
+    return f"; {spent / len(done) / 60:.1f} CPU minutes each so far, about {left:.1f} CPU hours left"
+
+
+def _work(cell: Cell) -> float:
+    return cell.setting.size**2 * cell.setting.epochs
+
+
+def run_baselines(args: argparse.Namespace) -> int:
+    content = bench(args).run_baselines(args.photos, SETS[args.photos].size, args.split)
+    for row in content["rows"]:
+        print(f"{row['name']:45} {row['miou']:.3f}")
+    return 0
+
+
+def run_freeze(args: argparse.Namespace) -> int:
+    path, before = args.results / FROZEN, frozen_entries(args.results)
+    plans = {entry["plan"] for entry in before if entry["setting"]["photos"] == args.photos}
+    if args.plan in plans:
+        raise StudyError(
+            f"found the plan {args.plan} of {args.photos} in {path}; expected it not to be there: settings are frozen "
+            f"once; go on with --plan {args.plan}"
+        )
+    if args.plan == "main" and not plans:
+        raise StudyError(
+            f"found no plan primary of {args.photos} in {path}; expected it first: the controls take its weight; "
+            "freeze that"
+        )
+    added = entries(choose(all_cells(args.results), args.photos, before), args.plan)
+    write_json(path, {"commit": commit(), "cells": [*before, *added]})
+    print(f"Written: {path}. Commit it before the plan {args.plan} is run.")
+    return 0
+
+
+def run_pictures(args: argparse.Namespace) -> int:
+    cells = chosen_cells(args.results, args.photos)
+    setting = next(iter(cells.values())).setting
+    photos = bench(args).photos(args.photos, setting.size, setting.frozen)
+    args.output.mkdir(parents=True, exist_ok=True)
+    draw_class_maps(args.output / f"{args.photos}_cams.png", photos, cells)
+    draw_affinities(args.output / f"{args.photos}_affinities.png", photos, cells)
+    draw_curves(args.output / f"{args.photos}_curves.png", args.results, args.photos, photos.origin)
+    print(f"Written: {args.output}/{args.photos}_*.png")
+    return 0
+
+
+def run_report(args: argparse.Namespace) -> int:
+    args.output.write_text(report(args.results, args.output.with_suffix("")), encoding="utf-8")
+    print(f"Written: {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+"""Runs one cell: trains it or takes it from the cache, scores it, writes its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from acr_reg.demo.meter import Meter
+from acr_reg.demo.record import machine, versions
+from benchmarks.study.baselines import baselines
+from benchmarks.study.counts import multi_label
+from benchmarks.study.photos import Photos, Places
+from benchmarks.study.scoring import RAW, Key, figures, score
+from benchmarks.study.settings import Cell, StudyError
+from benchmarks.study.store import BASELINES, check_test, frozen, load, write_json
+from benchmarks.study.train import trained
+
+Say = Callable[[str], None]
+
+
+class Bench:
+    """Photo sets are opened, and their tokens computed, once for all cells that are run."""
+
+    def __init__(self, places: Places, results: Path, say: Say = print) -> None:
+        self.places, self.results, self.say = places, results, say
+        self._photos: dict[tuple[str, int, int], Photos] = {}
+
+    def photos(self, name: str, size: int, frozen_blocks: int) -> Photos:
+        key = (name, size, frozen_blocks)
+        if key not in self._photos:
+            self._photos[key] = Photos(*key, self.places)
+        return self._photos[key]
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """The cell's result, from its file or computed now. A test cell is refused as check_test says."""
+        if cell.split == "test":
+            check_test(self.results, cell)
+        done = load(self.results, cell)
+        if done is not None:
+            self.say(f"{cell.file}: done before")
+            return done
+        held_out = None if cell.split == "dev" else self._held_out(cell)
+        setting = cell.setting
+        photos = self.photos(setting.photos, setting.size, setting.frozen)
+        result = trained(photos, setting, cell.seed)
+        with Meter() as meter:
+            found = score(photos, result.model, cell.split, cell.reading, every_reading=cell.split == "dev")
+        record: dict[str, Any] = {
+            "setting": asdict(setting),
+            "seed": cell.seed,
+            "split": cell.split,
+            "reading": asdict(cell.reading),
+            "weights": photos.origin,
+            "names": list(photos.folder.names),
+            "images": len(photos.labels(cell.split)),
+            "multi_label_images": int(multi_label(photos.present(cell.split)).sum()),
+            "mean_ap": found.mean_ap,
+            "entropies": [[round(value, 4) for value in layer] for layer in found.entropies],
+        }
+        keys: dict[str, Key] = {
+            "raw": (cell.reading.start, RAW),
+            "propagated": (cell.reading.start, cell.reading.propagation),
+        }
+        for name, key in keys.items():
+            threshold = None if held_out is None else held_out[name]
+            record[name] = asdict(figures(found.totals[key], found.images[key], photos.present(cell.split), threshold))
+        record["readings"] = [
+            {"start": start, "propagation": how, "miou": scores.best_miou, "threshold": scores.best_threshold}
+            for (start, how), scores in ((key, total.compute()) for key, total in found.totals.items())
+        ]
+        record["training"] = asdict(result.record)
+        record["scoring"] = {"seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds}
+        record |= {"versions": versions(), "machine": machine(), "commit": commit()}
+        write_json(self.results / cell.file, record)
+        self.say(
+            f"{cell.file}: mAP {record['mean_ap']:.3f}, raw {record['raw']['miou']:.3f}, propagated "
+            f"{record['propagated']['miou']:.3f}; trained in {result.record.cpu_seconds:.0f} s, scored in "
+            f"{meter.cpu_seconds:.0f} s of CPU time"
+        )
+        return record
+
+    def _held_out(self, cell: Cell) -> dict[str, float | None]:
+        """The thresholds that were best on dev, by the cell's reading. Dev cells are kept by the default reading, all
+        of them, so that their tables can be read across; those of all readings are there beside it."""
+        dev = self.run(Cell(cell.setting, cell.seed))
+        wanted = {"raw": (cell.reading.start, RAW), "propagated": dataclasses.astuple(cell.reading)}
+        found = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
+        return {name: found[key] for name, key in wanted.items()}
+
+    def run_baselines(self, name: str, size: int, split: str, frozen_blocks: int = 6) -> dict[str, Any]:
+        """What knows no training, on a split; of test.txt once, and only where settings are frozen."""
+        path = self.results / name / split / f"{BASELINES}.json"
+        if path.exists():
+            raise StudyError(f"found {path}: scored already; expected it once; read it there")
+        if split == "test":
+            frozen(self.results)
+        photos = self.photos(name, size, frozen_blocks)
+        rows = baselines(photos, split)
+        content = {"photos": name, "split": split, "size": size, "weights": photos.origin, "rows": rows}
+        write_json(path, content | {"commit": commit()})
+        return content
+
+
+def commit() -> str:
+    """The code's state, to be found again."""
+    here = Path(__file__).parent
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
+    return run.stdout.strip() or "unknown"

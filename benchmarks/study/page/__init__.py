@@ -1,0 +1,1 @@
+"""The page of the study: its tables, contrasts and pictures, made from the results."""

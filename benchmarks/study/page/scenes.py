@@ -1,0 +1,100 @@
+"""The synthetic scenes' part of the study: what the demo measured, reduced to what the page shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acr_reg.demo.conditions import CONTROL, WITH, WITHOUT
+from benchmarks.study.page.tables import moments, number, spread, table
+from benchmarks.study.settings import StudyError
+from benchmarks.study.store import read_json, write_json
+
+FILE = "scenes.json"
+TRAINED = (WITHOUT, WITH, CONTROL)
+
+
+def keep(demo: Path, results: Path) -> None:
+    """Reduces the demo's JSON, of a run with ``--controls`` on the test scenes, to ``results``/scenes.json."""
+    try:
+        run = json.loads(demo.read_text(encoding="utf-8"))
+        seeds = {str(each["seed"]): {row["name"]: _reduced(row) for row in each["rows"]} for each in run["seeds"]}
+        kept = {name: run[name] for name in ("command", "settings", "split", "versions", "machine")}
+        kept["command"] = _without_output(kept["command"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudyError(
+            f"{demo} cannot be read ({error!r}); expected the demo's JSON; python -m acr_reg demo --controls"
+        ) from error
+    missing = [name for name in TRAINED for rows in seeds.values() if name not in rows]
+    if missing or kept["split"] != "test":
+        raise StudyError(
+            f"found a run on {kept['split']} scenes without {missing or 'nothing'}; expected test scenes and the "
+            f"conditions {', '.join(TRAINED)}; run the demo with --controls"
+        )
+    write_json(results / FILE, kept | {"seeds": seeds})
+
+
+def _without_output(command: list[str]) -> list[str]:
+    """The demo's arguments without --output DIR, which is a place on the machine that ran it."""
+    if "--output" not in command:
+        return command
+    at = command.index("--output")
+    return command[:at] + command[at + 2 :]
+
+
+def _reduced(row: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {"raw": row["raw"]["miou"]}
+    if row["training"] is not None:
+        found |= {"mean_ap": row["mean_ap"], "propagated": row["propagated"]["miou"]}
+        found |= {"entropy": row["terms"]["entropy"], "cpu_seconds": row["training"]["cpu_seconds"]}
+    return found
+
+
+def scenes(results: Path) -> str | None:
+    """Every seed and the means, beside the baselines; None where nothing was run."""
+    path = results / FILE
+    if not path.exists():
+        return None
+    run = read_json(path)
+    seeds: dict[str, dict[str, Any]] = run["seeds"]
+    header = ["", "mAP", "raw CAM mIoU", "propagated", "entropy", "CPU s", *[f"raw, seed {seed}" for seed in seeds]]
+    rows = []
+    for name in next(iter(seeds.values())):
+        found = [of_seed[name] for of_seed in seeds.values()]
+        figures = [_mean(found, key, digits) for key, digits in _COLUMNS.items()]
+        rows.append([name, *figures, *[number(each["raw"]) for each in found]])
+    differences = [
+        f"{second} less {first}: raw {_paired(seeds, first, second, 'raw')}, propagated "
+        f"{_paired(seeds, first, second, 'propagated')}"
+        for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
+    ]
+    return "\n".join(
+        [
+            f"## Synthetic scenes, {run['split']} scenes\n",
+            "A small ViT from scratch, scenes of seeds that nothing was chosen on, each scored once "
+            f"(`python -m acr_reg {' '.join(run['command'])}`); settings are the demo's, chosen on development seeds. "
+            "Thresholds are those of development scenes.\n",
+            table(header, rows),
+            "",
+            *[f"- {line}." for line in differences],
+            "",
+        ]
+    )
+
+
+_COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds": 0}
+
+
+def _mean(found: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [each[key] for each in found if key in each]
+    return spread(moments(values), digits) if values else ""
+
+
+def _paired(seeds: Mapping[str, Mapping[str, Any]], first: str, second: str, maps: str) -> str:
+    values = [rows[second][maps] - rows[first][maps] for rows in seeds.values()]
+    above = sum(value > 0 for value in values)
+    return f"{np.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}, above 0 in {above} of {len(values)})"

@@ -1,0 +1,122 @@
+"""Rows of the study's tables: cells grouped over seeds, and Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.study.counts import Difference, ImageCounts, paired_bootstrap
+from benchmarks.study.settings import CONDITIONS, REFERENCE, Setting
+from benchmarks.study.store import BASELINES, all_cells, read_json
+from benchmarks.study.views import VIEWS
+
+Record = Mapping[str, Any]
+
+WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """One setting on one split: its cells by seed."""
+
+    setting: Setting
+    split: str
+    records: dict[int, Record]
+
+    def mean(self, figure: Callable[[Record], float]) -> tuple[float, float, int]:
+        """Mean, standard deviation (NaN of one) and number of seeds."""
+        return moments([figure(record) for record in self.records.values()])
+
+    @property
+    def title(self) -> str:
+        """The condition and what it has beside the table's own size, epochs, view and precision."""
+        setting = self.setting
+        parts = [CONDITIONS[setting.condition].title]
+        parts += [f"weight {setting.weight:g}"] if setting.weight else []
+        parts += [f"CAM weight {setting.cam_weight:g}"] if setting.cam_weight else []
+        parts += [VIEWS[setting.view]] if setting.view != "flip" else []
+        parts += [setting.distance] if setting.distance != "l1" else []
+        parts += [f"{setting.layers} layers"] if setting.layers != "all" else []
+        parts += ["second view fixed"] if setting.stop_gradient else []
+        parts += [f"warm-up {setting.warmup:g}"] if setting.warmup else []
+        return ", ".join(parts)
+
+
+def groups(results: Path) -> list[Group]:
+    """In the order of the conditions, then of the weights."""
+    found: dict[tuple[Setting, str], dict[int, Record]] = {}
+    for cell, record in all_cells(results):
+        found.setdefault((cell.setting, cell.split), {})[cell.seed] = record
+    order = list(CONDITIONS)
+    made = [Group(setting, split, dict(sorted(records.items()))) for (setting, split), records in found.items()]
+    return sorted(made, key=lambda g: (order.index(g.setting.condition), g.setting.weight, g.setting.cam_weight))
+
+
+def reference_of(group: Group, among: Iterable[Group]) -> Group | None:
+    """Two views without consistency, by the same photos, size, epochs, view and precision, on the same split."""
+    same = ("photos", "size", "epochs", "view", "precision", "frozen", "batch_size", "rate", "head_rate")
+    for other in among:
+        if (other.setting.condition, other.split) != (REFERENCE, group.split):
+            continue
+        if all(getattr(other.setting, name) == getattr(group.setting, name) for name in same):
+            return other
+    return None
+
+
+def baseline_rows(results: Path, photos: str, split: str) -> list[Record]:
+    path = results / photos / split / f"{BASELINES}.json"
+    return read_json(path)["rows"] if path.exists() else []
+
+
+def difference(first: Record, second: Record, maps: str = "raw") -> Difference:
+    """Second less first, images resampled in pairs."""
+    return paired_bootstrap(ImageCounts.unpack(first[maps]["counts"]), ImageCounts.unpack(second[maps]["counts"]))
+
+
+def mean_ap_of(record: Record) -> float:
+    return record["mean_ap"]
+
+
+def raw_of(record: Record) -> float:
+    return record["raw"]["miou"]
+
+
+def paired_mean(first: Group, second: Group, figure: Callable[[Record], float]) -> tuple[float, float, int] | None:
+    """Mean and deviation over the seeds that both have of the paired difference; None without any."""
+    seeds = [seed for seed in first.records if seed in second.records]
+    values = [figure(second.records[seed]) - figure(first.records[seed]) for seed in seeds]
+    return moments(values) if values else None
+
+
+def moments(values: Sequence[float]) -> tuple[float, float, int]:
+    """Mean, standard deviation (NaN of one) and number."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else float("nan"), len(values)
+
+
+# ------------------------------------------------------------ Markdown
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or np.isnan(value) else f"{value:.{digits}f}"
+
+
+def spread(found: tuple[float, float, int], digits: int = 3) -> str:
+    mean, deviation, _ = found
+    return number(mean, digits) if np.isnan(deviation) else f"{mean:.{digits}f} ± {deviation:.{digits}f}"
+
+
+def signed_spread(found: tuple[float, float, int]) -> str:
+    return ("+" if found[0] >= 0 else "") + spread(found)
+
+
+def signed(found: Difference) -> str:
+    return f"{found.value:+.3f} ({found.low:+.3f} to {found.high:+.3f})"

@@ -1,0 +1,52 @@
+"""The second views of the study, and how a view is misreported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Generator, Tensor
+
+from acr_reg import (
+    Compose,
+    HorizontalFlip,
+    RandomChoice,
+    RandomCompose,
+    RandomResizedCrop,
+    Rotate90,
+    Scale,
+    View,
+)
+from benchmarks.study.settings import StudyError
+
+Draw = Callable[[Tensor, Generator], View]
+
+VIEWS = {
+    "flip": "flip",
+    "scale": "flip and scale (0.75 or 1.25, a batch)",
+    "crop": "flip and random crop (half of the area or more, resized; an image)",
+    "turn": "flip, random crop and quarter turns (an image)",
+}
+_FACTORS = (0.75, 1.25)  # whole tokens at 112 and 168 px
+_CROP = (0.5, 1.0)
+
+
+def draws_views(name: str, size: int) -> Draw | None:
+    """What draws the view of a batch of square images; None for the flip, which is always the same."""
+    if name not in VIEWS:
+        raise StudyError(f"found the view {name!r}; expected one of {', '.join(VIEWS)}; choose among those")
+    if name == "flip":
+        return None
+    if name == "scale":
+        scales = RandomCompose([HorizontalFlip(), RandomChoice([Scale(factor) for factor in _FACTORS])])
+        return lambda images, generator: scales.sample(images, generator=generator)
+    steps = [HorizontalFlip(), RandomResizedCrop(size, _CROP)]
+    if name == "turn":
+        steps.append(RandomChoice([Rotate90(k) for k in range(4)]))
+    sampler = RandomCompose(steps)
+    return lambda images, generator: sampler.sample(images, per_image=True, generator=generator)
+
+
+def misreported(view: View) -> View:
+    """What the loss is told in place of ``view``: a flip too many, so that of the flip it is told that nothing was
+    done. The images are the same; tokens are compared that do not show the same."""
+    return Compose([view, HorizontalFlip()])

@@ -1,0 +1,180 @@
+"""The cost benchmarks time what they say: the published procedure as written there is what the library computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import timm  # noqa: F401  # this file is left out where the extras are not installed
+import torch
+
+from benchmarks.cost import cam as cost_cam
+from benchmarks.cost import gpu as cost_gpu
+from benchmarks.cost import metrics as cost_metrics
+from benchmarks.cost import page as cost_page
+from benchmarks.cost import scaling as cost_scaling
+from benchmarks.cost import step as cost_step
+from benchmarks.cost.models import Setting, build_model
+from benchmarks.cost.process import in_turns, merge, peak_megabytes, quartiles, run_fresh
+from benchmarks.cost.variants import STEPS, difference, make_cam, make_step
+
+SMALL = Setting("tiny", size=64, batch=2, depth=3, present=3)
+
+
+def test_models_of_one_setting_are_equal_and_all_variants_learn_every_parameter():
+    one, other = build_model(SMALL).state_dict(), build_model(SMALL).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    for variant in STEPS:
+        model, step = make_step(variant, SMALL)
+        step()
+        assert all(p.grad is not None for p in model.parameters()), variant
+
+
+@pytest.mark.parametrize("variant", ["published", "blockwise", "rows"])
+def test_variants_agree_with_the_dense_loss(variant):
+    value, gradient = difference(variant, SMALL)
+    assert value < 1e-5
+    assert gradient < 1e-5
+
+
+def test_difference_would_tell_a_wrong_flip(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "flip", lambda self, *dims: self.clone())
+    value, gradient = difference("published", SMALL)
+    assert value > 1e-3
+    assert gradient > 1e-2
+
+
+def test_steps_differ_by_the_consistency_only():
+    total, consistency, plain = (
+        make_step(variant, SMALL)[1](weight) for variant, weight in (("dense", 1), ("dense", 0), ("plain", 1))
+    )
+    assert total.item() == pytest.approx(plain.item() + consistency.item(), rel=1e-5)
+    assert consistency > 0
+
+
+def test_published_class_maps_are_those_of_gradient_cam():
+    ours, published = make_cam("library", SMALL)(), make_cam("published", SMALL)()
+    assert published.shape == (2, 20, 4, 4)
+    assert ((published.amax((2, 3)) > 0).sum(1) == 3).all()
+    assert cost_cam.map_error(ours, published) < 1e-5
+
+
+def test_the_sweeps_are_the_single_pass():
+    config = cost_metrics.Config(images=3, height=20, width=30, num_classes=6)
+    given = cost_metrics.pictures(config)
+    assert sorted({len(ids) for ids in given.classes}) != [1]
+    miou = [cost_metrics.score(variant, given, 6) for variant in cost_metrics.VARIANTS]
+    assert miou[0].shape == (100,)
+    for each in miou[1:]:
+        np.testing.assert_allclose(each, miou[0], rtol=1e-12)
+
+
+def test_a_step_is_measured(monkeypatch):
+    monkeypatch.setattr(cost_step, "run_fresh", lambda script, payload, give_back=False: cost_step.child(payload))
+    setting = Setting("tiny", size=32, depth=1)
+    results = cost_step.measure(cost_step.Config(setting, ("plain", "blockwise", "dense"), rounds=2, memory_steps=1))
+    assert [r.variant for r in results] == ["plain", "blockwise", "dense"]
+    assert all(r.peak_mb > 50 and r.cpu_seconds[1] > 0 and r.skipped is None for r in results)
+    assert results[0].extra_mb == 0
+    assert results[1].gradient_error < 1e-5
+    assert results[1].extra_mb_over_published is None
+
+
+def test_a_fresh_process_has_a_peak_of_its_own():
+    payload = {"config": asdict(cost_metrics.Config(images=1, height=8, width=8)), "variant": "library"}
+    ballast = torch.ones(2**28)  # 1 GiB, which the peak of this process keeps
+    assert peak_megabytes() > 1024 and ballast.shape
+    assert 50 < run_fresh("metrics", payload) < 1000
+
+
+def test_a_case_that_does_not_fit_is_named(monkeypatch):
+    monkeypatch.setattr(cost_step, "available_megabytes", lambda: 2.0)
+    monkeypatch.setattr(cost_step, "run_fresh", fake_run)
+    config = cost_step.Config(Setting("tiny", size=384), rounds=2, check=False)
+    results = {r.variant: r for r in cost_step.measure(config)}
+    assert "GiB" in results["published"].skipped
+    assert results["dense"].cpu_seconds is None
+    assert results["blockwise"].extra_cpu_seconds == (1.0, 1.0, 1.0)
+
+
+def fake_run(script, payload, give_back=False):
+    seconds = {"plain": 1.0, "blockwise": 2.0, "rows": 1.5, "published": 3.0, "dense": 3.0}
+    if payload["do"] == "time":
+        return {variant: [seconds[variant]] * payload["rounds"] for variant in payload["variants"]}
+    return 100 * seconds[payload["variants"][0]]
+
+
+def test_ratios_are_over_the_plain_step(monkeypatch, capsys):
+    monkeypatch.setattr(cost_step, "run_fresh", fake_run)
+    results = {r.variant: r for r in cost_step.measure(cost_step.Config(SMALL, rounds=3, check=False))}
+    assert results["blockwise"].extra_cpu_over_published == 0.5
+    cost_step.show(list(results.values()))
+    assert "0.50" in capsys.readouterr().out
+    assert results["rows"].extra_mb_over_published == 0.25
+
+
+def test_slopes_and_plot(tmp_path):
+    rows = [
+        {
+            "variant": variant,
+            "model": "tiny",
+            "size": size,
+            "tokens": (size // 16) ** 2,
+            "extra_mb": (size // 16) ** (2 * power),
+            "extra_cpu_seconds": (1.0, float((size // 16) ** 4), 0.0),
+            "skipped": None,
+        }
+        for variant, power in (("published", 2), ("blockwise", 1))
+        for size in (224, 448, 896)
+    ]
+    found = {s.variant: s for s in cost_scaling.slopes(rows)}
+    assert found["published"].memory == pytest.approx(2)
+    assert found["blockwise"].memory == pytest.approx(1)
+    assert found["blockwise"].cpu == pytest.approx(2)
+    assert found["rows"].memory is None
+    cost_scaling.plot(rows, tmp_path / "docs" / "cost.png")
+    assert (tmp_path / "docs" / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_gpu_command_runs_and_refuses_where_there_is_none(monkeypatch):
+    config = cost_gpu.Config(("tiny",), (32,), (1,), (2,), rounds=1, device="cpu")
+    results = cost_gpu.measure(config)
+    assert [r.what for r in results] == ["step"] * 5 + ["class maps"] * 3
+    assert all(r.milliseconds > 0 for r in results)
+    assert cost_gpu.table(results).count("\n") == 9
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(cost_gpu.NoGpu, match=r"found no CUDA device.*benchmarks\.cost step"):
+        cost_gpu.measure(cost_gpu.Config())
+
+
+def test_the_gpu_page_has_its_table():
+    page = cost_gpu.PAGE.read_text(encoding="utf-8")
+    assert cost_gpu.BEGIN in page
+    assert cost_gpu.table([]) in page
+
+
+def test_turns_begin_with_another_each_round():
+    order = []
+    spent = in_turns({name: lambda name=name: order.append(name) for name in "ab"}, 2, warm=False)
+    assert order == ["a", "b", "b", "a"]
+    assert {name: len(times) for name, times in spent.items()} == {"a": 2, "b": 2}
+    assert quartiles([3.0, 1.0, 2.0]) == (1.5, 2.0, 2.5)
+
+
+def test_merge_replaces_rows_of_the_same_case(tmp_path):
+    path = tmp_path / "results.json"
+    merge(path, [{"size": 1, "cost": 2}, {"size": 3, "cost": 4}], ("size",))
+    merge(path, [{"size": 1, "cost": 5}], ("size",), config={"rounds": 1})
+    record = json.loads(path.read_text())
+    assert record["results"] == [{"size": 1, "cost": 5}, {"size": 3, "cost": 4}]
+    assert record["threads"] >= 1
+
+
+@pytest.mark.parametrize("path", [cost_page.README, cost_page.PAGE], ids=lambda path: path.name)
+def test_pages_show_what_was_measured(path):
+    text = path.read_text(encoding="utf-8")
+    assert cost_page.put(text, cost_page.sections()[path]) == text
+    with pytest.raises(ValueError, match="found no <!-- table"):
+        cost_page.put("no marks", "table")

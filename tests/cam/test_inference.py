@@ -1,0 +1,135 @@
+"""GradientCam: the maps that the functions give one by one, from a model that is left as it was."""
+
+import pytest
+import torch
+from torch import nn
+
+from acr_reg import (
+    GradientCam,
+    HorizontalFlip,
+    Identity,
+    capture_attention,
+    class_token_gradient_cam,
+    multi_view_cam,
+    propagate_cam,
+)
+from tests.support.attention import says
+from tests.support.models import explicit_vit, multihead_vit
+
+every_model = pytest.mark.parametrize("build", [multihead_vit, explicit_vit], ids=["fused", "explicit"])
+PUBLISHED = (Identity(), HorizontalFlip())
+LABELS = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 0]])
+
+
+def images():
+    return torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
+
+
+def by_hand(model, start_layer=-2, steps=1, views=PUBLISHED):
+    with capture_attention(model) as attention:
+
+        def cam(batch):
+            logits = model(batch)
+            maps = attention.take()
+            found = class_token_gradient_cam(logits, maps, LABELS, start_layer)
+            return propagate_cam(found, maps, steps=steps) if steps else found
+
+        return multi_view_cam(cam, images(), views).detach()
+
+
+@every_model
+@pytest.mark.parametrize("options", [{}, {"start_layer": 1}, {"steps": 0}, {"steps": 3}, {"views": (Identity(),)}])
+def test_it_is_the_functions_one_after_another(build, options):
+    model = build(3).eval()
+    with GradientCam(model, **options) as cam:
+        first, second = cam(images(), LABELS), cam(images(), LABELS)
+    expected = by_hand(model, **options)
+    assert expected.max() > 0
+    for found in (first, second):
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+
+
+@every_model
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_it_works_whatever_the_mode_outside(build, without):
+    model = build(2).eval()
+    expected = by_hand(model)
+    with GradientCam(model) as cam, without():
+        torch.testing.assert_close(cam(images(), LABELS), expected, rtol=1e-4, atol=1e-9)
+
+
+@every_model
+def test_the_model_is_left_as_it_was(build):
+    model = build(2, dropout=0.2).train()
+    frozen, gradient = model.encoder[0], torch.ones_like(model.head.weight)
+    frozen.requires_grad_(False)
+    frozen.eval()
+    model.head.weight.grad = gradient
+    modes = {name: module.training for name, module in model.named_modules()}
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    hooks = {module: (len(module._forward_hooks), len(module._forward_pre_hooks)) for module in model.modules()}
+
+    def fails(batch):
+        model(batch)
+        raise KeyboardInterrupt
+
+    for forward, error in ((None, None), (fails, KeyboardInterrupt), (lambda x: model(x)[:1], ValueError)):
+        with GradientCam(model, forward=forward) as cam:
+            if error is None:
+                cam(images(), LABELS)
+            else:
+                with pytest.raises(error):
+                    cam(images(), LABELS)
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == flags
+        assert {m: (len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()} == hooks
+        assert torch.is_grad_enabled()
+    assert model.head.weight.grad is gradient
+    assert torch.equal(gradient, torch.ones_like(gradient))
+    assert all(p.grad is None for name, p in model.named_parameters() if name != "head.weight")
+
+
+def test_layers_below_the_first_used_run_without_a_graph():
+    model, seen = multihead_vit(4).eval(), []
+    for block in model.encoder:
+        block.register_forward_hook(lambda module, args, result: seen.append(result.requires_grad))
+    with GradientCam(model, views=[Identity()]) as cam:
+        cam(images(), LABELS)
+        assert seen == [False] * 4 + [False, False, True, True]  # the layers are counted first, without a graph
+        cam(images(), LABELS)
+    assert seen[8:] == [False, False, True, True]
+    seen.clear()
+    with GradientCam(model, start_layer=3, views=[Identity()]) as cam:
+        cam(images(), LABELS)
+    assert seen == [False, False, False, True]
+
+
+@every_model
+def test_a_lower_half_that_the_model_runs_under_no_grad_is_not_counted(build):
+    """Frozen backbones are often written so. Were it counted, no layer of the upper half would be on a graph."""
+    model = build(4).eval()
+    lower = nn.Sequential(*model.encoder[:2])
+    lower.forward = torch.no_grad()(lower.forward)
+    model.encoder = nn.Sequential(lower, *model.encoder[2:])
+    expected = by_hand(model, start_layer=0)
+    for start_layer in (-2, 0):
+        with GradientCam(model, start_layer) as cam:
+            torch.testing.assert_close(cam(images(), LABELS), expected, rtol=1e-4, atol=1e-9)
+
+
+def test_dropout_is_off_meanwhile():
+    model = multihead_vit(2, dropout=0.5).train()
+    with GradientCam(model) as cam:
+        assert torch.equal(cam(images(), LABELS), cam(images(), LABELS))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match="found steps=-1") as error:
+        GradientCam(multihead_vit(), steps=-1)
+    assert says(error, "0 leaves propagation out")
+    cam = GradientCam(multihead_vit(2))
+    cam.remove()
+    cam.remove()
+    with pytest.raises(RuntimeError, match="removed"):
+        cam(images())

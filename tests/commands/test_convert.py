@@ -1,0 +1,185 @@
+"""Folders of class maps from one format into another, by function and by `python -m acr_reg convert`."""
+
+import json
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from acr_reg.__main__ import main
+from acr_reg.integrations.convert import convert_cams
+from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
+
+NAMES = ["2007_000032", "2007_000039"]
+
+
+@pytest.fixture
+def maps():
+    """By image: class 0 among them, each map with a maximum of 1, so that every format keeps them."""
+    rng = np.random.default_rng(0)
+    made = {NAMES[0]: {0: rng.random((9, 14)), 14: rng.random((9, 14))}, NAMES[1]: {3: rng.random((12, 8))}}
+    return {
+        name: {number: (values / values.max()).astype(np.float32) for number, values in cams.items()}
+        for name, cams in made.items()
+    }
+
+
+@pytest.fixture
+def psa(tmp_path, maps):
+    (tmp_path / "psa").mkdir()
+    for name, cams in maps.items():
+        save_cams(tmp_path / "psa" / f"{name}.npy", cams)
+    return tmp_path / "psa"
+
+
+def folder_of(target, format):
+    return target.with_name(f"{target.name}_4") if format == "psa_crf" else target
+
+
+def assert_holds(folder, format, maps, tolerance=1e-6):
+    suffix = ".npz" if format == "npz" else ".npy"
+    assert sorted(os.listdir(folder)) == [f"{name}{suffix}" for name in NAMES]
+    for name, cams in maps.items():
+        found = load_cams(folder / f"{name}{suffix}", format)
+        assert found.keys() == cams.keys()
+        for number, values in cams.items():
+            np.testing.assert_allclose(found[number], values, atol=tolerance)
+
+
+@pytest.mark.parametrize("second", FORMATS)
+@pytest.mark.parametrize("first", FORMATS)
+def test_every_format_into_every_other(tmp_path, psa, maps, first, second):
+    convert_cams(psa, tmp_path / "first", first)
+    source = folder_of(tmp_path / "first", first)
+    report = convert_cams(source, tmp_path / "second", second, "psa_crf" if first == "psa_crf" else None)
+    assert report.written == NAMES
+    assert not report.failed
+    tolerance = 2**-11 if "clip_es" in (first, second) else 1e-6
+    assert_holds(folder_of(tmp_path / "second", second), second, maps, tolerance)
+
+
+def test_a_crf_pair_taken_for_psa_dicts_is_refused_file_by_file(tmp_path, psa, capsys):
+    convert_cams(psa, tmp_path / "crf", "psa_crf", alphas=(1, 12))
+    report = convert_cams(tmp_path / "crf_12", tmp_path / "irn", "irn")
+    assert report.written == []
+    assert list(report.failed) == NAMES
+    assert "say which by" in report.failed[NAMES[0]]
+    assert "0 written, 0 there before, 2 failed" in capsys.readouterr().err
+
+
+def test_bad_files_are_told_and_the_rest_is_taken_up_again(tmp_path, psa, maps, capsys):
+    good = (psa / f"{NAMES[0]}.npy").read_bytes()
+    (psa / f"{NAMES[0]}.npy").write_bytes(good[:300])
+    assert list(convert_cams(psa, tmp_path / "irn", "irn").failed) == [NAMES[0]]
+    assert f"{NAMES[0]} skipped: {psa / NAMES[0]}.npy" in capsys.readouterr().err
+    (psa / f"{NAMES[0]}.npy").write_bytes(good)
+    report = convert_cams(psa, tmp_path / "irn", "irn")
+    assert (report.written, report.existing) == ([NAMES[0]], [NAMES[1]])
+    assert_holds(tmp_path / "irn", "irn", maps)
+    assert convert_cams(psa, tmp_path / "irn", "irn", overwrite=True).written == NAMES
+
+
+def test_the_size_of_the_photos_is_restored(tmp_path, psa):
+    save_cams(psa / f"{NAMES[1]}.npy", {})  # no map to tell the size
+    report = convert_cams(psa, tmp_path / "irn", "irn")
+    assert "found no maps and no size" in report.failed[NAMES[1]]
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (28, 18)).save(tmp_path / "photos" / f"{NAMES[0]}.jpg")
+    report = convert_cams(psa, tmp_path / "large", "irn", images=tmp_path / "photos")
+    assert f"found no image {NAMES[1]}" in report.failed[NAMES[1]]
+    Image.new("RGB", (6, 5)).save(tmp_path / "photos" / f"{NAMES[1]}.png")
+    assert convert_cams(psa, tmp_path / "large", "irn", images=tmp_path / "photos").written == [NAMES[1]]
+    shapes = {n: np.load(tmp_path / "large" / f"{n}.npy", allow_pickle=True).item()["high_res"].shape for n in NAMES}
+    assert shapes == {NAMES[0]: (2, 18, 28), NAMES[1]: (0, 5, 6)}
+
+
+def test_mistakes(tmp_path, psa):
+    for source, target, message in [
+        (tmp_path / "absent", tmp_path / "to", "is not a folder"),
+        (psa, psa, "as source and target"),
+        (tmp_path, tmp_path / "to", r"found no \.npy or \.npz files"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            convert_cams(source, target, "irn")
+    with pytest.raises(ValueError, match="found format='voc'"):
+        convert_cams(psa, tmp_path / "to", "voc")
+    with pytest.raises(ValueError, match="found format='voc'"):
+        convert_cams(psa, tmp_path / "to", "irn", "voc")
+    with pytest.raises(ValueError, match="expected 0 < low < high"):
+        convert_cams(psa, tmp_path / "to", "psa_crf", alphas=(4, 4))
+    convert_cams(psa, tmp_path / "irn", "irn")
+    with pytest.raises(ValueError, match="of an earlier run, which is not in the format clip_es"):
+        convert_cams(psa, tmp_path / "irn", "clip_es")
+    assert not (tmp_path / "to").exists()
+    crf = tmp_path / "crf"
+    convert_cams(psa, crf, "psa_crf")
+    with pytest.raises(ValueError, match="as source and target"):
+        convert_cams(tmp_path / "crf_4", crf, "psa_crf", "psa_crf")
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_command(tmp_path, psa, maps, capsys):
+    assert main(["convert", str(psa), str(tmp_path / "irn"), "--to", "irn"]) == 0
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err == f"{tmp_path / 'irn'}: 2 written, 0 there before, 0 failed\n"
+    assert_holds(tmp_path / "irn", "irn", maps)
+    assert cam_format(tmp_path / "irn" / f"{NAMES[0]}.npy") == "irn"
+
+    crf = ["convert", str(psa), str(tmp_path / "crf"), "--to", "psa_crf", "--alphas", "1", "12"]
+    assert main(crf) == 0
+    back = ["convert", str(tmp_path / "crf_12"), str(tmp_path / "back"), "--to", "psa"]
+    assert main(back) == 1  # some were skipped: it does not say which of two formats it is
+    assert "convert --from" in capsys.readouterr().err
+    assert main([*back, "--from", "psa_crf"]) == 0
+    assert_holds(tmp_path / "back", "psa", maps)
+
+
+def test_command_without_an_extra(tmp_path, psa, monkeypatch):
+    for package in ("rich", "PIL", "matplotlib", "timm"):
+        monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "acr_reg.commands.convert", raising=False)
+    assert main(["convert", str(psa), str(tmp_path / "irn"), "--to", "irn"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["absent", "to", "--to", "irn"], "absent is not a folder"),
+        (["psa", "psa", "--to", "irn"], "found psa as source and target"),
+        (["psa", "to", "--to", "psa_crf", "--alphas", "4", "1"], "expected 0 < low < high"),
+    ],
+)
+def test_errors_of_the_user(tmp_path, psa, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["convert", *arguments]) == 2
+    assert re.search(rf"acr_reg convert: error: .*{message}", capsys.readouterr().err)
+
+
+def test_a_crf_pair_is_scored_where_it_is_named(tmp_path, psa, maps, capsys):
+    """`evaluate` takes the file's own word, and asks where that is not enough."""
+    convert_cams(psa, tmp_path / "crf", "psa_crf", progress=False)
+    convert_cams(psa, tmp_path / "clip_es", "clip_es", progress=False)
+    (tmp_path / "masks").mkdir()
+    for name, cams in maps.items():
+        ids = np.select([values > 0.5 for values in cams.values()], [number + 1 for number in cams], 0)
+        Image.fromarray(ids.astype(np.uint8)).save(tmp_path / "masks" / f"{name}.png")
+    (tmp_path / "list.txt").write_text("\n".join(NAMES))
+    rest = ["--masks", tmp_path / "masks", "--list", tmp_path / "list.txt", "--classes", 21]
+
+    def score(cams, *more):
+        arguments = ["evaluate", "--cams", tmp_path / cams, *rest, "--json", tmp_path / "scores.json", *more]
+        code = main([str(argument) for argument in arguments])
+        return json.loads((tmp_path / "scores.json").read_text())["best_miou"] if code == 0 else code
+
+    expected = score("psa")
+    assert expected > 0.5
+    assert score("crf_32") == 2
+    assert "evaluate --format" in capsys.readouterr().err
+    assert score("crf_32", "--format", "psa_crf") == expected
+    assert score("clip_es") == pytest.approx(expected, abs=0.02)

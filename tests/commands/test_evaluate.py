@@ -1,0 +1,315 @@
+"""The command `python -m acr_reg evaluate` on small files: in a process of its own, as its user runs it, where the
+process matters, and by its main function in this process for the rest (importing torch takes seconds)."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from acr_reg.__main__ import COMMANDS, main
+from acr_reg.commands.evaluate import resized
+from acr_reg.integrations.formats import save_cams
+from acr_reg.metrics import CamMeanIoU
+from tests.support.paths import ROOT
+
+COMMAND = [sys.executable, "-W", "error", "-m", "acr_reg"]
+NAMES = ["2007_000032", "2007_000039", "2007_000063"]
+
+
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def run_process(*arguments, **environment):
+    command = [*COMMAND, *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+@pytest.fixture
+def run(capsys):
+    def run_here(*arguments):
+        try:
+            code = main(list(map(str, arguments)))
+        except SystemExit as exit_by_argparse:
+            code = exit_by_argparse.code
+        return Result(code, *capsys.readouterr())
+
+    return run_here
+
+
+def write_mask(path, ids, palette):
+    image = Image.fromarray(ids.astype(np.uint8))
+    if palette:
+        image.putpalette([value for i in range(256) for value in (i, 255 - i, (i * 7) % 256)])
+    image.save(path)
+
+
+class Data:
+    """Three images of different non-square sizes with maps, masks and a list, and their score by the library."""
+
+    def __init__(self, folder, classes=21, background=True, names=NAMES):
+        rng = np.random.default_rng(0)
+        self.folder, self.cams, self.masks, self.list = folder, folder / "cams", folder / "masks", folder / "list.txt"
+        self.cams.mkdir()
+        self.masks.mkdir()
+        self.list.write_text("\n".join(names) + "\n")
+        metric = CamMeanIoU(classes, background=background)
+        first = int(background)
+        for index, (name, size) in enumerate(zip(names, [(5, 8), (9, 4), (6, 7)], strict=True)):
+            present = [index, classes - 1 - first]  # 0-based, as the PSA dict has them
+            mask = rng.choice([*range(first), *(number + first for number in present), 255], size=size)
+            maps = {number: np.clip((mask == number + first) + rng.normal(0, 0.4, size), 0, 1) for number in present}
+            save_cams(self.cams / f"{name}{'.npz' if index == 1 else '.npy'}", maps)
+            write_mask(self.masks / f"{name}.png", mask, palette=index == 0)
+            stacked = np.stack([maps[number].astype(np.float32) for number in present])
+            metric.update(stacked, mask, [number + first for number in present])
+        self.scores = metric.compute()
+
+    def options(self, classes=21):
+        return ["--cams", self.cams, "--masks", self.masks, "--list", self.list, "--classes", classes]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return Data(tmp_path)
+
+
+def assert_user_error(result, *patterns):
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout == ""
+    for pattern in patterns:
+        assert re.search(pattern, result.stderr), f"no {pattern!r} in {result.stderr!r}"
+
+
+def test_table_and_json_hold_the_scores_of_the_library(data, tmp_path):
+    with Image.open(data.masks / f"{NAMES[0]}.png") as image:
+        assert image.mode == "P"
+    result = run_process("evaluate", *data.options(), "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    scores = data.scores
+    assert 0.2 < scores.best_miou < 0.99
+    assert content["best_miou"] == scores.best_miou
+    assert content["best_threshold"] == scores.best_threshold
+    assert (content["classes"], content["background"], content["images"]) == (21, True, 3)
+    for key in ("thresholds", "miou", "per_class_iou", "false_positive_rate", "false_negative_rate"):
+        found = np.array([np.nan if value is None else value for value in content[key]])
+        np.testing.assert_array_equal(found, getattr(scores, key))
+    assert len(content["thresholds"]) == 100
+    assert None in content["per_class_iou"]
+
+    assert f"best threshold  {scores.best_threshold:.4g}\n" in result.stdout
+    assert f"mIoU            {scores.best_miou:.4f} over 5 of 21 ids\n" in result.stdout
+    for label, number in [("0 background", 0), ("1", 1), ("20", 20)]:
+        assert re.search(rf"│ {label} +│ {scores.per_class_iou[number]:.4f} ", result.stdout)
+    assert re.search(r"│ 7 +│ - ", result.stdout)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{0}",
+        "{0}.jpg",
+        "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png",
+        "JPEGImages/{0}.jpg\tSegmentationClassAug/{0}.png",
+        "\n{0}  \n",
+    ],
+)
+def test_lists_of_ids_and_of_pairs(data, tmp_path, line, run):
+    data.list.write_text("\n".join(line.format(name) for name in NAMES))
+    result = run("evaluate", *data.options(), "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "scores.json").read_text())["best_miou"] == data.scores.best_miou
+
+
+def test_coco_lists_where_mask_and_image_are_named_differently(tmp_path, run):
+    names = [f"COCO_train2014_{number:012d}" for number in (9, 25, 30)]
+    data = Data(tmp_path, classes=81, names=names)
+    for name in names:
+        (data.masks / f"{name}.png").rename(data.masks / f"{name[-12:]}.png")
+    data.list.write_text("\n".join(f"/train2014/{name}.jpg /masks/{name[-12:]}.png" for name in names))
+    result = run("evaluate", *data.options(81))
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"mIoU            {data.scores.best_miou:.4f} over 5 of 81 ids" in result.stdout
+
+
+def test_without_background(tmp_path, run):
+    data = Data(tmp_path, classes=23, background=False)
+    result = run("evaluate", *data.options(23), "--no-background", "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["best_miou"] == data.scores.best_miou
+    assert (content["best_threshold"], content["thresholds"], content["background"]) == (None, [], False)
+    assert "threshold" not in result.stdout
+    assert "background" not in result.stdout
+
+
+def test_number_of_thresholds(data, tmp_path, run):
+    result = run("evaluate", *data.options(), "--thresholds", 4, "--json", tmp_path / "scores.json")
+    assert result.returncode == 0
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["thresholds"] == [0, 0.25, 0.5, 0.75]
+    assert content["miou"] == list(data.scores.miou[[0, 25, 50, 75]])
+
+
+def test_an_image_without_classes_is_background(data, run):
+    save_cams(data.cams / f"{NAMES[0]}.npy", {})
+    result = run("evaluate", *data.options())
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_sizes_that_differ_are_named_and_resize_helps(data, tmp_path, run):
+    rows, columns = np.mgrid[:9, :4] / [[[8]], [[3]]]
+    mask = np.where(np.kron(rows, np.ones((2, 2))) > 0.5, 3, 0)  # 18x8 against maps of 9x4
+    write_mask(data.masks / f"{NAMES[1]}.png", mask, palette=False)
+    save_cams(data.cams / f"{NAMES[1]}.npz", {2: rows, 4: columns * 0.1})
+    result = run("evaluate", *data.options())
+    assert_user_error(result, rf"{NAMES[1]}.npz has maps of size 9x4 .*{NAMES[1]}.png is 18x8", "--resize")
+
+    data.list.write_text(NAMES[1])
+    result = run("evaluate", *data.options(), "--resize", "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads((tmp_path / "scores.json").read_text())["best_miou"] == 1
+
+
+def test_resizing_is_bilinear_between_pixel_centres():
+    ramp = np.array([[0, 1, 0], [0, 1, 0]], dtype=np.float32)
+    expected = [[0, 0.25, 0.75, 0.75, 0.25, 0]] * 4
+    np.testing.assert_allclose(resized(ramp, (4, 6)), expected, atol=1e-6)
+
+
+def test_missing_files_are_counted_and_the_first_named(data, run):
+    data.list.write_text("\n".join([*NAMES, "a", "b", "c", "d", "e"]))
+    result = run("evaluate", *data.options())
+    assert_user_error(result, r"--cams .*5 of 8 files are missing: a\.npy, b\.npy, c\.npy and 2 more; give the folder")
+    data.list.write_text("\n".join(NAMES))
+    (data.masks / f"{NAMES[2]}.png").unlink()
+    result = run("evaluate", *data.options())
+    assert_user_error(result, rf"--masks .*1 of 3 files are missing: {NAMES[2]}\.png; give the folder")
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern"),
+    [
+        ("", "list.txt is empty, expected one image a line"),
+        ("a\nb 1\n", "line 2: found 'b 1', expected an id or a pair of paths"),
+        ("a.jpg a.png 3", "line 1: found 'a.jpg a.png 3', expected"),
+        ("a\nb\na\n", "names a more than once"),
+        (None, "list.txt cannot be read: .*No such file"),
+    ],
+)
+def test_lists_that_cannot_be_used(data, text, pattern, run):
+    data.list.unlink()
+    if text is not None:
+        data.list.write_text(text)
+    assert_user_error(run("evaluate", *data.options()), pattern)
+
+
+def test_options_that_cannot_be_used(data, tmp_path, run):
+    assert_user_error(run("evaluate", *data.options(1)), "--classes is 1, expected at least 2")
+    assert_user_error(run("evaluate", *data.options(), "--thresholds", 0), "--thresholds is 0, expected at least 1")
+    missing = tmp_path / "absent" / "scores.json"
+    assert_user_error(run("evaluate", *data.options(), "--json", missing), "the folder .*absent does not exist")
+    assert_user_error(run("evaluate", *data.options()[2:]), "required: --cams")
+    assert_user_error(run("evaluate", *data.options()[2:], "--cams", tmp_path / "absent"), "absent is not a folder")
+    assert_user_error(run(), "required: COMMAND")
+    assert_user_error(run("evaluation"), "invalid choice: 'evaluation'")
+
+
+def test_classes_and_ids_beyond_the_range(data, run):
+    result = run("evaluate", *data.options(20))
+    assert_user_error(
+        result, r"2007_000032\.npy holds classes \[19\], expected 0-based classes up to 18 with --classes 20"
+    )
+    write_mask(data.masks / f"{NAMES[0]}.png", np.full((5, 8), 77), palette=True)
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.png: mask holds ids \[77\], expected 0 to 20")
+
+
+def test_files_with_other_contents(data, run):
+    Image.new("RGB", (8, 5)).save(data.masks / f"{NAMES[0]}.png")
+    assert_user_error(run("evaluate", *data.options()), "2007_000032.png is an image of mode RGB, expected a palette")
+    (data.masks / f"{NAMES[0]}.png").write_text("no image")
+    assert_user_error(run("evaluate", *data.options()), r"cannot identify image file .*2007_000032\.png")
+    np.save(data.cams / f"{NAMES[0]}.npy", np.zeros((20, 5, 8)))
+    assert_user_error(
+        run("evaluate", *data.options()), r"2007_000032\.npy: found a float64 array of shape \(20, 5, 8\)"
+    )
+    write_mask(data.masks / f"{NAMES[0]}.png", np.zeros((5, 8)), palette=False)
+    np.save(data.cams / f"{NAMES[0]}.npy", {0: np.full((5, 8), 3.5)})
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.npy with .*from 3\.5 to 3\.5, expected \[0, 1\]")
+
+
+def test_masks_without_a_known_pixel(data, run):
+    for name, size in zip(NAMES, [(5, 8), (9, 4), (6, 7)], strict=True):
+        write_mask(data.masks / f"{name}.png", np.full(size, 255), palette=False)
+    assert_user_error(run("evaluate", *data.options()), "--masks .*no pixel was counted")
+
+
+def test_maps_keyed_otherwise_raise_a_warning(data, run):
+    """1-based keys, or maps of other images: no class has a right pixel, and a mere low figure would not say why."""
+    for name, size in zip(NAMES, [(5, 8), (9, 4), (6, 7)], strict=True):
+        save_cams(data.cams / f"{name}.npy", {9: np.ones(size)})
+    (data.cams / f"{NAMES[1]}.npz").unlink()
+    result = run("evaluate", *data.options())
+    assert result.returncode == 0
+    assert "warning: no class has a single right pixel" in result.stderr
+    assert "class k is mask id k + 1" in result.stderr
+
+
+def test_a_terminal_shows_progress(data):
+    pty = pytest.importorskip("pty", reason="pseudo-terminals are for POSIX")
+    ours, theirs = pty.openpty()
+    command = [*COMMAND, "evaluate", *map(str, data.options())]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 4096):
+            shown += block
+    except OSError:  # how Linux reports that the other side has closed
+        pass
+    os.close(ours)
+    assert process.wait() == 0
+    assert b"Scoring" in shown
+    assert b"100%" in shown
+
+
+@pytest.mark.parametrize("package", ["rich", "PIL"])
+def test_a_missing_extra_is_named(data, tmp_path, package):
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
+    result = run_process("evaluate", *data.options(), PYTHONPATH=str(tmp_path / "hidden"))
+    assert_user_error(result, rf'needs the package {package}; install it with: pip install "acr-reg\[demo\]"')
+    listed = run_process("--help", PYTHONPATH=str(tmp_path / "hidden"))  # needs none of them
+    assert listed.returncode == 0
+    assert all(name in listed.stdout for name in COMMANDS)
+
+
+def test_as_a_process_with_a_list_of_pairs_and_with_an_error(data):
+    pairs = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in NAMES]
+    data.list.write_text("\n".join(pairs))
+    result = run_process("evaluate", *data.options())
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"mIoU            {data.scores.best_miou:.4f} over 5 of 21 ids\n" in result.stdout
+    (data.cams / f"{NAMES[2]}.npy").unlink()
+    result = run_process("evaluate", *data.options())
+    assert_user_error(
+        result, rf"^python -m acr_reg evaluate: error: --cams .*1 of 3 files are missing: {NAMES[2]}\.npy"
+    )
+    assert result.stderr.count("\n") == 1
+
+
+def test_help_explains_the_keys(run):
+    result = run("evaluate", "--help")
+    assert result.returncode == 0
+    assert "Class k is mask id k + 1" in " ".join(result.stdout.split())

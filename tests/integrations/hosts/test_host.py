@@ -1,0 +1,378 @@
+"""What all host files share: integrations/host.py, and the lines that their docstrings add."""
+
+import copy
+import importlib
+import multiprocessing
+import pickle
+import queue
+import re
+import types
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import acr_reg
+from acr_reg.integrations import mctformer
+from acr_reg.integrations.added_lines import Added, add_lines, added_lines, with_added_lines
+from acr_reg.integrations.host import FeatureRecorder, HostCapture, part, unwrap
+from tests.support.mctformer import Block, Small, batches, images
+from tests.support.paths import ROOT
+
+
+@pytest.fixture
+def model(monkeypatch):
+    monkeypatch.setattr(Block, "drop", 0.5)
+    torch.manual_seed(0)
+    return Small()
+
+
+# ---------------------------------------------------------------- random numbers
+
+
+def test_second_view_leaves_the_host_its_random_numbers(model):
+    samples = images()
+    with mctformer.capture(model) as host:
+        torch.manual_seed(1)
+        model(samples)
+        expected = torch.rand(3)
+        torch.manual_seed(1)
+        model(samples)
+        mctformer.second_view(host, samples)
+        assert torch.equal(torch.rand(3), expected)
+
+
+def second_maps(host, samples):
+    torch.manual_seed(1)  # whatever the host's own numbers are at this step
+    return mctformer.second_view(host, samples).attention[-1].weights()
+
+
+def test_noise_of_the_second_view_differs_from_step_to_step(model):
+    samples = images()
+    with mctformer.capture(model) as host:
+        first, second = second_maps(host, samples), second_maps(host, samples)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(*(second_maps(mctformer.capture(model.eval()), samples) for _ in range(2)))
+
+
+def test_noise_of_the_second_view_repeats_with_the_seed(model):
+    samples = images()
+    runs = []
+    for seed in (5, 5, 6):
+        torch.manual_seed(seed)
+        with mctformer.capture(model) as host:
+            runs.append(second_maps(host, samples))
+    assert torch.equal(runs[0], runs[1])
+    assert not torch.equal(runs[0], runs[2])
+
+
+# ---------------------------------------------------------------- two ranks
+
+
+def on_rank(rank, address):
+    """Noise of the second view on equal images and seeds, then the gradients of a step on the rank's own images."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    Block.drop = 0.5
+    torch.manual_seed(0)
+    model = Small()
+    samples = images()
+    with mctformer.capture(model) as host:
+        noisy = second_maps(host, samples).detach()
+    Block.drop = 0.0
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    step(wrapped, rank)
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    dist.destroy_process_group()
+    return noisy.numpy(), {name: g.numpy() for name, g in gradients.items()}
+
+
+def step(model, rank):
+    samples, targets = list(batches())[rank]
+    acr = acr_reg.AllPairsConsistencyLoss(acr_reg.HorizontalFlip())
+    with mctformer.capture(model) as host:
+        outputs = model(samples)
+        first = host.take()
+        second = mctformer.second_view(host, acr.view(samples))
+        loss = sum(F.multilabel_soft_margin_loss(out, targets) for out in outputs)
+        loss = loss + acr(
+            first.attention, second.attention, mctformer.cams(first), mctformer.cams(second), labels=targets
+        )
+        loss.backward()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    address = f"file://{tmp_path_factory.mktemp('gloo') / 'store'}"
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        return [done.result() for done in [pool.submit(on_rank, rank, address) for rank in range(2)]]
+
+
+def test_noise_of_the_second_view_differs_between_ranks(ranks):
+    (first, _), (second, _) = ranks
+    assert (first != second).any()
+
+
+def test_gradients_of_two_ranks_are_the_mean_of_both(ranks, monkeypatch):
+    monkeypatch.setattr(Block, "drop", 0.0)
+    alone = []
+    for rank in range(2):
+        torch.manual_seed(0)
+        model = Small()
+        step(model, rank)
+        alone.append({name: p.grad for name, p in model.named_parameters()})
+    (_, first), (_, second) = ranks
+    assert first.keys() == alone[0].keys()
+    for name, gradient in first.items():
+        assert (gradient == second[name]).all(), name
+        mean = (alone[0][name] + alone[1][name]) / 2
+        torch.testing.assert_close(torch.from_numpy(gradient), mean, rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(mean, alone[0][name], rtol=1e-3, atol=0), name  # the ranks' images differ
+
+
+# ---------------------------------------------------------------- the recorder of features
+
+
+def test_recorder_holds_the_last_output_on_its_graph():
+    layer = nn.Linear(3, 3)
+    recorder = FeatureRecorder(layer)
+    layer(torch.zeros(1, 3))
+    output = layer(torch.ones(1, 3))
+    assert recorder.take() is output
+    with pytest.raises(acr_reg.CaptureError, match="did not reach the output of its Linear"):
+        recorder.take()
+
+
+def test_recorder_of_the_input():
+    layer = nn.Linear(3, 3)
+    recorder = FeatureRecorder(layer, "input")
+    given = torch.ones(1, 3, requires_grad=True)
+    layer(given)
+    assert recorder.take() is given
+
+
+def test_recorder_keeps_the_first_until_it_is_taken():
+    layer = nn.Linear(3, 3)
+    recorder = FeatureRecorder(layer, keep="first")
+    first = layer(torch.ones(1, 3))
+    layer(torch.ones(1, 3))
+    assert recorder.take() is first
+    again = layer(torch.ones(1, 3))
+    assert recorder.take() is again
+
+
+def test_recorder_passes_over_what_has_no_graph():
+    layer = nn.Linear(3, 3)
+    recorder = FeatureRecorder(layer)
+    kept = layer(torch.ones(1, 3))
+    with torch.no_grad():
+        layer(torch.ones(1, 3))
+    assert recorder.take() is kept
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recorder_passes_over_what_checkpointing_repeats(reentrant):
+    layer = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    recorder = FeatureRecorder(layer)
+    output = checkpoint(layer, torch.ones(1, 3, requires_grad=True), use_reentrant=reentrant)
+    recorder.clear()
+    output.sum().backward()
+    with pytest.raises(acr_reg.CaptureError):
+        recorder.take()
+
+
+def test_recorder_passes_over_a_pass_that_failed():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise queue.Empty
+
+    layer = Failing()
+    recorder = FeatureRecorder(layer)
+    with pytest.raises(queue.Empty):
+        layer(torch.ones(1))
+    with pytest.raises(acr_reg.CaptureError):
+        recorder.take()
+
+
+# ---------------------------------------------------------------- life of a capture
+
+
+def test_take_without_a_pass(model):
+    with mctformer.capture(model) as host:
+        with pytest.raises(acr_reg.CaptureError):
+            host.take()
+        with torch.no_grad():
+            model(images())
+        with pytest.raises(acr_reg.CaptureError):
+            host.take()
+
+
+def test_take_of_a_pass_that_did_not_reach_the_head(model):
+    with mctformer.capture(model) as host:
+        model.forward_features(images())
+        with pytest.raises(acr_reg.CaptureError, match="that did not reach the output of its Conv2d"):
+            host.take()
+        model(images())
+        assert host.take().features is not None
+
+
+def test_second_view_forgets_what_was_not_taken(model):
+    samples = images()
+    with mctformer.capture(model.eval()) as host:
+        model(torch.zeros_like(samples))
+        view = mctformer.second_view(host, samples)
+        model(samples)
+        torch.testing.assert_close(view.features, host.take().features)
+
+
+def test_clear_after_an_exception(model):
+    samples = images()
+    with mctformer.capture(model) as host:
+        model(samples)
+        host.clear()
+        with pytest.raises(acr_reg.CaptureError):
+            host.take()
+
+
+def hooks(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_remove_takes_every_hook_away(model):
+    before = hooks(model)
+    host = mctformer.capture(model)
+    assert hooks(model) != before
+    host.remove()
+    assert hooks(model) == before
+    host.remove()
+    with pytest.raises(acr_reg.CaptureError, match="removed"):
+        host.take()
+
+
+def test_a_dropped_capture_takes_its_hooks_along(model):
+    before = hooks(model)
+    host = mctformer.capture(model)
+    model(images())
+    del host
+    assert hooks(model) == before
+
+
+def test_an_exception_in_the_block_removes_the_hooks(model):
+    before = hooks(model)
+    with pytest.raises(KeyError), mctformer.capture(model):
+        raise KeyError
+    assert hooks(model) == before
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_captured_model_are_models_of_their_own(model, duplicate):
+    samples = images()
+    with mctformer.capture(model.eval()) as host:
+        model(samples)
+        twin = duplicate(model)
+        twin(samples)  # would be a second run
+        view = host.take()
+    torch.testing.assert_close(twin(samples)[0], model(samples)[0])
+    assert view.features is not None
+    assert sorted(twin.state_dict()) == sorted(Small().state_dict())
+
+
+def test_unwrap_and_part(model):
+    assert unwrap(nn.DataParallel(nn.DataParallel(model))) is model
+    assert part(model, "blocks.1", "MCTformer") is model.blocks[1]
+    with pytest.raises(ValueError, match="found a Small without 'encoder'; expected a model of the ToCo family"):
+        part(model, "encoder", "ToCo")
+    with HostCapture(model, acr_reg.capture_attention(model)) as host:
+        assert host.network is model
+
+
+# ---------------------------------------------------------------- the lines to add
+
+SOURCE = "def f(x):\n    y = x\n\n    return y\n"
+DOCSTRING = """Of two hosts.
+
+    owner/name at 0123abc (first)
+        a/f.py, before line 4:
+            if y:
+
+                y += 1
+        g.py, in place of lines 1 to 2:
+            import os
+
+    owner/name at 0123abc, on today's torch and timm
+        a/f.py, before line 2:
+            x = x + 10
+
+Words between.
+
+    owner/other at 0123abc
+        f.py, before line 1:
+            pass
+"""
+
+
+@pytest.fixture
+def family():
+    module = types.ModuleType("family")
+    module.__doc__ = DOCSTRING
+    return module
+
+
+def test_added_lines_are_those_of_one_host_and_purpose(family):
+    code = "if y:\n    y += 1"
+    of_host = {"a/f.py": [Added(4, 4, code)], "g.py": [Added(1, 3, "import os")]}
+    assert added_lines(family, "owner/name", "0123abc") == of_host
+    assert added_lines(family, "owner/name", "0123abc", today=True) == {"a/f.py": [Added(2, 2, "x = x + 10")]}
+    assert added_lines(family, "owner/other", "0123abc", today=True) == {}
+    with pytest.raises(ValueError, match="found no lines to add to owner/name at 9999999 in family"):
+        added_lines(family, "owner/name", "9999999")
+
+
+def test_lines_stand_where_the_source_says(family, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f.py").write_text(SOURCE)
+    (tmp_path / "g.py").write_text("x = 1\ny = 2\nz = 3\n")
+    lines = added_lines(family, "owner/name", "0123abc")
+    add_lines(tmp_path, lines, added_lines(family, "owner/name", "0123abc", today=True))
+    text = (tmp_path / "a" / "f.py").read_text()
+    assert text == "def f(x):\n    x = x + 10\n    y = x\n\n    if y:\n        y += 1\n    return y\n"
+    assert (tmp_path / "g.py").read_text() == "import os\nz = 3\n"
+
+
+def test_lines_are_added_to_all_files_or_to_none(family, tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "f.py").write_text(SOURCE)
+    lines = added_lines(family, "owner/name", "0123abc")
+    with pytest.raises(ValueError, match=r"found no g\.py"):
+        add_lines(tmp_path, lines)
+    assert (tmp_path / "a" / "f.py").read_text() == SOURCE
+
+
+@pytest.mark.parametrize("number", [0, 3, 5])
+def test_lines_need_a_line_with_code(number):
+    with pytest.raises(ValueError, match=f"found no code at line {number} of 4"):
+        with_added_lines(SOURCE, [Added(number, number, "pass")])
+
+
+def test_lines_are_replaced_within_the_source_only():
+    assert with_added_lines(SOURCE, [Added(4, 5, "pass")]) == "def f(x):\n    y = x\n\n    pass\n"
+    with pytest.raises(ValueError, match="found no code at line 4 of 4"):
+        with_added_lines(SOURCE, [Added(4, 6, "pass")])
+
+
+@pytest.mark.parametrize(("begins", "name"), [("In MCTformer+'s", "mctformer"), ("In ACR_WSSS's", "acr_wsss")])
+def test_the_readmes_examples_are_lines_of_the_docstrings(begins, name):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    _, _, block = readme.partition(begins)
+    block = re.match(r".*\n\n((?:    .*\n)+)", block)[1]
+    code = "".join(line.partition("#")[0] for line in block.splitlines())
+    docstring = "".join(importlib.import_module(f"acr_reg.integrations.{name}").__doc__.split())
+    pieces = ["".join(piece.split()) for piece in code.split("...")]
+    assert len(pieces) > 1
+    for piece in pieces:
+        shown = re.split(r"(?=acr=)|(?=host=)", piece)  # stand at two places of the host's file
+        assert all(part in docstring for part in shown), piece

@@ -1,0 +1,244 @@
+"""What the loss says of bad input: what was found, what was expected, what to do next; and nothing is left behind."""
+
+import pytest
+import torch
+
+from acr_reg import (
+    AllPairsConsistencyLoss,
+    AttentionMaps,
+    Compose,
+    HorizontalFlip,
+    Rotate90,
+    Scale,
+    VerticalFlip,
+)
+from tests.support.attention import (
+    explicit,
+    factored,
+    flipped_pair,
+    generator,
+    layout_of,
+    random_attention,
+    random_factors,
+    random_maps,
+    says,
+    wrap,
+)
+
+# Bad input: found, expected, next step
+
+
+def call(*args, view=None, **kwargs):
+    return lambda acr: acr(*args, view=view, **kwargs)
+
+
+def test_maps_that_are_not_attention_maps():
+    a, b = flipped_pair()
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    for args, name, kind in [
+        ((a.weights(), b), "attn_a", "list"),
+        ((a, b.weights()[0]), "attn_b", "Tensor"),
+        ((a, None), "attn_b", "NoneType"),
+    ]:
+        with pytest.raises(TypeError, match=name) as error:
+            acr(*args)
+        assert says(error, name, kind, "from_tensors")
+
+
+BAD_OPTIONS = [
+    ({"distance": "kl"}, ["distance='kl'", "'l1', 'l2', 'js'"]),
+    ({"normalize": "sum"}, ["normalize='sum'", "'row', 'mean'"]),
+    ({"heads": "max"}, ["heads='max'", "'mean', 'each'"]),
+    ({"cam_normalize": "softmax"}, ["cam_normalize='softmax'", "'max', 'minmax', None"]),
+    ({"rows": 0}, ["rows=0", "(0, 1]"]),
+    ({"rows": 1.5}, ["rows=1.5", "(0, 1]"]),
+    ({"rows": float("nan")}, ["rows=nan", "(0, 1]"]),
+    ({"activation_weight": -1}, ["'activation': -1.0", ">= 0"]),
+    ({"affinity_weight": float("inf")}, ["'affinity': inf", "finite"]),
+    ({"cam_weight": float("nan")}, ["'cam': nan", "finite"]),
+]
+
+
+@pytest.mark.parametrize(("options", "fragments"), BAD_OPTIONS, ids=lambda value: str(value)[:40])
+def test_unknown_options(options, fragments):
+    with pytest.raises(ValueError, match="found") as error:
+        AllPairsConsistencyLoss(HorizontalFlip(), **options)
+    assert says(error, *fragments)
+
+
+def test_a_view_of_another_kind():
+    a, b = flipped_pair()
+    with pytest.raises(TypeError, match="str") as error:
+        AllPairsConsistencyLoss("hflip")
+    assert says(error, "HorizontalFlip()")
+    for kwargs in ({"view": torch.flip}, {"view": HorizontalFlip(), "view_a": torch.flip}):
+        with pytest.raises(TypeError, match="builtin_function") as error:
+            AllPairsConsistencyLoss()(a, b, **kwargs)
+        assert says(error, "View", "HorizontalFlip()")
+
+
+def test_layers_of_another_kind():
+    with pytest.raises(TypeError, match="layers=3") as error:
+        AllPairsConsistencyLoss(HorizontalFlip(), layers=3)
+    assert says(error, "[3]")
+
+
+def test_no_view():
+    with pytest.raises(ValueError, match="no view") as error:
+        AllPairsConsistencyLoss()(*flipped_pair())
+    assert says(error, "view=HorizontalFlip()")
+
+
+def test_layers_that_disagree():
+    a, b = flipped_pair(layers=3)
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    with pytest.raises(ValueError, match="layers") as error:
+        acr(a, b.select([0, 2]))
+    assert says(error, "(0, 1, 2)", "(0, 2)")
+    with pytest.raises(IndexError, match="layer") as error:
+        AllPairsConsistencyLoss(HorizontalFlip(), layers=[0, 7])(a, b)
+    assert says(error, "[7]", "[0, 1, 2]", "layers=")
+
+
+def test_images_and_heads_that_disagree():
+    a = random_attention((3, 5), batch=2, heads=3)
+    for kwargs, numbers in [
+        ({"batch": 4}, ("2 images with 3 heads", "4 with 3")),
+        ({"heads": 6}, ("2 images with 3 heads", "2 with 6")),
+    ]:
+        with pytest.raises(ValueError, match="images with") as error:
+            AllPairsConsistencyLoss(HorizontalFlip())(a, random_attention((3, 5), **{"batch": 2, "heads": 3, **kwargs}))
+        assert says(error, "layer 0", *numbers)
+
+
+@pytest.mark.parametrize(
+    ("view", "grid_b", "expected"),
+    [
+        (HorizontalFlip(), (6, 4), "4 x 6"),
+        (Rotate90(1), (4, 6), "6 x 4"),
+        (Compose([Rotate90(1), VerticalFlip()]), (4, 6), "6 x 4"),
+        (HorizontalFlip(), (5, 6), "4 x 6"),
+        (Scale(2), (4, 6), "8 x 12"),
+        (Scale((1.0, 2.0)), (12, 8), "4 x 12"),
+    ],
+    ids=str,
+)
+def test_a_view_that_does_not_fit_the_grid(view, grid_b, expected):
+    a, b = random_attention((4, 6)), random_attention(grid_b)
+    with pytest.raises(ValueError, match="grids of 4 x 6") as error:
+        AllPairsConsistencyLoss(view)(a, b)
+    assert says(error, f"{grid_b[0]} x {grid_b[1]}", f"expected {expected}", repr(view))
+
+
+def test_class_tokens_that_disagree():
+    a, b = random_attention((3, 5), 4, class_tokens=2), random_attention((3, 5), 4, class_tokens=1)
+    with pytest.raises(ValueError, match="class tokens") as error:
+        AllPairsConsistencyLoss(HorizontalFlip())(a, b)
+    assert says(error, "(0, 1)", "(0,)", "class_tokens=")
+
+
+def test_labels_of_the_wrong_width_or_batch():
+    attention = flipped_pair(prefix=20, class_tokens=20)
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    with pytest.raises(ValueError, match="width 21") as error:
+        acr(*attention, labels=torch.ones(2, 21))
+    assert says(error, "expected 20", "without background")
+    for shape in [(3, 20), (20,), (2, 20, 1)]:
+        with pytest.raises(ValueError, match="labels of shape") as error:
+            acr(*attention, labels=torch.ones(shape))
+        assert says(error, str(shape), "(2, C)")
+    cams = [torch.rand(2, 20, 3, 5, generator=generator(seed)).requires_grad_() for seed in (1, 2)]
+    with pytest.raises(ValueError, match="labels of shape") as error:
+        acr(*attention, *cams, labels=torch.ones(2, 21))
+    assert says(error, "(2, 21)", "(2, 20)")
+
+
+def test_labels_and_valid_of_another_kind():
+    attention = flipped_pair()
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    with pytest.raises(TypeError, match="labels") as error:
+        acr(*attention, labels=[[1, 0], [0, 1]])
+    assert says(error, "list", "(B, C)")
+    with pytest.raises(TypeError, match="valid") as error:
+        acr(*attention, valid=[[True]])
+    assert says(error, "list", "(B, H, W)")
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 6, 10), (6, 10), (3, 6, 10)], ids=str)
+def test_valid_of_the_wrong_shape(shape):
+    with pytest.raises(ValueError, match="valid of shape") as error:
+        AllPairsConsistencyLoss(HorizontalFlip())(*flipped_pair(), valid=torch.ones(shape))
+    assert says(error, str(shape), "(2, H, W)")
+
+
+def test_class_maps_of_one_view_only():
+    attention = flipped_pair()
+    cam = torch.rand(2, 3, 3, 5, generator=generator(1))
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    for cams in [(cam, None), (None, cam)]:
+        with pytest.raises(ValueError, match="one view only") as error:
+            acr(*attention, *cams)
+        assert says(error, "cam_a and cam_b", "both or neither")
+
+
+@pytest.mark.parametrize(
+    ("shape_a", "shape_b", "fragments"),
+    [
+        ((2, 3, 4, 6), (2, 4, 4, 6), ["(2, 3, 4, 6)", "(2, 4, 4, 6)", "the same B and C"]),
+        ((2, 3, 4, 6), (3, 3, 4, 6), ["(2, 3, 4, 6)", "(3, 3, 4, 6)"]),
+        ((2, 4, 6), (2, 4, 6), ["(2, 4, 6)", "(B, C, h, w)"]),
+        ((2, 3, 4, 6), (2, 3, 6, 4), ["(4, 6)", "(6, 4)", "HorizontalFlip()"]),
+        ((3, 3, 4, 6), (3, 3, 4, 6), ["(3, 3, 4, 6)", "2 images"]),
+    ],
+    ids=str,
+)
+def test_class_maps_whose_shapes_disagree(shape_a, shape_b, fragments):
+    cams = [torch.rand(shape, generator=generator(1)).requires_grad_() for shape in (shape_a, shape_b)]
+    with pytest.raises(ValueError, match=r"class maps|cam_a") as error:
+        AllPairsConsistencyLoss(HorizontalFlip())(*flipped_pair((4, 6)), *cams)
+    assert says(error, *fragments)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_located(value):
+    maps = random_maps((2, 3), layers=3)
+    broken = maps[1].detach().clone()
+    broken[0, 0, 2, 3] = value
+    layers = [explicit(m, layout_of((2, 3)), i) for i, m in enumerate([maps[0], broken, maps[2]])]
+    whole = wrap(maps, (2, 3))
+    for args, side, other in [((AttentionMaps(layers), whole), "a", "b"), ((whole, AttentionMaps(layers)), "b", "a")]:
+        with pytest.raises(ValueError, match="NaN or infinite") as error:
+            AllPairsConsistencyLoss(HorizontalFlip())(*args)
+        assert says(error, "layer 1 (", f"of view {side}", "half precision")
+        assert f"of view {other}" not in str(error.value)
+        assert "layer 0" not in str(error.value)
+
+
+def test_class_maps_that_are_not_finite_are_located():
+    cam_a, cam_b = (torch.rand(2, 3, 3, 5, generator=generator(seed)) for seed in (1, 2))
+    cam_b[1, 2, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        AllPairsConsistencyLoss(HorizontalFlip())(*flipped_pair(), cam_a.requires_grad_(), cam_b)
+    assert says(error, "cam_b")
+    assert "cam_a" not in str(error.value)
+    assert "layer" not in str(error.value)
+
+
+def test_rows_whose_keys_are_all_masked_are_located():
+    mask = torch.ones(7, 7, dtype=torch.bool)
+    mask[3] = False
+    layers = [factored(*random_factors((2, 3), 1, seed), layout_of((2, 3)), mask=mask) for seed in (1, 2)]
+    with pytest.raises(ValueError, match="NaN") as error:
+        AllPairsConsistencyLoss(HorizontalFlip())(*(AttentionMaps([layer]) for layer in layers))
+    assert says(error, "layer 0 (blocks.0.attn) of view a", "all masked")
+
+
+def test_a_failed_call_leaves_nothing_behind():
+    """The same module gives the same value afterwards."""
+    a, b = flipped_pair()
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    before = acr(a, b).item()
+    for bad in (call(a, b, labels=torch.ones(5, 2)), call(a, b, view=Rotate90()), call(a, None)):
+        with pytest.raises((TypeError, ValueError)):
+            bad(acr)
+    assert acr(a, b).item() == before

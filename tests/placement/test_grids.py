@@ -1,0 +1,492 @@
+"""Where tokens sit: layouts inferred from input size and model fields, or given with tensors; and what they say."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from acr_reg import AttentionMaps, Lattice, LayoutError, TokenLayout
+from acr_reg.placement.grids import ModelFields, infer_layout, read_fields
+from acr_reg.tokens import class_token_positions
+from tests.support.attention import random_maps, says, wrap
+
+UNKNOWN = ModelFields()
+
+
+class Host(nn.Module):
+    """A model of which only what it says about its tokens matters."""
+
+    def __init__(self, patch=None, kernel=None, channels=3, **fields):
+        super().__init__()
+        if patch is not None:
+            self.patch_embed = nn.Conv2d(channels, 8, kernel or patch, patch)
+        self.inner = nn.Module()  # fields may lie at any depth
+        for name, value in fields.items():
+            setattr(self.inner, name, nn.Parameter(value) if isinstance(value, torch.Tensor) else value)
+
+
+def tokens(count):
+    return torch.zeros(1, count, 8)
+
+
+# read_fields
+
+
+@pytest.mark.parametrize(
+    ("fields", "prefix", "classes"),
+    [
+        ({}, None, None),  # nn.TransformerEncoder says nothing
+        ({"cls_token": tokens(1)}, 1, 1),  # timm, transformers ViT
+        ({"class_token": tokens(1)}, 1, 1),  # torchvision
+        ({"class_embedding": torch.zeros(8)}, 1, 1),  # transformers CLIP: one axis
+        ({"cls_token": tokens(1), "dist_token": tokens(1), "num_prefix_tokens": 2}, 2, 1),  # timm, distilled DeiT
+        ({"cls_token": tokens(1), "distillation_token": tokens(1)}, 2, 1),  # transformers, distilled DeiT
+        ({"cls_token": tokens(1), "reg_token": tokens(4), "num_prefix_tokens": 5}, 5, 1),  # timm, registers
+        ({"cls_token": tokens(1), "register_tokens": tokens(4)}, 5, 1),  # transformers, DINOv2 with registers
+        ({"reg_token": tokens(4), "num_prefix_tokens": 4}, 4, 0),  # registers, no class token
+        ({"cls_token": tokens(20)}, 20, 20),  # MCTformer: one token for each class
+        ({"cls_token": torch.zeros(20, 8)}, 20, 20),
+        ({"num_prefix_tokens": 0}, 0, 0),
+        ({"num_prefix_tokens": 3}, 3, None),  # three of what?
+        ({"cls_token": tokens(1), "num_prefix_tokens": 11}, 11, 1),  # prompts behind the class token
+        ({"cls_token": tokens(2), "num_prefix_tokens": 1}, 1, None),  # the two disagree
+        ({"cls_token": None, "num_prefix_tokens": 0}, 0, 0),  # timm without a class token
+        ({"mask_token": tokens(1), "pos_embed": tokens(25)}, None, None),  # other parameters do not count
+    ],
+)
+def test_prefix_and_class_tokens_are_read_off_names_and_shapes(fields, prefix, classes):
+    found = read_fields(Host(**fields))
+    assert found.num_prefix_tokens == prefix
+    assert found.num_class_tokens == classes
+
+
+def test_prefix_that_two_modules_state_differently_is_counted():
+    host = nn.ModuleList(
+        [Host(num_prefix_tokens=1, cls_token=tokens(1)), Host(num_prefix_tokens=5, register_tokens=tokens(4))]
+    )
+    assert read_fields(host).num_prefix_tokens == 5
+    same = nn.ModuleList([Host(num_prefix_tokens=1), Host(num_prefix_tokens=1)])
+    assert read_fields(same).num_prefix_tokens == 1
+
+
+def test_a_name_counts_once_by_its_largest():
+    """A host that keeps the single class token of the model it extends beside twenty of its own."""
+    hosts = [Host(cls_token=tokens(1)), Host(cls_token=tokens(20))]
+    for order in (hosts, hosts[::-1]):
+        assert read_fields(nn.ModuleList(order)).num_prefix_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("host", "patch"),
+    [
+        (Host(), None),
+        (Host(16), (16, 16)),
+        (Host((16, 8)), (16, 8)),
+        (Host(14, channels=1), (14, 14)),
+        (Host(16, channels=64), None),  # not on the image
+        (Host(4, kernel=7), None),  # an overlapping stem is no patch size
+        (Host(4, kernel=7, patch_size=4), (4, 4)),  # unless it says so
+        (Host(patch_size=(16, 8)), (16, 8)),
+        (Host(16, patch_size=7), (16, 16)),  # what it does goes before what it says
+        (Host(1), None),
+        (nn.ModuleList([Host(16), Host(8)]), None),  # two encoders
+        (nn.ModuleList([Host(patch_size=16), Host(patch_size=8)]), None),
+        (Host(config=type("Config", (), {"patch_size": 14})()), (14, 14)),
+        (Host(patch_size="16"), None),
+    ],
+)
+def test_patch_size_is_read_off_the_patch_embedding_or_its_fields(host, patch):
+    assert read_fields(host).patch_size == patch
+
+
+# infer_layout
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "image", "fields", "prefix", "grid"),
+    [
+        (25, (64, 96), ModelFields((16, 16), 1, 1), 1, (4, 6)),
+        (25, (96, 64), ModelFields((16, 16), 1, 1), 1, (6, 4)),
+        (26, (64, 96), ModelFields((16, 16), 2, 1), 2, (4, 6)),
+        (44, (64, 96), ModelFields((16, 16), 20, 20), 20, (4, 6)),
+        (24, (64, 96), ModelFields((16, 16), 0, 0), 0, (4, 6)),
+        (25, (64, 96), ModelFields((16, 16)), 1, (4, 6)),  # the patch alone tells the prefix
+        (25, (64, 48), ModelFields((16, 8), 1, 1), 1, (4, 6)),  # patches that are not square
+        (25, (70, 101), ModelFields((16, 16), 1, 1), 1, (4, 6)),  # a margin that no patch covers
+        (197, (224, 224), UNKNOWN, 1, (14, 14)),  # and without any field, where one layout fits
+        (97, (128, 192), UNKNOWN, 1, (8, 12)),
+        (105, (112, 184), UNKNOWN, 1, (8, 13)),  # patches of 14 leave a margin at the right
+        (257, (224, 224), UNKNOWN, 1, (16, 16)),
+        (50, (224, 224), UNKNOWN, 1, (7, 7)),
+        (1, (16, 16), ModelFields((16, 16), 0), 0, (1, 1)),
+    ],
+)
+def test_the_one_layout_that_fits(num_tokens, image, fields, prefix, grid):
+    layout = infer_layout(num_tokens, image, fields)
+    assert layout.num_prefix_tokens == prefix
+    for lattice in (layout.query, layout.key):
+        assert (lattice.height, lattice.width) == grid
+        assert lattice.extent == image
+    assert layout.num_queries == layout.num_keys == num_tokens
+
+
+def test_stride_and_extent_are_in_pixels():
+    lattice = infer_layout(25, (70, 101), ModelFields((16, 16))).query
+    assert lattice.stride == (16.0, 16.0)
+    assert lattice.offset == (0.0, 0.0)
+    assert lattice.extent == (70.0, 101.0)
+    assert infer_layout(25, (64, 48), ModelFields((16, 8))).query.stride == (16.0, 8.0)
+    assert infer_layout(97, (128, 192), UNKNOWN).query.stride == (16.0, 16.0)
+
+
+def test_a_patch_that_divides_the_image_goes_before_one_that_leaves_a_margin():
+    assert infer_layout(6, (30, 45), UNKNOWN, num_prefix_tokens=0).query.stride == (
+        15.0,
+        15.0,
+    )  # not 14, whose grid is 2 x 3 too
+    assert infer_layout(6, (29, 43), UNKNOWN, num_prefix_tokens=0).query.stride == (14.0, 14.0)
+
+
+def test_what_is_given_goes_before_the_fields():
+    fields = ModelFields((16, 16), 1, 1)
+    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2).num_prefix_tokens == 2
+    assert infer_layout(97, (64, 96), fields, patch_size=8).query == Lattice(8, 12, (8.0, 8.0))
+    assert infer_layout(25, (64, 48), fields, patch_size=(16, 8)).query.stride == (16.0, 8.0)
+    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=2).class_tokens == (0, 1)
+    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=[1]).class_tokens == (1,)
+    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=0).class_tokens == ()
+    assert infer_layout(84, (128, 128), UNKNOWN, patch_size=16).num_prefix_tokens == 20
+    assert infer_layout(84, (128, 128), UNKNOWN, patch_size=14).num_prefix_tokens == 3
+    assert infer_layout(84, (128, 128), UNKNOWN, num_prefix_tokens=3).query.height == 9
+
+
+@pytest.mark.parametrize(
+    ("fields", "prefix", "given", "expected"),
+    [
+        (UNKNOWN, 0, None, ()),
+        (UNKNOWN, 1, None, (0,)),
+        (UNKNOWN, 2, None, None),
+        (ModelFields(None, 2, 1), 2, None, (0,)),
+        (ModelFields(None, 5, 1), 5, None, (0,)),
+        (ModelFields(None, 4, 0), 4, None, ()),
+        (ModelFields(None, 1, 0), 1, None, ()),
+        (ModelFields(None, 20, 20), 20, None, tuple(range(20))),
+        (ModelFields(None, 2, 2), 1, None, (0,)),  # more class tokens than prefix: the fields are about something else
+        (ModelFields(None, 5, 1), 5, (3, 1), (3, 1)),
+    ],
+)
+def test_class_tokens(fields, prefix, given, expected):
+    layout = infer_layout(prefix + 24, (64, 96), fields, 16, prefix, given)
+    assert layout.class_tokens == expected
+
+
+def test_class_tokens_that_nobody_knows_raise_when_they_are_needed():
+    layout = infer_layout(28, (64, 96), UNKNOWN, patch_size=16)
+    assert layout.num_prefix_tokens == 4
+    with pytest.raises(LayoutError, match="4 prefix tokens") as error:
+        layout.known_class_tokens()
+    assert says(error, "class_tokens=")
+    assert infer_layout(25, (64, 96), UNKNOWN, patch_size=16).known_class_tokens() == (0,)
+
+
+def test_more_than_one_fit_is_an_error_that_lists_them():
+    with pytest.raises(LayoutError, match="84 tokens") as error:
+        infer_layout(84, (128, 128), UNKNOWN)
+    assert says(error, "128 x 128 px", "3 prefix + 9 x 9 or 20 prefix + 8 x 8", "patch_size=", "num_prefix_tokens=")
+    with pytest.raises(LayoutError, match="12 tokens") as error:
+        infer_layout(12, (8, 12), UNKNOWN)
+    assert says(error, "6 prefix + 2 x 3", "11 prefix + 1 x 1")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "image", "fields", "given", "fragments"),
+    [
+        (26, (64, 96), ModelFields((16, 16), 1), {}, ["26 tokens", "64 x 96 px", "16 x 16", "4 x 6", "1 prefix"]),
+        (23, (64, 96), ModelFields((16, 16)), {}, ["23 tokens", "4 x 6"]),
+        (500, (64, 96), ModelFields((16, 16)), {"num_prefix_tokens": 3}, ["500 tokens", "3 prefix"]),
+        (26, (64, 96), ModelFields((16, 16), 1), {"patch_size": 14}, ["26 tokens", "14 x 14", "4 x 6"]),
+        (37, (64, 96), ModelFields(), {"patch_size": (32, 16)}, ["37 tokens", "32 x 16", "2 x 6"]),
+        (1000, (64, 96), UNKNOWN, {}, ["1000 tokens", "nothing is known"]),
+        (3, (8, 12), ModelFields((16, 16)), {}, ["3 tokens", "8 x 12 px", "0 x 0"]),
+    ],
+)
+def test_a_misfit_says_what_was_counted(num_tokens, image, fields, given, fragments):
+    with pytest.raises(LayoutError, match="tokens") as error:
+        infer_layout(num_tokens, image, fields, **given)
+    assert says(error, *fragments, "patch_size=", "num_prefix_tokens=")
+
+
+def test_no_image():
+    with pytest.raises(LayoutError, match="25 tokens") as error:
+        infer_layout(25, None, ModelFields((16, 16), 1))
+    assert says(error, "no image", "with_layout(grid=(h, w), num_prefix_tokens=)")
+
+
+def test_too_long_a_prefix_is_given_and_not_guessed():
+    with pytest.raises(LayoutError):
+        infer_layout(24 + 25, (64, 96), ModelFields((16, 16)))
+    assert infer_layout(24 + 25, (64, 96), ModelFields((16, 16)), num_prefix_tokens=25).num_prefix_tokens == 25
+    assert infer_layout(24 + 24, (64, 96), ModelFields((16, 16))).num_prefix_tokens == 24
+
+
+def inferred_or_listed(count, image):
+    try:
+        return infer_layout(count, image, UNKNOWN), ""
+    except LayoutError as error:
+        return None, str(error)
+
+
+def test_every_inferred_layout_adds_up():
+    """Over many sizes, patches and prefixes: the layout that made the tokens is found, or among those listed."""
+    unique = 0
+    for height, width, patch, prefix in itertools.product((32, 64, 112), (48, 96, 128), (8, 14, 16), (0, 1, 2, 20)):
+        made = (height // patch, width // patch)
+        layout, listed = inferred_or_listed(prefix + made[0] * made[1], (height, width))
+        if layout is None:
+            assert f"{prefix} prefix + {made[0]} x {made[1]}" in listed
+        else:
+            unique += 1
+            assert (layout.num_prefix_tokens, layout.query.height, layout.query.width) == (prefix, *made)
+    assert unique > 20
+
+
+# Lattice, TokenLayout
+
+
+def test_lattice():
+    lattice = Lattice(4, 6, (16.0, 8.0))
+    assert len(lattice) == 24
+    assert str(lattice) == "4 x 6"
+    assert lattice.extent == (64.0, 48.0)
+    assert Lattice(4, 6).extent == (4.0, 6.0)
+    assert Lattice(4, 6, extent=(70.0, 101.0)).extent == (70.0, 101.0)
+    assert lattice == Lattice(4, 6, (16.0, 8.0))
+    assert hash(lattice) == hash(Lattice(4, 6, (16.0, 8.0)))
+    assert lattice != Lattice(4, 6)
+    with pytest.raises(AttributeError):
+        lattice.height = 5
+
+
+@pytest.mark.parametrize("grid", [(0, 6), (4, 0), (-1, 6)])
+def test_a_grid_without_tokens(grid):
+    with pytest.raises(LayoutError, match="token grid") as error:
+        Lattice(*grid)
+    assert says(error, f"{grid[0]} x {grid[1]}", "1 x 1", "(height, width)")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "class_tokens", "found"), [(1, (1,), "[1]"), (2, (0, 2, 5), "[2, 5]"), (1, (-1,), "[-1]")]
+)
+def test_class_tokens_outside_the_prefix(prefix, class_tokens, found):
+    with pytest.raises(LayoutError, match="class tokens") as error:
+        TokenLayout(Lattice(4, 6), Lattice(4, 6), prefix, class_tokens)
+    assert says(error, found, f"{prefix} prefix tokens", "class_tokens=")
+
+
+def test_negative_prefix():
+    with pytest.raises(LayoutError, match="-1 prefix") as error:
+        TokenLayout(Lattice(4, 6), Lattice(4, 6), -1)
+    assert says(error, "num_prefix_tokens=")
+
+
+def test_queries_and_keys_may_lie_on_lattices_of_their_own():
+    layout = TokenLayout(Lattice(4, 6), Lattice(2, 3), 1, (0,))
+    assert layout.num_queries == 25
+    assert layout.num_keys == 7
+
+
+def test_class_token_positions():
+    assert class_token_positions(None, 0) == ()
+    assert class_token_positions(None, 1) == (0,)
+    assert class_token_positions(None, 2) is None
+    assert class_token_positions(3, 5) == (0, 1, 2)
+    assert class_token_positions([4, 0], 5) == (4, 0)
+    assert class_token_positions((), 5) == ()
+
+
+# from_tensors, with_layout and the parts of AttentionMaps
+
+
+def test_from_tensors_keeps_the_tensors_and_their_graph():
+    maps = random_maps((3, 5), prefix=2, layers=3)
+    attention = wrap(maps, (3, 5), 2, class_tokens=1)
+    assert attention.layers == (0, 1, 2)
+    assert attention.batch_size == 2
+    for layer, tensor in zip(attention, maps, strict=True):
+        assert torch.equal(layer.weights(), tensor)
+        assert layer.explicit.data_ptr() == tensor.data_ptr()
+        assert layer.requires_grad
+        assert not layer.is_factored
+        assert layer.shape == (2, 3, 17, 17)
+        assert layer.layout.class_tokens == (0,)
+    assert "17 tokens: 2 prefix + 3 x 5" in repr(attention)
+
+
+def test_from_tensors_takes_head_means():
+    maps = [m.mean(1) for m in random_maps((3, 5))]
+    attention = wrap(maps, (3, 5))
+    assert attention.weights()[0].shape == (2, 1, 16, 16)
+    assert torch.equal(attention.weights()[0][:, 0], maps[0])
+
+
+@pytest.mark.parametrize(
+    "shift", ["logits", "log-probabilities", "unnormalised", "centred", "renormalised rows of patches"]
+)
+def test_logits_given_as_attention(shift):
+    logits = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = {
+        "logits": logits,
+        "log-probabilities": logits.log_softmax(-1),
+        "unnormalised": logits.exp(),
+        "centred": logits - logits.mean(-1, keepdim=True) + 1 / 16,  # rows that sum to 1, of either sign
+        "renormalised rows of patches": logits.softmax(-2),
+    }[shift]
+    with pytest.raises(ValueError, match="sum to 1") as error:
+        wrap([logits.softmax(-1), given], (3, 5))
+    assert says(error, "layer 1", "within 0.0001", "softmax(-1)", "dropout")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "allowed"),
+    [
+        (torch.float32, 0.9e-4, True),
+        (torch.float32, 1.2e-4, False),
+        (torch.float64, 1.2e-4, False),
+        (torch.bfloat16, 4e-3, True),
+        (torch.float16, 4e-3, True),
+        (torch.float16, 8e-3, False),
+    ],
+)
+def test_rows_may_be_off_one_by_rounding(dtype, off, allowed):
+    """Two keys, so that half precision can state the row: 0.5 and 0.5 + off."""
+    rows = torch.tensor([0.5, 0.5 + off], dtype=torch.float64).to(dtype).expand(1, 1, 2, 2)
+    if allowed:
+        assert AttentionMaps.from_tensors([rows], 0, (1, 2)).weights()[0].sum() > 1
+    else:
+        with pytest.raises(ValueError, match="sum to 1") as error:
+            AttentionMaps.from_tensors([rows], 0, (1, 2))
+        assert says(error, f"within {5e-3 if dtype == torch.float16 else 1e-4:g}")
+
+
+def test_maps_behind_dropout_are_no_probabilities():
+    maps = random_maps((3, 5))
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="sum to 1"):
+        wrap([torch.nn.functional.dropout(maps[0], 0.1)], (3, 5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_maps(value):
+    maps = random_maps((3, 5), layers=3)
+    maps[2] = maps[2].detach().clone()
+    maps[2][1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        wrap(maps, (3, 5))
+    assert says(error, "layer 2")
+
+
+@pytest.mark.parametrize(
+    ("grid", "prefix", "expected"),
+    [((3, 6), 1, "19 (1 prefix + 3 x 6)"), ((3, 5), 2, "17 (2 prefix + 3 x 5)"), ((3, 5), 0, "15 (0 prefix + 3 x 5)")],
+)
+def test_a_layout_that_does_not_fit_the_tokens(grid, prefix, expected):
+    maps = random_maps((3, 5))
+    attention = wrap(maps, (3, 5))
+    for attempt in (lambda: wrap(maps, grid, prefix), lambda: attention.with_layout(grid, prefix)):
+        with pytest.raises(LayoutError, match="16 queries and 16 keys") as error:
+            attempt()
+        assert says(error, "layer 0", expected, "grid=", "num_prefix_tokens=")
+
+
+def test_maps_that_are_not_square():
+    rows = torch.full((2, 3, 16, 15), 1 / 15)
+    with pytest.raises(LayoutError, match="16 queries and 15 keys") as error:
+        wrap([rows], (3, 5))
+    assert says(error, "expected 16")
+
+
+def test_shapes_and_types_that_are_no_maps():
+    maps = random_maps((3, 5))
+    with pytest.raises(ValueError, match=r"\(3, 16, 16, 16, 2\)") as error:
+        wrap([torch.zeros(3, 16, 16, 16, 2)], (3, 5))
+    assert says(error, "layer 0", "(B, H, N, M)")
+    with pytest.raises(ValueError, match="int64") as error:
+        wrap([torch.eye(16, dtype=torch.int64).expand(2, 3, 16, 16)], (3, 5))
+    assert says(error, "floating point")
+    with pytest.raises(TypeError, match="one tensor") as error:
+        wrap(maps[0], (3, 5))
+    assert says(error, "list")
+    with pytest.raises(TypeError, match="ndarray") as error:
+        wrap([maps[0], maps[1].detach().numpy()], (3, 5))
+    assert says(error, "layer 1", "tensor")
+    with pytest.raises(ValueError, match="no attention layer") as error:
+        wrap([], (3, 5))
+    assert says(error, "at least one")
+
+
+def test_layers_of_different_batches():
+    with pytest.raises(ValueError, match=r"\[2, 1\]") as error:
+        wrap([random_maps((3, 5))[0], random_maps((3, 5), batch=1)[0]], (3, 5))
+    assert says(error, "one batch size")
+
+
+@pytest.mark.parametrize("grid", [15, (15,), (1, 3, 5), "35"], ids=str)
+def test_a_grid_is_two_numbers(grid):
+    maps = random_maps((3, 5))
+    for attempt in (lambda: wrap(maps, grid), lambda: wrap(maps, (3, 5)).with_layout(grid, 1)):
+        with pytest.raises(LayoutError, match="grid=") as error:
+            attempt()
+        assert says(error, repr(grid), "(height, width)")
+
+
+def test_class_tokens_beyond_the_prefix():
+    maps = random_maps((3, 5), prefix=2)
+    for attempt in (lambda: wrap(maps, (3, 5), 2, 3), lambda: wrap(maps, (3, 5), 2, 1).with_layout((3, 5), 2, [2])):
+        with pytest.raises(LayoutError, match=r"\[2\]") as error:
+            attempt()
+        assert says(error, "2 prefix tokens")
+
+
+def test_with_layout_renames_the_tokens_of_the_same_maps():
+    attention = wrap(random_maps((3, 5), prefix=1), (3, 5))
+    other = attention.with_layout((2, 6), 4, class_tokens=2)
+    assert other[0].layout.query == Lattice(2, 6)
+    assert other[1].layout.class_tokens == (0, 1)
+    assert other[0].explicit.data_ptr() == attention[0].explicit.data_ptr()
+    assert attention[0].layout.query == Lattice(3, 5)
+
+
+def test_chunk_gives_equal_parts_of_the_batch():
+    maps = random_maps((3, 5), batch=6)
+    attention = wrap(maps, (3, 5))
+    thirds = attention.chunk(3)
+    assert len(thirds) == 3
+    for part, (layer, tensor) in itertools.product(range(3), enumerate(maps)):
+        assert torch.equal(thirds[part].weights()[layer], tensor[2 * part : 2 * part + 2])
+        assert thirds[part].batch_size == 2
+    singles = thirds[1].chunk(2)  # parts of a part
+    assert torch.equal(singles[1].weights()[0], maps[0][3:4])
+    with pytest.raises(ValueError, match="batch of 6") as error:
+        attention.chunk(4)
+    assert says(error, "multiple of 4")
+
+
+def test_select_takes_the_models_indices():
+    attention = wrap(random_maps((3, 5), layers=5), (3, 5))
+    some = attention.select([3, 1])
+    assert some.layers == (3, 1)
+    assert attention.select([-1, 0]).layers == (4, 0)
+    assert some.select([-1]).layers == (1,)
+    for missing in (5, -6):
+        with pytest.raises(IndexError, match=rf"\[{missing}\]") as error:
+            attention.select([0, missing])
+        assert says(error, "[0, 1, 2, 3, 4]")
+
+
+def test_detach_keeps_values_and_drops_the_graph():
+    attention = wrap(random_maps((3, 5)), (3, 5))
+    fixed = attention.detach()
+    assert not any(layer.requires_grad for layer in fixed)
+    assert all(layer.requires_grad for layer in attention)
+    assert all(torch.equal(a, b) for a, b in zip(fixed.weights(), attention.weights(), strict=True))

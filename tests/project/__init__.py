@@ -1,0 +1,1 @@
+"""Rules of the project itself: imports, packaging, versions, documents, snippets."""

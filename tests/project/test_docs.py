@@ -1,0 +1,78 @@
+"""docs/: the reference lists every public name, messages are quoted from blocks that raise them, and the tutorial shows
+the pictures and numbers that `python -m benchmarks.pictures tutorial` made. test_snippets.py runs the blocks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+
+import matplotlib  # noqa: F401  # this file is left out where the extras are not installed
+import pytest
+from PIL import Image
+
+import acr_reg
+from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
+from tests.support.paths import ROOT
+
+DOCS = ROOT / "docs"
+TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
+NUMBERS = DOCS / "tutorial" / "tutorial.json"
+
+
+def test_the_reference_lists_every_public_name_once() -> None:
+    listed = re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", (DOCS / "api.rst").read_text(), re.M)
+    assert sorted(listed) == sorted(acr_reg.__all__)
+
+
+def test_the_reference_lists_modules_that_exist() -> None:
+    for module in re.findall(r"^\.\. automodule:: ([\w.]+)$", (DOCS / "api.rst").read_text(), re.M):
+        importlib.import_module(module)
+
+
+SECTIONS = re.split(r"^### ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
+def test_every_heading_of_troubleshooting_is_a_message_that_a_block_raises(section: str) -> None:
+    heading = section.splitlines()[0]
+    raised = re.findall(r"^Traceback .*?\n\.\.\.\n(.*?)(?=\n>>>|\n```)", section, re.M | re.S)
+    words = [re.escape(part.strip()) for part in heading.split("...")]
+    assert any(re.search(".*".join(words), " ".join(message.split())) for message in raised)
+
+
+def test_the_tutorial_names_the_setting_of_its_pictures() -> None:
+    (setting,) = SETTING.findall(TUTORIAL)
+    short, long = ([int(number) for number in numbers.split(",")] for numbers in setting[1:])
+    assert all(few < many for few, many in zip(short, long, strict=True))
+    if NUMBERS.exists():
+        assert json.loads(NUMBERS.read_text())["setting"] == long
+
+
+def test_the_tutorial_quotes_its_numbers_or_says_that_there_are_none() -> None:
+    if not NUMBERS.exists():
+        assert NOT_RUN in TUTORIAL
+        return
+    table = "\n".join(quoted(json.loads(NUMBERS.read_text())))
+    assert table in TUTORIAL
+    assert filled(TUTORIAL, table) == TUTORIAL
+
+
+def test_the_tutorial_shows_every_picture_and_no_other() -> None:
+    shown = re.findall(r"!\[[^\]]+\]\(tutorial/(\w+\.png)\)", TUTORIAL)
+    pictures = sorted((DOCS / "tutorial").glob("*.png"))
+    assert sorted(shown) == [path.name for path in pictures]
+    for path in pictures:
+        assert path.stat().st_size < 250_000
+        with Image.open(path) as picture:
+            assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
+
+
+def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
+    """With the page's own, short setting, whose numbers mean nothing."""
+    table = "\n".join(quoted(write(tmp_path, short=True)))
+    assert {path.name for path in tmp_path.iterdir()} == {"scenes.png", "rows.png", "cams.png", "tutorial.json"}
+    page = filled(TUTORIAL, table)
+    assert table in page and NOT_RUN not in page and not PICTURE.search(page)
+    assert len(re.findall(r"\(tutorial/\w+\.png\)", page)) == 3

@@ -1,0 +1,1 @@
+"""What tests share: toy models, oracles, makers of attention, checks of host codebases."""
