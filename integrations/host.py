@@ -14,15 +14,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
-from acr_reg._torch_private import in_backward
-from acr_reg.capture.hooks import HookSet
+from acr_reg.capture.hooks import HookSet, is_recomputing
+from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 
 Keep = Literal["only", "first", "last", "all"]
@@ -42,7 +42,7 @@ class HostView:
     network: nn.Module
 
 
-class HostCapture:
+class HostCapture(Removable):
     """A running capture of a host's encoder, and of one tensor beside it. Made by ``capture`` of a host's file."""
 
     def __init__(self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None) -> None:
@@ -53,14 +53,6 @@ class HostCapture:
         self._features = features
         # Drawing the second view's dropout from the host's own numbers would change every later step of the host.
         self._seeds = torch.Generator().manual_seed(torch.initial_seed() % 2**62 + _rank())
-
-    def __enter__(self) -> HostCapture:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def take(self, run: int | None = None) -> HostView:
         """What the host's forward pass left since the last take, on its graph; with ``keep="all"``, ``run`` says which
@@ -135,7 +127,7 @@ class FeatureRecorder:
 
     def _see(self, tensor: Tensor) -> None:
         # Under no_grad hosts compute their pseudo labels; within backward, checkpointing repeats a pass.
-        if not torch.is_grad_enabled() or in_backward():
+        if not torch.is_grad_enabled() or is_recomputing():
             return
         if self._keep == "all":
             self._found.append(tensor)

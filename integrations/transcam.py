@@ -62,8 +62,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from acr_reg import capture_attention
-from acr_reg._torch_private import BatchNorm
 from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, part, unwrap
+from acr_reg.placement.modules import batch_norms
 
 __all__ = ["cams", "capture", "second_view"]
 
@@ -110,7 +110,7 @@ class _OnOneLattice(HostCapture):
 @contextmanager
 def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
     """In training BatchNorm normalises by the batch at hand; only what it remembers for inference is kept."""
-    norms = [m for m in network.modules() if isinstance(m, BatchNorm)]
+    norms = batch_norms(network)
     counts = [(count, count.clone()) for norm in norms if (count := norm.num_batches_tracked) is not None]
     momenta = [(norm, norm.momentum) for norm in norms]
     try:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.resampled import Carriers, check_lattices
+from acr_reg.alignment.resampled import AlignmentMaps, check_lattices
 from acr_reg.tokens import Lattice, TokenLayout
-from acr_reg.views.view import View, lattice_map
+from acr_reg.views.view import View, map_between
 
 
 def align_tokens(
@@ -35,7 +35,7 @@ def align_tokens(
     view.check_batch(tokens.shape[0])
     check_lattices("align_tokens", view, source, target)
     prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
-    moved = lattice_map(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
+    moved = map_between(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
     return torch.cat([prefix, moved], dim)
 
 
@@ -59,7 +59,7 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
         _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
     view.check_batch(maps.shape[0])
     check_lattices("align_attention", view, source.key, target.key)
-    carriers = Carriers(view, source, target, str(maps.device))
+    carriers = AlignmentMaps(view, source, target, str(maps.device))
     prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
     columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
     return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
@@ -74,7 +74,7 @@ def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
     [[False, True, True, False]]
     """
     check_lattices("token_validity", view, source, target)
-    return lattice_map(view.inverse, source, target, "cpu").valid
+    return map_between(view.inverse, source, target, "cpu").valid
 
 
 def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:

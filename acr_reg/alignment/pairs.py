@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.resampled import Carriers, check_lattices, check_valid, valid_tokens
+from acr_reg.alignment.resampled import AlignmentMaps, check_lattices, check_valid, valid_tokens
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.view import View
@@ -36,7 +36,7 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
     for side in sides:
         grid_a, grid_b = a.layout.lattice(side), b.layout.lattice(side)
         check_lattices(name, view, grid_b, grid_a)
-        if _are_of_view(grid_a, grid_b, view):
+        if _image_sizes_match(grid_a, grid_b, view):
             continue
         expected = view.output_size((grid_a.height, grid_a.width))
         rounding = 1 if view.scales else 0  # a scaled image need not hold a whole number of patches
@@ -52,7 +52,7 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
         )
 
 
-def _are_of_view(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
+def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
     """Whether the images that two grids lie on are of the sizes the view says. The grids need not be in proportion:
     patches may leave a margin."""
     if grid_a.is_unit or grid_b.is_unit:
@@ -174,12 +174,12 @@ class AlignedPair:
         image = None
         if valid is not None:
             image = tuple(valid_tokens(valid, grid).to(device) for grid in (a.layout.query, a.layout.key))
-        self.carriers = Carriers(view, b.layout, a.layout, device, image)
+        self.carriers = AlignmentMaps(view, b.layout, a.layout, device, image)
         self.classes = [_positions(layer.layout.class_tokens, device) for layer in (a, b)]
         self.keys_valid = self.carriers.keys.valid
         self.counted = torch.ones_like(self.carriers.queries.valid)
         # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
-        carriers = (self.carriers.keys, self.carriers.queries, self.carriers.seen)
+        carriers = (self.carriers.keys, self.carriers.queries, self.carriers.keys_shown)
         self.is_partial = not all(carrier.is_complete for carrier in carriers)
         if image is not None:
             self.counted, self.keys_valid = image[0], self.keys_valid & image[1]

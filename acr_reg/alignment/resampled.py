@@ -7,10 +7,10 @@ from torch import Tensor
 
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.resampling import Line
-from acr_reg.views.view import View, lattice_map
+from acr_reg.views.view import View, map_between
 
 
-class Carriers:
+class AlignmentMaps:
     """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
 
     def __init__(
@@ -22,14 +22,16 @@ class Carriers:
         image: tuple[Tensor, ...] | None = None,
     ) -> None:
         """``image`` (B, N), (B, M): which queries and keys of the image are no padding; None: all."""
-        self.queries = lattice_map(view.inverse, source.query, target.query, device)
-        self.keys = lattice_map(view.inverse, source.key, target.key, device)
-        self.seen = lattice_map(view, target.key, source.key, device)  # the view's keys, by whether the image has them
+        self.queries = map_between(view.inverse, source.query, target.query, device)
+        self.keys = map_between(view.inverse, source.key, target.key, device)
+        self.keys_shown = map_between(
+            view, target.key, source.key, device
+        )  # the view's keys, by whether the image has them
         self.prefix = source.num_prefix_tokens
         # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
         self.image_keys = self.image_rows = None
         if image is not None and not (self.keys.is_exact and self.queries.is_exact):
-            there = lattice_map(view, target.query, source.query, device), self.seen
+            there = map_between(view, target.query, source.query, device), self.keys_shown
             self.image_rows, self.image_keys = (
                 carrier.tokens(tokens.float()) >= 0.5 for carrier, tokens in zip(there, image, strict=True)
             )
@@ -68,8 +70,8 @@ class Carriers:
             return moved
         if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
             return moved * self.keys.area.to(moved)[:, None, None, None]
-        if not self.seen.is_complete:
-            patches = patches * self.seen.valid[:, None, None]
+        if not self.keys_shown.is_complete:
+            patches = patches * self.keys_shown.valid[:, None, None]
         tiny = torch.finfo(moved.dtype).tiny
         return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
 

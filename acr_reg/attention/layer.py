@@ -72,11 +72,13 @@ class LayerAttention:
     index: int
     name: str
     recorded: RecordedTensors
-    located: TokenLayout | str
+    placed: TokenLayout | None
+    """Where its tokens sit; None where that is not known, of which ``why_unplaced`` is the reason."""
     dropout: float = 0.0
     stochastic: bool = True
     images: slice = field(default_factory=lambda: slice(None))
     window: Window | None = None
+    why_unplaced: str | None = None
 
     @property
     def kind(self) -> Literal["global", "window", "reduced keys", "reduced queries"]:
@@ -89,9 +91,9 @@ class LayerAttention:
     @property
     def layout(self) -> TokenLayout:
         """The :class:`TokenLayout`; a :class:`LayoutError` that says why where it is not known."""
-        if isinstance(self.located, str):
-            raise LayoutError(f"layer {self.index} ({self.name}): {self.located}")
-        return self.located
+        if self.placed is None:
+            raise LayoutError(f"layer {self.index} ({self.name}): {self.why_unplaced}")
+        return self.placed
 
     @property
     def device(self) -> torch.device:

@@ -144,12 +144,8 @@ class AttentionMaps(Sequence[LayerAttention]):
     def __repr__(self) -> str:
         batch, heads, queries, keys = self[0].shape
         tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
-        located = self[0].located
-        where = (
-            f": {located.num_prefix_tokens} prefix + {located.query}"
-            if isinstance(located, TokenLayout)
-            else ", grid unknown"
-        )
+        layout = self[0].placed
+        where = ", grid unknown" if layout is None else f": {layout.num_prefix_tokens} prefix + {layout.query}"
         return (
             f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
         )
@@ -205,7 +201,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         for layer in self:
             check_tokens(layer.shape, layer.index, layout)
-        return self._with_layers(replace(layer, located=layout) for layer in self)
+        return self._with_layers(replace(layer, placed=layout, why_unplaced=None) for layer in self)
 
     def _with_layers(self, layers: Iterable[LayerAttention]) -> AttentionMaps:
         return AttentionMaps(layers, self.batch_norms, self.run)

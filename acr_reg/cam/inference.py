@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -13,13 +12,14 @@ from torch import Tensor, nn
 from acr_reg.cam.gradient import Method, class_token_gradient_cam
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.capture.handle import AttentionCapture, capture_attention
+from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
 
-class GradientCam:
+class GradientCam(Removable):
     """Class-token-gradient maps of a model's images, spread over the affinity and summed over views.
 
     The whole of what ACR publishes for inference (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`,
@@ -84,14 +84,6 @@ class GradientCam:
         }
         self._attention: AttentionCapture | None = None
         self._removed = False
-
-    def __enter__(self) -> GradientCam:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """Removes every hook from the model. May be called again."""

@@ -14,10 +14,10 @@ from acr_reg._tensors import at_least_float32
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.tokens import Lattice
-from acr_reg.views.view import View, lattice_map, require_view
+from acr_reg.views.view import View, map_between, require_view
 
 
-def spread_over_patches(layer: LayerAttention, values: Tensor) -> Tensor:
+def attend_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     """mean_h A[patches, patches] @ ``values``, (B, N, C) -> (B, N, C)."""
     prefix = layer.layout.num_prefix_tokens
     if (explicit := layer.explicit) is not None:
@@ -71,7 +71,7 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     values = rearrange(at_least_float32(cam), "b c h w -> b (h w) c")
     with torch.autocast(cam.device.type, enabled=False):
         for _ in range(steps):
-            spread = [spread_over_patches(layer, values) for layer in chosen]
+            spread = [attend_patches(layer, values) for layer in chosen]
             values = torch.stack(spread).sum(0)
     _check_finite(values, "the propagated map")
     return rearrange(values, "b (h w) c -> b c h w", h=grid.height)
@@ -122,7 +122,7 @@ def multi_view_cam(
             )
         size = size if size is not None else view.inverse.output_size(maps.shape[-2:])
         lattice = Lattice(*maps.shape[-2:]) if lattice is None else lattice
-        back = lattice_map(view.inverse, lattice, Lattice(*size), str(maps.device))
+        back = map_between(view.inverse, lattice, Lattice(*size), str(maps.device))
         aligned = back(maps)
         if merged is None:
             merged = aligned

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
-from types import TracebackType
 
 from torch import nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.recorder import Keep, Recorder
+from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Run
 from acr_reg.errors import CaptureError
 from acr_reg.placement.kinds import explain_windows, is_pyramid
@@ -22,6 +22,7 @@ from acr_reg.placement.kinds import explain_windows, is_pyramid
 
 def capture_attention(
     model: nn.Module,
+    *,
     layers: Iterable[int] | None = None,
     modules: Iterable[str | nn.Module] | None = None,
     patch_size: int | Sequence[int] | None = None,
@@ -31,6 +32,7 @@ def capture_attention(
     no_grad: bool = False,
     double_backward: bool = False,
     graph_from: int | None = None,
+    record_products: bool = False,
 ) -> AttentionCapture:
     """Captures the self-attention of every forward pass of ``model`` from now on, whichever method starts it.
 
@@ -48,6 +50,8 @@ def capture_attention(
         double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
         graph_from: start the autograd graph at this layer (negative: from the last) where none reaches it, as with a
             frozen backbone, so that a class map by gradient works; layers below stay without a graph.
+        record_products: also keep the query, key, value and output of unfused layers, which only checks of a capture
+            need (:func:`~acr_reg.check` does); they take memory.
 
     Returns an :class:`AttentionCapture`: ``take()`` the maps after each forward, ``remove()`` (or leave its ``with``
     block) when done. Dropping it also ends the capture. Raises :class:`CaptureError` for modules whose kernels cannot
@@ -64,10 +68,11 @@ def capture_attention(
     if keep not in ("only", "first", "last", "all"):
         raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
     hints = (patch_size, num_prefix_tokens, class_tokens)
-    return AttentionCapture(Recorder(model, modules, keep, hints, no_grad, double_backward, graph_from), layers)
+    recorder = Recorder(model, modules, keep, hints, no_grad, double_backward, graph_from, record_products)
+    return AttentionCapture(recorder, layers)
 
 
-class AttentionCapture:
+class AttentionCapture(Removable):
     """The handle of a running capture. Made by :func:`capture_attention`."""
 
     def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
@@ -76,14 +81,6 @@ class AttentionCapture:
         self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
         """(module name, reason) of what the last taken run used that is not token-to-token self-attention."""
-
-    def __enter__(self) -> AttentionCapture:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.remove()
 
     def remove(self) -> None:
         """Removes every hook and forgets every run. Maps already taken stay valid. May be called again."""
@@ -103,7 +100,7 @@ class AttentionCapture:
         :class:`CaptureError` where there was no run, or more than ``keep`` allows.
         """
         recorder = self._running()
-        position = recorder.begun - 1
+        position = recorder.runs_started - 1
         runs, refused = recorder.finish()
         if not runs:
             raise CaptureError(recorder.nothing_captured(refused))

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from acr_reg._torch_private import break_graph, is_compiling
+from acr_reg._torch_private import break_graph, in_backward, is_compiling
 from acr_reg.errors import CaptureError
 
 
@@ -132,3 +132,8 @@ def is_running(frame: FrameType) -> bool:
             return True
         current = current.f_back
     return False
+
+
+def is_recomputing() -> bool:
+    """Whether what runs on this thread is checkpointing's repetition of a pass, within a backward."""
+    return in_backward()

@@ -10,7 +10,7 @@ _SUMS_QUERIES = "a product that sums over the queries, not over the keys: no att
 
 
 @dataclass(frozen=True, eq=False)
-class Meeting:
+class ValueProduct:
     """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them, and why it is no A V if so."""
 
     value: Tensor | None = None
@@ -18,7 +18,9 @@ class Meeting:
     refusal: str | None = None
 
 
-def meeting(equation: str | None, position: int, transposed: bool, operands: list[Tensor], output: Tensor) -> Meeting:
+def value_product(
+    equation: str | None, position: int, transposed: bool, operands: list[Tensor], output: Tensor
+) -> ValueProduct:
     """What becomes of the map, operand number ``position`` (0 or 1), in a product with values.
 
     A V is written as A @ V, as V^T @ A^T where channels come first (``transposed`` says the map was), or as an
@@ -28,30 +30,34 @@ def meeting(equation: str | None, position: int, transposed: bool, operands: lis
     if equation is not None:
         return _einsum(equation, position, transposed, values, output)
     if position == 0:
-        return Meeting(refusal=_SUMS_QUERIES) if transposed else Meeting(values, output)
-    return Meeting(values.transpose(-2, -1), output.transpose(-2, -1)) if transposed else Meeting(refusal=_SUMS_QUERIES)
+        return ValueProduct(refusal=_SUMS_QUERIES) if transposed else ValueProduct(values, output)
+    return (
+        ValueProduct(values.transpose(-2, -1), output.transpose(-2, -1))
+        if transposed
+        else ValueProduct(refusal=_SUMS_QUERIES)
+    )
 
 
-def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> Meeting:
+def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> ValueProduct:
     left, arrow, summed_to = equation.replace(" ", "").partition("->")
     subscripts = left.split(",")
     if not arrow or len(subscripts) != 2 or "." in equation:
-        return Meeting()
+        return ValueProduct()
     of_map, of_values = subscripts[position], subscripts[1 - position]
     query, key = (of_map[-1], of_map[-2]) if transposed else (of_map[-2], of_map[-1])
     if key in summed_to or key not in of_values:
-        return Meeting(refusal=_SUMS_QUERIES) if query not in summed_to else Meeting()
+        return ValueProduct(refusal=_SUMS_QUERIES) if query not in summed_to else ValueProduct()
     rest = [letter for letter in of_values if letter not in of_map]
     if len(rest) != 1 or query not in summed_to:
-        return Meeting()
+        return ValueProduct()
     batch = of_map[:-2]
     try:
-        return Meeting(
+        return ValueProduct(
             values.permute([of_values.index(letter) for letter in f"{batch}{key}{rest[0]}"]),
             output.permute([summed_to.index(letter) for letter in f"{batch}{query}{rest[0]}"]),
         )
     except (ValueError, RuntimeError):  # a batch axis that one of them does not have
-        return Meeting()
+        return ValueProduct()
 
 
 def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:

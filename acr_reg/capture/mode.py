@@ -24,11 +24,11 @@ from torch.overrides import TorchFunctionMode
 from acr_reg._torch_private import body_of, dispatches, math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
-from acr_reg.capture.kernels import meeting, score_factors
+from acr_reg.capture.kernels import score_factors, value_product
 
 
 @dataclass(frozen=True, eq=False)
-class _Trace:
+class _Followed:
     """What is known of a tensor on the way from the scores to V. ``probability`` is None before the softmax.
 
     ``alias`` is the tensor itself, weakly: traces are found by id(), which is used again once a tensor is gone.
@@ -96,7 +96,7 @@ class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
     ``starts_graph`` is asked whether a layer that carries no gradient shall become the first of a graph.
-    ``for_checks`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
+    ``record_products`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
     """
 
     def __init__(
@@ -105,15 +105,15 @@ class AttentionMode(TorchFunctionMode):
         report_unknown: Callable[[str], None],
         math_kernel: bool = False,
         starts_graph: Callable[[], bool] | None = None,
-        for_checks: bool = False,
+        record_products: bool = False,
     ) -> None:
         super().__init__()
         self._report = report
         self._report_unknown = report_unknown
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
-        self._for_checks = for_checks
-        self._traces: dict[int, _Trace] = {}
+        self._record_products = record_products
+        self._traces: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
 
@@ -180,7 +180,7 @@ class AttentionMode(TorchFunctionMode):
         finally:
             _inside.heads, _inside.refusal = before
 
-    def _trace_of(self, tensor: Any) -> _Trace | None:
+    def _trace_of(self, tensor: Any) -> _Followed | None:
         trace = self._traces.get(id(tensor))
         return trace if trace is not None and trace.alias() is tensor else None
 
@@ -201,7 +201,9 @@ class AttentionMode(TorchFunctionMode):
         self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
         factors = None if scores is None else scores.factors
         sources = frozenset([id(probability)])
-        self._traces[id(probability)] = _Trace(weakref.ref(probability), factors, probability, sources, refusal=refusal)
+        self._traces[id(probability)] = _Followed(
+            weakref.ref(probability), factors, probability, sources, refusal=refusal
+        )
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
         operands = [
@@ -249,8 +251,8 @@ class AttentionMode(TorchFunctionMode):
 
     def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
         if isinstance(result, Tensor):
-            factors = score_factors(equation, operands) if self._for_checks else None
-            self._traces[id(result)] = _Trace(weakref.ref(result), factors)
+            factors = score_factors(equation, operands) if self._record_products else None
+            self._traces[id(result)] = _Followed(weakref.ref(result), factors)
 
     def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
         """The operand that meets V is the effective attention; before dropout where nothing else changed it.
@@ -258,7 +260,7 @@ class AttentionMode(TorchFunctionMode):
         Its first product is that with V: a later one (a refinement of class maps) is no other layer.
         """
         position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
-        trace: _Trace = traces[position]
+        trace: _Followed = traces[position]
         if trace.sources <= self._met:
             return
         self._met |= trace.sources
@@ -266,14 +268,14 @@ class AttentionMode(TorchFunctionMode):
             self._unmet.pop(source, None)
         alias, probability = trace.alias(), trace.probability
         assert alias is not None and probability is not None
-        found = meeting(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
+        found = value_product(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
         changed = trace.mixed or trace.reshaped
         attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
         if changed and trace.transposed:
             found = replace(found, refusal="a mixed map that is transposed before it meets the values")
         # What only checks need is not kept: the product, and operands that may be views of larger tensors.
         kept: dict[str, Any] = {}
-        if self._for_checks:
+        if self._record_products:
             query, key = trace.factors or (None, None)
             kept = {"query": query, "key": key, "value": found.value, "output": found.output}
         recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)

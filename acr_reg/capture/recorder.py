@@ -38,18 +38,18 @@ class Recorder:
         no_grad: bool = False,
         double_backward: bool = False,
         graph_from: int | None = None,
-        for_checks: bool = False,
+        record_products: bool = False,
     ) -> None:
         self.index = ModuleIndex(model, within, hints)
         self.keep = keep
         self.images = ImageWatch()
-        self.begun = 0  # runs since the last take
+        self.runs_started = 0  # runs since the last take
         self.last_count = 0  # layers of the last run taken, for a negative graph_from
         self._root = model
         self._no_grad = no_grad
         self._double_backward = double_backward
         self._graph_from = graph_from
-        self._for_checks = for_checks
+        self._record_products = record_products
         self._attention_modules: set[nn.Module] = set()
         self._unknown_modules: set[nn.Module] = set()  # with kernels that leave nothing to record
         self._alike: set[nn.Module] = set()  # these and those that look like them
@@ -142,7 +142,9 @@ class Recorder:
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
         if with_mode and state.mode is None:
             graph = None if self._graph_from is None else self._starts_graph
-            mode = AttentionMode(self._report, self._report_unknown, self._double_backward, graph, self._for_checks)
+            mode = AttentionMode(
+                self._report, self._report_unknown, self._double_backward, graph, self._record_products
+            )
             mode.__enter__()
             state.mode = mode
             entry.opened_mode = True
@@ -238,7 +240,7 @@ class Recorder:
         visit = state.coming.visit
         run, state.coming = state.coming, Run(visit=visit)
         state.run = run
-        self.begun += 1
+        self.runs_started += 1
         run.images = state.images.size
         if state.images.module is not None:
             self.images.modules.add(state.images.module)
@@ -300,7 +302,7 @@ class Recorder:
             run.closed = True
             run.release()
         self._runs = []
-        self.begun = 0
+        self.runs_started = 0
 
     def stop(self) -> None:
         state = self._state

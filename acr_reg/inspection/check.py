@@ -12,13 +12,12 @@ from torch import Tensor, nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.capture.handle import AttentionCapture
-from acr_reg.capture.recorder import Recorder
+from acr_reg.capture.handle import capture_attention
 from acr_reg.errors import CaptureError, LayoutError
-from acr_reg.inspection.offsets import Offset, Side, token_offsets
+from acr_reg.inspection.offsets import Offset, TokenSide, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip
 from acr_reg.views.view import View, require_view
 
@@ -85,13 +84,17 @@ def check(
         raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
     view = HorizontalFlip() if view is None else view
     require_view(view)
-    hints = (patch_size, num_prefix_tokens, class_tokens)
+    hints: dict[str, Any] = {
+        "modules": modules,
+        "patch_size": patch_size,
+        "num_prefix_tokens": num_prefix_tokens,
+        "class_tokens": class_tokens,
+    }
     call = model if forward is None else forward
     skipped: tuple[tuple[str, str], ...] = ()
     with _left_as_it_was(model):
         try:
-            recorder = Recorder(model, modules, "first", hints, for_checks=True)
-            with AttentionCapture(recorder, layers) as attention:
+            with capture_attention(model, layers=layers, keep="first", record_products=True, **hints) as attention:
 
                 def observe(batch: Tensor) -> AttentionMaps:
                     attention.clear()
@@ -136,12 +139,11 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _layer(layer: LayerAttention, offsets: Mapping[Side, Offset], view: View) -> LayerCheck:
-    located = layer.located
-    layout = located if isinstance(located, TokenLayout) else None
+def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: View) -> LayerCheck:
+    layout = layer.placed
     tokens = (layout.query, layout.key) if layout else layer.shape[2:]
     row_error, product_error = errors(layer)
-    problem = located if isinstance(located, str) and layer.window is None else None
+    problem = layer.why_unplaced if layer.window is None else None
     for side, offset in offsets.items():
         assert layout is not None
         problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
@@ -199,8 +201,8 @@ def errors(layer: LayerAttention) -> tuple[float | None, float | None]:
 
 
 def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[dict[str, float], str | None]:
-    located = maps_a[0].located
-    without_class_token = isinstance(located, TokenLayout) and not located.class_tokens
+    layout = maps_a[0].placed
+    without_class_token = layout is not None and not layout.class_tokens
     acr = AllPairsConsistencyLoss(view, activation_weight=0.0 if without_class_token else None)
     try:
         with torch.no_grad(), warnings.catch_warnings():

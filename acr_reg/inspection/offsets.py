@@ -20,7 +20,7 @@ from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.resampling import Line
 from acr_reg.views.view import View
 
-Side = Literal["query", "key"]
+TokenSide = Literal["query", "key"]
 Observe = Callable[[Tensor], AttentionMaps]
 
 _STRONG = 0.1  # of the largest gradient energy; the rest comes through attention below and normalisation, from anywhere
@@ -37,18 +37,18 @@ class Offset:
     from_lattice: float
 
 
-def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[Side, Offset]]:
+def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[TokenSide, Offset]]:
     """Of the first layer on each layout, by its position in what ``observe`` returns: five tokens on noise of the size
     of ``images``, since an image of one colour shows nothing."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
-    found: dict[int, dict[Side, Offset]] = {}
+    found: dict[int, dict[TokenSide, Offset]] = {}
     layouts: set[TokenLayout] = set()
     for position, layer in enumerate(probe_a.maps):
-        if isinstance(layer.located, str) or layer.located in layouts:
+        if layer.placed is None or layer.placed in layouts:
             continue
-        layouts.add(layer.located)
+        layouts.add(layer.placed)
         found[position] = {}
         for side in ("query", "key"):
             lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
@@ -77,7 +77,7 @@ class _Probe:
         self.images = image.detach().expand(len(_PLACES), -1, -1, -1).clone().requires_grad_()
         self.maps = observe(self.images)
 
-    def positions(self, layer: int, side: Side, tokens: Tensor) -> Tensor:
+    def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> Tensor:
         """(P, 2): y and x, from 0 to 1 over the image, of what each token was made from."""
         seen = self.maps[layer]
         of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
@@ -107,7 +107,7 @@ def _carried_back(points: Tensor, view: View) -> Tensor:
     return torch.stack([float(axis.slope) * along + float(axis.start) for axis, along in axes], 1)
 
 
-def _of_token(layer: LayerAttention, side: Side) -> Tensor:
+def _of_token(layer: LayerAttention, side: TokenSide) -> Tensor:
     """(B, H, tokens, anything): what depends on one token more than on the others."""
     tensor = layer.query if side == "query" else layer.key
     if tensor is None:

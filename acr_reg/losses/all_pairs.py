@@ -26,7 +26,7 @@ from acr_reg.losses.inputs import (
     not_finite,
 )
 from acr_reg.losses.terms import LayerTerms, Term, can_be_blockwise, evaluate_dense
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import Compose, Identity
 from acr_reg.views.view import View, require_view
 
@@ -45,8 +45,8 @@ class AllPairsConsistencyLoss(nn.Module):
 
     activation and affinity are means over layers of :func:`~acr_reg.losses.functional.activation_consistency` and
     :func:`~acr_reg.losses.functional.affinity_consistency`; cam is
-    :func:`~acr_reg.losses.functional.cam_consistency`. Both views carry gradient unless one is detached. Uniform attention is a trivial minimum: watch the ``entropy`` term (1 is
-    collapse).
+    :func:`~acr_reg.losses.functional.cam_consistency`. Both views carry gradient unless one is
+    detached. Uniform attention is a trivial minimum: watch the ``entropy`` term (1 is collapse).
 
     Args:
         view: what leads from the images of the first maps to those of the second; may be given per call instead.
@@ -84,6 +84,7 @@ class AllPairsConsistencyLoss(nn.Module):
         view: View | None = None,
         activation_weight: float | None = None,
         affinity_weight: float | None = None,
+        *,
         cam_weight: float | None = None,
         distance: Distance = "l1",
         normalize: Normalize = "row",
@@ -113,7 +114,7 @@ class AllPairsConsistencyLoss(nn.Module):
             "cam": DEFAULT_CAM_WEIGHT if cam_weight is None else float(cam_weight),
         }
         given = {"activation": activation_weight, "affinity": affinity_weight, "cam": cam_weight}
-        self._insisted = {name for name, weight in given.items() if weight}
+        self._explicit_weights = {name for name, weight in given.items() if weight}
         if any(not 0 <= weight < float("inf") for weight in self.weights.values()):
             raise ValueError(f"found weights {self.weights}; expected finite weights >= 0; 0 leaves a term out")
         self.distance: Distance = distance
@@ -125,7 +126,7 @@ class AllPairsConsistencyLoss(nn.Module):
         self.rows = rows
         self.cam_normalize = cam_normalize
         self.blockwise, self.block_rows = blockwise, block_rows
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
 
     @classmethod
     def paper(cls, view: View | None = None, weight: float = 100.0) -> AllPairsConsistencyLoss:
@@ -186,11 +187,11 @@ class AllPairsConsistencyLoss(nn.Module):
         relation, valid = self._relation(view, view_a, valid)
         pairs = self._pairs(attn_a, attn_b)
         check_placed(pairs)
-        self._say_unknown_offsets(pairs, relation)
+        self._warn_unknown_offsets(pairs, relation)
         first = pairs[0][0]
         check_cams(cam_a, cam_b, first.shape[0], torch.is_grad_enabled() and self.weights["cam"] > 0)
         check_labels(labels, first.shape[0], None if cam_a is None else cam_a.shape[1])
-        wanted = self._wanted(first, cam_a)
+        wanted = self._active_terms(first, cam_a)
 
         terms: dict[str, Tensor] = {}
         weighted: list[Tensor] = []
@@ -236,7 +237,7 @@ class AllPairsConsistencyLoss(nn.Module):
         require_view(view_a)
         relation = Compose([view_a.inverse, view])
         if not relation.shows_anything:
-            self._say(
+            self._warn_once(
                 "apart",
                 f"found views that show nothing in common, {view_a.brief} and {view.brief}; expected a common region; "
                 "what they compare is 0: draw larger crops",
@@ -248,10 +249,10 @@ class AllPairsConsistencyLoss(nn.Module):
             valid = view_a(valid.float()) >= 0.5
         return relation, valid
 
-    def _say(self, what: str, message: str) -> None:
+    def _warn_once(self, what: str, message: str) -> None:
         """Warns of each thing once."""
-        if what not in self._said:
-            self._said.add(what)
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(message, stacklevel=6)
 
     def _pairs(self, attn_a: AttentionMaps, attn_b: AttentionMaps) -> list[tuple[LayerAttention, LayerAttention]]:
@@ -274,11 +275,11 @@ class AllPairsConsistencyLoss(nn.Module):
         check_alive(learning)
         return learning
 
-    def _say_unknown_offsets(self, pairs: list[tuple[LayerAttention, LayerAttention]], view: View) -> None:
+    def _warn_unknown_offsets(self, pairs: list[tuple[LayerAttention, LayerAttention]], view: View) -> None:
         layouts = [(a, side) for a, _ in pairs for side in ("query", "key") if not a.layout.lattice(side).offset_known]
         if layouts and view != Identity():
             first, side = layouts[0]
-            self._say(
+            self._warn_once(
                 "offset",
                 f"found a stem of overlapping windows, and nothing that tells where it puts the {side} tokens of layer "
                 f"{first.index} ({first.name}) on the image; expected to know, or {view.brief} may match tokens that "
@@ -286,7 +287,7 @@ class AllPairsConsistencyLoss(nn.Module):
                 "with_layout(grid=Lattice(..., offset=))",
             )
 
-    def _wanted(self, layer: LayerAttention, cam_a: Tensor | None) -> set[str]:
+    def _active_terms(self, layer: LayerAttention, cam_a: Tensor | None) -> set[str]:
         """The terms that can exist here; an error where one that was asked for cannot."""
         missing = {}
         if not (layer.layout.known_class_tokens() if self.weights["activation"] else layer.layout.class_tokens):
@@ -298,10 +299,10 @@ class AllPairsConsistencyLoss(nn.Module):
                 "found no class maps; expected cam_a and cam_b for the cam term; pass both, or leave cam_weight out"
             )
         for name, message in missing.items():
-            if name in self._insisted:
+            if name in self._explicit_weights:
                 raise ValueError(message)
             if name == "activation" and self.weights[name]:
-                self._say(name, f"{message} to say so; the term is left out")
+                self._warn_once(name, f"{message} to say so; the term is left out")
         return {"activation", "affinity", "cam"} - set(missing)
 
     def _attention_terms(
@@ -346,8 +347,8 @@ def _lattices(
 ) -> tuple[Lattice, Lattice] | None:
     """Where class maps lie on the images: where the tokens of a grid of their size do, of the last layer with such."""
     for a, b in zip(reversed(attn_a), reversed(attn_b), strict=True):
-        if isinstance(a.located, TokenLayout) and isinstance(b.located, TokenLayout):
-            grids = a.located.query, b.located.query
+        if a.placed is not None and b.placed is not None:
+            grids = a.placed.query, b.placed.query
             sizes = [(grid.height, grid.width) for grid in grids]
             if sizes == [cam.shape[-2:] for cam in (cam_a, cam_b)]:
                 return grids

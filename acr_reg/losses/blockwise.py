@@ -22,7 +22,7 @@ from acr_reg.losses.terms import Evaluated, LayerTerms, _rows
 from acr_reg.tokens import TokenLayout
 
 
-class Side:
+class BlockedLayer:
     """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
 
     ``inputs`` are what its map is made of, on the graph: query, key and an additive bias; or the map itself. A block
@@ -162,7 +162,7 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
 
     The first derivative is exact; a second one is refused.
     """
-    sides = Side(layer.pair.layers[0]), Side(layer.pair.layers[1])
+    sides = BlockedLayer(layer.pair.layers[0]), BlockedLayer(layer.pair.layers[1])
     if block_rows is None:
         block_rows = rows_of_block(layer.pair.layers)
     learns = any(side.learns for side in sides)
@@ -175,7 +175,9 @@ def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Eval
     return Evaluated(_Blockwise.apply(run, sides, *inputs) if learns else run(), report)
 
 
-def _in_blocks(layer: LayerTerms, sides: tuple[Side, Side], block_rows: int, report: dict[str, Tensor]) -> Tensor:
+def _in_blocks(
+    layer: LayerTerms, sides: tuple[BlockedLayer, BlockedLayer], block_rows: int, report: dict[str, Tensor]
+) -> Tensor:
     """The weighted sum of the terms; their gradients are added up in the sides."""
     pair = layer.pair.of(*sides)
     entropies: list[Tensor | None] = []
@@ -209,7 +211,9 @@ class _Blockwise(torch.autograd.Function):
     """Hands the gradients that the forward pass found to autograd, times the upstream gradient."""
 
     @staticmethod
-    def forward(ctx: Any, run: Callable[[], Tensor], sides: tuple[Side, Side], *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, run: Callable[[], Tensor], sides: tuple[BlockedLayer, BlockedLayer], *inputs: Tensor
+    ) -> Tensor:
         value = run()
         gradients = [gradient for side in sides for gradient in side.gradients()]
         ctx.present = [gradient is not None for gradient in gradients]

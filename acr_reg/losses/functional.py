@@ -25,7 +25,7 @@ from acr_reg.alignment.pairs import OVERLAP_FLOOR
 from acr_reg.alignment.resampled import check_valid, valid_tokens
 from acr_reg.cam.refinement import normalize_cam
 from acr_reg.tokens import Lattice
-from acr_reg.views.view import View, lattice_map
+from acr_reg.views.view import View, map_between
 
 Distance = Literal["l1", "l2", "js"] | Callable[[Tensor, Tensor], Tensor]
 
@@ -132,8 +132,8 @@ def activation_consistency(
     ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and
     ``present`` (B, C) leave out padding and absent classes; ``overlap`` (B, H, C) in [0, 1] weights rows by what both
     views show (:meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` gives rows and weights). With
-    ``normalize="mean"`` this is ``1/(B C M) sum |a - b|``, the published form; "row" is M times that: the distance per query row, which
-    means the same at every token count.
+    ``normalize="mean"`` this is ``1/(B C M) sum |a - b|``, the published form; "row" is M times that: the distance per
+    query row, which means the same at every token count.
 
     >>> import torch
     >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
@@ -193,7 +193,7 @@ def cam_consistency(
     cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)
     grid_a, grid_b = lattices or (Lattice(*cam_a.shape[-2:]), Lattice(*cam_b.shape[-2:]))
     device = str(cam_a.device)
-    there, back = lattice_map(view, grid_a, grid_b, device), lattice_map(view.inverse, grid_b, grid_a, device)
+    there, back = map_between(view, grid_a, grid_b, device), map_between(view.inverse, grid_b, grid_a, device)
     keys_valid = overlap = shown_a = shown_b = None
     if valid is not None or not (there.is_complete and back.is_complete):
         keys_valid, shown = back.valid, there.valid

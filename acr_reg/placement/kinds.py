@@ -16,7 +16,7 @@ from acr_reg.attention.call import SeenCall
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import TokenLayout, Window
 
-Locate = Callable[[int, int, "tuple[int, int] | None"], "TokenLayout | str"]
+Locate = Callable[[int, int, "tuple[int, int] | None"], "tuple[TokenLayout | None, str | None]"]
 
 _OTHER_TOKENS = {"key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k"}
 
@@ -31,12 +31,20 @@ class Placement:
 
     heads: int | None
     window: Window | None
-    located: TokenLayout | str
+    layout: TokenLayout | None = None
+    why_unplaced: str | None = None
 
     def layer(self, index: int, seen: SeenCall) -> LayerAttention:
         recorded = seen.call.recorded if self.heads is None else replace(seen.call.recorded, heads=self.heads)
         return LayerAttention(
-            index, seen.name, recorded, self.located, seen.call.dropout, seen.call.stochastic, window=self.window
+            index,
+            seen.name,
+            recorded,
+            self.layout,
+            seen.call.dropout,
+            seen.call.stochastic,
+            window=self.window,
+            why_unplaced=self.why_unplaced,
         )
 
 
@@ -103,7 +111,7 @@ def place(
     recorded = seen.call.recorded
     if seen.call.refusal is not None:
         return seen.call.refusal
-    layer = LayerAttention(0, seen.name, recorded, "")
+    layer = LayerAttention(0, seen.name, recorded, None)
     heads = None
     if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and layer.shape[0] % images[0] == 0:
         heads = layer.shape[0] // images[0]  # (B H, N, M) or (B, N, M), without a word about H
@@ -119,18 +127,26 @@ def place(
         return f"{queries} channels attend to {keys} channels over all tokens: channel attention"
     window = _window(layer, seen, around, images)
     if window is not None:
-        return Placement(heads, window, "")
+        return Placement(heads, window)
     if seen.cross:
         return f"{queries} queries, {keys} keys of other tokens: cross-attention"
-    located = unordered or locate(queries, keys, images and images[1:])
-    size = _said(around, _WINDOW_NAMES)
-    if isinstance(located, str) and size is not None and size[0] * size[1] == keys:  # one window, padded
-        return Placement(heads, Window(size, _shift(around), 1), "")
+    layout, why_unplaced = (None, unordered) if unordered else locate(queries, keys, images and images[1:])
+    size = _first_attribute(around, _WINDOW_NAMES)
+    if layout is None and size is not None and size[0] * size[1] == keys:  # one window, padded
+        return Placement(heads, Window(size, _shift(around), 1))
     if queries != keys:
-        refusal, located = _reduced(layer, seen, images, located, unordered)
+        refusal = _not_reduced(layer, seen, images)
         if refusal is not None:
             return refusal
-    return Placement(heads, None, located)
+        if _pools_along_the_sequence(seen.module):
+            layout = None
+            why_unplaced = (
+                f"found {keys} keys pooled along the sequence of {queries} tokens, which lie on no grid; expected keys "
+                "on a grid; leave the layer out: choose layers= among the others"
+            )
+        elif layout is None and not unordered:
+            return f"{queries} queries, {keys} keys that fit no two grids of the image: pooling or cross-attention"
+    return Placement(heads, None, layout, why_unplaced)
 
 
 def is_channels(layer: LayerAttention, seen: SeenCall) -> bool:
@@ -155,30 +171,21 @@ def is_pyramid(calls: Sequence[SeenCall]) -> bool:
     return len(set(tokens)) > 1 and tokens == sorted(tokens, reverse=True)
 
 
-def _reduced(
-    layer: LayerAttention,
-    seen: SeenCall,
-    images: tuple[int, int, int] | None,
-    located: TokenLayout | str,
-    unordered: str | None,
-) -> tuple[str | None, TokenLayout | str]:
-    """Fewer keys than queries (PVT, SegFormer), or fewer queries than keys (LeViT between its stages): (why not, where
-    its tokens sit)."""
+def _not_reduced(layer: LayerAttention, seen: SeenCall, images: tuple[int, int, int] | None) -> str | None:
+    """Why a layer with fewer keys than queries, or fewer queries than keys, is neither one with reduced keys (PVT,
+    SegFormer) nor one between two stages (LeViT)."""
     queries, keys = layer.shape[2:]
     counted = f"{queries} queries, {keys} keys"
     if images is None:
-        return f"{counted} and no image that would tell their grids: reduced keys, pooling or cross-attention", located
+        return f"{counted} and no image that would tell their grids: reduced keys, pooling or cross-attention"
     outputs = token_counts(seen.output_shape)
     if queries < keys and outputs and queries not in outputs:
-        return f"{counted}, of which the queries are not the module's tokens: pooling or cross-attention", located
-    if any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in seen.module.modules()):
-        return None, (
-            f"found {keys} keys pooled along the sequence of {queries} tokens, which lie on no grid; expected keys on "
-            "a grid; leave the layer out: choose layers= among the others"
-        )
-    if isinstance(located, str) and located is not unordered:
-        return f"{counted} that fit no two grids of the image: pooling or cross-attention", located
-    return None, located
+        return f"{counted}, of which the queries are not the module's tokens: pooling or cross-attention"
+    return None
+
+
+def _pools_along_the_sequence(module: nn.Module) -> bool:
+    return any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in module.modules())
 
 
 def _window(
@@ -190,14 +197,14 @@ def _window(
         groups *= _groups_beside_heads(layer, seen)
     if groups == 1:
         return None
-    size = _said(around, _WINDOW_NAMES)
+    size = _first_attribute(around, _WINDOW_NAMES)
     if size is not None and size[0] * size[1] != layer.shape[3]:  # a number of tokens, or something else altogether
         size = None
     return Window(size, _shift(around), groups)
 
 
 def _shift(around: Sequence[nn.Module]) -> tuple[int, int]:
-    return _said(around, ("shift_size",)) or (0, 0)
+    return _first_attribute(around, ("shift_size",)) or (0, 0)
 
 
 def _groups_beside_heads(layer: LayerAttention, seen: SeenCall) -> int:
@@ -209,7 +216,7 @@ def _groups_beside_heads(layer: LayerAttention, seen: SeenCall) -> int:
     return 1 if layer.shape[2] in token_counts(seen.input_shape) else max(layer.recorded.seen.shape[1:-2])
 
 
-def _said(modules: Sequence[nn.Module], names: Sequence[str]) -> tuple[int, int] | None:
+def _first_attribute(modules: Sequence[nn.Module], names: Sequence[str]) -> tuple[int, int] | None:
     """The first pair of numbers, or number, that one of the modules holds under one of the names."""
     return next((pair for m in modules for name in names if (pair := _pair_or_none(getattr(m, name, None)))), None)
 
@@ -224,11 +231,13 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 
 def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
     """The same layers; those within windows with the reason in place of a layout, and the layers to use instead."""
-    usable = [layer.index for layer in layers if layer.window is None and not isinstance(layer.located, str)]
+    usable = [layer.index for layer in layers if layer.window is None and layer.placed is not None]
     advice = f"choose layers={usable}, which see all of it" if usable else "no layer here does; take another model"
     reason = "found attention within {} ({} tokens each); expected every token to attend to the whole image; {}"
     return [
-        replace(layer, located=reason.format(layer.window, layer.shape[2], advice)) if layer.window else layer
+        replace(layer, placed=None, why_unplaced=reason.format(layer.window, layer.shape[2], advice))
+        if layer.window
+        else layer
         for layer in layers
     ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +15,18 @@ from acr_reg._torch_private import BatchNorm, children_of, is_compiled, is_expor
 from acr_reg.attention.call import SeenCall
 from acr_reg.errors import CaptureError, LayoutError
 from acr_reg.placement.grids import ModelFields, infer_layout, read_fields
-from acr_reg.placement.kinds import Placement, place, unordered_tokens
-from acr_reg.placement.windows import Spot, Trace, WindowedOp
+from acr_reg.placement.kinds import Locate, Placement, place, unordered_tokens
+from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace
 from acr_reg.tokens import Lattice, TokenLayout
 
 Hints = tuple[Any, Any, Any]  # patch size, number of prefix tokens, class tokens, as the user gives them
 
 _NEAREST = 4  # modules around an attention module that may say its window
+
+
+def batch_norms(model: nn.Module) -> list[BatchNorm]:
+    """Every BatchNorm module of a model, whichever kind."""
+    return [module for module in model.modules() if isinstance(module, BatchNorm)]
 
 
 def refuse_traced(model: nn.Module) -> None:
@@ -68,13 +73,13 @@ class ModuleIndex:
         self.likely = {
             module for module, name in self.names.items() if self.counts(module) and _may_attend(name, module)
         }
-        self._batch_norms = [m for m in self.names if isinstance(m, BatchNorm)]
+        self._batch_norms = batch_norms(model)
         self._unordered = unordered_tokens(model)
         self._alike: set[nn.Module] | None = None
         self._children = {module: children_of(module) for module in self.names}
         self._attending, self._parents = 0, set[nn.Module]()  # how many modules attend, and what they lie in
         self._fields: ModelFields | None = None
-        self._trace = Trace()
+        self._trace = WindowTrace()
         self._placements: dict[Any, Placement | str] = {}
 
     def counts(self, module: nn.Module) -> bool:
@@ -89,11 +94,12 @@ class ModuleIndex:
         same place of another block."""
         if self._alike is None or not attention <= self._alike:
             kinds = {type(m) for m in attention}
-            places = {_place(self.names[m]) for m in attention}
+            places = {_name_pattern(self.names[m]) for m in attention}
             self._alike = {
                 module
                 for module, name in self.names.items()
-                if self.counts(module) and (type(module) in kinds or (module in self.likely and _place(name) in places))
+                if self.counts(module)
+                and (type(module) in kinds or (module in self.likely and _name_pattern(name) in places))
             }
         return self._alike
 
@@ -129,8 +135,8 @@ class ModuleIndex:
         if known not in self._placements:
             around = self._lineage(seen.module)[:_NEAREST] or [seen.module]
             placement = place(seen, around, images, self._locating(is_pyramid), self._unordered)
-            if isinstance(placement, Placement) and isinstance(placement.located, TokenLayout) and images is not None:
-                placement = replace(placement, located=self._centred(placement.located, seen, images[1:]))
+            if isinstance(placement, Placement) and placement.layout is not None and images is not None:
+                placement = replace(placement, layout=self._centred(placement.layout, seen, images[1:]))
             self._placements[known] = placement
         return self._placements[known]
 
@@ -147,7 +153,7 @@ class ModuleIndex:
             for module, (first, last) in preceded.items():
                 known = calls.get(self._part(module), (first, last))
                 calls[self._part(module)] = min(first, known[0]), max(last, known[1])
-            self._trace = Trace(tuple(ops.values()), images, calls)
+            self._trace = WindowTrace(tuple(ops.values()), images, calls)
 
     def _part(self, module: nn.Module) -> str:
         """The part of the model that makes the keys and queries of attention in a module, by name: the module, or what
@@ -193,21 +199,21 @@ class ModuleIndex:
         names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
         return [self._modules[name] for name in names if name in self._modules]
 
-    def _locating(self, is_pyramid: bool) -> Callable[[int, int, tuple[int, int] | None], TokenLayout | str]:
+    def _locating(self, is_pyramid: bool) -> Locate:
         if self._fields is None:
             self._fields = read_fields(self.model)
         fields = replace(self._fields, is_pyramid=is_pyramid)
 
-        def locate(queries: int, keys: int, size: tuple[int, int] | None) -> TokenLayout | str:
+        def locate(queries: int, keys: int, size: tuple[int, int] | None) -> tuple[TokenLayout | None, str | None]:
             try:
-                return infer_layout(queries, size, fields, *self._hints, num_keys=keys)
+                return infer_layout(queries, size, fields, *self._hints, num_keys=keys), None
             except LayoutError as error:
-                return str(error)
+                return None, str(error)
 
         return locate
 
 
-def _place(name: str) -> str:
+def _name_pattern(name: str) -> str:
     """A module's name without the number of its block: blocks.3.attn is in the place of blocks.0.attn."""
     head, number, tail = re.match(r"(.*?)(\d*)(\D*)$", name, re.DOTALL).groups()  # type: ignore[union-attr]
     return f"{head}#{tail}" if number else name

@@ -1,7 +1,8 @@
 """Where convolutions and pooling put the tokens made from them: the centres of their windows, exact, in pixels.
 
-While a model runs for the first time, :func:`windowed_op` notes what every module with windows did; a :class:`Trace` of
-them then finds the chain of windows that leads from the images to a layer's grid, for images of any size.
+While a model runs for the first time, :func:`windowed_op` notes what every module with windows did; a
+:class:`WindowTrace` of them then finds the chain of windows that leads from the images to a layer's grid, for images
+of any size.
 """
 
 from __future__ import annotations
@@ -164,7 +165,7 @@ def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid)
 
 
 @dataclass(frozen=True)
-class Trace:
+class WindowTrace:
     """The windowed ops of a model's first run, in order, on images ``seen`` as (batch, height, width); and for every
     part of it that attends, by name ("" is all of it), how many of them ran before its first call and its last."""
 

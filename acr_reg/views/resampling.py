@@ -177,7 +177,7 @@ def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
         return images.unflatten(1, values.shape[1:-1]).movedim(-1, dim)
 
 
-def lattice_map(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
+def read_through(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
     """The map from a ``source`` lattice on the input of a view onto a ``target`` lattice on its output."""
     turned = [affine.transposed for affine in affines]
     groups = {t: [i for i, other in enumerate(turned) if other == t] for t in dict.fromkeys(turned)}

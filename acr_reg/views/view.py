@@ -17,9 +17,8 @@ from einops import rearrange
 from torch import Tensor
 
 from acr_reg.tokens import Lattice
-from acr_reg.views import resampling as _resampling
 from acr_reg.views.affine import Affine
-from acr_reg.views.resampling import LatticeMap
+from acr_reg.views.resampling import LatticeMap, read_through
 
 Size = Sequence[int]
 
@@ -192,7 +191,7 @@ class View:
         else:
             self._check_size("input", self.input_size, source, source)
         # Not cached: of random views every one is new, and maps of pixels are large.
-        return _resampling.lattice_map(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
+        return read_through(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
 
 
 def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:
@@ -204,9 +203,9 @@ def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:
 
 
 @lru_cache(maxsize=32)
-def lattice_map(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
+def map_between(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
     """The map from a ``source`` lattice of tokens on a view's input to a ``target`` lattice on its output."""
-    return _resampling.lattice_map(view.affines, source, target, device)
+    return read_through(view.affines, source, target, device)
 
 
 def require_view(view: object) -> None:

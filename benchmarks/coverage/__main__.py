@@ -31,13 +31,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from acr_reg import CaptureError
-from acr_reg._torch_private import BatchNorm
+from acr_reg import CaptureError, capture_attention
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.capture.handle import AttentionCapture
-from acr_reg.capture.recorder import Recorder
 from acr_reg.inspection.check import errors
-from acr_reg.tokens import TokenLayout
+from acr_reg.placement.modules import batch_norms
 from benchmarks.coverage.models import CANDIDATES, Candidate
 
 LIBRARIES = ("torch", "timm", "transformers", "torchvision", "open_clip_torch", "vit-pytorch")
@@ -110,7 +107,7 @@ def measure(candidate: Candidate) -> Row:
     counts = []
     refusal = ""
     logits = plain
-    with AttentionCapture(Recorder(model, keep="all", for_checks=True)) as attention:
+    with capture_attention(model, keep="all", record_products=True) as attention:
         for _ in range(2):  # the second time only attention modules are watched
             logits = candidate.logits(_run(model, inputs))
             layers, skipped = [], []
@@ -131,7 +128,7 @@ def measure(candidate: Candidate) -> Row:
         "expected": candidate.expected,
         "captured": len(layers),
         "windows": sum(layer.window is not None for layer in layers),
-        "grids": sum(isinstance(layer.located, TokenLayout) for layer in layers),
+        "grids": sum(layer.placed is not None for layer in layers),
         "factored": sum(layer.is_factored for layer in layers),
         "explicit": sum(not layer.is_factored and layer.stochastic for layer in layers),
         "mixed": sum(not layer.stochastic for layer in layers),
@@ -149,7 +146,7 @@ def measure(candidate: Candidate) -> Row:
 
 def _settle_batch_norms(model: nn.Module, inputs: Any) -> None:
     """Gives BatchNorm the statistics of the input: without, signals of a deep random network fade to nothing."""
-    norms = [m for m in model.modules() if isinstance(m, BatchNorm)]
+    norms = batch_norms(model)
     for norm in norms:
         norm.train()
         norm.momentum = 1.0

@@ -99,8 +99,8 @@ def evenly(maps: AttentionMaps) -> AttentionMaps:
     layers = []
     for layer in maps:
         layout = layer.layout
-        located = TokenLayout(divided(layout.query), divided(layout.key), layout.num_prefix_tokens, layout.class_tokens)
-        layers.append(replace(layer, located=located))
+        placed = TokenLayout(divided(layout.query), divided(layout.key), layout.num_prefix_tokens, layout.class_tokens)
+        layers.append(replace(layer, placed=placed))
     return AttentionMaps(layers)
 
 

@@ -18,13 +18,11 @@ from torch.utils.checkpoint import checkpoint
 
 from acr_reg import (
     AllPairsConsistencyLoss,
-    AttentionCapture,
     CaptureError,
     HorizontalFlip,
     LayoutError,
     capture_attention,
 )
-from acr_reg.capture.recorder import Recorder
 from tests.support.models import (
     CASES,
     Case,
@@ -65,7 +63,7 @@ def modes() -> int:
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_every_layer_is_captured_as_the_model_computed_it(case: Case, training: bool) -> None:
     model, x = case.build().train(training), images(size=case.image)
-    with AttentionCapture(Recorder(model, for_checks=True)) as attention:  # keeps A V of unfused layers too
+    with capture_attention(model, record_products=True) as attention:  # keeps A V of unfused layers too
         for _ in range(2):  # the first run watches every module, the second only those of attention
             torch.manual_seed(1)
             case.logits(model(x))

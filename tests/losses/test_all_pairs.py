@@ -674,7 +674,7 @@ def test_unknown_class_tokens_matter_to_the_activation_term_alone():
 
 def test_an_unknown_grid_is_an_error_that_says_why():
     maps = random_maps((2, 3), layers=1)
-    attention = AttentionMaps([explicit(maps[0], "found 7 tokens; expected a grid; call with_layout")])
+    attention = AttentionMaps([explicit(maps[0], None, why_unplaced="found 7 tokens; call with_layout")])
     with pytest.raises(LayoutError, match="found 7 tokens") as error:
         AllPairsConsistencyLoss(HorizontalFlip())(attention, attention)
     assert says(error, "layer 0 (blocks.0.attn)", "with_layout")
@@ -682,7 +682,7 @@ def test_an_unknown_grid_is_an_error_that_says_why():
 
 def test_all_weights_zero_is_zero():
     attention = flipped_pair()
-    assert AllPairsConsistencyLoss(HorizontalFlip(), 0, 0, 0)(*attention).item() == 0
+    assert AllPairsConsistencyLoss(HorizontalFlip(), 0, 0, cam_weight=0)(*attention).item() == 0
 
 
 # Class maps
@@ -704,7 +704,7 @@ def test_cam_term_equals_the_loop_over_pixels(name, mode, distance):
     labels = torch.tensor([[1, 0, 1], [0, 0, 1]])
     shown = torch.rand(2, 4, 6, generator=generator(7)) > 0.3
     _, _, a, b = pair_of(name, (4, 6), layers=1)
-    acr = AllPairsConsistencyLoss(view, 0, 0, 2.0, distance=distance, cam_normalize=mode)
+    acr = AllPairsConsistencyLoss(view, 0, 0, cam_weight=2.0, distance=distance, cam_normalize=mode)
     for given_labels, valid in itertools.product((None, labels), (None, shown)):
         expected = pixelwise_cam_term(
             cam_a,

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from acr_reg import (
     AllPairsConsistencyLoss,
-    AttentionCapture,
     AttentionMaps,
     CaptureError,
     HorizontalFlip,
@@ -24,7 +23,6 @@ from acr_reg import (
     propagate_cam,
 )
 from acr_reg.alignment.pairs import align_layer
-from acr_reg.capture.recorder import Recorder
 from tests.support.attention import says
 
 GRID = (4, 6)
@@ -149,7 +147,7 @@ def captured(model: nn.Module, x: Tensor, checks: bool = True) -> tuple[Attentio
     The first forward, in which every module is watched, must say the same, but for softmaxes that never met values:
     nothing watches their modules afterwards. With ``checks``, weights @ V is held against the model's own product.
     """
-    with AttentionCapture(Recorder(model, for_checks=checks)) as attention:
+    with capture_attention(model, record_products=checks) as attention:
         model(x)
         first, reasons = attention.take(), dict(attention.skipped)
         model(x)
@@ -171,7 +169,15 @@ def captured(model: nn.Module, x: Tensor, checks: bool = True) -> tuple[Attentio
 
 
 def describe(layer):
-    return layer.index, layer.name, layer.kind, layer.shape, str(layer.window), layer.located, layer.stochastic
+    return (
+        layer.index,
+        layer.name,
+        layer.kind,
+        layer.shape,
+        str(layer.window),
+        layer.placed or layer.why_unplaced,
+        layer.stochastic,
+    )
 
 
 def kinds(maps: AttentionMaps) -> list[str]:
@@ -1533,8 +1539,8 @@ def summary(layer) -> str:
     """What was told of a layer's tokens, in words."""
     if layer.window is not None:
         return str(layer.window)
-    if isinstance(layer.located, str):
-        return layer.located
+    if layer.placed is None:
+        return layer.why_unplaced
     query, key = grids(layer)
     prefix = f"{layer.layout.num_prefix_tokens} prefix + " * (layer.layout.num_prefix_tokens > 0)
     keys = f", keys {layer.layout.key}" * (key != query)
@@ -1548,7 +1554,7 @@ def test_what_is_told_of_models_out_there(name: str) -> None:
     assert len(maps) == len(told)
     for layer, expected in zip(maps, told, strict=True):
         found = summary(layer)
-        assert found.startswith(expected) if layer.window or not isinstance(layer.located, str) else expected in found
+        assert found.startswith(expected) if layer.window or layer.placed is not None else expected in found
     assert skipped.keys() == reasons.keys()
     for module, reason in reasons.items():
         assert reason in skipped[module]

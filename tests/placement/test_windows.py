@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from acr_reg import AttentionMaps, HorizontalFlip, capture_attention
 from acr_reg.capture.handle import AttentionCapture
-from acr_reg.capture.recorder import Recorder
 from acr_reg.inspection.offsets import token_offsets
-from acr_reg.placement.windows import Spot, Trace, WindowedOp, spots, windowed_op
+from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace, spots, windowed_op
 from acr_reg.tokens import Lattice
 from tests.support.models import ExplicitBlock, MultiheadBlock, explicit_vit
 
@@ -203,7 +202,7 @@ STEM = conv("stem", (3, 32, 48), (16, 8, 12), 7, 4, 3)
     ],
 )
 def test_a_chain_is_found_or_nothing_is_said(ops: list[WindowedOp], offset: float | None) -> None:
-    trace = Trace(tuple(ops), (2, 32, 48), {"block.0.attn": (9, 9), "block.1.attn": (9, 9)})
+    trace = WindowTrace(tuple(ops), (2, 32, 48), {"block.0.attn": (9, 9), "block.1.attn": (9, 9)})
     for size, grid in (((32, 48), (8, 12)), ((64, 100), (16, 25))):
         spot = trace.find("block.1.attn", size, grid, (2, 96, 16))
         if offset is None:
@@ -218,7 +217,7 @@ def test_a_chain_is_found_or_nothing_is_said(ops: list[WindowedOp], offset: floa
 
 def lattices(maps: AttentionMaps) -> list[tuple[Lattice, Lattice]]:
     """Of every layer on a grid, queries and keys."""
-    return [(m.layout.query, m.layout.key) for m in maps if not isinstance(m.located, str)]
+    return [(m.layout.query, m.layout.key) for m in maps if m.placed is not None]
 
 
 def summary(lattice: Lattice) -> tuple[Any, ...]:
@@ -401,7 +400,7 @@ def measured(
     """Every lattice, with where it puts an inner token, and the middle of the pixels that this token is made from when
     attention, by which it looks at all of them, is silenced."""
     modules = dict(model.eval().named_modules())
-    with AttentionCapture(Recorder(model, for_checks=True)) as attention:  # which keeps query and key of every kernel
+    with capture_attention(model, record_products=True) as attention:  # which keeps query and key of every kernel
         model(torch.randn(2, 3, *size))
         for name in {layer.name for layer in attention.take()}:
             modules[name].register_forward_hook(lambda module, args, result: silent(result))

@@ -95,7 +95,7 @@ def test_a_training_loop_with_class_maps_learns_to_agree() -> None:
     """Ten steps on the consistency alone lower both its terms, with class maps of the model's own in the loss."""
     _, model = two_models((4, 6))
     model = model.float()
-    acr = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0, 1.0)
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0, cam_weight=1.0)
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     images, labels = torch.randn(4, 3, 32, 48), torch.tensor([[1, 1, 0, 0, 0]] * 4)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from acr_reg import Compose, Crop, HorizontalFlip, Identity, Lattice, PerImage, Rotate90, Scale, VerticalFlip
-from acr_reg.views.view import lattice_map
+from acr_reg.views.view import map_between
 from tests.support.attention import generator
 from tests.support.oracles import filter_row
 
@@ -49,7 +49,7 @@ def test_a_ten_thousandth_of_a_token_is_where_resampling_begins(stride, axis, wh
     for offset in (-1.1e-4, -0.9e-4, 0.0, 0.9e-4, 1.1e-4):
         by = [0.0, 0.0]
         by[axis] = whole + offset
-        mapping = lattice_map(Identity(), *shifted(by, stride), "cpu")
+        mapping = map_between(Identity(), *shifted(by, stride), "cpu")
         assert mapping.is_exact == (abs(offset) < 1e-4)
         found[offset] = (mapping.tokens(values), mapping.valid)
     exact, valid = found[0.0]
@@ -68,7 +68,7 @@ def test_between_tokens_it_is_bilinear(axis, offset):
     by = [0.0, 0.0]
     by[axis] = offset
     values = noise(2, 35)
-    mapping = lattice_map(Identity(), *shifted(by), "cpu")
+    mapping = map_between(Identity(), *shifted(by), "cpu")
     assert mapping.is_exact == (offset == round(offset))
     torch.testing.assert_close(mapping.tokens(values), shift_by_loop(values, by), rtol=1e-9, atol=1e-9)
 
@@ -80,7 +80,7 @@ def test_mirrored_the_boundary_is_where_both_offsets_add_up(view):
     moved = {}
     for d in (0.0, 0.45e-4, 0.55e-4):
         lattice = Lattice(5, 5, (16.0, 16.0), (16 * d, 16 * d), (80.0, 80.0))
-        mapping = lattice_map(view, lattice, lattice, "cpu")
+        mapping = map_between(view, lattice, lattice, "cpu")
         assert mapping.is_exact == (d < 0.5e-4)
         moved[d] = mapping.tokens(values)
     assert torch.equal(moved[0.0], moved[0.45e-4])
@@ -95,7 +95,7 @@ def test_a_scale_near_one_is_exact_until_its_outermost_token_leaves():
     images = noise(1, 2, 41, 41)
     for tiny, exact in [(4.5e-6, True), (-4.5e-6, True), (5.5e-6, False), (-5.5e-6, False)]:
         view = Scale(1 + tiny, keep_size=True)
-        mapping = lattice_map(view, Lattice(41, 41), Lattice(41, 41), "cpu")
+        mapping = map_between(view, Lattice(41, 41), Lattice(41, 41), "cpu")
         assert mapping.is_exact == exact
         assert torch.equal(view(images), images) == exact
         assert (view(images) - images).abs().max() < 1e-3
@@ -110,7 +110,7 @@ def test_a_scale_near_one_is_exact_until_its_outermost_token_leaves():
 def test_a_single_token_is_exact_by_its_step():
     """One token has no neighbour to tell the scale by; the step does."""
     for factor, exact in [(1 + 0.9e-4, True), (1 + 1.2e-4, False), (1.5, False)]:
-        mapping = lattice_map(Scale(factor, keep_size=True), Lattice(1, 1), Lattice(1, 1), "cpu")
+        mapping = map_between(Scale(factor, keep_size=True), Lattice(1, 1), Lattice(1, 1), "cpu")
         assert mapping.is_exact == exact
         torch.testing.assert_close(mapping.tokens(torch.tensor([[3.0]])), torch.tensor([[3.0]]))
 
@@ -122,7 +122,7 @@ def test_a_crop_of_whole_tokens_is_an_index_and_one_pixel_off_is_none():
     kinds = {}
     for top, left in itertools.product((15, 16, 17), (31, 32, 33)):
         view = Crop(top, left, 32, 48, image_size=(64, 96))
-        mapping = lattice_map(view, source, target, "cpu")
+        mapping = map_between(view, source, target, "cpu")
         assert mapping.valid.all()
         kinds[top, left] = mapping.is_exact
         shift = ((top - 16) / 16, (left - 32) / 16)
@@ -145,7 +145,7 @@ def test_a_centre_on_the_edge_of_a_box_is_shown(left, width, shown):
     """A box from the centre of one token of 16 px to that of another; a pixel less, and it is not."""
     source, target = Lattice(1, width // 16, (16.0, 16.0), extent=(16.0, float(width))), Lattice(1, 6, (16.0, 16.0))
     view = Crop(0, left, 16, width, image_size=(16, 96))
-    valid = lattice_map(view.inverse, source, target, "cpu").valid[0]
+    valid = map_between(view.inverse, source, target, "cpu").valid[0]
     assert valid.nonzero().flatten().tolist() == shown
 
 
@@ -240,9 +240,9 @@ def test_inference_mode_gives_the_same_and_training_follows(view):
     assert images.grad.abs().sum() > 0
     lattice = Lattice(*view.output_size((12, 16)))
     with torch.inference_mode():
-        lattice_map(view, Lattice(12, 16), lattice, "cpu").tokens(images.flatten(2))
+        map_between(view, Lattice(12, 16), lattice, "cpu").tokens(images.flatten(2))
     tokens = noise(3, 2, 192).requires_grad_()
-    lattice_map(view, Lattice(12, 16), lattice, "cpu").tokens(tokens).sum().backward()
+    map_between(view, Lattice(12, 16), lattice, "cpu").tokens(tokens).sum().backward()
     assert tokens.grad.abs().sum() > 0
 
 

@@ -25,7 +25,7 @@ from acr_reg import (
     View,
 )
 from acr_reg.alignment.pairs import align_layer
-from acr_reg.views.view import lattice_map
+from acr_reg.views.view import map_between
 from tests.support.attention import explicit, generator, says
 from tests.support.oracles import filter_row
 
@@ -825,5 +825,5 @@ def test_long_views_are_cut_in_messages():
 def test_maps_of_views_are_kept_by_what_the_views_do():
     """Two equal views have one map."""
     lattices = (Lattice(3, 4, (4.0, 4.0)), Lattice(2, 2, (4.0, 4.0)))
-    made = [lattice_map(Crop(4, 8, 8, 8, (8, 8), image_size=(12, 16)), *lattices, "cpu") for _ in range(2)]
+    made = [map_between(Crop(4, 8, 8, 8, (8, 8), image_size=(12, 16)), *lattices, "cpu") for _ in range(2)]
     assert made[0] is made[1]

@@ -24,7 +24,7 @@ from acr_reg import (
     align_attention,
     align_tokens,
 )
-from acr_reg.views.view import lattice_map
+from acr_reg.views.view import map_between
 from tests.support.attention import generator
 from tests.support.tensor_watch import TensorWatch
 
@@ -262,7 +262,7 @@ def pooled(images, patch):
 def test_tokens_move_as_the_pixels_beneath_them(case):
     images = case.images().mul(8).round()
     source, target = case.lattices()
-    forward = lattice_map(case.view, source, target, "cpu")
+    forward = map_between(case.view, source, target, "cpu")
     assert forward.is_exact
     assert torch.equal(forward.tokens(pooled(images, case.patch)), pooled(case.view(images), case.patch_b))
     pixels = pooled(case.view.valid(case.size)[:, None].double(), case.patch_b)[:, 0]
@@ -275,8 +275,8 @@ def test_tokens_move_as_the_pixels_beneath_them(case):
 def test_tokens_that_are_shown_round_trip_to_the_bit(case):
     source, target = case.lattices()
     forward, back = (
-        lattice_map(case.view, source, target, "cpu"),
-        lattice_map(case.view.inverse, target, source, "cpu"),
+        map_between(case.view, source, target, "cpu"),
+        map_between(case.view.inverse, target, source, "cpu"),
     )
     assert back.is_exact
     assert back.valid.sum(1).tolist() == forward.valid.sum(1).tolist()
@@ -354,9 +354,9 @@ EXACT_VIEWS = [
 def test_an_exact_map_makes_nothing_of_n_x_n(view):
     source, target = Lattice(*WIDE), Lattice(*view.output_size(WIDE))
     values = torch.zeros(BATCH, 2, len(source))
-    lattice_map.cache_clear()
+    map_between.cache_clear()
     with TensorWatch() as made:
-        moved = lattice_map(view, source, target, "cpu").tokens(values)
+        moved = map_between(view, source, target, "cpu").tokens(values)
     assert moved.shape == (BATCH, 2, len(target))
     assert len(target) <= made.largest <= values.numel()
     with TensorWatch() as made:
@@ -368,9 +368,9 @@ def test_an_exact_map_makes_nothing_of_n_x_n(view):
 def test_a_resampling_makes_nothing_of_n_x_n_either(view):
     source, target = Lattice(*WIDE), Lattice(*view.output_size(WIDE))
     values = torch.zeros(BATCH, 2, len(source))
-    lattice_map.cache_clear()
+    map_between.cache_clear()
     with TensorWatch() as made:
-        lattice_map(view, source, target, "cpu").tokens(values)
+        map_between(view, source, target, "cpu").tokens(values)
     assert made.largest <= values.numel()
 
 

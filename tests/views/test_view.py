@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from acr_reg import Compose, HorizontalFlip, Identity, Lattice, Rotate90, Scale, VerticalFlip, View
-from acr_reg.views.view import lattice_map
+from acr_reg.views.view import map_between
 from tests.support.attention import generator, says
 from tests.support.oracles import chain, filter_row, mirror, resampled_affinity, stay, token_moves, turn, upend
 
@@ -363,8 +363,8 @@ def test_a_view_first_used_in_inference_mode_serves_training(view, dtype):
 def test_token_index_is_the_coordinates_moved_by_a_loop(name, grid):
     view, _, move = EXACT[name]
     targets, grid_b = token_moves(move, grid)
-    forward = lattice_map(view, Lattice(*grid), Lattice(*grid_b), "cpu")
-    back = lattice_map(view.inverse, Lattice(*grid_b), Lattice(*grid), "cpu")
+    forward = map_between(view, Lattice(*grid), Lattice(*grid_b), "cpu")
+    back = map_between(view.inverse, Lattice(*grid_b), Lattice(*grid), "cpu")
     for mapping in (forward, back):
         assert mapping.is_exact
         assert mapping.is_permutation
@@ -391,7 +391,7 @@ def test_tokens_move_as_the_pixels_beneath_them(name):
     target = Lattice(*((6, 4) if view.affines[0].transposed else (4, 6)), tuple(map(float, patch_b)))
     tokens = F.avg_pool2d(images, (4, 3)).flatten(-2)
     expected = F.avg_pool2d(reference(images), patch_b).flatten(-2)
-    torch.testing.assert_close(lattice_map(view, source, target, "cpu").tokens(tokens), expected)
+    torch.testing.assert_close(map_between(view, source, target, "cpu").tokens(tokens), expected)
 
 
 def centres(lattice):
@@ -449,7 +449,7 @@ def test_lattices_that_do_not_mirror_onto_themselves_are_mapped_by_centres(name,
     view, back = PLACES[name]
     source = stem_lattice(stem, (4, 6))
     target = stem_lattice(stem, (6, 4) if view.affines[0].transposed else (4, 6))
-    mapping = lattice_map(view, source, target, "cpu")
+    mapping = map_between(view, source, target, "cpu")
     weights, valid = token_weights(source, target, back)
     assert not mapping.is_exact
     assert mapping.valid.tolist() == [valid]
@@ -464,7 +464,7 @@ def test_a_coordinate_ramp_tells_where_every_token_lies():
     """Inside the image a bilinear map of the centres' own coordinates gives back the mirrored centre."""
     lattice = Lattice(4, 6, (16.0, 16.0), extent=(70.0, 101.0))
     x = torch.tensor([place[1] * 101 for place in centres(lattice)], dtype=torch.float64)
-    mirrored = lattice_map(HorizontalFlip(), lattice, lattice, "cpu").tokens(x)
+    mirrored = map_between(HorizontalFlip(), lattice, lattice, "cpu").tokens(x)
     reachable = (101 - x >= 8) & (101 - x <= 88)
     assert reachable.sum() >= 20
     torch.testing.assert_close(mirrored[reachable], (101 - x)[reachable])
@@ -473,7 +473,7 @@ def test_a_coordinate_ramp_tells_where_every_token_lies():
 def test_a_whole_token_shift_is_an_index_with_a_validity():
     """Centres on multiples of the stride, not between them: token j falls on n - j, and token 0 on no token."""
     lattice = Lattice(3, 5, (4.0, 4.0), (0.0, -2.0), (12.0, 20.0))
-    mapping = lattice_map(HorizontalFlip(), lattice, lattice, "cpu")
+    mapping = map_between(HorizontalFlip(), lattice, lattice, "cpu")
     assert mapping.is_exact
     assert not mapping.is_permutation
     for i, j in itertools.product(range(3), range(5)):
@@ -487,10 +487,10 @@ def test_a_lattice_is_symmetric_to_the_precision_of_floats():
     """14 px patches, and fractions of pixels, still fall on each other; a hundredth of a token does not."""
     for stride in (14.0, 16.0, 1 / 3, 7.3):
         lattice = Lattice(37, 53, (stride, stride))
-        assert lattice_map(HorizontalFlip(), lattice, lattice, "cpu").is_permutation
-        assert lattice_map(Rotate90(), lattice, Lattice(53, 37, (stride, stride)), "cpu").is_permutation
+        assert map_between(HorizontalFlip(), lattice, lattice, "cpu").is_permutation
+        assert map_between(Rotate90(), lattice, Lattice(53, 37, (stride, stride)), "cpu").is_permutation
         shifted = Lattice(37, 53, (stride, stride), (0.0, 0.01 * stride), lattice.extent)
-        assert not lattice_map(HorizontalFlip(), shifted, shifted, "cpu").is_exact
+        assert not map_between(HorizontalFlip(), shifted, shifted, "cpu").is_exact
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_resampled_affinity_equals_a_dense_loop(grid, grid_b):
     shrink = (grid_b[0] / grid[0], grid_b[1] / grid[1])
     weights, valid = token_weights(source, target, lambda y, x: (y, x), shrink)
     assert all(valid)
-    mapping = lattice_map(view.inverse, source, target, "cpu")
+    mapping = map_between(view.inverse, source, target, "cpu")
     affinity = noise(len(source), len(source), dtype=torch.float64).softmax(-1) * 0.8
     moved = mapping.tokens(affinity)
     moved = moved * affinity.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True)
