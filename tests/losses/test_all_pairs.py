@@ -570,7 +570,7 @@ def test_terms_are_detached_float32_and_unweighted():
     attention = flipped_pair()
     cams = [torch.rand(2, 3, 3, 5, generator=generator(seed), dtype=torch.float64).requires_grad_() for seed in (1, 2)]
     weights = {"activation": 0.5, "affinity": 3.0, "cam": 7.0}
-    acr = AllPairsConsistencyLoss(HorizontalFlip(), *weights.values())
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), 0.5, 3.0, cam_weight=7.0)
     loss, terms = acr(*attention, *cams, return_terms=True)
     assert set(terms) == {"activation", "affinity", "cam", "entropy"}
     for term in terms.values():

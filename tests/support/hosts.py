@@ -47,7 +47,7 @@ def observed(watched: Callable[[], dict[str, Tensor]], weight: float | None = No
         def __init__(self, view=None, activation_weight=None, affinity_weight=None, cam_weight=None, **options):
             if weight is not None:
                 activation_weight = affinity_weight = cam_weight = weight
-            super().__init__(view, activation_weight, affinity_weight, cam_weight, **options)
+            super().__init__(view, activation_weight, affinity_weight, cam_weight=cam_weight, **options)
 
         def forward(self, attn_a, attn_b, cam_a=None, cam_b=None, **options):
             loss, terms = super().forward(attn_a, attn_b, cam_a, cam_b, return_terms=True, **options)

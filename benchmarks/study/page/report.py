@@ -39,8 +39,9 @@ INTRODUCTION = f"""# Does all-pairs consistency make class maps better? A study 
 Written by `python -m benchmarks.study report` from the JSON files in `benchmarks/study/results/`; every figure can be
 computed again from them. The upper half of a ViT-S/14 is trained on image-level labels; no network is trained on a
 mask. Masks of dev photos choose settings and thresholds; those of training photos make the location prior, and order
-the labels of the untrained attention on MSRC. Every figure here: {WEIGHTS_NOTE}. Differences between rows mean something, a
-comparison with a paper's table does not; the paper's 67.3 mIoU on VOC is not reproduced here.
+the labels of the untrained attention on MSRC. Every figure here: {WEIGHTS_NOTE}.
+Differences between rows mean something, a comparison with a paper's table does not; the
+paper's 67.3 mIoU on VOC is not reproduced here.
 
 A photo's labels are given when its maps are scored, on test photos too: a photo of MSRC with one label (24 of 118 test
 photos), where there is no background, is right whatever the map. "Multi-label" is the score of the others.
