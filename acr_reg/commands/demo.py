@@ -15,9 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from acr_reg.demo.comparison import Plan, Report, SeedResult, run_seed
-from acr_reg.demo.pictures import draw
 from acr_reg.demo.record import write_json
-from acr_reg.demo.report import paired_differences, paired_table, table, verdict
+from acr_reg.demo.report import draw, paired_differences, paired_table, table, verdict
 from acr_reg.demo.scene_task import QUICK, SceneSettings, plan_scenes
 from acr_reg.errors import CommandError
 
@@ -42,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-seed", type=int, default=0, metavar="N", help="of those K (default: 0)")
     add("--split", choices=("dev", "test"), help="images scored (default: test; with --voc dev)")
     add("--controls", action="store_true", help="also train with ACR but the flip not undone: mere smoothing")
-    add("--quick", action="store_true", help="under one minute, to see that it runs: its figures mean nothing")
+    add("--quick", action="store_true", help="try the command in about 15 seconds: its figures mean nothing")
     add("--threads", type=int, metavar="N", help="for torch (default: torch's own choice)")
     add("--activation-weight", type=float, metavar="W", help="of the class token's rows, per query row")
     add("--affinity-weight", type=float, metavar="W", help="of the patches' rows, per query row")

@@ -1,1 +1,1 @@
-"""The command `python -m acr_reg demo`: does all-pairs consistency make class maps better? Needs the `demo` extra."""
+"""Trains a model without and with the consistency loss and compares them; needs `pip install -e ".[demo]"`."""

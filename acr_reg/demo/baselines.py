@@ -1,4 +1,4 @@
-"""Answers that know no network. A class map below them has found nothing."""
+"""Baselines that use no network. Class maps that score below them have found nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PRIOR_SIZE = 32  # pixels, the side of the location prior
 
 
 def all_background(samples: Iterable[Sample], num_classes: int) -> CamScores:
-    """Every pixel is background, id 0."""
+    """Predicts background, id 0, at every pixel."""
     counter = CamMeanIoU(num_classes)
     for mask, _ in samples:
         counter.update(np.zeros((0, *mask.shape)), mask, [])
@@ -24,11 +24,11 @@ def all_background(samples: Iterable[Sample], num_classes: int) -> CamScores:
 
 
 def centred_ellipse(samples: Iterable[Sample], num_classes: int, frequency: Sequence[int]) -> CamScores:
-    """A centred ellipse of the image's proportions, filled with one of the labels given.
+    """Predicts a centred ellipse with the image's proportions, filled with one of the image's labels.
 
-    Of several labels it takes the rarest one by `frequency` (how often each id labels a training image): of the rules
-    tried (rarest, commonest, lowest id, side by side) the best on VOC animals. The map falls from 1 at the centre to 0
-    in the corners, so that the threshold is the ellipse's size, 1 - radius / sqrt(2).
+    That is the label that is rarest by `frequency` (how often each id labels a training image). Of the rules tried
+    (rarest, commonest, lowest id, side by side) this one was the best on VOC animals. The map falls from 1 at the
+    centre to 0 in the corners, so the threshold sets the size of the ellipse: 1 - radius / sqrt(2).
     """
     counter = CamMeanIoU(num_classes)
     for mask, present in samples:
@@ -44,7 +44,7 @@ def ellipse(height: int, width: int) -> NDArray[np.floating]:
 
 
 def largest_class(samples: Iterable[Sample], num_classes: int, train: Iterable[Sample]) -> CamScores:
-    """Without a background class: every pixel takes the present class that covers most pixels of the training masks."""
+    """Fills the image with the present class that covers most pixels of the training masks. For no background."""
     area = np.zeros(num_classes)
     for mask, _ in train:
         area += np.bincount(mask[mask != 255], minlength=num_classes)
@@ -56,7 +56,7 @@ def largest_class(samples: Iterable[Sample], num_classes: int, train: Iterable[S
 
 
 def location_prior(samples: Iterable[Sample], num_classes: int, train: Iterable[Sample]) -> CamScores:
-    """Without a background class: every pixel takes the present class that the training masks hold most often there."""
+    """Gives each pixel the present class that is most frequent there in the training masks. For no background."""
     prior = np.zeros((num_classes, _PRIOR_SIZE, _PRIOR_SIZE), np.float32)
     for mask, _ in train:
         small = Image.fromarray(mask.astype(np.uint8)).resize((_PRIOR_SIZE, _PRIOR_SIZE), Image.Resampling.NEAREST)

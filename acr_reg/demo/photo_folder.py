@@ -1,7 +1,8 @@
-"""A folder of photos in VOC layout: JPEGImages, SegmentationClassAug or SegmentationClass,
-ImageSets/{train,dev,test}.txt and image_labels.json with {"classes": [names], "labels": {id: [class numbers]}}.
+"""Reads a folder of photos in VOC layout.
 
-Class numbers are the masks' ids, 255 is unknown. The set has a background where its class 0 is named "background".
+The folder holds JPEGImages, SegmentationClassAug or SegmentationClass, ImageSets/{train,dev,test}.txt and
+image_labels.json: {"classes": [names], "labels": {id: [class numbers]}}. Class numbers are the ids in the masks; 255 is
+unknown. The set has a background if class 0 is named "background".
 """
 
 from __future__ import annotations
@@ -26,8 +27,11 @@ MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 
 @dataclass(frozen=True)
 class PhotoFolder:
-    """`numbers` are the folder's class numbers of the classes kept; `names` are theirs, after "background" if there is
-    one, so that a mask's new id k is names[k]. `labels` are the folder's, by image id."""
+    """A folder and the classes kept of it.
+
+    `numbers` are the folder's numbers of these classes. `names` are their names, after "background" if there is one:
+    names[k] has id k in the masks returned here. `labels` holds the folder's class numbers of each image.
+    """
 
     root: Path
     masks: Path
@@ -38,14 +42,14 @@ class PhotoFolder:
     splits: dict[str, list[str]]
 
     def label_matrix(self, ids: Sequence[str]) -> Tensor:
-        """(images, classes kept), float 0 or 1: image-level labels."""
+        """Image-level labels (images, classes kept), 0.0 or 1.0."""
         return torch.tensor([[float(number in self.labels[name]) for number in self.numbers] for name in ids])
 
     def photo(self, name: str) -> Image.Image:
         return Image.open(self.root / "JPEGImages" / f"{name}.jpg").convert("RGB")
 
     def mask(self, name: str) -> NDArray[np.uint8]:
-        """(H,W): the new ids, 255 for the classes left out."""
+        """A mask (H,W) of the new ids, 255 for classes that are not kept."""
         return self._new_ids()[np.asarray(Image.open(self.masks / f"{name}.png"))]
 
     def _new_ids(self) -> NDArray[np.uint8]:
@@ -57,9 +61,9 @@ class PhotoFolder:
 
 
 def open_folder(root: Path, classes: Sequence[str] | None = None) -> PhotoFolder:
-    """Reads lists and labels; images later. `classes` names those to keep, None keeps all.
+    """Reads the lists and labels, not the images. `classes` names the classes to keep; None keeps all.
 
-    Photos without any label among those kept are left out. Raises CommandError where something is missing.
+    Photos without a kept label are left out. Raises CommandError if something is missing.
     """
     content = _read_json(root / "image_labels.json")
     names, labels = content["classes"], content["labels"]
@@ -67,8 +71,8 @@ def open_folder(root: Path, classes: Sequence[str] | None = None) -> PhotoFolder
     unknown = sorted(set(classes or ()) - set(names[int(background) :]))
     if unknown:
         raise CommandError(
-            f"found no class {', '.join(unknown)}; expected some of {', '.join(names[int(background) :])}; "
-            "correct --classes"
+            f"The folder has no class {', '.join(unknown)}. "
+            f"Choose --classes from {', '.join(names[int(background) :])}."
         )
     kept = [number for number in range(int(background), len(names)) if classes is None or names[number] in classes]
     splits = {split: _read_list(root / "ImageSets" / f"{split}.txt", labels) for split in ("train", "dev", "test")}
@@ -88,11 +92,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(content["classes"], list) or not isinstance(content["labels"], dict):
-            raise TypeError("classes is no list or labels no object")
+            raise TypeError("classes is not a list or labels is not an object")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CommandError(
-            f"{path} cannot be read ({error}); expected a JSON object with classes (a list of names) and labels "
-            "(image id to a list of class numbers); write it from the data set's annotation"
+            f"{path} cannot be read: {error}. "
+            'Write it as {"classes": [names], "labels": {image id: [class numbers]}}.'
         ) from error
     return content
 
@@ -101,11 +105,15 @@ def _read_list(path: Path, labels: dict[str, list[int]]) -> list[str]:
     try:
         ids = path.read_text(encoding="utf-8").split()
     except OSError as error:
-        raise CommandError(f"{path} cannot be read ({error}); expected a list of image ids; write the split") from error
+        raise CommandError(f"{path} cannot be read: {error}. Write the image ids of the split, one a line.") from error
+    if not ids:
+        raise CommandError(f"{path} is empty. Write the image ids of the split, one a line.")
     missing = [name for name in ids if name not in labels]
-    if missing or not ids:
-        what = f"{len(missing)} ids without labels, such as {missing[0]}" if missing else "no ids"
-        raise CommandError(f"{path}: found {what}; expected ids that image_labels.json has labels for; correct either")
+    if missing:
+        raise CommandError(
+            f"{path} has {len(missing)} image ids without labels, the first {missing[0]}. "
+            "Add their labels to image_labels.json, or remove them from the list."
+        )
     return ids
 
 
@@ -113,4 +121,4 @@ def _mask_folder(root: Path) -> Path:
     for name in MASK_FOLDERS:
         if (root / name).is_dir():
             return root / name
-    raise CommandError(f"found no {' or '.join(MASK_FOLDERS)} in {root}; expected masks, for evaluation; add them")
+    raise CommandError(f"{root} has no folder {' or '.join(MASK_FOLDERS)}. Add the masks: scoring needs them.")

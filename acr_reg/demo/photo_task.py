@@ -1,4 +1,4 @@
-"""The comparison on a folder of photos: a pretrained ViT-S/14, its upper half trained on image-level labels."""
+"""The comparison on a folder of photos: trains the upper half of a pretrained ViT-S/14 on image-level labels."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
-from acr_reg.demo.baselines import Sample, all_background, centred_ellipse, largest_class, location_prior
-from acr_reg.demo.comparison import Plan, Report
-from acr_reg.demo.conditions import Row, baseline_row, losses
+from acr_reg.demo.baselines import Sample, largest_class, location_prior
+from acr_reg.demo.comparison import Plan, Report, Row, background_baselines, baseline_row, losses
 from acr_reg.demo.photo_folder import PhotoFolder
 from acr_reg.demo.pretrained import MEAN, PATCH, STD, build, describe
-from acr_reg.demo.scoring import Maps, Truth
+from acr_reg.demo.scoring import Maps, Truth, present_ids
 from acr_reg.demo.train import Batch, Training, shuffled, train
 
-_AT_ONCE = 32  # photos in memory at full precision, outside training
+_AT_ONCE = 32  # photos in memory at once in full precision, outside training
 
 
 @dataclass(frozen=True)
 class PhotoSettings:
-    """Weights are per query row. `start_layer` counts from the last block: class maps read that one and those above.
+    """Weights are per query row. Class maps read the blocks from `start_layer` on, counted from the last.
 
-    The weights are 20 / 64 tokens of a scouting run on other VOC photos, not tuned on either set's development photos.
+    The weights come from a scouting run on other VOC photos (20 / 64 tokens). They were not tuned on the development
+    photos of either set.
     """
 
     size: int = 112
@@ -49,7 +49,9 @@ def plan_photos(folder: PhotoFolder, weights: Path | None, settings: PhotoSettin
     return Plan(
         title=f"{folder.root.name} at {settings.size} px ({origin})",
         where=f"on {folder.root.name}",
-        notes=(f"{folder.root.name}: {len(folder.numbers)} classes; {origin}; masks serve evaluation only.",),
+        notes=(
+            f"{folder.root.name} has {len(folder.numbers)} classes. Model: {origin}. Masks are used for scoring only.",
+        ),
         names=folder.names,
         background=folder.background,
         settings=settings,
@@ -59,7 +61,7 @@ def plan_photos(folder: PhotoFolder, weights: Path | None, settings: PhotoSettin
 
 
 class PhotoTask:
-    """A photo folder as a `Task`. The frozen half's tokens of both views are computed once, here."""
+    """A photo folder as a `Task`. The tokens of the frozen half, of both views, are computed once, at construction."""
 
     pretraining: Training | None = None
 
@@ -80,7 +82,7 @@ class PhotoTask:
         self.steps = settings.epochs * (len(self._train_ids) // self._batch_size)
 
     def _lower_tokens(self, report: Report) -> Tensor:
-        """(2, photos, 1+N, D) half precision: tokens of the photos and of their flips."""
+        """Tokens (2, photos, 1+N, D) of the photos and of their flips, in half precision."""
         flip = HorizontalFlip()
         parts = [self._train_ids[i : i + _AT_ONCE] for i in range(0, len(self._train_ids), _AT_ONCE)]
         advance = report("frozen blocks", len(parts))
@@ -121,51 +123,38 @@ class PhotoTask:
         return self._lower(images)
 
     def baselines(self, split: str) -> list[Row]:
-        classes = len(self.folder.names)
-        samples = {name: self._samples(name) for name in ("dev", split)}
-        if not self.folder.background:
-            train_samples = self._samples("train")
-            largest = largest_class(samples[split], classes, train_samples)
-            prior = location_prior(samples[split], classes, train_samples)
-            return [
-                baseline_row("largest present class", largest, largest),
-                baseline_row("location prior", prior, prior),
-            ]
-        frequency = [0, *self._labels.sum(dim=0).int().tolist()]
-        ellipse = {name: centred_ellipse(found, classes, frequency) for name, found in samples.items()}
-        nothing = all_background(samples[split], classes)
-        return [
-            baseline_row("all background", nothing, nothing),
-            baseline_row("best centred ellipse", ellipse[split], ellipse["dev"]),
-        ]
+        if self.folder.background:
+            samples = {name: self._samples(name) for name in ("dev", split)}
+            return background_baselines(samples, split, self._labels)
+        classes, shown, training = len(self.folder.names), self._samples(split), self._samples("train")
+        largest = largest_class(shown, classes, training)
+        prior = location_prior(shown, classes, training)
+        return [baseline_row("largest present class", largest, largest), baseline_row("location prior", prior, prior)]
 
     def _samples(self, split: str) -> list[Sample]:
         ids = self.folder.splits[split]
-        labels = self.folder.label_matrix(ids)
-        first = int(self.folder.background)
-        return [
-            (self.folder.mask(n), (row.nonzero()[:, 0] + first).tolist()) for n, row in zip(ids, labels, strict=True)
-        ]
+        present = [present_ids(labels, self.folder.background) for labels in self.folder.label_matrix(ids)]
+        return [(self.folder.mask(name), found) for name, found in zip(ids, present, strict=True)]
 
     def pixels(self, images: Tensor) -> np.ndarray:
         return to_pixels(images)
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
-    """(B,H,W,3) uint8 of what :func:`load_photos` gave."""
+    """Turns what :func:`load_photos` returned back into uint8 pixels (B,H,W,3)."""
     colours = images * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     return (colours.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).numpy()
 
 
 def load_photos(folder: PhotoFolder, ids: Sequence[str], size: int) -> Tensor:
-    """(B,3,size,size), normalised for the model. Photos are stretched to a square."""
+    """Photos (B,3,size,size), stretched to a square and normalised for the model."""
     photos = [np.asarray(folder.photo(name).resize((size, size), Image.Resampling.BICUBIC)) for name in ids]
     images = torch.from_numpy(np.stack(photos)).permute(0, 3, 1, 2).float() / 255
     return (images - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
 
 
 def make_optimizer(model: nn.Module, rate: float, head_rate: float) -> torch.optim.Optimizer:
-    """AdamW; the head, which is new, learns at a rate of its own."""
+    """AdamW. The head is new and learns at its own rate."""
     is_head = {name: name.startswith("head.") for name, _ in model.named_parameters()}
     head = [parameter for name, parameter in model.named_parameters() if is_head[name]]
     body = [parameter for name, parameter in model.named_parameters() if not is_head[name]]
@@ -173,6 +162,6 @@ def make_optimizer(model: nn.Module, rate: float, head_rate: float) -> torch.opt
 
 
 def some(ids: Sequence[str], count: int | None, seed: int) -> list[str]:
-    """`count` of them, drawn by the seed; all where it is None or more than there are."""
+    """Draws `count` ids by the seed, or all of them if `count` is None or too large."""
     order = torch.randperm(len(ids), generator=torch.Generator().manual_seed(seed))
     return [ids[i] for i in order[:count]]

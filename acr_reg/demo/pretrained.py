@@ -1,10 +1,12 @@
-"""timm's ViT-S/14 with its lower blocks frozen: their tokens are computed once and only the upper half trains."""
+"""The pretrained model for photos: timm's ViT-S/14, split into frozen lower blocks and an upper half that trains."""
 
 from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import timm
@@ -18,14 +20,14 @@ NAME = "vit_small_patch14_dinov2"
 PATCH = 14  # pixels
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-# What is known of weights, by the SHA-256 of their file.
+# What is known about weights, by the SHA-256 of their file.
 KNOWN_WEIGHTS = {
     "b732d1ee7bdd2d4b95f8deb17f95b9e9010678c23a5a90db61b53dcd7551fdb4": "saliency-tuned weights, not image-level WSSS",
 }
 
 
 class UpperHalf(nn.Module):
-    """Tokens (B,1+N,D) of the lower blocks -> logits (B,C)."""
+    """Maps tokens (B,1+N,D) of the lower blocks to logits (B,C)."""
 
     def __init__(self, vit: Any, frozen: int) -> None:
         super().__init__()
@@ -39,7 +41,7 @@ class UpperHalf(nn.Module):
 
 
 class LowerHalf(nn.Module):
-    """Images (B,3,H,W) -> tokens (B,1+N,D), never trained."""
+    """Maps images (B,3,H,W) to tokens (B,1+N,D). It is never trained."""
 
     def __init__(self, vit: Any, frozen: int) -> None:
         super().__init__()
@@ -57,28 +59,30 @@ class LowerHalf(nn.Module):
 
 
 def build(num_classes: int, size: int, frozen: int, weights: Path | None) -> tuple[LowerHalf, UpperHalf]:
-    """Both halves for images of `size` x `size` pixels; the head is new, from torch's global generator."""
+    """Both halves, for images of `size` x `size` pixels. The head is new, drawn from torch's global generator."""
     if size % PATCH or size < PATCH:
         raise CommandError(
-            f"--size is {size}, expected a multiple of {PATCH}; try {max(1, round(size / PATCH)) * PATCH}"
+            f"--size is {size}. It must be a multiple of {PATCH}: try {max(1, round(size / PATCH)) * PATCH}."
         )
     vit = timm.create_model(NAME, pretrained=False, img_size=size, num_classes=num_classes)
     if not 0 < frozen < len(vit.blocks):
-        raise CommandError(f"--frozen is {frozen}, expected 1 to {len(vit.blocks) - 1} of {len(vit.blocks)} blocks")
+        raise CommandError(
+            f"--frozen is {frozen}. Give 1 to {len(vit.blocks) - 1}: the model has {len(vit.blocks)} blocks."
+        )
     state = load_weights(weights) if weights is not None else download_weights()
     state["pos_embed"] = resize_positions(state["pos_embed"], size // PATCH)
     missing, unexpected = vit.load_state_dict(state, strict=False)
     missing = [name for name in missing if not name.startswith("head.")]
     if missing or unexpected:
         raise CommandError(
-            f"found weights without {missing[:3]} and with {list(unexpected)[:3]}; expected those of timm's {NAME}; "
-            "give others by --weights"
+            f"The weights do not fit timm's {NAME}. Missing: {missing[:3]}. Unexpected: {list(unexpected)[:3]}. "
+            "Give weights of that model by --weights FILE."
         )
     return LowerHalf(vit, frozen), UpperHalf(vit, frozen)
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """An .npz of arrays or a torch file of tensors, under timm's names, in float32."""
+    """Reads an .npz of arrays or a torch file of tensors, under timm's names, as float32."""
     try:
         if path.suffix == ".npz":
             with np.load(path) as arrays:
@@ -86,9 +90,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
         return {name: tensor.float() for name, tensor in state.items()}
-    except (OSError, ValueError, AttributeError, RuntimeError) as error:
-        expected = "expected an .npz or torch file of tensors"
-        raise CommandError(f"--weights {path} cannot be read: {error}; {expected}") from error
+    except (OSError, EOFError, ValueError, AttributeError, RuntimeError, UnpicklingError, BadZipFile) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CommandError:
+    return CommandError(
+        f"--weights {path} cannot be read ({type(error).__name__}). Give an .npz or torch file of tensors."
+    )
 
 
 def download_weights() -> dict[str, Tensor]:
@@ -96,13 +105,13 @@ def download_weights() -> dict[str, Tensor]:
         return timm.create_model(NAME, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # the hub raises whatever its network stack does
         raise CommandError(
-            f"the weights of {NAME} could not be downloaded ({type(error).__name__}); expected a connection to the "
-            "Hugging Face hub, or a file: give it by --weights FILE"
+            f"The weights of {NAME} could not be downloaded from the Hugging Face hub ({type(error).__name__}). "
+            "Connect to the network, or give a file by --weights FILE."
         ) from error
 
 
 def resize_positions(positions: Tensor, side: int) -> Tensor:
-    """A position table (1,1+n*n,D) for side x side patches: plain bicubic, as these weights were trained for."""
+    """Resamples a position table (1,1+n*n,D) to side x side patches: plain bicubic, as these weights were trained."""
     first, table = positions[:, :1], positions[:, 1:]
     old = round(table.shape[1] ** 0.5)
     if old == side:
@@ -113,8 +122,11 @@ def resize_positions(positions: Tensor, side: int) -> Tensor:
 
 
 def describe(weights: Path | None) -> str:
-    """What is known of the weights' origin, to stand beside every figure."""
+    """What is known about the origin of the weights. It accompanies every result."""
     if weights is None:
         return f"timm's {NAME}"
-    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    return KNOWN_WEIGHTS.get(digest, f"weights of {weights.name}: whether they have seen masks is not known here")
+    try:
+        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+    except OSError as error:
+        raise unreadable(weights, error) from error
+    return KNOWN_WEIGHTS.get(digest, f"weights of {weights.name}, which may have seen masks")

@@ -1,9 +1,9 @@
-"""Synthetic scenes with exact masks, composed from what PyPI packages ship: no download.
+"""Synthetic scenes with exact masks, composed from files that scikit-image and matplotlib ship: no download.
 
-A scene is a crop of a photograph from scikit-image with one to three pictograms of the DejaVu Sans font (matplotlib's
-own copy), each of another class, rotated, filled with a random colour and stripes. The pictograms stay recognisable
-under a horizontal flip, which digits do not. Training scenes crop the left part of every photograph, development and
-test scenes the rest, so that no background pixel is shared.
+A scene is a crop of one of scikit-image's photographs. One to three pictograms of matplotlib's DejaVu Sans font, each
+of another class, are rotated, filled with a random colour and stripes, and placed on it. Unlike digits, pictograms stay
+recognisable under a horizontal flip. Training scenes crop the left part of each photograph; development and test scenes
+crop the rest, so that no background pixel is shared.
 """
 
 from __future__ import annotations
@@ -51,8 +51,7 @@ _RENDER = 160  # pixels, the font size the shapes are rendered at before they ar
 
 @dataclass(frozen=True)
 class Scenes:
-    """Scenes in memory: images (S,3,H,W) uint8, masks (S,H,W) uint8 with 0 background and class c as c + 1, labels
-    (S,C) float 0 or 1."""
+    """Images (S,3,H,W) uint8, masks (S,H,W) uint8 with background 0 and class c as c + 1, labels (S,C) 0.0 or 1.0."""
 
     images: Tensor
     masks: Tensor
@@ -63,7 +62,7 @@ class Scenes:
 
 
 def compose(count: int, seed: int, split: str) -> Scenes:
-    """`count` scenes, the same for the same seed and split. Raises KeyError for a split that is not in SPLITS."""
+    """Makes `count` scenes, the same for the same seed and split. Raises KeyError if `split` is not in SPLITS."""
     rng = np.random.default_rng([seed, SPLITS[split]])
     images = np.empty((count, SIZE, SIZE, 3), np.uint8)
     masks = np.zeros((count, SIZE, SIZE), np.uint8)
@@ -80,7 +79,7 @@ def compose(count: int, seed: int, split: str) -> Scenes:
 
 
 def to_input(images: Tensor) -> Tensor:
-    """uint8 (B,3,H,W) -> float in [-1, 1]."""
+    """Maps uint8 images (B,3,H,W) to floats in [-1, 1]."""
     return images.float() / 127.5 - 1.0
 
 
@@ -95,7 +94,7 @@ def crop_photograph(rng: np.random.Generator, split: str) -> np.ndarray:
 
 
 def place(rng: np.random.Generator, class_index: int, image: np.ndarray, mask: np.ndarray) -> None:
-    """Paints one pictogram where it covers no other; leaves it out when thirty tries find no such place."""
+    """Paints one pictogram where it covers no other. Leaves it out if thirty tries find no such place."""
     shape = shapes()[class_index][rng.integers(_ANGLES * _STEPS)]
     height, width = shape.silhouette.shape
     for _ in range(30):
@@ -110,7 +109,7 @@ def place(rng: np.random.Generator, class_index: int, image: np.ndarray, mask: n
 
 
 def striped_fill(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """(height, width, 3) uint8: a random colour with darker stripes of random direction and width."""
+    """Pixels (height, width, 3) uint8: a random colour with darker stripes of random direction and width."""
     colour = rng.integers(64, 256, 3)
     angle, period = rng.uniform(0, np.pi), rng.uniform(4, 12)
     rows, columns = np.mgrid[:height, :width]
@@ -120,22 +119,22 @@ def striped_fill(rng: np.random.Generator, height: int, width: int) -> np.ndarra
 
 @lru_cache(maxsize=1)
 def photographs() -> list[np.ndarray]:
-    """The photographs at half their size, as uint8 RGB. A 64 px crop then shows things, not only textures."""
+    """The photographs at half their size, as uint8 RGB, so that a 64 px crop shows objects and not only textures."""
     import skimage
 
     folder = Path(skimage.__file__).parent / "data"
     missing = [name for name in PHOTOGRAPHS if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(
-            f"found no {', '.join(missing)} in {folder}; expected the photographs that scikit-image's wheels ship; "
-            "pip install --force-reinstall scikit-image"
+            f"{folder} lacks {', '.join(missing)}, which scikit-image's wheels ship. "
+            "Run pip install --force-reinstall scikit-image."
         )
     return [np.asarray(Image.open(folder / name).convert("RGB").reduce(2)) for name in PHOTOGRAPHS]
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A rotated pictogram, boolean (height, width): what is printed, and that with the holes it encloses filled."""
+    """A rotated pictogram, boolean (height, width): its ink, and its silhouette, in which enclosed holes are filled."""
 
     ink: np.ndarray
     silhouette: np.ndarray
@@ -143,7 +142,7 @@ class Shape:
 
 @lru_cache(maxsize=1)
 def shapes() -> list[list[Shape]]:
-    """Per class, every rotation at every size."""
+    """For each class, every rotation at every size."""
     from matplotlib import get_data_path
 
     font = ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), _RENDER)
@@ -156,7 +155,7 @@ def shapes() -> list[list[Shape]]:
 
 
 def render(character: str, font: ImageFont.FreeTypeFont, angle: float, sides: np.ndarray) -> list[Shape]:
-    """One rotation at every size. Holes are filled before shrinking: a thin outline may break afterwards."""
+    """One rotation at every size. Holes are filled before shrinking, which may break a thin outline."""
     printed = Image.new("L", (2 * _RENDER, 2 * _RENDER))
     ImageDraw.Draw(printed).text((_RENDER, _RENDER), character, font=font, fill=255, anchor="mm")
     left, top, right, bottom = bounding_box(printed)
@@ -177,7 +176,5 @@ def render(character: str, font: ImageFont.FreeTypeFont, angle: float, sides: np
 def bounding_box(image: Image.Image) -> tuple[int, int, int, int]:
     box = image.getbbox()
     if box is None:
-        raise RuntimeError(
-            "found an empty pictogram; expected DejaVu Sans as matplotlib ships it; reinstall matplotlib"
-        )
+        raise RuntimeError("A pictogram is empty: DejaVu Sans is not matplotlib's own copy. Reinstall matplotlib.")
     return box

@@ -1,4 +1,4 @@
-"""Scores a trained model: classification, class maps raw and propagated, and its attention across two views."""
+"""Scores a trained model: its classification, its raw and propagated class maps, its attention across two views."""
 
 from __future__ import annotations
 
@@ -28,25 +28,22 @@ Predict = Callable[[Tensor], tuple[Tensor, AttentionMaps]]
 
 @dataclass(frozen=True)
 class Truth:
-    """Images (B,3,H,W), their labels (B,C) and masks, (H',W') each: ids of the classes, 255 where unknown."""
+    """Images (B,3,H,W), their labels (B,C), and their masks (H',W') of class ids, 255 where unknown."""
 
     images: Tensor
     labels: Tensor
     masks: Sequence[np.ndarray]
 
 
-def to_samples(truths: Iterable[Truth], background: bool = True) -> list[tuple[np.ndarray, list[int]]]:
-    """Every mask with the ids of the classes present."""
-    return [
-        (mask, (labels.nonzero()[:, 0] + int(background)).tolist())
-        for truth in truths
-        for mask, labels in zip(truth.masks, truth.labels, strict=True)
-    ]
+def present_ids(labels: Tensor, background: bool) -> list[int]:
+    """The mask ids of an image's labels (C,). With a background, id 0, class c has id c + 1."""
+    return (labels.nonzero()[:, 0] + int(background)).tolist()
 
 
 @dataclass(frozen=True)
 class Scores:
-    """`mean_ap`: mean average precision. `terms`: distance per row between the views' attention, and its entropy."""
+    """`mean_ap` is the mean average precision. `terms` holds the distance per row between the attention of the two
+    views, and the entropy of the attention."""
 
     mean_ap: float
     raw: CamScores
@@ -56,14 +53,14 @@ class Scores:
 
 @dataclass(frozen=True)
 class Maps:
-    """How class maps are made and counted. `start_layer`: the first layer read. `background`: whether id 0 is one."""
+    """How class maps are made and counted: of the layers from `start_layer` on, with a `background` (id 0) or none."""
 
     start_layer: int
     background: bool = True
 
 
 def score(predict: Predict, batches: Iterable[Truth], maps: Maps, advance: Callable[[], None] = lambda: None) -> Scores:
-    """`predict` gives logits and attention of images, on one graph. `advance` is called after each batch."""
+    """`predict` returns logits and attention of images, on one graph. `advance` is called after each batch."""
     measure = AllPairsConsistencyLoss(HorizontalFlip())
     logits, labels, terms, sizes = [], [], [], []
     counters: list[CamMeanIoU] = []
@@ -88,8 +85,10 @@ def score(predict: Predict, batches: Iterable[Truth], maps: Maps, advance: Calla
 def class_maps(
     predict: Predict, images: Tensor, labels: Tensor, maps: Maps
 ) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, AttentionMaps]]]:
-    """Class maps (B,C,h,w), raw and propagated, each summed over the image and its flip; and logits and attention of
-    both."""
+    """Raw and propagated class maps (B,C,h,w), each summed over the image and its flip.
+
+    Also returns logits and attention of the image and of the flip.
+    """
     runs = []
 
     def both(view: Tensor) -> Tensor:
@@ -105,12 +104,12 @@ def class_maps(
 
 def count(counter: CamMeanIoU, cams: Tensor, batch: Truth, maps: Maps) -> None:
     for cam, labels, mask in zip(cams, batch.labels, batch.masks, strict=True):
-        present = labels.nonzero()[:, 0]
-        counter.update(resized(cam[present], mask.shape).numpy(), mask, (present + int(maps.background)).tolist())
+        shown = resized(cam[labels.nonzero()[:, 0]], mask.shape).numpy()
+        counter.update(shown, mask, present_ids(labels, maps.background))
 
 
 def resized(cam: Tensor, size: Sequence[int]) -> Tensor:
-    """Maps (K,h,w) at the size of a mask, then min-max normalised one by one, as in the reference method."""
+    """Resizes maps (K,h,w) to a mask and min-max normalises each of them, as the reference method does."""
     if len(cam) == 0:
         return cam.new_zeros(0, *size)
     return normalize_cam(F.interpolate(cam[None], tuple(size), mode="bilinear", align_corners=False), "minmax")[0]

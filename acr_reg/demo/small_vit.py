@@ -1,4 +1,4 @@
-"""A small vision transformer that learns the synthetic scenes from scratch in two minutes on two cores."""
+"""A small vision transformer that learns the synthetic scenes from scratch in about two minutes on two cores."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ STRIDE = 8  # pixels per token
 
 
 class SmallViT(nn.Module):
-    """Images (B,3,H,W) in [-1, 1] -> logits (B, classes). H and W are multiples of 8 and need not be equal.
+    """Maps images (B,3,H,W) in [-1, 1] to logits (B, classes). H and W are multiples of 8 and may differ.
 
     Args:
-        num_classes: width of the logits.
-        size: height and width in pixels the position table is made for; other sizes resample it.
-        width, depth, heads: of the transformer.
-        stem: the layer that turns (B,3,H,W) into (B,width,H/8,W/8); None is `mirrored_stem(width)`.
+        num_classes: Number of logits.
+        size: Height and width in pixels for which the position table is made. Other sizes resample it.
+        width, depth, heads: Sizes of the transformer.
+        stem: Module that maps (B,3,H,W) to (B,width,H/8,W/8). None means `mirrored_stem(width)`.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class Attention(nn.Module):
 def mirrored_stem(width: int) -> nn.Sequential:
     """Three convolutions of stride 2 whose token centres are the patch centres, so that a flip maps token onto token.
 
-    Kernel 4, stride 2, padding 1 reads pixels 2i-1 .. 2i+2 for output i: their middle is the middle of pixels 2i and
-    2i+1, as a flip needs. The usual kernel 3 reads 2i-1 .. 2i+1, half a pixel off the middle at the first layer and
-    3.5 px off after three: the tokens that a flip matches then look 7 of 8 px apart.
+    With kernel 4, stride 2 and padding 1, output i reads pixels 2i-1 .. 2i+2. Their middle is the middle of pixels 2i
+    and 2i+1, as a flip needs. The usual kernel 3 reads 2i-1 .. 2i+1: half a pixel off the middle at the first layer,
+    3.5 px off after three. The tokens that a flip matches are then centred 7 px apart, of 8 px per token.
     """
     return conv_stem(width, kernel=4)
 
@@ -93,11 +93,11 @@ def conv_stem(width: int, kernel: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for incoming, outgoing in pairwise(widths):
         layers += [nn.Conv2d(incoming, outgoing, kernel, stride=2, padding=1), nn.BatchNorm2d(outgoing), nn.GELU()]
-    return nn.Sequential(*layers[:-1])  # the last one's output is the tokens, not activated
+    return nn.Sequential(*layers[:-1])  # the last convolution makes the tokens, without activation
 
 
 def initialise(module: nn.Module) -> None:
-    """Large enough first weights: with torch's own the network stays at the base rate for its first 200 steps."""
+    """Larger initial weights. With torch's own, the network learns nothing in its first 200 steps."""
     if isinstance(module, nn.Conv2d):
         nn.init.kaiming_normal_(module.weight)
     elif isinstance(module, nn.Linear):

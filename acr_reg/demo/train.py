@@ -1,4 +1,4 @@
-"""One training loop for every condition: two views of the same images, with or without the consistency loss."""
+"""The training loop of every condition: two views of the same images, with or without the consistency loss."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, capture_attention
 from acr_reg.demo.meter import Meter
 
-Batch = tuple[Tensor, Tensor, Tensor]  # the model's input, that of the other view, labels (B,C)
+Batch = tuple[Tensor, Tensor, Tensor]  # the model's input for the image and for its view, labels (B,C)
 
 
 @dataclass(frozen=True)
 class Training:
-    """What a training did and cost. `history` holds one dict per step: loss, and with ACR its unweighted terms."""
+    """What a training did and cost. `history` has a dict for each step: the loss, and with ACR its unweighted terms."""
 
     history: list[dict[str, float]]
     seconds: float
@@ -37,9 +37,9 @@ def train(
     grid: tuple[int, int] | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Training:
-    """Trains `model` on every batch in turn; `grid` is needed where the model is given tokens, not images.
+    """Trains `model` on each batch in turn and calls `advance` after each step.
 
-    `advance` is called after each step.
+    A model that takes tokens instead of images needs their `grid`.
     """
     model.train()
     history = []
@@ -67,12 +67,12 @@ def train(
 
 
 def with_grid(attention: AttentionMaps, grid: tuple[int, int] | None) -> AttentionMaps:
-    """Maps of a model that saw tokens, not an image, know no grid: it is given here, one class token first."""
+    """Lays out the maps of a model that took tokens instead of images: one class token, then the grid."""
     return attention if grid is None else attention.with_layout(grid, num_prefix_tokens=1)
 
 
 def shuffled(count: int, size: int, steps: int, seed: int) -> Iterable[Tensor]:
-    """`steps` batches of `size` indices below `count`, in epochs; the same for the same seed."""
+    """`steps` batches of `size` indices below `count`, epoch by epoch. The same seed gives the same batches."""
     generator = torch.Generator().manual_seed(seed)
     epochs = -(-steps * size // count)
     order = torch.cat([torch.randperm(count, generator=generator) for _ in range(epochs)])

@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from acr_reg import HorizontalFlip, align_attention, capture_attention
+from acr_reg.demo.comparison import Picture
 from acr_reg.demo.photo_task import to_pixels
-from acr_reg.demo.pictures import Picture, draw
+from acr_reg.demo.report import draw
 from acr_reg.demo.scoring import resized
 from acr_reg.demo.train import with_grid
 from benchmarks.pictures.palette import with_few_colours

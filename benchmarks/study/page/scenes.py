@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from acr_reg.demo.conditions import CONTROL, WITH, WITHOUT
+from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT
 from benchmarks.study.page.tables import moments, number, spread, table
 from benchmarks.study.settings import StudyError
 from benchmarks.study.store import read_json, write_json
