@@ -85,7 +85,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     """Reads an .npz of arrays or a torch file of tensors, under timm's names, as float32."""
     try:
         if path.suffix == ".npz":
-            with np.load(path) as arrays:
+            with path.open("rb") as file, np.load(file) as arrays:
                 state = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)

@@ -1,0 +1,90 @@
+"""The table and the verdict of a run, from the rows of its seeds."""
+
+from io import StringIO
+
+import pytest
+from rich.console import Console
+
+from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT, MapScore, Row
+from acr_reg.demo.report import alignment, judgement, table, verdict
+from acr_reg.demo.scene_task import QUICK, plan_scenes
+from acr_reg.demo.train import Training
+
+
+@pytest.mark.parametrize(
+    ("gains", "predicate", "facts"),
+    [
+        ([0.02], "helps", ("raw CAM mIoU +0.020", "one seed", "--seeds 5")),
+        ([-0.01], "does not help", ("raw CAM mIoU -0.010", "one seed", "--seeds 5")),
+        ([0.02, 0.03, 0.025], "helps", ("raw CAM mIoU +0.025", "standard deviation 0.005", "3 seeds")),
+        ([0.02, -0.03, 0.025], "makes no clear difference", ("raw CAM mIoU +0.005", "3 seeds")),
+        ([-0.02, -0.03, -0.025], "does not help", ("raw CAM mIoU -0.025", "3 seeds")),
+    ],
+)
+def test_the_verdict_follows_the_paired_gain(gains: list[float], predicate: str, facts: tuple[str, ...]) -> None:
+    said = judgement(gains, "on scenes")
+    assert said.startswith(f"{predicate} on scenes: ")
+    assert not [fact for fact in facts if fact not in said]
+
+
+def scored(name: str, miou: float) -> Row:
+    return Row(name, MapScore(miou, 0.5, [0.5], [miou], [miou]))
+
+
+@pytest.mark.parametrize(
+    ("control", "facts"),
+    [
+        (None, ("Smoothing", "--controls")),
+        (0.31, (CONTROL, "raw CAM mIoU by +0.010", "undoing the flip adds +0.040")),
+        (0.36, (CONTROL, "raw CAM mIoU by +0.060", "smoothing explains the change of +0.050")),
+    ],
+)
+def test_the_verdict_tells_alignment_from_smoothing(control: float | None, facts: tuple[str, ...]) -> None:
+    rows = [scored(WITHOUT, 0.30), scored(WITH, 0.35), *([scored(CONTROL, control)] if control else [])]
+    said = alignment([rows], [0.05])
+    assert not [fact for fact in facts if fact not in said]
+
+
+def test_only_the_two_networks_compared_can_void_the_verdict() -> None:
+    plan = plan_scenes(QUICK, controls=True, quick=False)
+    score = MapScore(0.3, 0.5, [0.5], [0.3], [0.3])
+    terms = {"entropy": 0.5, "activation": 0.1, "affinity": 0.1}
+
+    def said(without: float, with_acr: float, control: float) -> str:
+        found = {WITHOUT: without, WITH: with_acr, CONTROL: control}
+        networks = [Row(name, score, score, mean_ap, terms) for name, mean_ap in found.items()]
+        return " ".join(verdict([[Row("all background", score), *networks]], plan))
+
+    assert "mean nothing" not in said(0.9, 0.9, 0.5)
+    assert "mean nothing" in said(0.84, 0.9, 0.9)
+    assert "mean nothing" in said(0.9, 0.84, 0.9)
+
+
+def test_the_output_fits_a_hundred_columns() -> None:
+    """With the longest name and hours of training."""
+    raw, propagated = MapScore(0.3, 0.51, [], [], []), MapScore(0.2, 0.72, [], [], [])
+    training = Training([], seconds=9998, cpu_seconds=9999, peak_memory=2**30)
+    rows = [scored("all background", 0.4)]
+    for name, miou in ((WITHOUT, 0.9), (WITH, 0.8), (CONTROL, 0.7)):
+        terms = {"entropy": miou / 2, "activation": miou / 4, "affinity": miou / 8}
+        rows.append(Row(name, raw, propagated, miou, terms, training))
+    lines = verdict([rows], plan_scenes(QUICK, controls=True, quick=False))
+    assert max(map(len, lines)) <= 100
+    assert [" ".join(line.split()) for line in lines if "->" in line] == [
+        "mAP 0.900 -> 0.800",
+        "raw CAM mIoU 0.300 -> 0.300",
+        "propagated CAM mIoU 0.200 -> 0.200",
+        "attention entropy 0.450 -> 0.400",
+        "view distance, class rows 0.225 -> 0.200",
+        "view distance, patch rows 0.113 -> 0.100",
+    ]
+    console = Console(width=100, file=StringIO())
+    console.print(table("A title", rows))
+    printed = console.file.getvalue().splitlines()
+    (control,) = (line.split() for line in printed if CONTROL in line)
+    assert control[-9:] == ["0.700", "0.300", "0.51", "0.200", "0.72", "0.350", "9998", "9999", "1.00"]
+
+
+def test_the_titles_of_a_quick_run_say_that_it_means_nothing() -> None:
+    assert "mean nothing" in plan_scenes(QUICK, controls=False, quick=True).title
+    assert "mean nothing" not in plan_scenes(QUICK, controls=False, quick=False).title
