@@ -1,8 +1,8 @@
-"""Refuses, by name, an interpreter or a torch too old for this package.
+"""Refuses a Python or a torch that is too old for this package.
 
-acr_reg/__init__.py calls this before it imports anything else, so that an old environment is told what it lacks and
-does not stumble over syntax or functions it has never heard of. Both files are therefore written in the language of
-Python 3.7; tests/project/test_versions.py holds them to it.
+acr_reg/__init__.py calls this before it imports anything else, so that an old environment gets this message and no
+error about syntax or functions that it does not know. Both files are therefore written in the language of Python 3.7;
+tests/project/test_versions.py checks that.
 """
 
 import re
@@ -14,7 +14,7 @@ OLDEST_TORCH = (2, 1)  # the first with scaled_dot_product_attention's `scale`
 
 
 def require_supported_versions(python: Optional[Tuple[int, ...]] = None, torch_version: Optional[str] = None) -> None:
-    """Returns if this Python and this torch are new enough; raises ImportError naming the first that is not.
+    """Returns if this Python and this torch are new enough; else raises ImportError, which names the first that is not.
 
     Both are read from the running process unless given: python as (3, 11), torch_version as "2.1.0+cu118". Local
     builds and pre-releases count as the release they are named after ("2.1.0a0+git1f2e3d4" is 2.1); a version that
@@ -23,22 +23,18 @@ def require_supported_versions(python: Optional[Tuple[int, ...]] = None, torch_v
     python = tuple(sys.version_info[:2]) if python is None else python[:2]
     if python < OLDEST_PYTHON:
         raise ImportError(
-            "acr_reg runs on Python {} or newer, found Python {} ({}). Next: make an environment with a newer "
-            "interpreter, for example `python3.11 -m venv`, and install acr_reg there.".format(
-                _dotted(OLDEST_PYTHON), _dotted(python), sys.executable
-            )
+            "acr_reg needs Python {} or newer, and this is Python {} ({}). Make an environment by `python3.11 -m "
+            "venv` and install it there.".format(_dotted(OLDEST_PYTHON), _dotted(python), sys.executable)
         )
     if torch_version is None:
-        import torch  # only here: on an old interpreter torch may be missing, and is not what the message is about
+        import torch  # only here: an old interpreter may lack torch, and needs the message about Python
 
         torch_version = str(torch.__version__)
     numbers = re.match(r"(\d+)\.(\d+)", torch_version)
     if numbers and (int(numbers.group(1)), int(numbers.group(2))) < OLDEST_TORCH:
         raise ImportError(
-            "acr_reg needs torch {0} or newer, found torch {1}. Next: `pip install 'torch>={0}'`, in an environment "
-            "of its own where the code that you train with pins an older torch.".format(
-                _dotted(OLDEST_TORCH), torch_version
-            )
+            "acr_reg needs torch {0} or newer, and this is torch {1}. Run `pip install 'torch>={0}'`, in an "
+            "environment of its own if need be.".format(_dotted(OLDEST_TORCH), torch_version)
         )
 
 

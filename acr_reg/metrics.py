@@ -1,9 +1,9 @@
-"""How good class maps are as segmentations: mIoU for every background threshold, in one pass over the pixels.
+"""How well class maps segment: mIoU for every background threshold, in one pass over the pixels.
 
-Class maps are scored as the seeds they are used for: a pixel takes the class of the highest map, or background (id 0)
-where no map exceeds a threshold. The best threshold is found by a sweep. Instead of an argmax and a confusion matrix
-for each threshold, every pixel is counted once, in the histogram bin of the thresholds its highest value exceeds;
-cumulative sums over the bins then give the counts for all thresholds at once.
+Class maps are scored as segmentation seeds: a pixel takes the class of the highest map, or background (id 0) where no
+map exceeds a threshold, and a sweep finds the best threshold. In place of an argmax and a confusion matrix for each
+threshold, every pixel is counted once, by the number of thresholds that its highest value exceeds. Cumulative sums of
+these histograms give the counts at all thresholds.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import numpy.typing as npt
 __all__ = ["CamCounts", "CamMeanIoU", "CamScores"]
 
 FloatArray = npt.NDArray[np.floating]
-ROUNDING = 1e-5  # how far normalised or resized maps may leave [0, 1]
+ROUNDING = 1e-5  # normalised or resized maps may leave [0, 1] by this
 
 
 @dataclass(frozen=True, eq=False)
 class CamCounts:
-    """The pixels that scores are made of, which add up over images: what a bootstrap over images resamples.
+    """Counts of pixels, from which scores are computed. Counts of images add up, so a bootstrap can resample images.
 
     Attributes:
         predicted: (C, T) pixels given to each class at each threshold; (C, 1) without a background class.
-        correct: (C, T) those of them that are right.
+        correct: (C, T) the correct ones among these pixels.
         truth: (C,) pixels of each class in the masks.
     """
 
@@ -42,11 +42,11 @@ class CamScores:
     Attributes:
         thresholds: (T,) background thresholds, ascending; (0,) without a background class.
         miou: (T,) mIoU at each threshold; (1,) without a background class.
-        best_threshold: the lowest threshold with the highest mIoU; None without a background class.
+        best_threshold: the lowest threshold of the highest mIoU; None without a background class.
         best_miou: mIoU at that threshold.
         per_class_iou: (C,) IoU at that threshold; NaN for a class neither in the masks nor predicted.
-        false_positive_rate: (C,) pixels wrongly given to the class over its union, at that threshold.
-        false_negative_rate: (C,) pixels of the class missed over its union. IoU and the two rates sum to 1.
+        false_positive_rate: (C,) pixels wrongly given to the class, over its union, at that threshold.
+        false_negative_rate: (C,) missed pixels of the class, over its union. IoU and the two rates sum to 1.
     """
 
     thresholds: FloatArray
@@ -59,23 +59,22 @@ class CamScores:
 
 
 class CamMeanIoU:
-    """mIoU of class maps against masks, for all background thresholds, fed image by image.
+    """Counts class maps against masks, image by image, and computes mIoU for all background thresholds.
 
-    With background, id 0 is background and ids 1 .. num_classes - 1 are the classes of the maps. At threshold t a
-    pixel is background where its highest map value is <= t, otherwise it takes the class of the highest map: the
-    argmax over [t, map 1, map 2, ...], in which the first wins ties. Values and thresholds are compared in the
-    precision of the maps (at least float32), as evaluation scripts do that put both in one array. Without background,
-    ids are 0 .. num_classes - 1 and a pixel takes the class of the highest of the maps given: one result, no threshold.
+    With background, id 0 is background and the maps have ids 1 .. num_classes - 1. At threshold t a pixel is background
+    if its highest map value is <= t, else it takes the class of the highest map: the argmax over [t, map 1, map 2, ...]
+    with ties to the first. Values and thresholds are compared in the precision of the maps (at least float32), as in
+    scripts that put both in one array. Without background, ids are 0 .. num_classes - 1 and a pixel takes the class of
+    the highest map given: one result, no threshold.
 
-    IoU counts pixels over the whole data set. mIoU is the mean over classes whose union (in the masks or predicted,
-    at that threshold) is not empty; the others are NaN and left out. Counters of parts of a data set, kept with equal
-    settings, add up: ``a + b``.
+    IoU counts pixels over the whole data set. mIoU is the mean over the classes whose union (in the masks or predicted,
+    at that threshold) is not empty; other classes are NaN. Counters with equal settings add up: ``a + b``.
 
     Args:
         num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
         thresholds: ascending values in [0, 1]; default 0, 0.01, ..., 0.99. Unused without background.
         background: whether id 0 is background.
-        ignore_index: mask value of pixels that count nowhere; it wins over a class of the same id.
+        ignore_index: mask value of pixels that are not counted, even if a class has this id.
 
     Raises:
         ValueError: fewer than 2 ids with background or 1 without, or thresholds not ascending within [0, 1].
@@ -97,32 +96,31 @@ class CamMeanIoU:
         background: bool = True,
         ignore_index: int = 255,
     ) -> None:
-        smallest = 2 if background else 1
-        if num_classes < smallest:
-            raise ValueError(f"num_classes is {num_classes}, expected at least {smallest}; background counts as one")
+        if num_classes < (smallest := 2 if background else 1):
+            raise ValueError(f"num_classes is {num_classes}. With background={background} pass at least {smallest}.")
         if not background:
             thresholds = []
         values = np.asarray(np.arange(100) / 100 if thresholds is None else thresholds, dtype=np.float64)
         ascending = values.ndim == 1 and bool((np.diff(values) > 0).all())
         if not ascending or not bool(((values >= 0) & (values <= 1)).all()) or (background and values.size == 0):
-            raise ValueError(f"thresholds are {values}, expected ascending values in [0, 1]; sort them, each once")
+            raise ValueError(f"thresholds are {values}. Pass ascending values in [0, 1], each once.")
         self.num_classes = num_classes
         self.thresholds = values
         self.background = background
         self.ignore_index = ignore_index
-        # Row: class. Column: how many thresholds the highest map value of the pixel exceeds.
+        # Row: class. Column: the number of thresholds that the highest map value of the pixel exceeds.
         self._predicted = np.zeros((num_classes, values.size + 1), dtype=np.int64)  # by class of the highest map
         self._correct = np.zeros_like(self._predicted)  # by class of the mask, where it can be predicted
         self._truth = np.zeros(num_classes, dtype=np.int64)
 
     def update(self, cam: npt.ArrayLike, mask: npt.ArrayLike, classes: Sequence[int] | None = None) -> None:
-        """Count one image. Nothing is counted if an error is raised.
+        """Counts one image. An error counts nothing.
 
         Args:
             cam: (K, H, W) maps of K classes; in [0, 1] with background, any finite values without.
             mask: (H, W) integer ids of the truth, ignore_index where unknown.
-            classes: ids of the K maps; the classes left out are never predicted. Default: all, in order (background
-                excluded). K = 0 is an image without classes: all background.
+            classes: ids of the K maps; other classes are never predicted. Default: all ids in order, without
+                background. K = 0 is an image without classes: all background.
 
         Raises:
             ValueError: shapes that disagree (resize the maps first), NaN or values outside [0, 1], ids out of range,
@@ -131,19 +129,19 @@ class CamMeanIoU:
         maps, truth = np.asarray(cam), np.asarray(mask)
         if maps.ndim != 3 or truth.ndim != 2:
             raise ValueError(
-                f"cam is {maps.shape} and mask {truth.shape}, expected (K, H, W) and (H, W); stack one map per class"
+                f"cam has shape {maps.shape} and mask {truth.shape}. Pass (K, H, W), one map per class, and (H, W)."
             )
         if maps.shape[1:] != truth.shape:
             raise ValueError(
-                f"cam has size {maps.shape[1]}x{maps.shape[2]} and mask {truth.shape[0]}x{truth.shape[1]} (HxW); "
-                "resize the maps to the mask"
+                f"cam is {maps.shape[1]} x {maps.shape[2]} and mask {truth.shape[0]} x {truth.shape[1]}. Resize the "
+                "maps to the mask."
             )
         self._check_values(maps)
         ids = self._checked_classes(classes, len(maps))
         counted = truth != self.ignore_index
         truth = self._checked_truth(truth[counted])
 
-        # Ascending ids: in a tie the lowest wins, in whatever order the maps came.
+        # Ascending ids, so that the lowest wins a tie whatever the order of the maps.
         order = np.argsort(ids)
         maps = maps.astype(np.result_type(maps.dtype, np.float32), copy=False)[order][:, counted]
         if len(ids):
@@ -152,7 +150,7 @@ class CamMeanIoU:
             best, highest = np.zeros_like(truth), np.zeros(truth.size, dtype=maps.dtype)
         exceeded = np.searchsorted(self.thresholds.astype(maps.dtype), highest, side="left")
 
-        # Background is right wherever the mask says so and the threshold is high enough, whatever the highest map.
+        # Background is right where the mask says so and the threshold is high enough, whatever the highest map.
         right = (best == truth) | (truth == 0) if self.background else best == truth
         self._predicted += self._histogram(best, exceeded)
         self._correct += self._histogram(truth[right], exceeded[right])
@@ -165,7 +163,7 @@ class CamMeanIoU:
             ValueError: no pixel was counted.
         """
         if self._truth.sum() == 0:
-            raise ValueError("no pixel was counted; call update with at least one mask that is not all ignore_index")
+            raise ValueError("No pixel was counted. Call update() with a mask that is not all ignore_index.")
         counts = self.counts()
         predicted, correct = counts.predicted, counts.correct
         union = predicted + self._truth[:, None] - correct
@@ -186,11 +184,11 @@ class CamMeanIoU:
         )
 
     def __add__(self, other: CamMeanIoU) -> CamMeanIoU:
-        """The counter of both data sets together; both must have been made with equal settings."""
+        """The counter of both data sets together. Raises ValueError if their settings differ."""
         if not isinstance(other, CamMeanIoU):
             return NotImplemented
         if self._settings() != other._settings():
-            raise ValueError(f"settings differ: {self._settings()} and {other._settings()}; make both counters alike")
+            raise ValueError(f"The settings are {self._settings()} and {other._settings()}. Make both counters alike.")
         total = CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
         total._predicted = self._predicted + other._predicted
         total._correct = self._correct + other._correct
@@ -198,8 +196,7 @@ class CamMeanIoU:
         return total
 
     def counts(self) -> CamCounts:
-        """Pixels predicted as each class, rightly so, and in the masks, of all images counted so far (there may be
-        none)."""
+        """Pixels predicted as each class, of these the correct ones, and pixels in the masks, of all images so far."""
         if not self.background:
             return CamCounts(self._predicted.copy(), self._correct.copy(), self._truth.copy())
         # A pixel belongs to a class at threshold j if its value exceeds more than j thresholds (columns j + 1 on),
@@ -216,46 +213,41 @@ class CamMeanIoU:
 
     def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
         if maps.dtype.kind not in "fiub":
-            raise ValueError(f"cam has dtype {maps.dtype}, expected real numbers; convert the maps to float")
+            raise ValueError(f"cam has dtype {maps.dtype}. Convert the maps to float.")
         if maps.size == 0:
             return
         low, high = float(maps.min()), float(maps.max())
         if not np.isfinite([low, high]).all():
-            raise ValueError("cam holds NaN or infinite values; look at its normalisation (0 / 0 in an empty map?)")
+            raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
         if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
-            raise ValueError(f"cam holds values from {low:.4g} to {high:.4g}, expected [0, 1]; normalise each map")
+            raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
 
     def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
         first = 1 if self.background else 0
         valid = f"ids {first} to {self.num_classes - 1}" + (" (0 is background)" if self.background else "")
         ids = np.arange(first, self.num_classes) if classes is None else np.asarray(classes)
         if ids.shape != (count,):
-            missing = "; pass classes if only some are given" if classes is None else ""
-            raise ValueError(f"cam has {count} maps and there are {ids.size} classes, expected one id per map{missing}")
+            raise ValueError(f"cam has {count} maps for {ids.size} classes. Pass one id for each map in classes=.")
         if count == 0 and not self.background:
-            raise ValueError(
-                "cam has no map, expected at least one without background; pass those of the classes present"
-            )
+            raise ValueError("cam has no map. Without background, pass at least one.")
         if count == 0:
             return np.zeros(0, dtype=np.int64)
         if ids.dtype.kind not in "iu":
-            raise ValueError(f"classes are of type {ids.dtype}, expected whole numbers: {valid}")
+            raise ValueError(f"classes have dtype {ids.dtype}. Pass whole numbers: {valid}.")
         if ids.min() < first or ids.max() >= self.num_classes:
-            raise ValueError(f"classes are {ids.tolist()}, expected {valid}")
+            raise ValueError(f"classes are {ids.tolist()}. Pass {valid}.")
         if len(np.unique(ids)) != count:
-            raise ValueError(f"classes are {ids.tolist()}, expected each class once; merge or drop the repeated maps")
+            raise ValueError(f"classes are {ids.tolist()}. Pass each class once; merge or drop the repeated maps.")
         return ids.astype(np.int64)
 
     def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
         if truth.dtype.kind not in "iu":
-            raise ValueError(
-                f"mask has dtype {truth.dtype}, expected whole numbers; read the ids, not the colours, of the mask"
-            )
+            raise ValueError(f"mask has dtype {truth.dtype}. Pass class ids as whole numbers, not colours.")
         if truth.size and (truth.min() < 0 or truth.max() >= self.num_classes):
             wrong = sorted({int(i) for i in np.unique(truth) if not 0 <= i < self.num_classes})
             raise ValueError(
-                f"mask holds ids {wrong[:8]}, expected 0 to {self.num_classes - 1} or {self.ignore_index} (ignored); "
-                "look at num_classes and ignore_index"
+                f"mask has ids {wrong[:8]}. Pass ids 0 to {self.num_classes - 1}, or {self.ignore_index} (ignored); "
+                "check num_classes and ignore_index."
             )
         return truth.astype(np.int64)
 

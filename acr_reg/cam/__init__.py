@@ -1,1 +1,1 @@
-"""Class activation maps: made from attention gradients, refined, and computed for whole data sets."""
+"""Class activation maps: made from attention gradients, refined, and computed for whole models."""

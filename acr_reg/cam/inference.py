@@ -1,4 +1,4 @@
-"""Class maps of a whole model for inference, of several views, in one call that owns the forward passes."""
+"""Class maps of a model for inference, over several views, in one call that runs the forward passes itself."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
+from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import AttentionCapture, capture_attention
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
@@ -20,23 +22,22 @@ from acr_reg.views.view import View
 
 
 class GradientCam(Removable):
-    """Class-token-gradient maps of a model's images, spread over the affinity and summed over views.
+    """Class-token-gradient maps of a model, propagated over the affinity and summed over views.
 
-    The whole of what ACR publishes for inference (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`,
-    one step of :func:`~acr_reg.propagate_cam` over all layers, summed over the image and its flip. No parameter
-    needs a gradient meanwhile, and layers below ``start_layer`` run without a graph; where it is negative, the first
-    call runs one image more, to count the layers. Dropout is off, and the model's modes and flags are as before
-    afterwards.
+    This is the inference that ACR publishes (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`, one step of
+    :func:`~acr_reg.propagate_cam` over all layers, summed over the image and its flip. The model runs in eval mode, no
+    parameter needs a gradient, and layers below ``start_layer`` run without a graph; if it is negative, the first call
+    runs one more image to count the layers. Afterwards the model's modes and flags are as before.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`.
         start_layer, method, query: as for :func:`~acr_reg.class_token_gradient_cam`.
-        steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`; 0 steps leave it out.
+        steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`; 0 steps leave propagation out.
         views, merge: as for :func:`~acr_reg.multi_view_cam`.
-        forward: what returns the logits (B, C) of images, where ``model(images)`` does not.
-        modules, patch_size, num_prefix_tokens, class_tokens: as for ``capture_attention``.
+        forward: returns the logits (B, C) of images, if ``model(images)`` does not.
+        modules, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
 
-    ``remove()``, or leaving a ``with`` block, ends it.
+    ``remove()``, or leaving a ``with`` block, ends the capture.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
@@ -69,7 +70,7 @@ class GradientCam(Removable):
         class_tokens: int | Sequence[int] | None = None,
     ) -> None:
         if steps < 0:
-            raise ValueError(f"found steps={steps}; expected 0 or more; 0 leaves propagation out")
+            raise ValueError(f"steps={steps} is negative. Pass 0 or more; 0 leaves propagation out.")
         self.model, self.forward = model, model if forward is None else forward
         self.start_layer, self.method, self.query = start_layer, method, query
         self.steps = steps
@@ -86,7 +87,7 @@ class GradientCam(Removable):
         self._removed = False
 
     def remove(self) -> None:
-        """Removes every hook from the model. May be called again."""
+        """Removes every hook from the model. May be called more than once."""
         self._removed = True
         if self._attention is not None:
             self._attention.remove()
@@ -98,9 +99,7 @@ class GradientCam(Removable):
         """
 
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
-            attention.clear()
-            logits = self.forward(view)
-            maps = attention.take()
+            logits, maps = self._run(attention, view)
             cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
             grid = maps[-1].layout.key
             if self.steps:
@@ -109,39 +108,45 @@ class GradientCam(Removable):
             return cam, grid
 
         images = images.detach()
-        with _for_inference(self.model):
+        with eval_mode(self.model), _frozen(self.model), torch.inference_mode(False), torch.enable_grad():
             attention = self._running(images)
             return multi_view_cam(one_view, images, self.views, self.merge, size)
 
     def _running(self, images: Tensor) -> AttentionCapture:
-        """The capture, which must know the first layer that needs a graph by its number."""
+        """The capture, which needs the number of the first layer with a graph."""
         if self._removed:
-            raise CaptureError("found a GradientCam that was removed; expected a running one; make another")
+            raise CaptureError("This GradientCam was removed. Make another one.")
         if self._attention is None:
             first = self.start_layer
             if first < 0:
-                # No parameter asks for a gradient, so there is no graph. Not under no_grad: layers that the model runs
-                # under no_grad itself would count too, and they are not captured afterwards.
-                with capture_attention(self.model, **self._hints) as attention:
-                    self.forward(images[:1])
-                    first = max(0, len(attention.take()) + first)
-            self._attention = capture_attention(self.model, graph_from=first, **self._hints)
+                # No parameter needs a gradient, so no graph is made. Under no_grad, layers that the model itself runs
+                # under no_grad would count too, and the capture does not record them later.
+                with capture_attention(self.model, keep="all", **self._hints) as attention:
+                    first = max(0, len(self._run(attention, images[:1])[1]) + first)
+            self._attention = capture_attention(self.model, keep="all", graph_from=first, **self._hints)
         return self._attention
+
+    def _run(self, attention: AttentionCapture, images: Tensor) -> tuple[Tensor, AttentionMaps]:
+        """The logits and the maps of one forward. Refuses several encoder runs itself: its caller has no ``keep``."""
+        attention.clear()
+        logits = self.forward(images)
+        runs = attention.take_all()
+        if len(runs) > 1:
+            raise CaptureError(
+                f"The forward ran the encoder {len(runs)} times. Pass a forward= that runs it once, or modules= of one "
+                "encoder."
+            )
+        return logits, runs[0]
 
 
 @contextmanager
-def _for_inference(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and no parameter that asks for a gradient; both as before afterwards."""
-    training = [module for module in model.modules() if module.training]
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside the block; afterwards the same ones do as before."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:
             parameter.requires_grad_(False)
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
+        yield
     finally:
-        for module in training:
-            module.training = True
         for parameter in learning:
             parameter.requires_grad_(True)

@@ -1,1 +1,1 @@
-"""Shows what a capture sees of a model, and where its tokens stand on the image."""
+"""Shows what a capture sees of a model, and where its tokens lie on the image."""

@@ -1,10 +1,9 @@
-"""What a capture sees of a model: the first thing to run on a new one. See :func:`check`."""
+"""Runs a model, captured, on images and on a view of them, and checks every layer: see :func:`~acr_reg.check`."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
+from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import capture_attention
 from acr_reg.errors import CaptureError, LayoutError
 from acr_reg.inspection.offsets import Offset, TokenSide, token_offsets
@@ -21,19 +21,12 @@ from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip
 from acr_reg.views.view import View, require_view
 
-_OFF_ROWS = 1e-4
-
-_OFF_PRODUCT = 1e-4
-
-_OFF_IN_HALF = 1e-2  # both, where the layer computed in half precision
-
+_OFF = 1e-4  # of rows from sum 1, and of the product with the values
+_OFF_IN_HALF = 1e-2  # where the layer computed in half precision
 _HALF = (torch.float16, torch.bfloat16)
-
-_OFF_GRID = 2.0  # tokens: farther from its place, a token stands in another order or grid
-
-_OFF_STRIDE = 0.25  # of a token: matched tokens farther apart see rather different pixels
-
-_OFF_OVERLAP = 0.5  # where the offset of overlapping windows is known: what is left is how their weights lean
+_OFF_GRID = 2.0  # tokens; a token farther from its place belongs to another order or grid
+_OFF_STRIDE = 0.25  # of a token; matched tokens farther apart see rather different pixels
+_OFF_OVERLAP = 0.5  # of a token, where the offset of overlapping windows is known and only their weights' lean is left
 
 
 def check(
@@ -48,20 +41,21 @@ def check(
     num_prefix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
 ) -> Check:
-    """Runs a model on images (B, C, H, W) and on a view of them, and says what a capture would give to the loss.
+    """Runs a model on images (B, C, H, W) and on a view of them, and reports what a capture would give to the loss.
 
-    For every layer: what was captured, on which grids, how far the rows of the map are from 1 and its product with the
-    values from the layer's own result, and how far the tokens that the view matches are apart on the image, measured by
-    the gradient of a token to the pixels (an overlapping stem, padding or another order of tokens shows there).
+    The report says for every layer what was captured, on which grids, how far the rows of the map are from sum 1, how
+    far the map's product with the values is off the layer's own result, and how far apart on the image the tokens are
+    that the view matches. This distance is measured by the gradient of a token by the pixels; it reveals an overlapping
+    stem, padding, or another order of tokens.
 
     Args:
-        model: as for :func:`~acr_reg.capture_attention`; runs in eval mode, and is left as it was.
-        images: two or more show best whether the batch is kept apart; a few take seconds.
-        view: what the second view will be; HorizontalFlip() if not given.
-        forward: how the model is called, where ``model(images)`` is not how, e.g. ``model.forward_features``.
-        modules, layers, patch_size, num_prefix_tokens, class_tokens: as for ``capture_attention``.
+        model: as for :func:`~acr_reg.capture_attention`. It runs in eval mode and is left as it was.
+        images: pass two or more to see whether the batch is kept apart; a few take seconds.
+        view: the view that training will use; by default HorizontalFlip().
+        forward: runs the model, if ``model(images)`` does not, e.g. ``model.forward_features``.
+        modules, layers, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
 
-    What a capture or the loss would refuse is listed in ``problems`` and not raised; the model's own errors are.
+    ``problems`` lists whatever a capture or the loss would refuse; the model's own errors are raised.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
@@ -77,11 +71,11 @@ def check(
     """
     if not isinstance(images, Tensor) or images.ndim != 4 or not images.is_floating_point() or not images.numel():
         raise ValueError(
-            f"found images of {_shape(images)}; expected a floating point tensor (B, C, H, W); stack a few photos, "
-            "normalised as in training"
+            f"The images are {_described(images)}. Pass a floating point tensor (B, C, H, W): a few photos, normalised "
+            "as in training."
         )
     if not isinstance(model, nn.Module):
-        raise TypeError(f"found a {type(model).__name__}; expected a torch.nn.Module; pass the model itself")
+        raise TypeError(f"The model is a {type(model).__name__}. Pass a torch.nn.Module.")
     view = HorizontalFlip() if view is None else view
     require_view(view)
     hints: dict[str, Any] = {
@@ -92,7 +86,8 @@ def check(
     }
     call = model if forward is None else forward
     skipped: tuple[tuple[str, str], ...] = ()
-    with _left_as_it_was(model):
+    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
+        torch.manual_seed(0)
         try:
             with capture_attention(model, layers=layers, keep="first", record_products=True, **hints) as attention:
 
@@ -101,11 +96,11 @@ def check(
                     call(batch)
                     return attention.take()
 
-                # Gradient from the images on, so that a frozen backbone is seen as a whole.
+                # The images need a gradient, so that a frozen backbone is seen as a whole.
                 batch = images.detach().clone().requires_grad_()
                 try:
                     observe(batch)
-                    maps_a = observe(batch)  # once more: from the second run on only attention modules are watched
+                    maps_a = observe(batch)  # from the second run on only attention modules are watched
                     maps_b = observe(view(images.detach()).clone().requires_grad_())
                 finally:
                     skipped = attention.skipped
@@ -125,33 +120,20 @@ def check(
     return Check(type(model).__name__, view, checked, skipped, tuple(problems), terms, dense, factors)
 
 
-@contextmanager
-def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside; modes and random state as they were outside."""
-    training = [module for module in model.modules() if module.training]
-    try:
-        with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad():
-            torch.manual_seed(0)
-            model.eval()
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: View) -> LayerCheck:
     layout = layer.placed
     tokens = (layout.query, layout.key) if layout else layer.shape[2:]
-    row_error, product_error = errors(layer)
+    row_error, product_error = reconstruction_errors(layer)
     problem = layer.why_unplaced if layer.window is None else None
     for side, offset in offsets.items():
         assert layout is not None
         problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
     half = any(t is not None and t.dtype in _HALF for t in (layer.recorded.seen, layer.recorded.output))
-    if row_error is not None and row_error > (_OFF_IN_HALF if half else _OFF_ROWS):
-        problem = f"found rows that sum to 1 only within {row_error:.1e}; expected probabilities; report this model"
-    if product_error is not None and product_error > (_OFF_IN_HALF if half else _OFF_PRODUCT):
-        problem = f"found a map whose product with V is {product_error:.1e} off; expected the same; report this model"
+    allowed = _OFF_IN_HALF if half else _OFF
+    if row_error is not None and row_error > allowed:
+        problem = f"The rows of the map sum to 1 only within {row_error:.1e}. Please report this model."
+    if product_error is not None and product_error > allowed:
+        problem = f"The map times V is {product_error:.1e} off the layer's own output. Please report this model."
     return LayerCheck(
         layer.index,
         layer.name,
@@ -173,21 +155,20 @@ def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: Vie
 def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> str | None:
     if offset.from_lattice > _OFF_GRID * max(lattice.stride):
         return (
-            f"found {side} tokens {offset.from_lattice:.0f} px from where a grid of {lattice} puts them; expected rows "
-            "of a grid over the image; name the grid and order yourself by AttentionMaps.from_tensors"
+            f"The {side} tokens lie {offset.from_lattice:.0f} px from where the {lattice} grid puts them. Name their "
+            "grid and order by AttentionMaps.from_tensors."
         )
     allowed = _OFF_OVERLAP if any(lattice.offset) else _OFF_STRIDE
     if offset.under_view > allowed * min(lattice.stride):
         return (
-            f"found {side} tokens of {min(lattice.stride):g} px that {view.brief} matches {offset.under_view:.1f} px "
-            "apart; expected the same place; windows overlap that no module tells of, or the image is padded: resize "
-            "to whole patches, name the lattice by with_layout(), or leave the layer out of the loss (layers=)"
+            f"{view.brief} matches {side} tokens of {min(lattice.stride):g} px that lie {offset.under_view:.1f} px "
+            "apart. Windows overlap or the model pads: resize to whole patches, or leave the layer out (layers=)."
         )
     return None
 
 
-def errors(layer: LayerAttention) -> tuple[float | None, float | None]:
-    """How far rows are from summing to 1, and A V from the layer's own output (relative); None where not to be told."""
+def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | None]:
+    """How far rows are from sum 1, and A V from the layer's own output (relative); None where it cannot be known."""
     with torch.no_grad():
         weights = layer.weights()
         rows = (weights.sum(-1) - 1).abs().max().item() if layer.stochastic else None
@@ -206,7 +187,7 @@ def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[di
     acr = AllPairsConsistencyLoss(view, activation_weight=0.0 if without_class_token else None)
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of offsets that are not known: they are measured here
+            warnings.simplefilter("ignore")  # about unknown offsets, which are measured here
             _, terms = acr(maps_a, maps_b, return_terms=True)
     except ValueError as error:
         return {}, str(error)
@@ -220,9 +201,7 @@ def _bytes(layer: LayerAttention) -> tuple[int, int]:
     return 4 * batch * heads * queries * keys, 4 * batch * heads * width * 2 * (queries + keys)
 
 
-def _shape(images: Any) -> str:
-    return (
-        f"shape {tuple(images.shape)} and {images.dtype}"
-        if isinstance(images, Tensor)
-        else f"type {type(images).__name__}"
-    )
+def _described(images: object) -> str:
+    if isinstance(images, Tensor):
+        return f"{images.dtype} of shape {tuple(images.shape)}"
+    return f"a {type(images).__name__}"

@@ -1,8 +1,8 @@
-"""Measures where the tokens of a layer look on the image, by the gradient that reaches the pixels.
+"""Measures where on the image the tokens of a layer lie, by the gradient that reaches the pixels.
 
-The gradient of one token's query (or, of an unfused layer, of one row of its map) lies around the pixels that the token
-was made from; the centroid of its strongest part is the token's position. Under a view, the tokens that a lattice
-matches should stand at the same place of the image; by how much they do not is the offset.
+The gradient of one token's query (or of one row of an unfused layer's map) lies around the pixels that the token was
+made from; the centroid of its strongest part is the token's position. The tokens that a lattice matches under a view
+should lie at the same place of the image. The offset is the distance between them.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from acr_reg.views.view import View
 TokenSide = Literal["query", "key"]
 Observe = Callable[[Tensor], AttentionMaps]
 
-_STRONG = 0.1  # of the largest gradient energy; the rest comes through attention below and normalisation, from anywhere
-# Where on the grid the probed tokens stand, (y, x): inside, away from padded borders.
+_STRONG = 0.1  # of the largest gradient energy; weaker energy comes through earlier attention and normalisation
+# The places of the probed tokens on the grid, (y, x): away from padded borders.
 _PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
 
 
 @dataclass(frozen=True)
 class Offset:
-    """How far matched tokens are apart under a view, and a token of the images from the lattice's centre for it: the
-    largest of those probed, in pixels of the images as the model reads them."""
+    """How far matched tokens are apart under a view, and how far a token lies from its centre on the lattice: the
+    largest distance of the tokens probed, in pixels of the images as the model reads them."""
 
     under_view: float
     from_lattice: float
 
 
 def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[TokenSide, Offset]]:
-    """Of the first layer on each layout, by its position in what ``observe`` returns: five tokens on noise of the size
-    of ``images``, since an image of one colour shows nothing."""
+    """The offsets of the first layer on each layout, by the layer's position in the maps that ``observe`` returns. They
+    are measured at five tokens, on noise of the size of ``images``: an image of one colour would show nothing."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
@@ -54,13 +54,13 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
             lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
             tokens_b = _inner_tokens(lattice_b)
             centres_b = _carried_back(_centres(lattice_b)[tokens_b], view)
-            on_image = ((centres_b > 0) & (centres_b < 1)).all(1)  # not in what a view pads
+            on_image = ((centres_b > 0) & (centres_b < 1)).all(1)  # and not on padding of the view
             if not on_image.any():
                 continue
             tokens_b, centres_b = tokens_b[on_image], centres_b[on_image]
             tokens_a = torch.cdist(centres_b, _centres(lattice_a)).argmin(1)
             nominal_a = _centres(lattice_a)[tokens_a]
-            missed = centres_b - nominal_a  # of a view that maps no lattice onto the other
+            missed = centres_b - nominal_a  # where the view does not map one lattice onto the other
             found_a = probe_a.positions(position, side, tokens_a)
             found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
             pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
@@ -71,14 +71,14 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
 
 
 class _Probe:
-    """One forward on a copy of the image for every token probed; a backward for each layer and side."""
+    """Runs one forward on a copy of the image for each token probed, and one backward for each layer and side."""
 
     def __init__(self, observe: Observe, image: Tensor) -> None:
         self.images = image.detach().expand(len(_PLACES), -1, -1, -1).clone().requires_grad_()
         self.maps = observe(self.images)
 
     def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> Tensor:
-        """(P, 2): y and x, from 0 to 1 over the image, of what each token was made from."""
+        """(P, 2): y and x of the pixels that each token was made from, from 0 to 1 over the image."""
         seen = self.maps[layer]
         of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
         weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
@@ -100,7 +100,7 @@ def _inner_tokens(lattice: Lattice) -> Tensor:
 
 
 def _carried_back(points: Tensor, view: View) -> Tensor:
-    """Points (P, 2) of a view's output as points of its input, from 0 to 1 over each."""
+    """Carries points (P, 2) of a view's output to its input, from 0 to 1 over each."""
     (affine,) = view.affines
     y, x = points.flip(1).unbind(1) if affine.transposed else points.unbind(1)
     axes = ((affine.y, y), (affine.x, x))
@@ -108,7 +108,7 @@ def _carried_back(points: Tensor, view: View) -> Tensor:
 
 
 def _of_token(layer: LayerAttention, side: TokenSide) -> Tensor:
-    """(B, H, tokens, anything): what depends on one token more than on the others."""
+    """(B, H, tokens, anything): values that depend on one token more than on the others."""
     tensor = layer.query if side == "query" else layer.key
     if tensor is None:
         tensor = layer.explicit if side == "query" or layer.explicit is None else layer.explicit.transpose(-2, -1)

@@ -1,4 +1,4 @@
-"""The table that a check prints."""
+"""The report of a check, and the table that it prints."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from acr_reg.views.view import View
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One layer as captured. Errors are relative; offsets are in pixels of the images, None where not measured."""
+    """One captured layer. Errors are relative; offsets are in pixels of the images, None if not measured."""
 
     index: int
     name: str
     kind: str
     source: str
-    """"fused": query and key of a fused kernel; "explicit": the map; "mixed": a map that was mixed after softmax."""
+    """"fused": query and key of a fused kernel; "explicit": the map; "mixed": a map mixed after softmax."""
     heads: int
     queries: str
     keys: str
@@ -32,10 +32,11 @@ class LayerCheck:
 
 @dataclass(frozen=True)
 class Check:
-    """The table of :func:`check`. ``print(it)`` shows it; ``ok`` says whether a loss on all its layers would be right.
+    """The report of :func:`~acr_reg.check`. Print it to see the table; ``ok`` says whether a loss on all its layers
+    would be right.
 
-    ``dense_bytes`` is what the maps of all layers and heads take where a loss forms them, of both views;
-    ``factor_bytes`` what query, key, value and output take where they outlive the graph, of both views.
+    ``dense_bytes`` is the memory of the maps of all layers and heads if a loss forms them, ``factor_bytes`` that of
+    query, key, value and output if they outlive the graph, both for two views.
     """
 
     model: str

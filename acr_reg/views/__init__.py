@@ -1,1 +1,1 @@
-"""Augmentations that know how to be undone: the views, what draws them at random, and how they carry maps."""
+"""Augmentations that can be undone: the views, the samplers that draw them, and how a view carries a map."""

@@ -1,5 +1,5 @@
-"""One axis-aligned affine map from a view back to its image, in exact fractions: inverting twice is the identity to the
-bit, and what composes to the same map is equal."""
+"""One axis-aligned affine map from a view back to its image, in exact fractions: inverting twice gives the same map to
+the bit, and two chains that make the same map compare equal."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ _ZERO, _ONE = Fraction(0), Fraction(1)
 
 @dataclass(frozen=True)
 class Axis:
-    """A source coordinate read along one output axis: source = slope * output + start, both in [0, 1].
+    """Where one output axis reads its source: source = slope * output + start, both coordinates in [0, 1].
 
-    ``low`` to ``high`` is the part of the source that is shown: what is read from beyond it is padding.
+    The view shows ``low`` to ``high`` of the source; anything read beyond is padding. An axis that shows nothing has
+    ``low`` above ``high``.
     """
 
     slope: Fraction = _ONE
@@ -24,7 +25,7 @@ class Axis:
 
     @staticmethod
     def reading(slope: float | Fraction, start: float | Fraction) -> Axis:
-        """The axis that shows all of the source that the output's frame reaches."""
+        """The axis that shows every part of the source within the output's frame."""
         slope, start = Fraction(slope), Fraction(start)
         low, high = sorted((start, slope + start))
         return _shown(slope, start, max(low, _ZERO), min(high, _ONE))
@@ -40,7 +41,7 @@ class Axis:
         return _shown(slope, start, low, high)
 
     def after(self, earlier: Axis) -> Axis:
-        """This axis read through ``earlier``: earlier(self(output))."""
+        """The composition earlier(self(output)), as one axis."""
         low, high = sorted((earlier(self.low), earlier(self.high)))
         if self.low > self.high or earlier.low > earlier.high:
             low, high = _ONE, _ZERO
@@ -53,8 +54,8 @@ def _shown(slope: Fraction, start: Fraction, low: Fraction, high: Fraction) -> A
 
 @dataclass(frozen=True)
 class Affine:
-    """Where one image's view reads: ``y`` the source's rows, ``x`` its columns; with ``transposed`` the source's y runs
-    along the output's x. ``zoom`` is the output's (height, width) over the source's, in the output's orientation."""
+    """Where the view of one image reads: ``y`` the source's rows, ``x`` its columns. With ``transposed`` the source's y
+    runs along the output's x. ``zoom`` is the output's (height, width) over the source's, as the output is oriented."""
 
     y: Axis = Axis()
     x: Axis = Axis()
@@ -66,7 +67,7 @@ class Affine:
         return Affine(x, y, True, (zoom[1], zoom[0])) if self.transposed else Affine(y, x, False, zoom)
 
     def then(self, second: Affine) -> Affine:
-        """This view's map, and then ``second`` on its output, as one."""
+        """This map followed by ``second`` on its output, as one map."""
         along_y, along_x = (second.x, second.y) if self.transposed else (second.y, second.x)
         zoom = (self.zoom[1], self.zoom[0]) if second.transposed else self.zoom
         return Affine(

@@ -1,8 +1,4 @@
-"""Views: augmentations that know how to carry a map, or an affinity between tokens, back to the image they came from.
-
-The constructors of every kind of :class:`View`. It acts on images and dense maps itself; ``acr_reg.alignment`` carries
-tokens and attention by it.
-"""
+"""The constructors of every kind of :class:`~acr_reg.View`."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ _MIRRORED = Axis.reading(-1, 1)
 
 
 def Identity() -> View:
-    """The view that changes nothing."""
+    """Changes nothing."""
     return View()
 
 
@@ -40,7 +36,7 @@ def VerticalFlip() -> View:
 def Rotate90(k: int = 1) -> View:
     """``k`` quarter turns counter-clockwise, as ``torch.rot90`` over (H, W)."""
     if not isinstance(k, int):
-        raise TypeError(f"found k={k!r}; expected a whole number of quarter turns; Rotate90(2) is half a turn")
+        raise TypeError(f"k is {k!r}. Pass a whole number of quarter turns; Rotate90(2) is half a turn.")
     y, x, transposed = {
         0: (Axis(), Axis(), False),
         1: (Axis(), _MIRRORED, True),
@@ -53,9 +49,9 @@ def Rotate90(k: int = 1) -> View:
 def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
     """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
 
-    With ``keep_size`` the output has the input's size, as of torchvision's affine: scaled about the centre, cut where
-    it is larger and 0 (and not valid) where it is smaller. Unlike affine it is antialiased, and reads nothing that is
-    cut.
+    With ``keep_size`` the output has the input's size, as torchvision's affine: the image is scaled about its centre,
+    cut where it is larger, and 0 (and not valid) around it where it is smaller. Unlike affine it antialiases, and does
+    not read the part that is cut.
 
     >>> import torch
     >>> Scale(0.5)(torch.ones(1, 3, 32, 48)).shape
@@ -66,8 +62,8 @@ def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
     except (TypeError, ValueError):
         factors = ()
     if len(factors) != 2 or not all(0 < f < float("inf") for f in factors):
-        raise ValueError(f"found a scale of {factor}; expected positive factors; 0.5 halves the size, 2 doubles it")
-    if not isinstance(factor, (int, float, tuple)):  # numbers of numpy and torch print as they are not written
+        raise ValueError(f"The scale is {factor}. Pass one or two positive factors: 0.5 halves the size, 2 doubles it.")
+    if not isinstance(factor, (int, float, tuple)):  # numbers of numpy and torch print differently
         factor = factors[0] if factors[0] == factors[1] else factors
     zoom = (Fraction(factors[0]), Fraction(factors[1]))
     if not keep_size:
@@ -86,31 +82,34 @@ def Crop(
     image_size: Size,
     pad: bool = False,
 ) -> View:
-    """The box of an image of ``image_size`` (height, width), in pixels, resized to ``size`` (height, width), by default
-    its own: torchvision's ``resized_crop``.
+    """Cuts a box, in pixels, out of an image of ``image_size`` (height, width) and resizes it to ``size`` (height,
+    width), by default the box's own: torchvision's ``resized_crop``.
 
-    The box is in torchvision's order, so that ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
-    image_size=images.shape[-2:])`` is what that transform would have done. With ``pad`` the box may reach beyond the
-    image, where the output is 0 and not valid: what hosts do that scale by 0.5 to 2 and pad to one size. Raises
-    ValueError for a box outside the image.
+    The box is in torchvision's order, so ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
+    image_size=images.shape[-2:])`` repeats that transform. With ``pad`` the box may reach beyond the image, where the
+    output is 0 and not valid; hosts that scale by 0.5 to 2 and pad to one size need it. Raises ValueError for a box
+    outside the image.
 
     >>> import torch
     >>> Crop(0, 16, 32, 32, size=64, image_size=(32, 48))(torch.ones(1, 3, 32, 48)).shape
     torch.Size([1, 3, 64, 64])
     """
-    box = tuple(_whole(value, "a box") for value in (top, left, height, width))
-    rows, columns = _height_and_width(image_size, "an image size")
+    top, left, height, width = (_whole(value, "The box") for value in (top, left, height, width))
+    rows, columns = _height_and_width(image_size, "image_size")
     size = (height, width) if size is None else (size, size) if isinstance(size, int) else size
-    out_rows, out_columns = _height_and_width(size, "a size")
-    top, left, height, width = box
+    out_rows, out_columns = _height_and_width(size, "size")
+    box = f"The box of {height} x {width} at ({top}, {left})"
+    if min(height, width, out_rows, out_columns, rows, columns) < 1:
+        raise ValueError(
+            f"{box} of an image of {rows} x {columns} is resized to {out_rows} x {out_columns}. Each of these sizes "
+            "must be at least 1."
+        )
     inside = top >= 0 and left >= 0 and top + height <= rows and left + width <= columns
     touching = top < rows and left < columns and top + height > 0 and left + width > 0
-    if min(height, width, out_rows, out_columns, rows, columns) < 1 or not (touching if pad else inside):
+    if not (touching if pad else inside):
         raise ValueError(
-            f"found a box of {height} x {width} at ({top}, {left}), rows {top} to {top + height} and columns {left} to "
-            f"{left + width}, of an image of {rows} x {columns}, resized to {out_rows} x {out_columns}; expected a box "
-            f"within the image and sizes of at least 1; {'move' if pad else 'shrink or move'} the box"
-            f"{'' if pad else ', or pass pad=True for zeros beyond the image'}"
+            f"{box} covers rows {top} to {top + height} and columns {left} to {left + width} of an image of {rows} x "
+            f"{columns}. {'Move it.' if pad else 'Shrink or move it, or pass pad=True for zeros beyond the image.'}"
         )
     y = Axis.reading(Fraction(height, rows), Fraction(top, rows))
     x = Axis.reading(Fraction(width, columns), Fraction(left, columns))
@@ -123,7 +122,7 @@ def Crop(
 
 def _height_and_width(size: object, what: str) -> tuple[int, int]:
     if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
-        raise TypeError(f"found {size!r} as {what}; expected (height, width); for instance images.shape[-2:]")
+        raise TypeError(f"{what} is {size!r}. Pass (height, width), for instance images.shape[-2:].")
     return _whole(size[0], what), _whole(size[1], what)
 
 
@@ -133,15 +132,15 @@ def _whole(value: object, what: str) -> int:
     except (TypeError, ValueError, OverflowError):
         whole = None
     if whole is None or whole != value or isinstance(value, bool):
-        raise TypeError(f"found {value!r} in {what}; expected whole pixels; round the numbers")
+        raise TypeError(f"{what} contains {value!r}. Pass whole pixels.")
     return whole
 
 
 def Compose(views: Sequence[View]) -> View:
-    """The views one after another, the first first, as one view: resampled once. Views of one image each and views for
-    a batch go together.
+    """Applies the views one after another, the first first, as one view that resamples once. Views for one image and
+    views for a batch go together.
 
-    Raises ValueError where a view is bound to another size than the one before gives.
+    Raises ValueError where a view is bound to another size than the view before it gives.
     """
     views = _views(views, "Compose([first, second])")
     composed = reduce(_then, views, View(label="nothing"))
@@ -154,8 +153,8 @@ def _then(first: View, second: View) -> View:
     given, wanted = first.fixed_size, second.input_size
     if given is not None and wanted is not None and given != wanted:
         raise ValueError(
-            f"found {second.brief} after {first.brief}, which gives {given[0]} x {given[1]}; expected {wanted[0]} x "
-            f"{wanted[1]}; make each view for the output of the one before"
+            f"{first.brief} gives {given[0]} x {given[1]}, and {second.brief} after it takes {wanted[0]} x "
+            f"{wanted[1]}. Make each view for the output of the one before."
         )
     input_size, fixed_size = first.input_size, second.fixed_size
     if input_size is None and wanted is not None and not first.rounds:
@@ -173,8 +172,8 @@ def _for_all(view: View, count: int) -> Iterator[Affine]:
 
 
 def PerImage(views: Sequence[View]) -> View:
-    """One view that holds another for each image of a batch, all with one output size. The images they are made
-    from may differ in size, where each was cropped before the batch was stacked.
+    """One view that holds a view of its own for each image of a batch, all with one output size. The images may differ
+    in size where each is cropped before the batch is stacked.
 
     >>> import torch
     >>> view = PerImage([HorizontalFlip(), Identity()])
@@ -184,39 +183,36 @@ def PerImage(views: Sequence[View]) -> View:
     views = _views(views, "PerImage([of_the_first, of_the_second])")
     if not views or any(view.num_images > 1 for view in views):
         raise ValueError(
-            f"found {len(views)} views for {[view.num_images for view in views]} images; expected one view for each "
-            "image, of one image each; PerImage([HorizontalFlip(), Identity()])"
+            f"The {len(views)} views are for {[view.num_images for view in views]} images. Pass one view for each "
+            "image, as PerImage([HorizontalFlip(), Identity()])."
         )
     inputs, outputs = (
         {size for view in views if (size := getattr(view, what))} for what in ("input_size", "fixed_size")
     )
     if len(outputs) > 1:
         raise ValueError(
-            f"found views that give {' and '.join(f'{h} x {w}' for h, w in sorted(outputs))}; expected one size for "
-            "all images of a batch; crop or pad to one size by Crop(..., size=, pad=True)"
+            f"The views give {' and '.join(f'{h} x {w}' for h, w in sorted(outputs))}. All images need one output "
+            "size. Crop or pad to it by Crop(..., size=, pad=True)."
         )
-    # Crops of images of several sizes make a batch, but there is no batch to make them from.
+    # Crops of images of several sizes make a batch, but no batch of such images exists to crop.
     input_size, fixed_size = inputs.pop() if len(inputs) == 1 else None, outputs.pop() if outputs else None
     affines, rounds = tuple(view.affines[0] for view in views), any(view.rounds for view in views)
     made = View(affines, input_size, fixed_size, f"PerImage({list(views)})", rounds)
-    free = any(view.fixed_size is None for view in views)
+    zooms = dict.fromkeys(affine.zoom for affine in affines)
     if made.input_size is not None:
         made.output_size(made.input_size)
-    elif free and len({affine.zoom for affine in affines}) > 1:
-        zooms = list(dict.fromkeys(affine.zoom for affine in made.affines))
+    elif len(zooms) > 1 and any(view.fixed_size is None for view in views):
         raise ValueError(
-            f"found views that scale by {' and '.join(f'({float(y):g}, {float(x):g})' for y, x in zooms)}; expected "
-            "one output size for all images; Scale(factor, keep_size=True) keeps it"
+            f"The views scale by {' and '.join(f'({float(y):g}, {float(x):g})' for y, x in zooms)}. All images need "
+            "one output size; Scale(factor, keep_size=True) keeps it."
         )
     return made
 
 
 def _views(views: Sequence[View], example: str) -> Sequence[View]:
     if isinstance(views, View):
-        raise TypeError(f"found one View; expected a sequence of them; {example}")
+        raise TypeError(f"The views are one View. Pass a sequence of them, as {example}.")
     for view in views:
         if not isinstance(view, View):
-            raise TypeError(
-                f"found a {type(view).__name__} among the views; expected Views; for instance HorizontalFlip()"
-            )
+            raise TypeError(f"One of the views is a {type(view).__name__}. Pass Views, for instance HorizontalFlip().")
     return list(views)

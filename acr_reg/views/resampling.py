@@ -1,7 +1,7 @@
-"""Carries what lies on one lattice onto another, through an affine map for each image, by the centres of their tokens.
+"""Carries values from one lattice onto another, through an affine map for each image, by the centres of the tokens.
 
-Where the centres of one lattice fall on those of the other, that is an index, exact to the bit; elsewhere it is a
-bilinear resampling of each axis, antialiased when shrinking (torchvision's, ``align_corners=False``).
+Where the centres of both lattices coincide, the map is an index, exact to the bit. Elsewhere it resamples each axis
+bilinearly, antialiased when shrinking (as torchvision, ``align_corners=False``).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.tokens import Lattice
 from acr_reg.views.affine import Affine, Axis
 
-# A centre this close to another (in units of the source's spacing) falls on it: far below any resampling one could see.
+# Centres this close, in units of the source's spacing, coincide: far below any visible resampling.
 _ON_LATTICE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """Where each target position along one axis reads its source of ``count``, for one image or, S of them, for each.
+    """Which of ``count`` source positions each target position reads along one axis, for S images.
 
-    ``index`` (S, target, taps) are the positions read, with the ``weights`` of each, which sum to 1; None where it is
-    one, exactly. ``valid`` (S, target) is False where the centre lies outside what is shown of the source. ``step``
-    (S,) is the distance of neighbouring targets, in source tokens.
+    ``index`` (S, target, taps) holds the positions read and ``weights`` their weights, which sum to 1; None if each
+    target reads exactly one. ``valid`` (S, target) is False where the centre lies outside the part of the source that
+    is shown. ``step`` (S,) is the distance of neighbouring targets, in source tokens.
     """
 
     count: int
@@ -40,17 +40,17 @@ class AxisMap:
 
     @property
     def places(self) -> Tensor:
-        """(S, target) the one position read. Only for exact maps."""
+        """(S, target): the one position read. Only for exact maps."""
         assert self.weights is None
         return self.index[:, :, 0]
 
     def dense(self, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(S, target, source) the weights as a matrix, made once for each precision and device."""
+        """(S, target, source): the weights as a matrix, made once for each precision and device."""
         made = self._dense.get((dtype, device))
         if made is None:
             assert self.weights is not None
             images, targets, _ = self.index.shape
-            # For training too, which tensors of inference_mode could not serve.
+            # Training uses them too, and cannot use tensors made in inference_mode.
             with torch.inference_mode(False), torch.no_grad():
                 empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
                 made = empty.scatter_add_(2, self.index.to(device), self.weights.to(dtype).to(device))
@@ -68,7 +68,7 @@ class _Part:
     transposed: bool
 
     def over_tokens(self, pairs: Tensor) -> Tensor:
-        """What holds for a target position along y and one along x, (S, y, x), over the target's tokens."""
+        """Values for pairs of a position along y and one along x, (S, y, x), as (S, target tokens)."""
         return (pairs.mT if self.transposed else pairs).flatten(1)
 
     def __call__(self, maps: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class _Part:
         return mapped.mT if self.transposed else mapped
 
     def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S, R, source tokens): what is read for the target tokens in these ``rows`` and ``columns`` (R,)."""
+        """(S, R, source tokens): the weights of the target tokens at these ``rows`` and ``columns`` (R,)."""
         along_y, along_x = (columns, rows) if self.transposed else (rows, columns)
         y, x = (axis.dense(dtype, rows.device) for axis in (self.y, self.x))
         return (y[:, along_y, :, None] * x[:, along_x, None, :]).flatten(2)
@@ -84,7 +84,7 @@ class _Part:
 
 @dataclass(frozen=True, eq=False)
 class LatticeMap:
-    """Carries what lies on a source lattice onto a target lattice, for one view or one of each image of a batch."""
+    """Carries values from a source lattice onto a target lattice, for one view or one for each image of a batch."""
 
     parts: tuple[_Part, ...]
     source: Lattice
@@ -92,34 +92,54 @@ class LatticeMap:
     is_exact: bool
     """Whether every target centre falls on a source centre."""
     is_complete: bool
-    """Whether every target centre is shown."""
+    """Whether the source shows every target centre."""
+
+    @classmethod
+    def between(cls, affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
+        """The map from a ``source`` lattice on the input of a view, given by its ``affines``, onto a ``target`` lattice
+        on its output."""
+        turned = [affine.transposed for affine in affines]
+        groups = {t: [i for i, other in enumerate(turned) if other == t] for t in dict.fromkeys(turned)}
+        made = []
+        # Training uses the map too, and cannot use tensors made in inference_mode.
+        with torch.inference_mode(False), torch.no_grad():
+            for transposed, images in groups.items():
+                chosen = [affines[i] for i in images]
+                on_y, on_x = (1, 0) if transposed else (0, 1)
+                y = _Positions([a.y for a in chosen], Line(source, 0), Line(target, on_y))
+                x = _Positions([a.x for a in chosen], Line(source, 1), Line(target, on_x))
+                made.append((None if len(groups) == 1 else images, y, x, transposed))
+            exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
+            complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
+            parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
+        return cls(parts, source, target, exact, complete)
 
     @property
     def is_permutation(self) -> bool:
-        """Whether the target's tokens are the source's, each once, in another order."""
+        """Whether the target has the source's tokens, each once, in another order."""
         return self.is_exact and self.is_complete and len(self.source) == len(self.target)
 
     @property
     def valid(self) -> Tensor:
-        """(1 or B, target tokens) bool: whether the source shows a target token's centre."""
+        """(1 or B, target tokens) bool: whether the source shows the centre of a target token."""
         return self._gathered(
             [part.over_tokens(part.y.valid[:, :, None] & part.x.valid[:, None, :]) for part in self.parts]
         )
 
     @property
     def area(self) -> Tensor:
-        """(1 or B,) how many source tokens one target token covers."""
+        """(1 or B,): the number of source tokens that one target token covers."""
         return self._gathered([(part.y.step * part.x.step).abs() for part in self.parts])
 
     def index(self) -> Tensor:
-        """(1 or B, target tokens) the source token on which each target token falls. Only for exact maps."""
+        """(1 or B, target tokens): the source token on which each target token falls. Only for exact maps."""
         width = self.source.width
         found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
         return self._gathered(found)
 
     def sources(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The source tokens (1 or B, U) that are read for some target ``tokens`` (R,), and their weights
-        (1 or B, R, U). Only for maps that are not exact. Images that read fewer than U have weight 0 on the rest."""
+        """The source tokens (1 or B, U) that the target ``tokens`` (R,) read, and their weights (1 or B, R, U). Only
+        for maps that are not exact. An image that reads fewer than U tokens has weight 0 on the others."""
         rows, columns = tokens // self.target.width, tokens % self.target.width
         weights = self._gathered([part.weights(rows, columns, dtype) for part in self.parts])
         read = (weights > 0).any(1)
@@ -152,7 +172,7 @@ class LatticeMap:
         return mapped.movedim(-1, dim)
 
     def _gathered(self, parts: list[Tensor]) -> Tensor:
-        """What was made of each part, in the order of the batch."""
+        """The results of all parts, in the order of the batch."""
         if len(parts) == 1:
             return parts[0]
         order = torch.tensor([image for part in self.parts for image in part.images or ()])
@@ -177,43 +197,24 @@ def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
         return images.unflatten(1, values.shape[1:-1]).movedim(-1, dim)
 
 
-def read_through(affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
-    """The map from a ``source`` lattice on the input of a view onto a ``target`` lattice on its output."""
-    turned = [affine.transposed for affine in affines]
-    groups = {t: [i for i, other in enumerate(turned) if other == t] for t in dict.fromkeys(turned)}
-    made = []
-    # Made for training too, which tensors of inference_mode could not serve.
-    with torch.inference_mode(False), torch.no_grad():
-        for transposed, images in groups.items():
-            chosen = [affines[i] for i in images]
-            on_y, on_x = (1, 0) if transposed else (0, 1)
-            y = _Positions([a.y for a in chosen], Line(source, 0), Line(target, on_y))
-            x = _Positions([a.x for a in chosen], Line(source, 1), Line(target, on_x))
-            made.append((None if len(groups) == 1 else images, y, x, transposed))
-        exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
-        complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
-        parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
-    return LatticeMap(parts, source, target, exact, complete)
-
-
 class Line:
-    """One axis of a lattice: centres at offset + (i + 1/2) * stride on a line of length extent."""
+    """One axis of a lattice: centres at offset + (i + 1/2) * stride on a line of length ``extent``."""
 
     def __init__(self, lattice: Lattice, axis: int) -> None:
         self.count = (lattice.height, lattice.width)[axis]
         self.stride, self.offset, self.extent = lattice.stride[axis], lattice.offset[axis], lattice.extent[axis]
 
     def places(self) -> Tensor:
-        """(count,) the centres, from 0 to 1 over the image."""
+        """(count,): the centres, from 0 to 1 over the image."""
         return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
 
     def tokens(self, places: Tensor) -> Tensor:
-        """Places from 0 to 1 over the image, counted in tokens: token i is at i."""
+        """Converts places from 0 to 1 over the image to tokens: the centre of token i is at i."""
         return (places * self.extent - self.offset) / self.stride - 0.5
 
 
 class _Positions:
-    """Where the target's centres fall on the source line, in source tokens, (S, target)."""
+    """Where the centres of the target fall on the source line: ``positions`` (S, target), in source tokens."""
 
     def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
         slope, start, low, high = (
@@ -225,12 +226,12 @@ class _Positions:
         self.positions = source.tokens(slope * target.places() + start)
         nothing = low > high
         within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
-        # At the image's own edges the lattice tells what is shown: it may reach beyond, or leave a margin.
+        # At the image's own edges the lattice decides what is shown: it may reach beyond them or leave a margin.
         low = source.tokens(low).where(low > 0, -torch.inf)
         high = source.tokens(high).where(high < 1, torch.inf)
         shown = (self.positions >= low - _ON_LATTICE) & (self.positions <= high + _ON_LATTICE)
         self.valid = within & shown & ~nothing
-        # Only what is shown is read, be it in part: the tokens in whose cells its edges lie.
+        # Only tokens that are at least partly shown are read, up to those whose cells contain the edges.
         self.first = (low + 0.5 + _ON_LATTICE).floor().clamp(0, source.count - 1)
         self.last = ((high + 0.5 - _ON_LATTICE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
 
@@ -244,7 +245,7 @@ class _Positions:
         positions = self.positions.clamp(self.first, self.last)[:, :, None]
         if exact:
             return AxisMap(count, positions.round().long().to(device), None, valid, step)
-        # The triangle filter of bilinear interpolation, widened by the factor of shrinking.
+        # The triangle filter of bilinear interpolation, widened by the shrinking factor.
         reach = self.step.abs().clamp_min(1)[:, None, None]
         tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
         weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)

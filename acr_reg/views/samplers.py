@@ -1,8 +1,8 @@
-"""Samplers draw views: random augmentations whose every draw is a :class:`~acr_reg.View`.
+"""Samplers: random augmentations that draw a :class:`~acr_reg.View`.
 
-A draw knows what it did, so that attention and class maps can be carried back. Each sampler has ``sample(images)`` for
-one view shared by the batch and ``sample(images, per_image=True)`` for another view of each image. Numbers come from
-torch's global generator, or from ``generator=``.
+The view drawn knows what it did, so attention and class maps can be carried back. ``sample(images)`` draws one view for
+the whole batch, ``sample(images, per_image=True)`` one for each image. Random numbers come from torch's global
+generator or from ``generator=``.
 
 >>> import torch
 >>> from acr_reg import HorizontalFlip
@@ -25,34 +25,32 @@ from torch import Generator, Tensor
 from acr_reg.views.constructors import Compose, Crop, Identity, PerImage, Scale
 from acr_reg.views.view import Size, View
 
-_TRIES = 10  # at a box of the area and proportions drawn, as torchvision's
+_TRIES = 10  # draws of a box before the fallback, as in torchvision
 
 
 class Sampler(ABC):
-    """Draws views. Subclasses say how one is drawn for images of a size."""
+    """Draws views. A subclass defines how to draw one for images of a given size."""
 
     @abstractmethod
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
-        """A view of images of ``size`` (height, width)."""
+        """Draws a view for images of ``size`` (height, width)."""
 
     def sample(self, images: Tensor | Size, per_image: bool = False, generator: Generator | None = None) -> View:
-        """A view of ``images`` (..., H, W), or of images of a size (H, W): one for all, or with ``per_image`` one for
-        each of the batch (B, C, H, W), which must then come to one output size."""
+        """Draws a view for ``images`` (..., H, W), or for images of a size (H, W). With ``per_image`` it holds one view
+        for each image of the batch (B, C, H, W), all of one output size."""
         if not isinstance(images, Tensor):
             if per_image:
                 raise ValueError(
-                    f"found a size {tuple(images)} and per_image=True; expected images (B, C, H, W), which tell how "
-                    "many views to draw; pass the images"
+                    f"The size {tuple(images)} does not tell how many images there are. With per_image=True pass the "
+                    "images (B, C, H, W)."
                 )
             if len(images) != 2:
-                raise ValueError(
-                    f"found a size {tuple(images)}; expected (H, W); pass the images, or images.shape[-2:]"
-                )
+                raise ValueError(f"The size is {tuple(images)}. Pass (H, W) as images.shape[-2:], or the images.")
             return self.draw((int(images[0]), int(images[1])), generator)
         if images.ndim < (4 if per_image else 2):
             raise ValueError(
-                f"found images of shape {tuple(images.shape)}; expected (B, C, H, W){'' if per_image else ' or (H, W)'}"
-                "; stack the images of a batch"
+                f"The images have shape {tuple(images.shape)}. Pass (B, C, H, W){'' if per_image else ' or (H, W)'}; "
+                "stack the images of a batch."
             )
         size = (images.shape[-2], images.shape[-1])
         if not per_image:
@@ -71,24 +69,24 @@ def _drawn(step: View | Sampler, size: tuple[int, int], generator: Generator | N
 def _check_steps(steps: Sequence[View | Sampler]) -> list[View | Sampler]:
     if isinstance(steps, (View, Sampler)) or not steps:
         raise TypeError(
-            f"found {steps!r}; expected a sequence of views and samplers; for instance [HorizontalFlip(), Identity()]"
+            f"The steps are {steps!r}. Pass a sequence of views and samplers, as [HorizontalFlip(), Identity()]."
         )
     for step in steps:
         if not isinstance(step, (View, Sampler)):
             raise TypeError(
-                f"found a {type(step).__name__} among the steps; expected views and samplers of acr_reg; a torchvision "
-                "transform becomes one by its parameters, Crop(*RandomResizedCrop.get_params(...), ...)"
+                f"One of the steps is a {type(step).__name__}. Pass views and samplers of acr_reg, for torchvision's "
+                "Crop(*RandomResizedCrop.get_params(...), ...)."
             )
     return list(steps)
 
 
 class RandomApply(Sampler):
-    """``step``, a view or a sampler, with probability ``p``, else Identity()."""
+    """Applies ``step``, a view or a sampler, with probability ``p``, else Identity()."""
 
     def __init__(self, step: View | Sampler, p: float = 0.5) -> None:
         (self.step,) = _check_steps([step])
         if not 0 <= p <= 1:
-            raise ValueError(f"found p={p}; expected a probability in [0, 1]; 0.5 applies it half of the time")
+            raise ValueError(f"p={p} is no probability. Pass one in [0, 1]; 0.5 applies the step half of the time.")
         self.p = p
 
     def __repr__(self) -> str:
@@ -107,7 +105,7 @@ class _OfSteps(Sampler):
 
 
 class RandomChoice(_OfSteps):
-    """One of several views or samplers, each as likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
+    """Picks one of several views or samplers, all equally likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
         chosen = torch.randint(len(self.steps), (), generator=generator).item()
@@ -115,7 +113,7 @@ class RandomChoice(_OfSteps):
 
 
 class RandomCompose(_OfSteps):
-    """Several views and samplers one after another, each drawn for the size that the one before leaves."""
+    """Applies views and samplers one after another, each drawn for the output size of the one before."""
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
         views: list[View] = []
@@ -126,12 +124,12 @@ class RandomCompose(_OfSteps):
 
 
 class RandomScale(Sampler):
-    """A factor between ``low`` and ``high``, the same for height and width. ``keep_size`` as for
-    :func:`~acr_reg.Scale`; views of each image need it."""
+    """Scales by a factor between ``low`` and ``high``, the same for height and width. ``keep_size`` as in
+    :func:`~acr_reg.Scale`; a view for each image needs it."""
 
     def __init__(self, low: float, high: float, keep_size: bool = False) -> None:
         if not 0 < low <= high < math.inf:
-            raise ValueError(f"found factors from {low} to {high}; expected 0 < low <= high; RandomScale(0.5, 2)")
+            raise ValueError(f"The factors go from {low} to {high}. Pass 0 < low <= high, as RandomScale(0.5, 2).")
         self.low, self.high, self.keep_size = low, high, keep_size
 
     def __repr__(self) -> str:
@@ -142,8 +140,8 @@ class RandomScale(Sampler):
 
 
 class RandomResizedCrop(Sampler):
-    """A box of a random share ``scale`` of the image's area and of random proportions ``ratio`` (width over height),
-    resized to ``size``: the distribution of torchvision's transform of that name."""
+    """Crops a box of a random share ``scale`` of the image's area and of random proportions ``ratio`` (width over
+    height), and resizes it to ``size``: the distribution of torchvision's transform of that name."""
 
     def __init__(
         self,
@@ -154,8 +152,8 @@ class RandomResizedCrop(Sampler):
         pairs = all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in (scale, ratio))
         if not pairs or not (0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1] < math.inf):
             raise ValueError(
-                f"found scale={scale}, ratio={ratio}; expected shares 0 < low <= high <= 1 and 0 < low <= high; the "
-                "defaults are (0.08, 1) and (3/4, 4/3)"
+                f"scale={scale} and ratio={ratio} are not both ranges. Pass scale with 0 < low <= high <= 1, and ratio "
+                "with 0 < low <= high."
             )
         self.size, self.scale, self.ratio = size, scale, ratio
 
@@ -174,7 +172,7 @@ class RandomResizedCrop(Sampler):
                     for space in (rows - height, columns - width)
                 )
                 return Crop(top, left, height, width, self.size, image_size=size)
-        # The largest box in the middle whose proportions are allowed.
+        # Otherwise the largest box in the middle with allowed proportions.
         height, width = rows, columns
         if columns / rows < self.ratio[0]:
             height = max(1, round(columns / self.ratio[0]))

@@ -1,10 +1,8 @@
-"""What a view is: an augmentation that knows how to carry a map back to the image it came from.
+"""What a view is: an augmentation that can carry a map back to the image it came from.
 
-A :class:`View` is one axis-aligned affine map between a source image and its augmented output, or one for each image of
-a batch, in coordinates that run from 0 to 1 along each axis, with half-pixel centres (torchvision's convention,
-``align_corners=False``). It acts on anything laid over the image by mapping centres: where the centres of one lattice
-fall on those of the other, that is an index, exact to the bit; elsewhere it is a bilinear resampling, antialiased when
-shrinking.
+A :class:`~acr_reg.View` is one axis-aligned affine map between an image and its augmented output, or one for each image
+of a batch, in coordinates from 0 to 1 along each axis, with half-pixel centres (torchvision's ``align_corners=False``).
+``resampling`` reads whatever lies on a lattice over the image through it.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from torch import Tensor
 
 from acr_reg.tokens import Lattice
 from acr_reg.views.affine import Affine
-from acr_reg.views.resampling import LatticeMap, read_through
+from acr_reg.views.resampling import LatticeMap
 
 Size = Sequence[int]
 
@@ -27,11 +25,11 @@ _BRIEF = 120  # characters
 
 @dataclass(frozen=True)
 class View:
-    """An augmentation as one axis-aligned affine map, shared by a batch or one for each of its images. Made by
-    HorizontalFlip, VerticalFlip, Rotate90, Scale, Crop, Compose, PerImage, Identity, or drawn by a sampler.
+    """An augmentation as one axis-aligned affine map, shared by a batch or one for each of its images. HorizontalFlip,
+    VerticalFlip, Rotate90, Scale, Crop, Compose, PerImage and Identity make views, and samplers draw them.
 
-    Immutable, comparable, hashable, picklable, and printed as it is written. ``input_size`` and ``fixed_size`` are the
-    (height, width) in pixels of its input and output where it is bound to them, as a crop is; other views take any.
+    Immutable, comparable, hashable and picklable; prints as the code that makes it. ``input_size`` and ``fixed_size``
+    are the (height, width) in pixels of its input and output if it is bound to them, as a crop is; None takes any.
 
     >>> import torch
     >>> from acr_reg import Compose, HorizontalFlip, Rotate90
@@ -50,21 +48,21 @@ class View:
     fixed_size: tuple[int, int] | None = None
     label: str = field(default="Identity()", compare=False)
     rounds: bool = field(default=False, compare=False)
-    """Whether a scale of images of any size is part of it, whose output size is rounded."""
+    """Whether it contains a scale for images of any size, which rounds its output size."""
 
     def __repr__(self) -> str:
         return self.label
 
     @property
     def brief(self) -> str:
-        """As printed, cut where the views of a batch would fill a screen."""
+        """As printed, but cut where the views of a batch would fill a screen."""
         return self.label if len(self.label) <= _BRIEF else f"{self.label[:_BRIEF]} ..."
 
     def __hash__(self) -> int:
         return self._hash
 
     @cached_property
-    def _hash(self) -> int:  # fractions are slow to hash, and maps are looked up by it for every layer
+    def _hash(self) -> int:  # fractions are slow to hash, and every layer looks its map up by the view
         return hash((self.affines, self.input_size, self.fixed_size))
 
     def __getstate__(self) -> dict[str, object]:
@@ -72,17 +70,17 @@ class View:
 
     @property
     def num_images(self) -> int:
-        """How many images it is for; 1 serves any batch."""
+        """The number of images it is for; 1 serves any batch."""
         return len(self.affines)
 
     @property
     def scales(self) -> bool:
-        """Whether sizes change, and so may have been rounded."""
+        """Whether it changes sizes, which may then have been rounded."""
         return any(zoom != 1 for affine in self.affines for zoom in affine.zoom)
 
     @property
     def shows_anything(self) -> bool:
-        """Whether its output shows any part of its input, of any image: two crops joined may not."""
+        """Whether its output shows any part of any image; a crop of a crop may show nothing."""
         return any(axes.y.low < axes.y.high and axes.x.low < axes.x.high for axes in self.affines)
 
     def of_image(self, image: int) -> View:
@@ -93,35 +91,33 @@ class View:
 
     @cached_property
     def inverse(self) -> View:
-        """The view that leads back: ``view.inverse(view(images))`` has the images' orientation, and their size too
-        unless a scaled size was rounded; :meth:`align` leads back onto a given size. What the view does not show is 0.
-        """
+        """The view back: ``view.inverse(view(images))`` has the images' orientation, and their size unless a scaled
+        size was rounded (:meth:`align` takes the size). Pixels that the view does not show are 0."""
         label = self.label[: -len(".inverse")] if self.label.endswith(".inverse") else f"{self.label}.inverse"
         affines = tuple(affine.inverse() for affine in self.affines)
         return View(affines, self.fixed_size, self.input_size, label, self.rounds)
 
     def output_size(self, size: Size) -> tuple[int, int]:
-        """The size (height, width) of this view of a map of ``size``. Raises ValueError where nothing would be left,
-        and where the views of a batch differ in size or are bound to images of another."""
+        """The size (height, width) of the view of a map of ``size``. Raises ValueError if nothing would be left, if the
+        views of a batch differ in size, or if the view is bound to images of another size."""
         sizes = list(dict.fromkeys(self._output_size(affine, size) for affine in self.affines))
         if len(sizes) > 1:
             raise ValueError(
-                f"found {self.brief} of a map of {size[0]} x {size[1]}, which gives "
-                f"{' and '.join(f'{h} x {w}' for h, w in sizes)}; expected one output size for all images; turn square "
-                "images only, and bring the views to one size by Crop(..., size=)"
+                f"{self.brief} of a map of {size[0]} x {size[1]} gives {' and '.join(f'{h} x {w}' for h, w in sizes)}. "
+                "All images need one output size. Turn square images only, or add Crop(..., size=) to the views."
             )
         output = sizes[0]
         if min(output) < 1:
             raise ValueError(
-                f"found {self.brief} of a map of {size[0]} x {size[1]}, which leaves {output[0]} x {output[1]}; "
-                "expected at least 1 x 1; scale less"
+                f"{self.brief} of a map of {size[0]} x {size[1]} leaves {output[0]} x {output[1]}. Scale less: "
+                "at least 1 x 1 must be left."
             )
         self._check_size("input", self.input_size, size, size)
         self._check_size("output", self.fixed_size, output, size, self._rounding(self.fixed_size))
         return output
 
     def _output_size(self, affine: Affine, size: Size) -> tuple[int, int]:
-        """What one image comes to; of images, not of smaller maps of them, the size that the view is bound to."""
+        """The output size for one affine: for images the bound size, for their smaller maps a computed one."""
         output, fixed = affine.output_size(size), self.fixed_size
         if fixed is None or self.input_size not in (None, tuple(size)):
             return output
@@ -129,8 +125,8 @@ class View:
         return fixed if all(o <= most for o, most in zip(off, self._rounding(fixed), strict=True)) else output
 
     def _rounding(self, fixed: Size | None) -> tuple[int, int]:
-        """How far a computed size may be off the one bound to, at each side: a pixel of a scaled image that a crop
-        then enlarges is several."""
+        """How far a computed size may be off the bound one, (height, width): a crop may enlarge a pixel of a scaled
+        image to several."""
         if fixed is None or not self.rounds:
             return 1, 1
         return 1 + fixed[0] // 5, 1 + fixed[1] // 5
@@ -138,49 +134,46 @@ class View:
     def _check_size(
         self, what: str, bound: Size | None, found: Size, size: Size, rounding: tuple[int, int] = (0, 0)
     ) -> None:
-        """A view bound to images of one size takes those, and maps of them at a lower resolution."""
+        """A view bound to images of one size takes these images, and maps of them at a lower resolution."""
         if bound is not None and not _is_reduction(bound, found, rounding):
             raise ValueError(
-                f"found {self.brief} of a map of {size[0]} x {size[1]}; expected {bound[0]} x {bound[1]} as its "
-                f"{what}, or maps of such images at a whole fraction of their resolution; draw the view for the size "
-                "of the images it is applied to"
+                f"{self.brief} got a map of {size[0]} x {size[1]}. Its {what} must be {bound[0]} x {bound[1]} or a "
+                "whole fraction of that. Draw the view for the images it is applied to."
             )
 
     def __call__(self, maps: Tensor, size: int | Size | None = None) -> Tensor:
-        """The view of images or dense maps (..., H, W): (..., H', W'), differentiable. ``size`` overrides (H', W').
+        """The view (..., H', W') of images or dense maps (..., H, W), differentiable. ``size`` overrides (H', W').
 
-        With a view for each image the first axis is the batch. What lies outside the source is 0.
+        With a view for each image the first axis is the batch. Pixels outside the source are 0.
         """
         if not isinstance(maps, Tensor):
-            raise TypeError(
-                f"found a {type(maps).__name__}; expected a tensor (..., H, W); convert images to tensors first"
-            )
+            raise TypeError(f"The images are a {type(maps).__name__}. Convert them to a tensor (..., H, W).")
         if maps.ndim < 2:
-            raise TypeError(f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W); reshape")
+            raise TypeError(f"The images have shape {tuple(maps.shape)}. Reshape them to (..., H, W).")
         self.check_batch(maps.shape[0] if maps.ndim > 2 else 1)
         pixels = self._pixel_map(maps.shape[-2:], size, str(maps.device))
         if not (maps.is_floating_point() or pixels.is_exact):
             raise TypeError(
-                f"found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected (..., H, W), in floating point "
-                f"where {self.brief} resamples; convert images with .float()"
+                f"The images are {maps.dtype} of shape {tuple(maps.shape)}, and {self.brief} resamples them. Convert "
+                "them to floating point by .float()."
             )
         return pixels(maps)
 
     def align(self, maps: Tensor, size: int | Size) -> Tensor:
-        """Maps made from ``view(images)``, (..., h', w'), carried back onto the images' grid of ``size`` (h, w)."""
+        """Carries maps (..., h', w') made from ``view(images)`` back onto the images' grid of ``size`` (h, w)."""
         return self.inverse(maps, size)
 
     def valid(self, size: Size, output_size: Size | None = None) -> Tensor:
-        """(1 or B, H', W') bool: which pixels of ``view(images)``, with images of ``size``, show the image."""
+        """(1 or B, H', W') bool: the pixels of ``view(images)`` that show the image, for images of ``size``."""
         pixels = self._pixel_map(size, output_size, "cpu")
         return rearrange(pixels.valid, "b (h w) -> b h w", h=pixels.target.height)
 
     def check_batch(self, images: int) -> None:
-        """Raises ValueError where the view holds one map for each of a different number of images."""
+        """Raises ValueError if the view is for a different number of images."""
         if self.num_images not in (1, images):
             raise ValueError(
-                f"found {self.brief}, which is for {self.num_images} images, and a batch of {images}; expected as "
-                "many; draw it for this batch, images along the first axis"
+                f"{self.brief} is for {self.num_images} images and got a batch of {images}. Draw the view for this "
+                "batch, with images along the first axis."
             )
 
     def _pixel_map(self, source: Size, size: int | Size | None, device: str) -> LatticeMap:
@@ -190,12 +183,12 @@ class View:
             size = self.output_size(source)
         else:
             self._check_size("input", self.input_size, source, source)
-        # Not cached: of random views every one is new, and maps of pixels are large.
-        return read_through(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
+        # Not cached: random views are new each time, and maps of pixels are large.
+        return LatticeMap.between(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
 
 
 def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:
-    """Whether ``found`` is the size ``full``, or that of a map at a whole fraction of it, give or take one token."""
+    """Whether ``found`` is the size ``full`` or a whole fraction of it, give or take one token."""
     return all(
         abs(large - small) <= off or any(abs(large / by - small) <= 1 for by in range(2, large + 1))
         for large, small, off in zip(full, found, rounding, strict=True)
@@ -205,11 +198,11 @@ def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:
 @lru_cache(maxsize=32)
 def map_between(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
     """The map from a ``source`` lattice of tokens on a view's input to a ``target`` lattice on its output."""
-    return read_through(view.affines, source, target, device)
+    return LatticeMap.between(view.affines, source, target, device)
 
 
 def require_view(view: object) -> None:
     if isinstance(view, View):
         return
-    drawn = "; draw one: sampler.sample(images)" if hasattr(view, "sample") else "; for instance HorizontalFlip()"
-    raise TypeError(f"found a view of type {type(view).__name__}; expected an acr_reg View{drawn}")
+    advice = "Draw one by sampler.sample(images)" if hasattr(view, "sample") else "Pass one, as HorizontalFlip()"
+    raise TypeError(f"The view is a {type(view).__name__}, not an acr_reg View. {advice}.")

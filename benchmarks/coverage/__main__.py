@@ -33,7 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from acr_reg import CaptureError, capture_attention
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.inspection.check import errors
+from acr_reg.inspection.check import reconstruction_errors
 from acr_reg.placement.modules import batch_norms
 from benchmarks.coverage.models import CANDIDATES, Candidate
 
@@ -118,7 +118,7 @@ def measure(candidate: Candidate) -> Row:
             except CaptureError as error:
                 refusal, skipped = str(error), list(attention.skipped)
             counts.append(len(layers))
-    found = [errors(layer) for layer in layers]
+    found = [reconstruction_errors(layer) for layer in layers]
     products, rows = (_worst(e[i] for e in found) for i in (1, 0))
     row: dict[str, Any] = {
         "library": candidate.library,

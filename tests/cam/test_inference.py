@@ -1,10 +1,14 @@
 """GradientCam: the maps that the functions give one by one, from a model that is left as it was."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from acr_reg import (
+    CaptureError,
     GradientCam,
     HorizontalFlip,
     Identity,
@@ -125,11 +129,52 @@ def test_dropout_is_off_meanwhile():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match="found steps=-1") as error:
+    with pytest.raises(ValueError, match="steps=-1 ") as error:
         GradientCam(multihead_vit(), steps=-1)
     assert says(error, "0 leaves propagation out")
     cam = GradientCam(multihead_vit(2))
     cam.remove()
     cam.remove()
-    with pytest.raises(RuntimeError, match="removed"):
+    with pytest.raises(CaptureError, match="removed"):
         cam(images())
+
+
+def detached(model, batch):
+    return model(batch).detach()
+
+
+def twice(model, batch):
+    return model(batch.flip(-1)) + model(batch)
+
+
+def other_run(model, batch):
+    with torch.enable_grad():
+        return torch.zeros(len(batch), 5, requires_grad=True) + 0 * model(batch).detach()
+
+
+@pytest.mark.parametrize(
+    ("options", "forward", "labels", "facts"),
+    [
+        ({}, detached, LABELS, ("logits", "detach")),
+        ({"start_layer": 0}, twice, LABELS, ("2 times", "forward=", "modules=")),
+        ({}, twice, LABELS, ("2 times", "forward=", "modules=")),  # where the first image counts the layers
+        ({}, other_run, LABELS, ("logits do not depend on these maps",)),
+        ({}, lambda model, batch: model(batch)[:1], LABELS, ("(1, 5)", "2 images", "(B, C)")),
+        ({}, None, LABELS[:, :3], ("labels", "(2, 3)", "(2, 5)")),
+        ({"class_tokens": 0}, None, LABELS, ("0 class tokens", "class_tokens=", 'query="all"')),
+        ({"start_layer": 7}, None, LABELS, ("start_layer=7", "(0, 1)")),
+        ({"method": "gradcam"}, None, LABELS, ("method='gradcam'", "cam_grad_s")),
+        ({"merge": "median"}, None, LABELS, ("merge='median'", '"mean"')),
+        ({"views": ()}, None, LABELS, ("views", "Identity()")),
+    ],
+)
+def test_errors_name_only_arguments_that_it_has(options, forward, labels, facts):
+    model = multihead_vit(2)
+    run = None if forward is None else lambda batch: forward(model, batch)
+    with GradientCam(model, forward=run, **options) as cam, pytest.raises((ValueError, CaptureError)) as error:
+        cam(images(), labels)
+    assert says(error, *facts)
+    arguments = {*inspect.signature(GradientCam).parameters, *inspect.signature(cam.__call__).parameters}
+    assert set(re.findall(r"\b([a-z_]+)=", str(error.value))) <= arguments
+    for elsewhere in ("capture_attention", "take(", "cam_fn"):
+        assert elsewhere not in str(error.value)

@@ -232,7 +232,7 @@ def test_classes_and_ids_beyond_the_range(data, run):
         result, r"2007_000032\.npy holds classes \[19\], expected 0-based classes up to 18 with --classes 20"
     )
     write_mask(data.masks / f"{NAMES[0]}.png", np.full((5, 8), 77), palette=True)
-    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.png: mask holds ids \[77\], expected 0 to 20")
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.png: mask has ids \[77\].* 0 to 20")
 
 
 def test_files_with_other_contents(data, run):
@@ -246,13 +246,13 @@ def test_files_with_other_contents(data, run):
     )
     write_mask(data.masks / f"{NAMES[0]}.png", np.zeros((5, 8)), palette=False)
     np.save(data.cams / f"{NAMES[0]}.npy", {0: np.full((5, 8), 3.5)})
-    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.npy with .*from 3\.5 to 3\.5, expected \[0, 1\]")
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.npy with .*from 3\.5 to 3\.5.*\[0, 1\]")
 
 
 def test_masks_without_a_known_pixel(data, run):
     for name, size in zip(NAMES, [(5, 8), (9, 4), (6, 7)], strict=True):
         write_mask(data.masks / f"{name}.png", np.full(size, 255), palette=False)
-    assert_user_error(run("evaluate", *data.options()), "--masks .*no pixel was counted")
+    assert_user_error(run("evaluate", *data.options()), "--masks .*[Nn]o pixel was counted")
 
 
 def test_maps_keyed_otherwise_raise_a_warning(data, run):

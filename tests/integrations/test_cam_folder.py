@@ -177,7 +177,7 @@ def test_without_failures_progress_false_is_silent(tmp_path, photos, capsys):
     [
         (lambda maps: maps * torch.nan, "holds values from nan to nan"),
         (lambda maps: maps[:, :2], r"found maps of shape \(1, 2, .* expected \(1, 4, h, w\)"),
-        (lambda maps: maps[0], r"found maps of shape \(4, 4, 4\) from cam_fn"),
+        (lambda maps: maps[0], r"cam_fn returned maps of shape \(4, 4, 4\)"),
         (lambda maps: maps.view(5, 5), r"RuntimeError: shape '\[5, 5\]' is invalid"),
     ],
 )

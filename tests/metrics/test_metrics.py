@@ -189,7 +189,7 @@ def test_counters_add_up():
         part.update(cam, mask, classes)
         whole.update(cam, mask, classes)
     np.testing.assert_array_equal((parts[0] + parts[1] + parts[2]).compute().miou, whole.compute().miou)
-    with pytest.raises(ValueError, match="settings differ"):
+    with pytest.raises(ValueError, match=r"True, 255\).*True, 9\)"):
         parts[0] + CamMeanIoU(6, ignore_index=9)
     with pytest.raises(TypeError):
         parts[0] + 1
@@ -205,21 +205,21 @@ NAN = np.where(np.arange(6).reshape(1, 2, 3) == 4, np.nan, 0.5)
     [
         (NAN, MASK, [1], "NaN"),
         (CAM * np.inf, MASK, [1], "NaN or infinite"),
-        (CAM * 3, MASK, [1], r"from 1.5 to 1.5, expected \[0, 1\]"),
-        (CAM - 1, MASK, [1], r"from -0.5 to -0.5, expected \[0, 1\]"),
-        (CAM.astype(complex), MASK, [1], "complex128"),
-        (CAM[:, :, :2], MASK, [1], "cam has size 2x2 and mask 2x3"),
-        (CAM[0], MASK, [1], r"expected \(K, H, W\)"),
-        (CAM, MASK[None], [1], r"expected \(K, H, W\)"),
-        (CAM, MASK, [0], r"classes are \[0\], expected ids 1 to 2"),
-        (CAM, MASK, [3], r"classes are \[3\], expected ids 1 to 2"),
-        (CAM, MASK, [1.0], "float64, expected whole numbers"),
-        (CAM, MASK, [1, 2], "1 maps and there are 2 classes"),
-        (CAM, MASK, None, "1 maps and there are 2 classes.*pass classes"),
-        (np.concatenate([CAM, CAM]), MASK, [2, 2], "each class once"),
-        (CAM, MASK + 1, [1], r"mask holds ids \[3, 256\]"),
-        (CAM, MASK - 1, [1], r"mask holds ids \[-1, 254\]"),
-        (CAM, -MASK % 3 - 1, [1], r"mask holds ids \[-1\]"),
+        (CAM * 3, MASK, [1], r"cam .*from 1\.5 to 1\.5.*\[0, 1\]"),
+        (CAM - 1, MASK, [1], r"cam .*from -0\.5 to -0\.5.*\[0, 1\]"),
+        (CAM.astype(complex), MASK, [1], "cam .*complex128"),
+        (CAM[:, :, :2], MASK, [1], "cam is 2 x 2 and mask 2 x 3"),
+        (CAM[0], MASK, [1], r"cam has shape \(2, 3\) .*\(K, H, W\)"),
+        (CAM, MASK[None], [1], r"mask \(1, 2, 3\).*\(H, W\)"),
+        (CAM, MASK, [0], r"classes are \[0\].* ids 1 to 2 \(0 is background\)"),
+        (CAM, MASK, [3], r"classes are \[3\].* ids 1 to 2"),
+        (CAM, MASK, [1.0], "classes .*float64.* ids 1 to 2"),
+        (CAM, MASK, [1, 2], "cam has 1 maps for 2 classes"),
+        (CAM, MASK, None, "cam has 1 maps for 2 classes.*classes="),
+        (np.concatenate([CAM, CAM]), MASK, [2, 2], r"classes are \[2, 2\].*each class once"),
+        (CAM, MASK + 1, [1], r"mask has ids \[3, 256\].* 0 to 2, or 255"),
+        (CAM, MASK - 1, [1], r"mask has ids \[-1, 254\]"),
+        (CAM, -MASK % 3 - 1, [1], r"mask has ids \[-1\]"),
         (CAM, MASK / 2, [1], "mask has dtype float64"),
     ],
 )
@@ -227,13 +227,13 @@ def test_bad_input_is_named_and_counts_nothing(cam, mask, classes, message):
     metric = CamMeanIoU(3)
     with pytest.raises(ValueError, match=message):
         metric.update(cam, mask, classes)
-    with pytest.raises(ValueError, match="no pixel was counted"):
+    with pytest.raises(ValueError, match="No pixel was counted"):
         metric.compute()
 
 
 def test_bad_input_without_background():
     metric = CamMeanIoU(3, background=False)
-    with pytest.raises(ValueError, match="expected at least one"):
+    with pytest.raises(ValueError, match=r"cam has no map.*at least one"):
         metric.update(np.zeros((0, 2, 3)), MASK, [])
     with pytest.raises(ValueError, match="NaN"):
         metric.update(NAN, MASK, [0])
@@ -244,7 +244,7 @@ def test_bad_input_without_background():
 def test_a_data_set_of_ignored_pixels_has_no_score():
     metric = CamMeanIoU(3)
     metric.update(CAM, np.full((2, 3), 255), [1])
-    with pytest.raises(ValueError, match="no pixel was counted"):
+    with pytest.raises(ValueError, match="No pixel was counted"):
         metric.compute()
 
 
@@ -255,9 +255,9 @@ def test_bad_thresholds(thresholds):
 
 
 def test_too_few_classes():
-    with pytest.raises(ValueError, match="num_classes is 1, expected at least 2"):
+    with pytest.raises(ValueError, match=r"num_classes is 1.*background=True.*at least 2"):
         CamMeanIoU(1)
-    with pytest.raises(ValueError, match="num_classes is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"num_classes is 0.*background=False.*at least 1"):
         CamMeanIoU(0, background=False)
 
 

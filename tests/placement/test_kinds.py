@@ -510,7 +510,7 @@ def test_propagation_over_reduced_keys_is_refused_by_name() -> None:
     for grid, layers in (((2, 3), [0]), (GRID, None)):
         with pytest.raises(ValueError, match=r"layers \[0\]") as error:
             propagate_cam(torch.rand(2, 5, *grid), maps, layers=layers)
-        assert says(error, "2 x 3" if layers else "4 x 6", "choose layers=" + ("those" if layers else "[1]"))
+        assert says(error, "2 x 3" if layers else "4 x 6", "over layers " + ("of one stage" if layers else "[1]"))
     assert propagate_cam(torch.rand(2, 5, *GRID), maps, layers=[1]).shape == (2, 5, *GRID)
 
 
