@@ -189,9 +189,9 @@ def test_quick_demo_ends_well_and_says_that_its_figures_mean_nothing(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "28"], "--size is for photos; give their folder by --voc DIR"),
-        (["--seeds", "0"], "--seeds is 0, expected at least 1"),
-        (["--affinity-weight", "-1"], "--affinity-weight is -1.0, expected a number of 0 or more"),
+        (["--size", "28"], "--size is for photos. Give their folder by --voc DIR"),
+        (["--seeds", "0"], "--seeds is 0. It must be at least 1"),
+        (["--affinity-weight", "-1"], "--affinity-weight is -1.0. It must be a number of 0 or more"),
         (["--quick", "--voc", "photos"], "--quick is for the synthetic scenes"),
     ],
 )
