@@ -116,8 +116,8 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
     height, width = images.shape[-2:]
     if height % _MULTIPLE or width % _MULTIPLE:
         raise ValueError(
-            f"The view is {height} x {width} px, and its sides must be multiples of {_MULTIPLE}. Use flips, quarter "
-            "turns, Scale(..., keep_size=True), or crops and scales to such sizes."
+            f"The view is {height} x {width} px. Its sides must be multiples of {_MULTIPLE}: use flips, quarter turns, "
+            "Scale(..., keep_size=True), or such a crop."
         )
     encoder = part(host.network, "encoder", "AFA")
     return host.run(lambda: encoder(images))

@@ -145,8 +145,8 @@ class FeatureRecorder:
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
             raise CaptureError(
-                f"A pass through the encoder did not reach {self._name}, which the class maps are made of. Call take() "
-                "right after the host's whole forward pass."
+                f"A pass through the encoder did not reach {self._name}, which makes the class maps. Call take() right "
+                "after the host's whole forward."
             )
         return found[index]
 
@@ -187,7 +187,7 @@ def part(network: nn.Module, name: str, family: str) -> nn.Module:
     found = dict(network.named_modules()).get(name)
     if found is None:
         raise ValueError(
-            f"{type(network).__name__} has no {name!r}, so it is no model of the {family} family. Use the file that "
-            "serves this host (README, table of hosts), or capture_attention."
+            f"{type(network).__name__} has no {name!r}, unlike the {family} family. Use the host file for it (README), "
+            "or capture_attention."
         )
     return found

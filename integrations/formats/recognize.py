@@ -26,7 +26,7 @@ def format_of(content: Any, format: Format | None) -> Format:
         return format
     if _may_be_of_a_crf_pair(maps):
         raise ValueError(
-            "Key 0 could be the background in a file of a CRF pair, or class 0 in a PSA dict. Say which: "
+            "Key 0 could be the background of a CRF pair, or class 0. Say which: "
             'format="psa_crf" or format="psa" (evaluate --format, convert --from).'
         )
     return "psa"
