@@ -1,4 +1,4 @@
-"""Command line: ``python -m acr_reg COMMAND``. Each command is a module with add_arguments(parser) and run(args)."""
+"""The command line ``python -m acr_reg COMMAND``. Each command is a module with add_arguments(parser) and run(args)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,10 @@ class Command(NamedTuple):
     summary: str
 
 
-# Only the module of the command asked for is imported: the others may need packages that are not installed.
+# Only the module of the given command is imported: the others may need packages that are not installed.
 COMMANDS = {
-    "check": Command(
-        "acr_reg.commands.check", "show what a capture sees of a model: the first thing to run on a new one"
-    ),
-    "convert": Command("acr_reg.commands.convert", "carry saved class maps into the file format of another codebase"),
+    "check": Command("acr_reg.commands.check", "show what a capture sees of a model; run this first on a new model"),
+    "convert": Command("acr_reg.commands.convert", "convert saved class maps into the file format of another codebase"),
     "demo": Command("acr_reg.commands.demo", "train without and with ACR on the same images and compare"),
     "evaluate": Command(
         "acr_reg.commands.evaluate", "score saved class maps against masks at every background threshold"
@@ -30,10 +28,10 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command. Returns its exit code; 2 for an error of the user, as argparse does."""
+    """Run one command. Returns its exit code: 2 for an error of the user, as in argparse."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments else ""
-    parser = argparse.ArgumentParser(prog="python -m acr_reg", description="Attention consistency: commands.")
+    parser = argparse.ArgumentParser(prog="python -m acr_reg", description="Commands of attention consistency.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     try:
         for known, command in COMMANDS.items():
@@ -49,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "acr_reg"):
             raise
-        message = f'this command needs the package {package}; install it with: pip install "acr-reg[demo]"'
+        message = f'This command needs the package {package}. Install it with: pip install "acr-reg[demo]"'
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

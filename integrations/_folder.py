@@ -1,4 +1,4 @@
-"""Fills a folder with one file of class maps an image: finished ones are passed over, bad ones are told and skipped."""
+"""Fills a folder with one file of class maps per image. Finished images are passed over, bad ones named and skipped."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from pathlib import Path
 
 import numpy.typing as npt
 
-from acr_reg.integrations._progress import show_progress
 from acr_reg.integrations.formats import Format, check_format, load_cams, save_cams, save_crf_pair
+from acr_reg.integrations.formats.save import ALPHAS, check_alphas
+from acr_reg.integrations.progress import show_progress
 
-ALPHAS = (4.0, 32.0)  # PSA's own
 _SHOWN = 5
 
-# Of an id: its maps, as for save_cams, and the (H, W) of the image, or None where the maps have it.
+# From an ID to its maps, as save_cams takes them, and the (H, W) of the image (None: the maps have that size).
 MakeMaps = Callable[[str], tuple[Mapping[int, npt.ArrayLike], tuple[int, int] | None]]
 
 
 class StopRun(RuntimeError):
-    """Raised where going on with the next image makes no sense."""
+    """Raised when it makes no sense to go on with the next image."""
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What a run over many images did, by their ids.
+    """What a run over many images did, by their IDs.
 
-    ``failed`` says of each image that was skipped what was wrong with it; a run is complete where it is empty. Running
-    again takes up what is missing.
+    ``failed`` maps each image that was skipped to what was wrong with it. If it is empty, the run is complete. Running
+    again makes what is missing.
     """
 
     written: list[str] = field(default_factory=list)
@@ -36,16 +36,16 @@ class FolderReport:
     failed: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        text = f"{len(self.written)} written, {len(self.existing)} there before, {len(self.failed)} failed"
+        text = f"{len(self.written)} written, {len(self.existing)} already there, {len(self.failed)} failed"
         for name, message in list(self.failed.items())[:_SHOWN]:
             text += f"\n  {name}: {message}"
         more = len(self.failed) - _SHOWN
-        return text + (f"\n  and {more} more, in the report's `failed`" if more > 0 else "")
+        return text + (f"\n  and {more} more (`failed` of the report names all)" if more > 0 else "")
 
 
 @dataclass(frozen=True)
 class CamFolder:
-    """Where the files of a format go: a folder, or for a CRF pair two, named after it and their alpha."""
+    """Where the files of a format go: one folder, or two for a CRF pair, named after it and their alpha."""
 
     path: Path
     format: Format
@@ -53,8 +53,7 @@ class CamFolder:
 
     def __post_init__(self) -> None:
         check_format(self.format)
-        if not 0 < self.alphas[0] < self.alphas[1] < float("inf"):
-            raise ValueError(f"found alphas={self.alphas}; expected 0 < low < high; PSA takes {ALPHAS}")
+        check_alphas(self.alphas)
 
     @property
     def folders(self) -> list[Path]:
@@ -77,24 +76,24 @@ class CamFolder:
             save_cams(files[0], maps, self.format, size)
 
     def check(self, name: str) -> None:
-        """Raises ValueError where the finished file of an earlier run is in another format: the folder would mix."""
+        """Raises ValueError if the file of an earlier run is in another format: the folder would mix formats."""
         file = self.files(name)[0]
         try:
             load_cams(file, self.format)
         except ValueError as error:
             raise ValueError(
-                f"found {file} of an earlier run, which is not in the format {self.format}; expected one format in a "
-                f"folder; choose another folder, or overwrite the files ({error})"
+                f"{file} of an earlier run is not in the format {self.format}. Choose another folder, or overwrite the "
+                f"files. ({error})"
             ) from error
 
 
 def fill(
     target: CamFolder, names: Sequence[str], make: MakeMaps, what: str, overwrite: bool, progress: bool
 ) -> FolderReport:
-    """Makes and saves the maps of every id whose files are not all there.
+    """Makes and saves the maps of every ID whose files are not all there.
 
-    An error of ``make``, or maps that cannot be saved as they are, fail that id alone; an error of the disk ends the
-    run, and so does a :class:`StopRun`. Notes of failures and the summary go to standard error.
+    If ``make`` raises, or its maps cannot be saved as they are, that ID alone fails. An error of the disk ends the run,
+    and so does a :class:`StopRun`. Failures and the summary are written to standard error.
     """
     for folder in target.folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,8 @@ def fill(
         target.check(finished[0])
     report = FolderReport(existing=finished)
     waiting = [name for name in names if name not in set(finished)]
-    with show_progress(what, len(waiting), progress) as bar:
+    with show_progress(progress) as bar:
+        step = bar.begin(what, len(waiting))
         for name in waiting:
             try:
                 _one(target, name, make)
@@ -112,14 +112,14 @@ def fill(
                 bar.note(f"{name} skipped: {error}")
             else:
                 report.written.append(name)
-            bar.step()
+            step()
         if progress or report.failed:
             bar.note(f"{', '.join(map(os.fspath, target.folders))}: {report}")
     return report
 
 
 def _one(target: CamFolder, name: str, make: MakeMaps) -> None:
-    """Raises ValueError for whatever is this image's own fault."""
+    """Raises ValueError for what is wrong with this image alone."""
     try:
         maps, size = make(name)
     except StopRun:

@@ -1,40 +1,41 @@
 """ACR_WSSS, the published code of all-pairs consistency: the same gradients, on any number of ranks and any grid.
 
-``AllPairsConsistencyLoss.paper`` takes the place of the host's loops over rows. With the horizontal flip its gradients
-are the host's own on square images, to rounding, and right where the host's are not: on images that are not square
-and for the distilled DeiT, whose second prefix token shifts its rows by one. The class map of ``getam`` with
-``--aff`` is ``propagate_cam(class_token_gradient_cam(...))``, for the distilled DeiT too, where infer_cam.py stops.
+``AllPairsConsistencyLoss.paper`` replaces the host's loops over rows. With the horizontal flip on square images, its
+gradients equal the host's up to rounding. It is also right where the host is wrong: on images that are not square, and
+for the distilled DeiT, whose second prefix token shifts its rows by one. The class map of ``getam`` with ``--aff`` is
+``propagate_cam(class_token_gradient_cam(...))``, also for the distilled DeiT, at which infer_cam.py stops.
 
-What is regularised: the class token's row and the pairs of patches, in all twelve blocks. For the class map's term as
-well, pass ``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` to the loss, whose weight is then 1.
-Weights to start from: the ImageNet weights at 384 px that the host itself downloads (``jx_vit_base_resnet50_384``,
+What is regularised: the class token's row and the pairs of patches, in all twelve blocks. To add the class map's term,
+pass ``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` to the loss; its weight is then 1. Weights to start
+from: the ImageNet weights at 384 px that the host itself downloads (``jx_vit_base_resnet50_384``,
 ``jx_vit_base_p16_384``, ``deit_base_patch16_384``, ``deit_base_distilled_patch16_384``).
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at 530a59d, random weights, 64 px: ``train()`` of
-train_acr.py, two steps, with vitb_hybrid, deit and deit_distilled on one rank and deit on two gloo ranks; ``train()``
-of train_acr_coco.py with deit, of infer_cam.py with vitb_hybrid. vitb ran forward only. Stubbed: the images (OpenCV),
-pydensecrf, nccl, ``.cuda()``, SyncBatchNorm, saving, and the download.
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at 530a59d, random weights, 64 px: two steps of
+``train()`` of train_acr.py, with vitb_hybrid, deit and deit_distilled on one rank, and deit on two gloo ranks;
+``train()`` of train_acr_coco.py with deit, and of infer_cam.py with vitb_hybrid. vitb ran forward only. Stubbed: the
+images (OpenCV), pydensecrf, nccl, ``.cuda()``, SyncBatchNorm, saving, and the download.
 
-Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or not: the host resizes its table of
-positions. The host's own ``img2`` is no longer used.
+Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or not, because the host resizes its
+position table. The host's own ``img2`` is no longer used.
 
-Noise floor: 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a flip at random
-weights activation and affinity, per row, are 0.07 (vitb_hybrid, 192 and 224 px) and 0.08 (deit_distilled, 64 px).
+Noise floor: 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a flip with random
+weights, activation and affinity per row are 0.07 (vitb_hybrid, 192 and 224 px) and 0.08 (deit_distilled, 64 px).
 
-Faults of the published code that the lines repair: the call around DDP, after which ranks have gradients of their own;
-grids that are not square; the token of the distilled DeiT; the copies of the stacked maps in backward. Faults that
-remain the host's: weight decay passed as momentum, all ranks on the same list, maps kept on its modules with their
-graph until the next pass (deepcopy of the model fails meanwhile, and inference or validation under ``torch.no_grad``
-reads stale ones), a table of activations that all models of a process share, and inference for batches of one.
+The lines repair these faults of the published code: the call around DDP, after which each rank has gradients of its
+own; grids that are not square; the second prefix token of the distilled DeiT; the copies of the stacked maps in
+backward. These faults remain: weight decay is passed as momentum; all ranks read the same list; maps stay on the
+modules with their graph until the next pass (meanwhile deepcopy of the model fails, and inference or validation under
+``torch.no_grad`` reads stale maps); all models of a process share one table of activations; inference takes batches of
+one only.
 
-What does not work. vitl: its tokens are 1024 wide and its head takes 768, so the host's forward pass fails. And the
-ResNet stem of vitb_hybrid, the default, puts tokens off the middle of their 16 pixels, which no module tells: the loss
-warns and takes the middle, as the published code does. ``acr_reg.check`` measures how far apart the flip matches
-tokens there: at random weights 10 px (queries) and 17 px (keys) at 128 px, 12 and 11 px at 192 px; below 1 px for
+What does not work. vitl: its tokens are 1024 wide and its head takes 768, so the host's forward pass fails. The ResNet
+stem of vitb_hybrid, the default, puts tokens off the middle of their 16 pixels, and no module says where. The loss
+warns and takes the middle, as the published code does. ``acr_reg.check`` measures how far apart the flip matches tokens
+there: with random weights 10 px (queries) and 17 px (keys) at 128 px, 12 and 11 px at 192 px; below 1 px for
 deit_distilled.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or in place
-of the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or replace
+the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
 
     OpenNLPLab/ACR_WSSS at 530a59d
         train_acr.py, before line 2:
@@ -86,8 +87,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and the patches' attention of all blocks, and the last block's tokens; a distilled
-    DeiT has a second prefix token."""
+    """Captures the class token's and patches' attention in all blocks, and the tokens of the last block. A distilled
+    DeiT has a second prefix token. Raises ValueError for a model of another family."""
     vit = part(unwrap(model), "pretrained.model", "ACR_WSSS")
     blocks = part(vit, "blocks", "ACR_WSSS")
     last = list(blocks.children())[-1]
@@ -101,14 +102,14 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """The model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), H and W multiples of 16, through DDP
-    where the model is wrapped. ``output`` is what it returns, the class token's logits first."""
+    """Runs the model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), H and W multiples of 16, through
+    DDP if the model is wrapped. ``output`` is what it returns, the class token's logits first."""
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map of the patches (B, C, h, w) of any range, on the graph: the classification head on each patch, as
-    ``forward_cam`` has it, before its ReLU and without the distillation token that it takes for a patch."""
+    """The class map (B, C, h, w) in any range, on the graph: the classification head on each patch, as in
+    ``forward_cam``, but before its ReLU, and without the distillation token, which it takes for a patch."""
     assert view.features is not None
     layout = view.attention[-1].layout
     head = part(view.network, "cls_head", "ACR_WSSS")

@@ -1,7 +1,7 @@
-"""The lines that a host file's docstring adds to its host, read as data and put into a copy of the host's source.
+"""Reads the lines that a host file's docstring adds to its host, and puts them into a copy of the host's source.
 
-A docstring names a host, then files and the lines that code stands before or takes the place of, then the code, four
-more spaces each::
+A docstring names a host; then files, each with the line that code stands before, or the lines that it replaces; then
+the code. Each level is indented by four more spaces::
 
     owner/name at 0123abc (what it is)
         folder/file.py, before line 12:
@@ -9,7 +9,7 @@ more spaces each::
         folder/file.py, in place of lines 14 to 16:
             print("at the indentation of line 14")
 
-A heading that ends in ``on today's torch and timm`` holds what the host itself needs to run there, without ACR.
+A heading that ends in ``on today's torch and timm`` holds the edits that the host itself needs there, without ACR.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["Added", "add_lines", "added_lines", "with_added_lines"]
 
 @dataclass(frozen=True)
 class Added:
-    """Code that stands before line ``first``, counted from 1, and takes the place of the lines before ``end``."""
+    """Code that replaces the lines from ``first`` (counted from 1) up to, but without, ``end``."""
 
     first: int
     end: int
@@ -38,9 +38,11 @@ _PLACE = re.compile(r"        (\S+\.py), (?:before line (\d+)|in place of lines 
 
 
 def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = False) -> Lines:
-    """file -> what to add to it, for ``owner/name`` at a commit of seven digits. ``today``: the edits that
-    the host itself needs on today's versions, {} where it needs none. Raises ValueError for a host that the docstring
-    does not name."""
+    """What to add to each file of ``owner/name`` at a commit of seven digits.
+
+    With ``today``: the edits that the host itself needs on today's versions, {} if it needs none. Raises ValueError for
+    a host that the docstring does not name.
+    """
     named = False
     in_host = False
     code: list[str] | None = None
@@ -61,21 +63,20 @@ def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = Fal
             code = None
     if not named or (not parts and not today):
         raise ValueError(
-            f"found no lines to add to {host} at {commit} in {module.__name__}; expected one of the hosts that its "
-            "docstring names; look there for the commits"
+            f"{module.__name__} has no lines to add to {host} at {commit}. Its docstring names the hosts and commits."
         )
     return {file: [Added(first, end, "\n".join(code)) for first, end, code in found] for file, found in parts.items()}
 
 
 def with_added_lines(source: str, lines: list[Added]) -> str:
-    """The source with each code at its place, at the indentation of the line that it stands before or replaces."""
+    """The source with all code in place, indented like the line that it stands before or replaces."""
     text = source.splitlines()
     for added in sorted(lines, key=lambda added: added.first, reverse=True):
         inside = 1 <= added.first <= len(text) and added.first <= added.end <= len(text) + 1
         if not inside or not text[added.first - 1].strip():
             raise ValueError(
-                f"found no code at line {added.first} of {len(text)}; expected a line that shows the indentation; is "
-                "this the commit that the docstring names?"
+                f"Line {added.first} of {len(text)} holds no code to take the indentation from. Check out the commit "
+                "that the docstring names."
             )
         line = text[added.first - 1]
         indent = line[: len(line) - len(line.lstrip())]
@@ -84,12 +85,12 @@ def with_added_lines(source: str, lines: list[Added]) -> str:
 
 
 def add_lines(folder: Path, *additions: Lines) -> None:
-    """Rewrites the files of a copy of the host. Line numbers of all ``additions`` count in the files as they are."""
+    """Rewrites the files in a copy of the host. The line numbers of all ``additions`` are those of the files before."""
     changed = {}
     for file in dict.fromkeys(name for lines in additions for name in lines):
         path = folder / file
         if not path.is_file():
-            raise ValueError(f"found no {file} in {folder}; expected a checkout of the host; look at the path")
+            raise ValueError(f"There is no {file} in {folder}. Give the folder of a checkout of the host.")
         places = [place for lines in additions for place in lines.get(file, [])]
         changed[path] = with_added_lines(path.read_text(encoding="utf-8"), places)
     for path, text in changed.items():  # all or none

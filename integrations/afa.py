@@ -1,38 +1,38 @@
-"""AFA: a Mix Transformer (MiT) without class token, whose keys are reduced, and a class map by 1 x 1 convolution.
+"""AFA: a Mix Transformer (MiT) without class token, with reduced keys, and a class map by 1 x 1 convolution.
 
 What is regularised: the attention of all blocks of the four stages on the training images, and the class map. There is
-no class token, hence no activation term: its weight is 0. Queries and keys lie on grids of their own, and overlapping
-patch embeddings move tokens by up to 7.5 px off the middle of their pixels; both are read off the convolutions that
-ran. The ``attns`` that the host returns are pooled logits without scale, and are not used. The pseudo labels of each
-step come from further passes under ``torch.no_grad``, which are not recorded, wherever they stand.
+no class token, so there is no activation term, and its weight is 0. Queries and keys lie on grids of their own, and
+overlapping patch embeddings move tokens by up to 7.5 px off the middle of their pixels. Both are read from the
+convolutions that ran. The ``attns`` that the host returns are pooled logits without scale, and are not used. The pseudo
+labels of each step come from further passes under ``torch.no_grad``, which are never recorded.
 Weights to start from: SegFormer's MiT-B1 of ImageNet-1k, pretrained/mit_b1.pth, which the host loads itself.
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, MiT-B1 at 64 px: ``train()`` of both
-scripts, two steps, the first before and the second after ``cam_iters``, that of VOC with logging and validation too,
-and on two gloo ranks. Stubbed: the data set, the YAML configuration, TensorBoard, pydensecrf, the CUDA calls, and
-mmcv's ConvModule, whose SyncBN refuses a CPU. mmcv 1.7.2 does not build on Python 3.11; mmcv-lite 2.2.0 has what the
-host needs of it, and with it (BatchNorm for SyncBN) VOC's steps and its data set, on made-up photos, ran as well.
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, MiT-B1 at 64 px: two steps of ``train()``
+of both scripts, one before and one after ``cam_iters``; the VOC script also with logging and validation, and on two
+gloo ranks. Stubbed: the data set, the YAML configuration, TensorBoard, pydensecrf, the CUDA calls, and mmcv's
+ConvModule, whose SyncBN refuses a CPU. mmcv 1.7.2 does not build on Python 3.11. mmcv-lite 2.2.0 has what the host
+needs: with it (and BatchNorm for SyncBN), the VOC steps and the VOC data set ran as well, on made-up photos.
 
-Padding. Photos smaller than the crop are padded; ``img_box`` says where a crop shows the photo, and ``valid`` leaves
+Padding. Photos smaller than the crop are padded. ``img_box`` says where a crop shows the photo, and ``valid`` leaves
 the rest out of both terms.
 
-Views: flips, quarter turns, crops and scales, square or not, whose sides are multiples of 32; ``second_view`` refuses
-others, which the host's pooling of its logits cannot take.
+Views: flips, quarter turns, crops and scales, square or not, whose sides are multiples of 32. ``second_view`` refuses
+others, because the host cannot pool their logits.
 
-Noise floor. drop_path of up to 0.1 gives two passes on the same images different attention. Two images of uniform noise
-at 320 px, two classes present, seed 0, random weights (attention close to uniform), train mode: over 16 pairs of passes
-under identity affinity 0.0015 (standard deviation 0.0011, largest 0.0032) and cam 0.042 (0.019, 0.061), 0 where no
-path was dropped; over 4 pairs under the flip 0.0266 and 0.194. In eval mode the floor is exactly 0.
+Noise floor. With drop_path of up to 0.1, two passes on the same images have different attention. On two images of
+uniform noise at 320 px, with two classes present, seed 0, random weights (attention close to uniform) and train mode,
+16 pairs of passes under identity gave affinity 0.0015 (standard deviation 0.0011, largest 0.0032) and cam 0.042 (0.019,
+0.061), and 0 if no path was dropped; 4 pairs under the flip gave 0.0266 and 0.194. In eval mode the floor is exactly 0.
 
 What does not work. An activation term, and class maps by a class token's gradient. The second view runs the encoder
 alone, so the paper's second classification loss needs a line of its own, on
-``network.classifier(network.pooling(second.features, (1, 1)))``. The maximum over patches gives that loss, as the
-host's own, a gradient at one patch a class: the class map takes it at all patches.
+``network.classifier(network.pooling(second.features, (1, 1)))``. Like the host's own loss, that loss has a gradient at
+one patch per class only, because of the maximum over patches. The term of the class map has one at all patches.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. Those on
-today's torch and timm are what the host itself needs: numpy has lost a module that the data sets import in vain, and
-``torch.distributed.launch`` passes ``--local-rank`` with another dash. pydensecrf is imported and, in training, not
-called.
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
+itself needs the lines "on today's torch and timm": numpy has dropped a module that the data sets import without using
+it, and ``torch.distributed.launch`` passes ``--local-rank``, with a dash. pydensecrf is imported, but not called in
+training.
 
     rulixiang/afa at adcfa29
         scripts/dist_train_voc.py, before line 8:
@@ -95,13 +95,13 @@ from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, in
 
 __all__ = ["cams", "capture", "inside", "second_view"]
 
-# Keys of the first three stages are reduced to one in 32 x 32 px; the host folds its logits onto them.
+# Keys of the first three stages are reduced to one per 32 x 32 px, and the host folds its logits onto them.
 _MULTIPLE = 32
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the attention of all four stages' blocks, and the last stage's feature map. Raises ValueError for a
-    model of another family."""
+    """Captures the attention of the blocks of all four stages, and the feature map of the last stage. Raises ValueError
+    for a model of another family."""
     network = unwrap(model)
     for name in ("encoder.block4", "classifier"):
         part(network, name, "AFA")
@@ -111,20 +111,20 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """The encoder alone on ``images`` (B, 3, H, W), H and W multiples of 32: outside of DDP's wrapper, whose gradients
-    its own join before DDP averages them. Raises ValueError for images of another size."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of 32, outside DDP's wrapper: its gradients
+    join those of the wrapped pass before DDP averages them. Raises ValueError for images of another size."""
     height, width = images.shape[-2:]
     if height % _MULTIPLE or width % _MULTIPLE:
         raise ValueError(
-            f"found a view of {height} x {width} px; expected multiples of {_MULTIPLE}, the step of the reduced keys; "
-            f"use flips, quarter turns, Scale(..., keep_size=True), or a crop or scale to multiples of {_MULTIPLE}"
+            f"The view is {height} x {width} px. Its sides must be multiples of {_MULTIPLE}: use flips, quarter turns, "
+            "Scale(..., keep_size=True), or such a crop."
         )
     encoder = part(host.network, "encoder", "AFA")
     return host.run(lambda: encoder(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) of any range, C without the background, on the graph; the host detaches its own."""
+    """The class map (B, C, h, w) in any range, C without the background, on the graph (the host detaches its own)."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "AFA")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

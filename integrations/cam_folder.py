@@ -1,4 +1,4 @@
-"""The class maps of a list of images, from a model into a folder in a format that the next stage reads."""
+"""Writes the class maps of a list of images into a folder, in the format that the next stage reads."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from acr_reg import Identity, Lattice, View, multi_view_cam, normalize_cam
-from acr_reg.integrations._folder import ALPHAS, CamFolder, FolderReport, StopRun, fill
+from acr_reg.integrations._folder import CamFolder, FolderReport, StopRun, fill
 from acr_reg.integrations.formats import Format
+from acr_reg.integrations.formats.save import ALPHAS
 
 __all__ = ["FolderReport", "write_cams"]
 
-_TRIES = 3  # before an error of `cam` that met every image so far is taken for a mistake in it
+_TRIES = 3  # so many images must fail, and none succeed, before `cam` itself is taken to be wrong
 
 
 def write_cams(
@@ -38,33 +39,35 @@ def write_cams(
     overwrite: bool = False,
     progress: bool = True,
 ) -> FolderReport:
-    """Write the class maps of every image, at its own size, in [0, 1], to ``folder/ID.npy``, ID its file name's stem.
+    """Write the class maps of every image, at its own size and in [0, 1], to ``folder/ID.npy``. ID is the image's file
+    name without its ending.
 
-    A run that was broken off goes on where it was: images whose files are there are passed over, and a file is whole
-    or not there. An image that cannot be read, or whose maps cannot be made or hold NaN, is named on standard error
-    and skipped; the run ends with a summary there, and the report says which they were. Progress is a bar where
+    A run that was interrupted can be started again: images whose files exist are passed over, and a file is either
+    whole or absent. An image is skipped, and named on standard error, if it cannot be read, or if its maps cannot be
+    made or hold NaN. The run ends with a summary there, and the report names the skipped images. Progress is a bar if
     standard error is a terminal and rich is installed, else a line every ten seconds.
 
     Args:
-        cam: of an image (1, 3, h, w) and its labels (1, C), both on the transform's device, the maps (1, C, h', w'),
-            not normalised: a :class:`~acr_reg.GradientCam`, or a function of yours. Maps of absent classes are left
-            out.
+        cam: takes an image (1, 3, h, w) and its labels (1, C), both on the transform's device, and returns the maps
+            (1, C, h', w'), not normalised: a :class:`~acr_reg.GradientCam`, or a function of yours. Maps of absent
+            classes are left out.
         images: paths of the photos.
-        labels: of each ID its (C,) labels, > 0 for the classes present, as ``cls_labels.npy`` of PSA holds them.
-        folder: made if need be. For ``psa_crf`` two folders, named ``folder_4`` and ``folder_32`` after the alphas.
-        transform: of the photo in RGB its tensor (3, h, w), on the model's device. It may resize the photo, but not
-            crop or pad it: the maps are stretched over the whole of it.
-        format: of :data:`~acr_reg.integrations.formats.FORMATS`.
-        views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. By default
-            the image alone, as is right for a GradientCam, which merges its own views.
-        normalize: "minmax" as MCTformer and ACR do, "max" as PSA and IRN do; after the maps are enlarged.
-        alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`; for ``psa_crf`` only. No CRF is run.
-        overwrite: make the maps again that are there.
-        progress: show it. Failures are told in any case.
+        labels: from each ID to its (C,) labels, > 0 for the classes present, as in PSA's ``cls_labels.npy``.
+        folder: made if it does not exist. ``psa_crf`` makes two, ``folder_4`` and ``folder_32``, named after the
+            alphas.
+        transform: turns the photo (RGB) into a tensor (3, h, w) on the model's device. It may resize the photo, but not
+            crop or pad it: the maps are stretched over the whole photo.
+        format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
+        views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. The default is
+            the image alone, which is right for a GradientCam: it merges its own views.
+        normalize: "minmax" as in MCTformer and ACR, or "max" as in PSA and IRN, after the maps are enlarged.
+        alphas: for ``psa_crf`` only, as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
+        overwrite: make maps again whose files exist.
+        progress: show progress. Failures are written in any case.
 
     Raises:
-        ValueError: an image without labels, two images of one ID, files of another format in the folder.
-        RuntimeError: ``cam`` fails for each of the first images, and nothing is in the folder.
+        ValueError: an image has no labels, two images have one ID, or the folder holds files of another format.
+        RuntimeError: ``cam`` fails for each of the first images, and the folder is empty.
 
     >>> import numpy as np, torch
     >>> from PIL import Image
@@ -82,17 +85,17 @@ def write_cams(
     (['2007_000032'], (30, 40))
     """
     if normalize not in ("minmax", "max"):
-        raise ValueError(f'found normalize={normalize!r}; expected "minmax" or "max"; choose one')
+        raise ValueError(f'normalize={normalize!r} is unknown. Choose "minmax" or "max".')
     paths = [Path(image) for image in images]
     repeated = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
     if repeated:
-        raise ValueError(f"found several images named {repeated[:3]}; expected one each; write them to two folders")
+        raise ValueError(f"Several images are named {repeated[:3]}. Write images of the same name to two folders.")
     files = {path.stem: path for path in paths}
     missing = [name for name in files if name not in labels]
     if missing:
         raise ValueError(
-            f"found no labels of {len(missing)} of {len(files)} images, such as {missing[:3]}; expected labels of "
-            "each; key them by the file name without its ending"
+            f"{len(missing)} of {len(files)} images have no labels, such as {missing[:3]}. Key the labels by the file "
+            "name without its ending."
         )
     target = CamFolder(Path(folder), format, alphas)
     failures: list[str] = []
@@ -110,8 +113,8 @@ def write_cams(
             failures.append(name)
             if made == 0 and len(failures) == _TRIES and target.is_empty():
                 raise StopRun(
-                    f"found cam failing for each of the first images, {', '.join(failures)}: {error!r}; expected maps "
-                    "(1, C, h, w); mend it and run again, nothing was written"
+                    f"cam failed for each of the first images, {', '.join(failures)}: {error!r}. Nothing was written. "
+                    "Make it return maps (1, C, h, w), and run again."
                 ) from error
             raise
         made += 1
@@ -134,7 +137,7 @@ def _maps(
     maps = multi_view_cam(lambda view: cam(view, labels), image, views, merge, size).detach()
     if maps.shape[1] != labels.shape[1]:
         raise ValueError(
-            f"found maps of shape {tuple(maps.shape)} from cam for labels of {labels.shape[1]} classes; expected (1, "
-            f"{labels.shape[1]}, h, w); return one map per class"
+            f"cam returned maps of shape {tuple(maps.shape)} for {labels.shape[1]} classes. Return one map per class: "
+            f"(1, {labels.shape[1]}, h, w)."
         )
     return maps

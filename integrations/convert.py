@@ -1,4 +1,4 @@
-"""Carries a folder of class maps from one format into another: readers of the wrong one score mIoU 0 in silence."""
+"""Converts a folder of class maps into another format. Readers of the wrong format score mIoU 0 without an error."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from acr_reg.integrations._folder import ALPHAS, CamFolder, FolderReport, fill
+from acr_reg.integrations._folder import CamFolder, FolderReport, fill
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
+from acr_reg.integrations.formats.save import ALPHAS
 
 __all__ = ["convert_cams"]
 
@@ -26,26 +27,26 @@ def convert_cams(
     overwrite: bool = False,
     progress: bool = True,
 ) -> FolderReport:
-    """Read every .npy and .npz of one folder and write it, under the same name, to another in ``format``.
+    """Read every .npy and .npz file of one folder, and write it under the same name to another folder in ``format``.
 
-    Files that are there are passed over, a file is whole or not there, and one that cannot be read or written is named
-    on standard error and skipped; the report says which. Maps keep their values, but for what
-    :func:`~acr_reg.integrations.formats.save_cams` says of each format, and ``psa_crf`` read loses its background.
+    Files that exist in the target are passed over, and a file is either whole or absent. A file that cannot be read or
+    written is named on standard error and skipped; the report names it too. Maps keep their values, except for what
+    :func:`~acr_reg.integrations.formats.save_cams` says of each format. A source of ``psa_crf`` loses its background.
 
     Args:
-        source: a folder; of a CRF pair one of the two.
-        target: another folder, made if need be. For ``psa_crf`` two, named ``target_4`` and ``target_32`` after the
-            alphas.
-        format: of :data:`~acr_reg.integrations.formats.FORMATS`.
-        source_format: by default each file says it itself, and where it cannot be told that file fails.
-        images: a folder with the photos, whose sizes the maps are resized to. Needs pillow. By default the maps have
-            the size of their image; ``irn``, ``clip_es`` and ``psa_crf`` need it for images without a class.
+        source: a folder. Of a CRF pair, give one of the two.
+        target: another folder, made if it does not exist. ``psa_crf`` makes two, ``target_4`` and ``target_32``, named
+            after the alphas.
+        format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
+        source_format: by default it is found from each file. A file whose format is not clear fails.
+        images: the folder of the photos, to resize the maps to their sizes (needs pillow). By default the maps keep
+            their size. ``irn``, ``clip_es`` and ``psa_crf`` need ``images`` for images without a class.
         alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
-        overwrite: convert again what is there.
-        progress: show it. Failures are told in any case.
+        overwrite: convert files again that exist.
+        progress: show progress. Failures are written in any case.
 
     Raises:
-        ValueError: the source has no such files, is the target, or the target holds files of another format.
+        ValueError: the source holds no such files or is the target, or the target holds files of another format.
 
     >>> import os, numpy as np
     >>> from acr_reg.integrations.formats import load_cams, save_cams
@@ -60,12 +61,12 @@ def convert_cams(
     check_format(source_format)
     folder = CamFolder(Path(target), format, alphas)
     if not source.is_dir():
-        raise ValueError(f"{source} is not a folder; expected one of .npy or .npz files; give the folder itself")
+        raise ValueError(f"{source} is not a folder. Give the folder that holds the .npy or .npz files.")
     if any(source.resolve() == path.resolve() for path in folder.folders):
-        raise ValueError(f"found {source} as source and target; expected two folders; name another target")
+        raise ValueError(f"{source} is both source and target. Name another target folder.")
     files = {path.stem: path for path in sorted(source.iterdir()) if path.suffix in CAM_SUFFIXES and path.is_file()}
     if not files:
-        raise ValueError(f"found no .npy or .npz files in {source}; expected one an image; give the folder itself")
+        raise ValueError(f"There are no .npy or .npz files in {source}. Give the folder that holds one per image.")
 
     sizes = None if images is None else _sizes_of_photos(Path(images))
 
@@ -76,13 +77,13 @@ def convert_cams(
 
 
 def _sizes_of_photos(images: Path) -> Callable[[str], tuple[int, int]]:
-    """Of an id, the (H, W) of its photo."""
+    """The function from an ID to the (H, W) of its photo."""
     from PIL import Image  # an extra, which no other conversion needs
 
     def size(name: str) -> tuple[int, int]:
         found = [path for suffix in IMAGE_SUFFIXES if (path := images / f"{name}{suffix}").is_file()]
         if not found:
-            raise ValueError(f"found no image {name} in {images}; expected {name}.jpg or .png; give the photos' folder")
+            raise ValueError(f"There is no photo {name}.jpg or {name}.png in {images}. Give the folder of the photos.")
         with Image.open(found[0]) as photo:
             return photo.height, photo.width
 

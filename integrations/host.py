@@ -1,12 +1,13 @@
-"""What the files of all host codebases share: the host runs the first view itself, and the second is run beside it.
+"""What the files of all host codebases share: the host runs the first view itself, and the second runs beside it.
 
-Each file of a host family has the same three functions:
+Each file serves a family of hosts, with the same three functions:
 
 - ``capture(model)`` starts the capture of the host's encoder and returns a :class:`HostCapture`;
-- ``second_view(host, images)`` runs what the loss needs on the other view and returns a :class:`HostView`;
-- ``cams(view)`` is the host's own class map of a view, (B, C, h, w), on the graph.
+- ``second_view(host, images)`` runs what the loss needs on the second view and returns a :class:`HostView`;
+- ``cams(view)`` returns the host's own class map of a view, (B, C, h, w), on the graph.
 
-In the host's training loop, ``first = host.take()`` follows the host's forward pass, then ``second_view`` and the loss.
+In the host's training loop, call ``first = host.take()`` after the host's forward pass, then ``second_view`` and the
+loss.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ Keep = Literal["only", "first", "last", "all"]
 
 @dataclass(frozen=True)
 class HostView:
-    """What one view's forward pass left. Delete it after ``backward``: it holds the graph.
+    """What the forward pass of one view left. Delete it after ``backward``: it holds the graph.
 
-    ``features`` is the tensor that the host's class maps are made of, with its graph; None where the host has none.
-    ``output`` is what the forward pass returned, known for second views. ``network`` is the host's model without DDP.
+    ``features`` is the tensor from which the host computes its class maps, on the graph, or None if there is no such
+    tensor. ``output`` is what the forward pass returned (None for the first view). ``network`` is the host's model
+    without DDP.
     """
 
     attention: AttentionMaps
@@ -43,26 +45,27 @@ class HostView:
 
 
 class HostCapture(Removable):
-    """A running capture of a host's encoder, and of one tensor beside it. Made by ``capture`` of a host's file."""
+    """A running capture of a host's encoder and of one more tensor. ``capture`` of a host's file makes it."""
 
     def __init__(self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None) -> None:
         self.model = model
-        """The model as it was given, which may be DistributedDataParallel."""
+        """The model as it was given, perhaps wrapped in DistributedDataParallel."""
         self.network = unwrap(model)
         self._attention = attention
         self._features = features
-        # Drawing the second view's dropout from the host's own numbers would change every later step of the host.
+        # The second view's dropout has a generator of its own: the host's would be moved on for every later step.
         self._seeds = torch.Generator().manual_seed(torch.initial_seed() % 2**62 + _rank())
 
     def take(self, run: int | None = None) -> HostView:
-        """What the host's forward pass left since the last take, on its graph; with ``keep="all"``, ``run`` says which
-        of several. Raises ``CaptureError`` where there was no such pass: none at all, or under ``torch.no_grad``, or
-        one that did not reach the host's class maps."""
+        """What the host's forward pass left since the last take, on its graph. With ``keep="all"``, ``run`` picks one
+        of several passes. Raises ``CaptureError`` if there was no pass, if it ran under ``torch.no_grad``, or if it did
+        not reach the host's class maps."""
         return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
-        """The view that ``forward()`` computes, with dropout and stochastic depth drawn from numbers of its own: the
-        host's go on as if it had not run. ``features(output)`` is for a pass that ends below the watched module."""
+        """The view that ``forward()`` computes. Dropout and stochastic depth draw from a generator of their own, so the
+        host's random numbers go on as if nothing had run. Pass ``features(output)`` if the pass ends below the module
+        whose tensor is recorded."""
         self.clear()
         with self._numbers_of_its_own():
             output = forward()
@@ -78,7 +81,7 @@ class HostCapture(Removable):
             self.clear()
 
     def clear(self) -> None:
-        """Forgets what was not taken, for instance after an exception in a training step."""
+        """Forgets passes not taken so far, for instance after an exception in a training step."""
         self._attention.clear()
         if self._features is not None:
             self._features.clear()
@@ -98,8 +101,9 @@ class HostCapture(Removable):
 
 
 class FeatureRecorder:
-    """The tensor that ``module`` returned, or was given first, in the last pass (``keep="first"``: the first one;
-    "all": the one that ``take`` names) that has a graph. ``pick`` takes it out of a module's result that is no tensor.
+    """Records the tensor that ``module`` returns (``what="input"``: its first argument) in a pass with a graph.
+
+    ``keep`` is as for :func:`~acr_reg.capture_attention`. ``pick`` takes the tensor out of a result that is no tensor.
     """
 
     def __init__(
@@ -126,7 +130,7 @@ class FeatureRecorder:
             self._see(self._pick(result))
 
     def _see(self, tensor: Tensor) -> None:
-        # Under no_grad hosts compute their pseudo labels; within backward, checkpointing repeats a pass.
+        # Hosts compute their pseudo labels under no_grad, and checkpointing repeats a pass within backward.
         if not torch.is_grad_enabled() or is_recomputing():
             return
         if self._keep == "all":
@@ -135,13 +139,14 @@ class FeatureRecorder:
             self._found = [tensor]
 
     def take(self, run: int | None = None) -> Tensor:
-        """``run`` counts passes that reach the module: with ``keep="all"``, each run of the encoder has to."""
+        """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every run
+        of the encoder has to."""
         found, self._found = self._found, []
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
             raise CaptureError(
-                f"found a pass through the encoder that did not reach {self._name}, of which the host's class maps are "
-                "made; expected the host's whole forward pass; take() right after it"
+                f"A pass through the encoder did not reach {self._name}, which makes the class maps. Call take() right "
+                "after the host's whole forward."
             )
         return found[index]
 
@@ -167,8 +172,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inside(boxes: Tensor, images: Tensor) -> Tensor:
-    """(B, H, W), True inside of ``boxes`` (B, 4) of top, bottom, left, right, as data sets give them that pad small
-    photos to the crop (AFA, ToCo and their heirs): the ``valid`` of the loss."""
+    """(B, H, W), True inside ``boxes`` (B, 4) of top, bottom, left, right: the ``valid`` of the loss. Data sets give
+    such boxes if they pad small photos to the crop (AFA, ToCo and their heirs)."""
     sides = boxes.to(images.device).unflatten(1, (2, 2))
     held = []
     for axis, size in enumerate(images.shape[-2:]):
@@ -178,11 +183,11 @@ def inside(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def part(network: nn.Module, name: str, family: str) -> nn.Module:
-    """The submodule of that name, or a clear error for a model of another family."""
+    """The submodule of that name. Raises ValueError if there is none: the model is of another family."""
     found = dict(network.named_modules()).get(name)
     if found is None:
         raise ValueError(
-            f"found a {type(network).__name__} without {name!r}; expected a model of the {family} family; call capture "
-            "of the file that serves this host (README, table of hosts), or capture_attention where none does"
+            f"{type(network).__name__} has no {name!r}, unlike the {family} family. Use the host file for it (README), "
+            "or capture_attention."
         )
     return found

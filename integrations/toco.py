@@ -1,44 +1,44 @@
-"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe): a ViT encoder, a class map by 1 x 1 convolution, and a
-training call that may run the encoder on crops or other images as well.
+"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe): a ViT encoder and a class map by 1 x 1 convolution. A
+training call may run the encoder on crops or other images as well.
 
-What is regularised: the attention of all 12 blocks in the pass on the training images, and only in it; the class
-token's row (MoRe: those of its 20 class tokens, after 4 registers that take no part), patches' pairs, and the class
-map of the classifier's weight. DuPL: both branches. The second view runs the encoder alone, outside of DDP's wrapper:
-its gradients join those of the wrapped pass before DDP averages them. SeCo's momentum encoder is not captured. The
-class logits are max-pooled from patches, so the hosts' own losses on them give the last layer's class token no
-gradient; the activation term does.
+What is regularised: the attention of all 12 blocks (the class token's row and the pairs of patches), in the pass on the
+training images only, and the class map by the classifier's weight. MoRe has 20 class tokens, after 4 registers that are
+not regularised. DuPL: both branches. The second view runs the encoder alone, outside DDP's wrapper: its gradients join
+those of the wrapped pass before DDP averages them. SeCo's momentum encoder is not captured. The class logits are
+max-pooled from patches, so the hosts' own losses on them give the last layer's class token no gradient; the activation
+term does.
 
-Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL), ViT-B of ImageNet-21k, fine-
-tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe).
+Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL); ViT-B of ImageNet-21k,
+fine-tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe).
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: the scripts'
-``train()``, two steps. Stubbed: the GPU, the data sets and their loader, the compiled CRF loss (``bilateralfilter``),
-packages that a step does not call (OpenCV, omegaconf, pydensecrf, tensorboardX, texttable). Not run: the COCO scripts,
-ToCo and DuPL with a larger backbone than DeiT-S, SeCo past iteration 600, and iterations past 2000, where the CRF loss
-and MoRe's and SeCo's segmentation loss join in.
+Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: two steps of
+the scripts' ``train()``. Stubbed: the GPU, the data sets and their loader, the compiled CRF loss (``bilateralfilter``),
+and packages that a step does not call (OpenCV, omegaconf, pydensecrf, tensorboardX, texttable). Not run: the COCO
+scripts, ToCo and DuPL with a larger backbone than DeiT-S, SeCo past iteration 600, and iterations past 2000, where the
+CRF loss and the segmentation loss of MoRe and SeCo begin.
 
-Views: any whose sides are multiples of 16, oblong ones too: the position table is resized to each size. Run here:
-``HorizontalFlip()`` in training on squares, it and ``Scale(2.0)`` on images of 96 x 64. A scale changes the share of a
-row that falls on the prefix tokens, and the loss counts that: little with one token, but MoRe's 24 gave attention terms
-of 0.30 in place of 0.05, for 24 and 96 patches and random weights.
+Views: any whose sides are multiples of 16, oblong ones too, because the position table is resized to each size. Run
+here: ``HorizontalFlip()`` in training on squares; ``HorizontalFlip()`` and ``Scale(2.0)`` on images of 96 x 64. A scale
+changes the share of a row that falls on the prefix tokens, and the loss counts that. With one prefix token it is
+little, but MoRe's 24 gave attention terms of 0.30 instead of 0.05, for 24 and 96 patches and random weights.
 
-Noise floor: 0. The hosts build their encoders without drop_path and without dropout: two passes on the same images
-gave all three terms as exactly 0 under ``Identity()`` in train mode (the real networks, random weights, two images of
-96 x 64), so the whole loss is the view's. Under the flip the terms were, activation / affinity / cam: ToCo 0.069 /
-0.065 / 0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28. An encoder built with
+Noise floor: 0. The hosts build their encoders without drop_path and dropout. Under ``Identity()`` in train mode, two
+passes on the same images gave exactly 0 for all three terms (the real networks, random weights, two images of 96 x 64),
+so the whole loss comes from the view. Under the flip the terms (activation / affinity / cam) were: ToCo 0.069 / 0.065 /
+0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28. An encoder built with
 ``drop_path_rate`` has a floor above 0.
 
-What does not work: the auxiliary classifier's map is not regularised; the distilled DeiT backbones, whose features the
-hosts themselves cannot unpack; ``nn.DataParallel`` over several GPUs; DuPL with ``--gmm_iters`` below ``--cam_iters``,
-where the run that the added lines name does not exist (an error says so). DuPL from ``--gmm_iters`` on also runs each
-branch on images and augmented ones together, and throws the result away: that pass is not regularised, and is held
+What does not work: regularising the auxiliary classifier's map; the distilled DeiT backbones, whose features the hosts
+themselves cannot unpack; ``nn.DataParallel`` over several GPUs; DuPL with ``--gmm_iters`` below ``--cam_iters``, where
+the run that the added lines name does not exist (an error says so). From ``--gmm_iters`` on, DuPL also runs each branch
+on images and augmented images together, and discards the result. That pass is not regularised, and its tensors are held
 until ``take``.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. Those on
-today's torch and timm are what the host itself needs: scikit-learn returns plain floats, which have no ``item()``;
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
+itself needs the lines "on today's torch and timm": scikit-learn returns plain floats, which have no ``item()``;
 ``torch.distributed.launch`` passes ``--local-rank``; timm loads no weights into a ViT without ``pretrained_cfg`` (ToCo
-and DuPL with ``--backbone vit_base_patch16_224``; DeiT-B loads without timm). ``np.float`` is gone too, of which only
-the optimizer that is not the default, ``CosWarmupAdamW``, makes use.
+and DuPL with ``--backbone vit_base_patch16_224``; DeiT-B loads without timm). ``np.float`` is gone too, but only the
+optimizer ``CosWarmupAdamW`` uses it, which is not the default.
 
     rulixiang/ToCo at e13514d
         scripts/dist_train_voc_seg_neg.py, before line 10:
@@ -143,17 +143,17 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
-    """Captures the class tokens' and the patches' attention in the encoder's first pass of each training call, and the
+    """Captures the class tokens' and patches' attention in the encoder's first pass of each training call, and the
     feature map that reaches the segmentation decoder.
 
-    ``keep="all"`` is for a network whose first pass is not always the one on the images: ``host.take(run)`` then says
-    which. Raises ValueError for a model of another family, and for DuPL's pair, whose branches are captured each.
+    Use ``keep="all"`` for a network whose first pass is not always the one on the images: ``host.take(run)`` then picks
+    it. Raises ValueError for a model of another family, and for DuPL's pair: capture each of its branches.
     """
     network = unwrap(model)
     if hasattr(network, "branch1"):
         raise ValueError(
-            f"found a {type(network).__name__} of two branches; expected one network; capture each: "
-            "[toco.capture(branch, keep='all') for branch in (model.module.branch1, model.module.branch2)]"
+            f"{type(network).__name__} has two branches. Capture each of them: "
+            "[toco.capture(branch, keep='all') for branch in (model.module.branch1, model.module.branch2)]."
         )
     encoder, classifier = part(network, "encoder", "ToCo"), part(network, "classifier", "ToCo")
     prefix = int(encoder.cls_token.shape[1])  # type: ignore[index]
@@ -169,8 +169,8 @@ def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """The encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size. Outside of DDP's wrapper: its
-    gradients join those of the wrapped pass before DDP averages them."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size, outside DDP's wrapper:
+    its gradients join those of the wrapped pass before DDP averages them."""
     encoder = part(host.network, "encoder", "ToCo")
     rows, columns = (side // int(encoder.patch_size) for side in images.shape[-2:])  # type: ignore[arg-type]
 
@@ -181,7 +181,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) of any range, C without the background, on the graph; the hosts detach their own."""
+    """The class map (B, C, h, w) in any range, C without the background, on the graph (the hosts detach theirs)."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "ToCo")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

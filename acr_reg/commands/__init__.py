@@ -1,1 +1,1 @@
-"""The commands of `python -m acr_reg`, one file each."""
+"""The commands of ``python -m acr_reg``, one file each."""

@@ -1,4 +1,4 @@
-"""The ``check`` command: what a capture sees of a model that is named on the command line."""
+"""The ``check`` command: shows what a capture sees of a model that is named on the command line."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ VIEWS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = (
-        "MODEL is timm:NAME or torchvision:NAME, built with random weights, or MODULE:FUNCTION, a function or class of "
-        "your own that returns the model (MODULE is imported from the current folder too). Exit code 1: problems."
+        "MODEL is timm:NAME or torchvision:NAME, built with random weights, or MODULE:FUNCTION, your own function or "
+        "class that returns the model (MODULE may lie in the current folder). Exit code 1: the table lists problems."
     )
     parser.add_argument("model", metavar="MODEL", help="timm:vit_small_patch16_224, my_code.models:build, ...")
     parser.add_argument(
@@ -37,25 +37,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (2)")
     parser.add_argument("--view", choices=VIEWS, default="hflip", help="the second view (hflip)")
     parser.add_argument("--method", metavar="NAME", help="call model.NAME(images), e.g. forward_features")
-    parser.add_argument("--modules", nargs="+", metavar="NAME", help="attention within these modules only")
-    parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="these layers only")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="where the model does not say it")
-    parser.add_argument("--prefix-tokens", type=int, metavar="N", help="where the model does not say it")
-    parser.add_argument("--class-tokens", type=int, metavar="N", help="where the model does not say it")
+    parser.add_argument("--modules", nargs="+", metavar="NAME", help="capture attention within these modules only")
+    parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="check these layers only")
+    parser.add_argument("--patch-size", type=int, metavar="PX", help="if the model does not say it")
+    parser.add_argument("--prefix-tokens", type=int, metavar="N", help="if the model does not say it")
+    parser.add_argument("--class-tokens", type=int, metavar="N", help="if the model does not say it")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table. Returns 0 where all is well, 1 where the table lists problems."""
+    """Print the table. Returns 1 if it lists problems, else 0."""
     if len(args.size) > 2 or min(args.size) < 1 or args.batch < 1:
         raise CommandError(
-            f"found --size {' '.join(map(str, args.size))} and --batch {args.batch}; expected one or two sizes in "
-            "pixels and at least one image; --size 224 or --size 224 320"
+            f"--size {' '.join(map(str, args.size))} must be one or two numbers of pixels, and --batch {args.batch} at "
+            "least 1. Try --size 224 or --size 224 320."
         )
     model = build(args.model, dict(map(_argument, args.set)))
     if args.method is not None and not callable(getattr(model, args.method, None)):
         raise CommandError(
-            f"found no method {args.method} of {type(model).__name__}; expected one that takes images; leave --method "
-            "out to call the model itself"
+            f"{type(model).__name__} has no method {args.method}. Leave --method out to call the model itself."
         )
     images = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0))
     report = acr_reg.check(
@@ -74,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def build(name: str, arguments: dict[str, Any]) -> nn.Module:
-    """The model of a name such as timm:NAME, torchvision:NAME or MODULE:FUNCTION."""
+    """The model named timm:NAME, torchvision:NAME or MODULE:FUNCTION."""
     source, colon, what = name.partition(":")
     if not colon or not source or not what:
-        raise CommandError(f"found the model {name!r}; expected SOURCE:NAME; for instance timm:vit_small_patch16_224")
+        raise CommandError(f"The model {name!r} is not SOURCE:NAME. Try timm:vit_small_patch16_224.")
     try:
         if source == "timm":
             model = import_module("timm").create_model(what, pretrained=False, **arguments)
@@ -94,17 +93,16 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
         if error.name in ("timm", "torchvision"):
             raise
         raise CommandError(
-            f"found no module {error.name} for {name!r}; expected one that Python can import; run the command in the "
-            "folder it lies in"
+            f"Python finds no module {error.name} for {name!r}. Run the command in the folder that holds the module."
         ) from error
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(
-            f"{name} could not be built: {type(error).__name__}: {error}; expected a builder that takes "
-            f"{arguments or 'no arguments'}; pass others by --set NAME=VALUE"
+            f"{name} could not be built with {arguments or 'no arguments'}. Pass arguments by --set NAME=VALUE. "
+            f"{type(error).__name__}: {error}"
         ) from error
     if not isinstance(model, nn.Module):
         raise CommandError(
-            f"found a {type(model).__name__} from {name}; expected a torch.nn.Module; name the function that returns it"
+            f"{name} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns one."
         )
     return model
 
@@ -112,7 +110,7 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
 def _argument(setting: str) -> tuple[str, Any]:
     name, equals, value = setting.partition("=")
     if not equals or not name.isidentifier():
-        raise CommandError(f"found --set {setting}; expected NAME=VALUE; for instance --set img_size=384")
+        raise CommandError(f"--set {setting} is not NAME=VALUE. Try --set img_size=384.")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):  # a word

@@ -1,4 +1,4 @@
-"""The ``evaluate`` command: mIoU of saved class maps against masks, for every background threshold."""
+"""The ``evaluate`` command: scores saved class maps against masks, at every background threshold."""
 
 from __future__ import annotations
 
@@ -15,20 +15,19 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
 from acr_reg.errors import CommandError
+from acr_reg.integrations.convert import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats import FORMATS, Format, load_cams
+from acr_reg.integrations.progress import show_progress
 from acr_reg.metrics import CamMeanIoU, CamScores
 
-CAM_SUFFIXES = (".npy", ".npz")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
 MASK_MODES = ("1", "L", "P", "I", "I;16")
 
 
 class Sample(NamedTuple):
-    """One line of the list, resolved to files."""
+    """The files of one line of the list."""
 
     id: str
     cam: Path
@@ -38,8 +37,8 @@ class Sample(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = (
-        "Maps are .npy files holding a PSA dict {0-based class: (H, W) map in [0, 1]}, an IRN or a CLIP-ES dict, or "
-        ".npz files with the 0-based class as key. Class k is mask id k + 1, or k with --no-background. Mask id 255 is "
+        "Maps are .npy files of a PSA dict {0-based class: (H, W) map in [0, 1]}, an IRN dict or a CLIP-ES dict, or "
+        ".npz files with 0-based classes as keys. Class k is mask id k + 1, or k with --no-background. Mask id 255 is "
         "ignored."
     )
     parser.add_argument("--cams", type=Path, required=True, metavar="DIR", help="folder of ID.npy or ID.npz")
@@ -49,33 +48,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="one image a line: an id, or the paths of image and mask, of which the file names count",
+        help="one image a line: an id, or the paths of image and mask (only their file names are used)",
     )
     parser.add_argument(
         "--classes", type=int, required=True, metavar="N", help="number of ids, background included: VOC 21, COCO 81"
     )
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument("--thresholds", type=int, default=100, metavar="N", help="try 0, 1/N, ... (default: 100)")
-    parser.add_argument("--format", choices=FORMATS, help="of the maps; default: as each file says itself")
-    parser.add_argument("--resize", action="store_true", help="resize maps (bilinear) where the sizes differ")
+    parser.add_argument("--format", choices=FORMATS, help="of the maps (default: found from each file)")
+    parser.add_argument("--resize", action="store_true", help="resize maps (bilinear) to the size of their mask")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores, with the threshold curve")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score the listed images; print a table, write the JSON. Errors of the user are CommandErrors."""
+    """Score the listed images, print a table, write the JSON. Errors of the user are CommandErrors."""
     if args.classes < 2:
-        raise CommandError(f"--classes is {args.classes}, expected at least 2 (VOC 21, COCO 81, background included)")
+        raise CommandError(f"--classes is {args.classes}. It must be at least 2 (VOC 21, COCO 81, with background).")
     if args.thresholds < 1:
-        raise CommandError(f"--thresholds is {args.thresholds}, expected at least 1")
+        raise CommandError(f"--thresholds is {args.thresholds}. It must be at least 1.")
     if args.json is not None and not args.json.parent.is_dir():
-        raise CommandError(f"--json {args.json}: the folder {args.json.parent} does not exist; make it first")
+        raise CommandError(f"--json {args.json}: The folder {args.json.parent} does not exist. Make it first.")
     samples = find_samples(read_list(args.list), args.cams, args.masks)
 
     background = not args.no_background
     metric = CamMeanIoU(args.classes, np.arange(args.thresholds) / args.thresholds, background=background)
-    with Progress(console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
-        for sample in progress.track(samples, description="Scoring"):
+    with show_progress() as progress:
+        step = progress.begin("Scoring", len(samples))
+        for sample in samples:
             score_sample(metric, sample, args.resize, args.format)
+            step()
     try:
         scores = metric.compute()
     except ValueError as error:
@@ -84,8 +85,8 @@ def run(args: argparse.Namespace) -> int:
     print_scores(scores, len(samples), background)
     if not np.nansum(scores.per_class_iou[int(background) :]):
         print(
-            "warning: no class has a single right pixel. The maps may be keyed otherwise than expected (0-based: "
-            f"class k is mask id k{' + 1' if background else ''}), or belong to other images.",
+            "warning: No class has a single right pixel. The maps may be of other images, or have other keys: "
+            f"class k (0-based) is mask id k{' + 1' if background else ''}.",
             file=sys.stderr,
         )
     if args.json is not None:
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read_list(path: Path) -> list[tuple[str, str]]:
-    """Ids and mask file names. A line is an id, or a pair of paths (VOC, SEAM, COCO lists); blank lines are skipped."""
+    """Ids and mask file names. A line is an id or a pair of paths (VOC, SEAM, COCO lists). Skips blank lines."""
     try:
         lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -105,24 +106,24 @@ def read_list(path: Path) -> list[tuple[str, str]]:
             continue
         if len(fields) > 2 or (len(fields) == 2 and _stem(fields[1]) == fields[1]):
             raise CommandError(
-                f"--list {path}, line {number}: found {' '.join(fields)!r}, "
-                "expected an id or a pair of paths such as /JPEGImages/ID.jpg /SegmentationClassAug/ID.png"
+                f"--list {path}, line {number} is {' '.join(fields)!r}. Give an id, or a pair of paths such as "
+                "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png."
             )
         mask = Path(fields[1]).name if len(fields) == 2 else f"{_stem(fields[0])}.png"
         entries.append((_stem(fields[0]), mask))
     if not entries:
-        raise CommandError(f"--list {path} is empty, expected one image a line")
+        raise CommandError(f"--list {path} is empty. Write one image a line.")
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated:
-        raise CommandError(f"--list {path} names {_some(repeated)} more than once; remove the repetitions")
+        raise CommandError(f"--list {path} names {_some(repeated)} more than once. Remove the repetitions.")
     return entries
 
 
 def find_samples(entries: Sequence[tuple[str, str]], cams: Path, masks: Path) -> list[Sample]:
-    """The files of every entry; all that are missing are reported together, before any work is done."""
+    """The files of every entry. Reports all missing files together, before any work is done."""
     for option, folder in (("--cams", cams), ("--masks", masks)):
         if not folder.is_dir():
-            raise CommandError(f"{option} {folder} is not a folder")
+            raise CommandError(f"{option} {folder} is not a folder. Give the folder of the files.")
     samples = []
     for name, mask in entries:
         candidates = [cams / f"{name}{suffix}" for suffix in CAM_SUFFIXES]
@@ -133,8 +134,8 @@ def find_samples(entries: Sequence[tuple[str, str]], cams: Path, masks: Path) ->
         if missing:
             folder = cams if option == "--cams" else masks
             raise CommandError(
-                f"{option} {folder}: {len(missing)} of {len(samples)} files are missing: {_some(missing)}; "
-                "give the folder that holds the files themselves, and the list they were made from"
+                f"{option} {folder}: {len(missing)} of {len(samples)} files are missing: {_some(missing)}. "
+                "Give the folder that holds these files, and the list they were made from."
             )
     return samples
 
@@ -150,8 +151,8 @@ def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool, format: Forma
     beyond = [number for number in maps if number + first >= metric.num_classes]
     if beyond:
         raise CommandError(
-            f"{sample.cam} holds classes {beyond}, expected 0-based classes up to {metric.num_classes - 1 - first} "
-            f"with --classes {metric.num_classes}; look at --classes and at how the maps are keyed"
+            f"{sample.cam} holds classes {beyond}, and --classes {metric.num_classes} allows 0 to "
+            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
         )
     if resize:
         maps = {number: resized(values, mask.shape) for number, values in maps.items()}
@@ -159,7 +160,7 @@ def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool, format: Forma
     for height, width in sizes:
         raise CommandError(
             f"{sample.cam} has maps of size {height}x{width} and {sample.mask} is {mask.shape[0]}x{mask.shape[1]} "
-            "(HxW), expected maps at the size of the mask; save them so, or pass --resize"
+            "(HxW). Save the maps at the size of the mask, or pass --resize."
         )
     cam = np.stack(list(maps.values())) if maps else np.zeros((0, *mask.shape), dtype=np.float32)
     try:
@@ -169,10 +170,10 @@ def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool, format: Forma
 
 
 def read_mask(path: Path) -> npt.NDArray[np.integer]:
-    """The ids of a palette or grey image, (H, W). Raises ValueError for images in colour."""
+    """The ids (H, W) of a palette or grey image. Raises ValueError for images in colour."""
     with Image.open(path) as image:
         if image.mode not in MASK_MODES:
-            raise ValueError(f"{path} is an image of mode {image.mode}, expected a palette (P) or grey (L) PNG of ids")
+            raise ValueError(f"{path} is an image of mode {image.mode}. Save the ids as a palette (P) or grey (L) PNG.")
         return np.asarray(image).astype(np.int64)
 
 
@@ -202,7 +203,7 @@ def print_scores(scores: CamScores, images: int, background: bool) -> None:
 
 
 def write_json(path: Path, scores: CamScores, args: argparse.Namespace, images: int) -> None:
-    """All scores as JSON; null where a class is nowhere in the data."""
+    """All scores as JSON, with null for a class that the data does not have."""
     content = {
         "classes": args.classes,
         "background": not args.no_background,
@@ -226,7 +227,7 @@ def _numbers(values: Iterable[np.floating]) -> list[float | None]:
 
 
 def _stem(path: str) -> str:
-    """The id in a path: its file name without the ending of an image. Other dots belong to the id."""
+    """The id in a path: its file name without an image's ending. Other dots belong to the id."""
     name = Path(path).name
     return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
 

@@ -1,8 +1,8 @@
 """Reads a numpy file that holds a pickle, without running code from it.
 
-Unpickling runs whatever the file names. Naming only numpy's own constructors is not enough: a forged dtype makes numpy
-read bytes as pointers. So the dozen names that files of class maps need resolve to small stand-ins of this module,
-which accept plain numbers only, and every other name is refused.
+Unpickling runs whatever the file names. It is not enough to allow numpy's own constructors only: a forged dtype makes
+numpy read bytes as pointers. So the dozen names that files of class maps need resolve to small stand-ins in this
+module, which accept plain numbers only. Every other name is refused.
 """
 
 from __future__ import annotations
@@ -20,40 +20,40 @@ import numpy.typing as npt
 
 
 def read_npy(file: BinaryIO) -> Any:
-    """The one object in a .npy file: dicts, arrays (torch tensors as arrays) and numbers; anything else raises."""
+    """The one object in a .npy file: dicts, arrays (also of torch tensors) and numbers. Anything else raises."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     if not dtype.hasobject or shape != ():
-        raise ValueError(f"found a {dtype} array of shape {shape}, expected a dict from class number to map")
+        raise ValueError(f"The file holds a {dtype} array of shape {shape}, not a dict from class number to map.")
     content = _plain(_Reader(file).load())
     return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
 
 
 class _Reader(pickle.Unpickler):
-    """Unpickles dicts of arrays; every name in the file resolves to something of this module, or is refused."""
+    """Unpickles dicts of arrays. Every name in the file resolves to something in this module, or is refused."""
 
     def find_class(self, module: str, name: str) -> Any:
         found: Any = _NAMES.get((module.replace("numpy._core", "numpy.core"), name))
         if module == "torch":
             found = _STORAGES.get(name)
         if found is None:
-            raise pickle.UnpicklingError(f"the file asks for {module}.{name}, which class maps do not need; not read")
+            raise pickle.UnpicklingError(f"The file asks for {module}.{name}, which class maps do not need: not read.")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
-        kind, code, *_ = pid  # ("storage", type, key, device, length): where torch announces raw numbers
+        kind, code, *_ = pid  # ("storage", type, key, device, length) announces the raw numbers of a torch tensor
         if kind != "storage":
-            raise pickle.UnpicklingError(f"the file refers to {kind!r}; not read")
+            raise pickle.UnpicklingError(f"The file refers to {kind!r}, which class maps do not need: not read.")
         return _Dtype(code)
 
 
 class _Dtype:
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         if not re.fullmatch(r"[fiub]\d\d?|O8", code):
-            raise pickle.UnpicklingError(f"found numbers of type {code!r}, expected float or int")
+            raise pickle.UnpicklingError(f"The file holds numbers of type {code!r}. Only float and int are read.")
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -67,7 +67,7 @@ class _Array:
         _, shape, declared, fortran, content = state
         if declared.dtype == object:
             if shape != () or len(content) != 1:
-                raise pickle.UnpicklingError(f"found an array of objects of shape {shape}, expected a dict of maps")
+                raise pickle.UnpicklingError(f"The file holds an array of objects of shape {shape}, not one dict.")
             self.value = content[0]
         else:
             values = np.frombuffer(content, declared.dtype)
@@ -96,14 +96,14 @@ def _torch_storage(content: bytes) -> npt.NDArray[Any]:
     file = io.BytesIO(content)
     _magic, _version, _system, declared, keys = (_Reader(file).load() for _ in range(5))
     if len(keys) != 1:
-        raise pickle.UnpicklingError(f"found {len(keys)} torch storages in one, expected 1")
+        raise pickle.UnpicklingError(f"One torch storage of the file holds {len(keys)} storages. Only 1 is read.")
     length = int.from_bytes(file.read(8), "little")
     return np.frombuffer(file.read(), declared.dtype, count=length)
 
 
 def _torch_tensor(storage: npt.NDArray[Any], offset: int, size: Any, stride: Any, *_: Any) -> npt.NDArray[Any]:
     if math.prod(size) > len(storage):
-        raise pickle.UnpicklingError(f"found a torch tensor of size {size} in a storage of {len(storage)} numbers")
+        raise pickle.UnpicklingError(f"A tensor of size {size} is larger than its storage of {len(storage)} numbers.")
     index = np.full(size, offset)  # indexing is checked against the storage, a strided view would not be
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         index += np.arange(length).reshape(-1, *[1] * (len(size) - axis - 1)) * step
@@ -120,5 +120,5 @@ _NAMES: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _torch_tensor,
     ("torch.storage", "_load_from_bytes"): _torch_storage,
 }
-# Codes, not dtypes: what find_class returns is in the hands of the file, which could change a dtype in place.
+# Codes, not dtypes: the file can change whatever find_class returns, and would change a dtype in place.
 _STORAGES = {"FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "LongStorage": "i8", "IntStorage": "i4"}

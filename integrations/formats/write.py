@@ -1,4 +1,4 @@
-"""Writes a numpy file that holds a pickle: one that old versions open, and that nobody sees unfinished."""
+"""Writes a numpy file that holds a pickle, so that old versions open it and nobody sees it unfinished."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def write_object(file: BinaryIO, content: dict[Any, Any]) -> None:
     """``content`` as np.save would write it."""
     header = {"descr": "|O", "fortran_order": False, "shape": ()}
     np.lib.format.write_array_header_1_0(file, header)
-    # numpy 2 writes names under numpy._core, which numpy 1 (codebases of the torch 1.7 era) cannot import; the old
-    # names work in both. In pickle protocol 3 names are lines of text, so replacing them leaves the rest intact.
+    # numpy 2 writes names under numpy._core, which numpy 1 (codebases of the torch 1.7 era) cannot import. The old
+    # names work in both. In pickle protocol 3 names are lines of text, so they can be replaced.
     data = pickle.dumps(np.array(content, dtype=object), protocol=3)
     file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """The file, whole or not at all; an old one stays until then."""
+    """Writes the file whole or not at all. An old file stays until the new one is whole."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
         unfinished.write_bytes(content)

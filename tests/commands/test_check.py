@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -37,13 +38,15 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "1 layers" in out.splitlines()[0] and "Rotate90(1)" in out and "blocks.0.attn" not in out
     code, out, _ = run(capsys, *TINY, "--prefix-tokens", "5")
-    assert code == 1 and "problem: layer" in out and "5 prefix tokens" in out
+    assert code == 1 and re.search(r"problem: .*layer 0 .*5 prefix tokens", out, re.IGNORECASE | re.DOTALL)
 
 
 def test_a_model_without_attention_is_a_problem_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "torchvision:resnet18", "--size", "32")
     assert (code, err) == (1, "")
-    assert "problem: found no token-to-token attention of ResNet" in out
+    assert re.search(
+        r"problem: .* token-to-token attention .*ResNet|problem: .*ResNet .* token-to-token attention", out
+    )
     assert out.splitlines()[-1] == "problems: 1"
 
 
@@ -66,25 +69,28 @@ def test_a_model_of_the_users_own(
     code, out, _ = run(capsys, "my_models:Vit", "--set", "patch=8", "--size", "32", "48")
     assert code == 0 and "4 x 6" in out
     code, _, err = run(capsys, "my_models:number")
-    assert code == 2 and "found a int from my_models:number; expected a torch.nn.Module" in err
+    assert code == 2 and re.search(r"my_models:number .*\bint\b.*torch\.nn\.Module", err)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "facts"),
     [
-        (["vit"], "found the model 'vit'; expected SOURCE:NAME"),
-        (["timm:no_such_model"], "timm:no_such_model could not be built: RuntimeError: Unknown model"),
-        (["timm:vit_tiny_patch16_224", "--set", "colour=3"], "could not be built: TypeError"),
-        (["no_such_module:x"], "found no module no_such_module"),
-        ([*TINY, "--set", "depth"], "found --set depth; expected NAME=VALUE"),
-        ([*TINY, "--method", "forward_nothing"], "found no method forward_nothing of VisionTransformer"),
-        ([*TINY[:1], "--size", "1", "2", "3"], "found --size 1 2 3 and --batch 2; expected one or two sizes"),
+        (["vit"], ["'vit'", "SOURCE:NAME"]),
+        (
+            ["timm:no_such_model"],
+            ["timm:no_such_model could not be built", "no arguments", "RuntimeError: Unknown model"],
+        ),
+        (["timm:vit_tiny_patch16_224", "--set", "colour=3"], ["could not be built", "{'colour': 3}", "TypeError: "]),
+        (["no_such_module:x"], ["no module no_such_module ", "'no_such_module:x'", "folder"]),
+        ([*TINY, "--set", "depth"], ["--set depth ", "NAME=VALUE"]),
+        ([*TINY, "--method", "forward_nothing"], ["VisionTransformer ", "no method forward_nothing", "--method out"]),
+        ([*TINY[:1], "--size", "1", "2", "3"], ["--size 1 2 3 ", "--batch 2 ", "one or two"]),
     ],
 )
 def test_what_the_user_can_put_right_is_one_message(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], facts: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = run(capsys, *arguments)
     assert (code, out) == (2, "")
-    assert err.startswith("python -m acr_reg check: error: ") and message in err
+    assert err.startswith("python -m acr_reg check: error: ") and all(fact in err for fact in facts)
     assert "Traceback" not in err

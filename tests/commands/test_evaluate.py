@@ -174,7 +174,7 @@ def test_sizes_that_differ_are_named_and_resize_helps(data, tmp_path, run):
     write_mask(data.masks / f"{NAMES[1]}.png", mask, palette=False)
     save_cams(data.cams / f"{NAMES[1]}.npz", {2: rows, 4: columns * 0.1})
     result = run("evaluate", *data.options())
-    assert_user_error(result, rf"{NAMES[1]}.npz has maps of size 9x4 .*{NAMES[1]}.png is 18x8", "--resize")
+    assert_user_error(result, rf"{NAMES[1]}\.npz .*9x4.*{NAMES[1]}\.png .*18x8", "--resize")
 
     data.list.write_text(NAMES[1])
     result = run("evaluate", *data.options(), "--resize", "--json", tmp_path / "scores.json")
@@ -191,20 +191,20 @@ def test_resizing_is_bilinear_between_pixel_centres():
 def test_missing_files_are_counted_and_the_first_named(data, run):
     data.list.write_text("\n".join([*NAMES, "a", "b", "c", "d", "e"]))
     result = run("evaluate", *data.options())
-    assert_user_error(result, r"--cams .*5 of 8 files are missing: a\.npy, b\.npy, c\.npy and 2 more; give the folder")
+    assert_user_error(result, r"--cams .*5 of 8 .*missing: a\.npy, b\.npy, c\.npy and 2 more\..*list")
     data.list.write_text("\n".join(NAMES))
     (data.masks / f"{NAMES[2]}.png").unlink()
     result = run("evaluate", *data.options())
-    assert_user_error(result, rf"--masks .*1 of 3 files are missing: {NAMES[2]}\.png; give the folder")
+    assert_user_error(result, rf"--masks .*1 of 3 .*missing: {NAMES[2]}\.png\..*list")
 
 
 @pytest.mark.parametrize(
     ("text", "pattern"),
     [
-        ("", "list.txt is empty, expected one image a line"),
-        ("a\nb 1\n", "line 2: found 'b 1', expected an id or a pair of paths"),
-        ("a.jpg a.png 3", "line 1: found 'a.jpg a.png 3', expected"),
-        ("a\nb\na\n", "names a more than once"),
+        ("", "list.txt is empty.*one image a line"),
+        ("a\nb 1\n", "list.txt, line 2 .*'b 1'.*an id.*pair of paths.*/ID.jpg"),
+        ("a.jpg a.png 3", "list.txt, line 1 .*'a.jpg a.png 3'.*an id.*pair of paths"),
+        ("a\nb\na\n", r"list.txt .*\ba more than once"),
         (None, "list.txt cannot be read: .*No such file"),
     ],
 )
@@ -216,34 +216,32 @@ def test_lists_that_cannot_be_used(data, text, pattern, run):
 
 
 def test_options_that_cannot_be_used(data, tmp_path, run):
-    assert_user_error(run("evaluate", *data.options(1)), "--classes is 1, expected at least 2")
-    assert_user_error(run("evaluate", *data.options(), "--thresholds", 0), "--thresholds is 0, expected at least 1")
+    assert_user_error(run("evaluate", *data.options(1)), "--classes is 1.*at least 2.*VOC.*21.*COCO 81")
+    assert_user_error(run("evaluate", *data.options(), "--thresholds", 0), "--thresholds is 0.*at least 1")
     missing = tmp_path / "absent" / "scores.json"
-    assert_user_error(run("evaluate", *data.options(), "--json", missing), "the folder .*absent does not exist")
+    assert_user_error(run("evaluate", *data.options(), "--json", missing), "--json .*folder .*absent does not exist")
     assert_user_error(run("evaluate", *data.options()[2:]), "required: --cams")
-    assert_user_error(run("evaluate", *data.options()[2:], "--cams", tmp_path / "absent"), "absent is not a folder")
+    assert_user_error(
+        run("evaluate", *data.options()[2:], "--cams", tmp_path / "absent"), "--cams .*absent is not a folder"
+    )
     assert_user_error(run(), "required: COMMAND")
     assert_user_error(run("evaluation"), "invalid choice: 'evaluation'")
 
 
 def test_classes_and_ids_beyond_the_range(data, run):
     result = run("evaluate", *data.options(20))
-    assert_user_error(
-        result, r"2007_000032\.npy holds classes \[19\], expected 0-based classes up to 18 with --classes 20"
-    )
+    assert_user_error(result, r"2007_000032\.npy .*\[19\].*--classes 20 .*\b18\b.*0-based")
     write_mask(data.masks / f"{NAMES[0]}.png", np.full((5, 8), 77), palette=True)
     assert_user_error(run("evaluate", *data.options()), r"2007_000032\.png: mask has ids \[77\].* 0 to 20")
 
 
 def test_files_with_other_contents(data, run):
     Image.new("RGB", (8, 5)).save(data.masks / f"{NAMES[0]}.png")
-    assert_user_error(run("evaluate", *data.options()), "2007_000032.png is an image of mode RGB, expected a palette")
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.png .*mode RGB.*palette .*grey")
     (data.masks / f"{NAMES[0]}.png").write_text("no image")
     assert_user_error(run("evaluate", *data.options()), r"cannot identify image file .*2007_000032\.png")
     np.save(data.cams / f"{NAMES[0]}.npy", np.zeros((20, 5, 8)))
-    assert_user_error(
-        run("evaluate", *data.options()), r"2007_000032\.npy: found a float64 array of shape \(20, 5, 8\)"
-    )
+    assert_user_error(run("evaluate", *data.options()), r"2007_000032\.npy: .*float64 array of shape \(20, 5, 8\)")
     write_mask(data.masks / f"{NAMES[0]}.png", np.zeros((5, 8)), palette=False)
     np.save(data.cams / f"{NAMES[0]}.npy", {0: np.full((5, 8), 3.5)})
     assert_user_error(run("evaluate", *data.options()), r"2007_000032\.npy with .*from 3\.5 to 3\.5.*\[0, 1\]")
@@ -262,8 +260,8 @@ def test_maps_keyed_otherwise_raise_a_warning(data, run):
     (data.cams / f"{NAMES[1]}.npz").unlink()
     result = run("evaluate", *data.options())
     assert result.returncode == 0
-    assert "warning: no class has a single right pixel" in result.stderr
-    assert "class k is mask id k + 1" in result.stderr
+    assert re.search(r"warning: .*no class .*pixel", result.stderr, re.IGNORECASE)
+    assert "class k (0-based) is mask id k + 1" in result.stderr
 
 
 def test_a_terminal_shows_progress(data):
@@ -281,31 +279,32 @@ def test_a_terminal_shows_progress(data):
     os.close(ours)
     assert process.wait() == 0
     assert b"Scoring" in shown
-    assert b"100%" in shown
+    assert b"3/3" in shown
 
 
 @pytest.mark.parametrize("package", ["rich", "PIL"])
-def test_a_missing_extra_is_named(data, tmp_path, package):
-    (tmp_path / "hidden").mkdir()
-    (tmp_path / "hidden" / "sitecustomize.py").write_text(f"import sys\nsys.modules[{package!r}] = None\n")
-    result = run_process("evaluate", *data.options(), PYTHONPATH=str(tmp_path / "hidden"))
-    assert_user_error(result, rf'needs the package {package}; install it with: pip install "acr-reg\[demo\]"')
-    listed = run_process("--help", PYTHONPATH=str(tmp_path / "hidden"))  # needs none of them
+def test_a_missing_extra_is_named(data, run, monkeypatch, package):
+    for module in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "acr_reg.commands.evaluate")
+    result = run("evaluate", *data.options())
+    assert_user_error(result, rf'needs the package {package}\. Install it with: pip install "acr-reg\[demo\]"')
+
+
+def test_help_needs_no_extra(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = sys.modules['PIL'] = None\n")
+    listed = run_process("--help", PYTHONPATH=str(tmp_path))
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in COMMANDS)
 
 
-def test_as_a_process_with_a_list_of_pairs_and_with_an_error(data):
+def test_as_a_process_an_error_is_one_line(data):
     pairs = [f"/JPEGImages/{name}.jpg /SegmentationClassAug/{name}.png" for name in NAMES]
     data.list.write_text("\n".join(pairs))
-    result = run_process("evaluate", *data.options())
-    assert (result.returncode, result.stderr) == (0, "")
-    assert f"mIoU            {data.scores.best_miou:.4f} over 5 of 21 ids\n" in result.stdout
     (data.cams / f"{NAMES[2]}.npy").unlink()
     result = run_process("evaluate", *data.options())
-    assert_user_error(
-        result, rf"^python -m acr_reg evaluate: error: --cams .*1 of 3 files are missing: {NAMES[2]}\.npy"
-    )
+    assert_user_error(result, rf"^python -m acr_reg evaluate: error: --cams .*1 of 3 .*missing: {NAMES[2]}\.npy")
     assert result.stderr.count("\n") == 1
 
 

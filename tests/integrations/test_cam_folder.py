@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
-from acr_reg.integrations import _progress
+from acr_reg.integrations import progress
 from acr_reg.integrations.cam_folder import write_cams
 from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
 
@@ -161,27 +161,27 @@ def test_bad_images_are_told_and_skipped(tmp_path, photos, capsys):
     error = capsys.readouterr().err
     assert "2007_000032 skipped: OSError" in error
     assert "2007_000063 skipped: FileNotFoundError" in error
-    assert f"{tmp_path / 'cams'}: 1 written, 0 there before, 2 failed\n  2007_000032: OSError" in error
+    assert f"{tmp_path / 'cams'}: 1 written, 0 already there, 2 failed\n  2007_000032: OSError" in error
     assert os.listdir(tmp_path / "cams") == ["2007_000039.npy"]
     write_cams(cam, photos, LABELS, tmp_path / "cams", transform, progress=False)
     assert "2007_000032 skipped" in capsys.readouterr().err  # failures are told in any case
 
 
-def test_without_failures_progress_false_is_silent(tmp_path, photos, capsys):
+def test_without_failuresprogress_false_is_silent(tmp_path, photos, capsys):
     write_cams(cam, photos, LABELS, tmp_path / "cams", transform, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    ("wrong", "message"),
+    ("wrong", "facts"),
     [
-        (lambda maps: maps * torch.nan, "holds values from nan to nan"),
-        (lambda maps: maps[:, :2], r"found maps of shape \(1, 2, .* expected \(1, 4, h, w\)"),
-        (lambda maps: maps[0], r"cam_fn returned maps of shape \(4, 4, 4\)"),
-        (lambda maps: maps.view(5, 5), r"RuntimeError: shape '\[5, 5\]' is invalid"),
+        (lambda maps: maps * torch.nan, ["class 1 ", "from nan to nan", "[0, 1]"]),
+        (lambda maps: maps[:, :2], ["cam ", "(1, 2, ", "4 classes", "(1, 4, h, w)"]),
+        (lambda maps: maps[0], ["cam_fn", "(4, 4, 4)"]),
+        (lambda maps: maps.view(5, 5), ["RuntimeError: shape '[5, 5]' is invalid"]),
     ],
 )
-def test_maps_that_cannot_be_used_fail_their_image_alone(tmp_path, photos, wrong, message):
+def test_maps_that_cannot_be_used_fail_their_image_alone(tmp_path, photos, wrong, facts):
     def sometimes(images, labels):
         maps = cam(images, labels)
         return wrong(maps) if labels[0, 1] else maps
@@ -189,15 +189,18 @@ def test_maps_that_cannot_be_used_fail_their_image_alone(tmp_path, photos, wrong
     report = write_cams(sometimes, photos, LABELS, tmp_path / "cams", transform)
     assert report.written == ["2007_000032", "2007_000063"]
     assert list(report.failed) == ["2007_000039"]
-    with pytest.raises(ValueError, match=message):
-        raise ValueError(report.failed["2007_000039"])
+    for fact in facts:
+        assert fact in report.failed["2007_000039"]
 
 
 def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
     def broken(images, labels):
         raise IndexError("no such layer")
 
-    with pytest.raises(RuntimeError, match=r"2007_000032, 2007_000039, 2007_000063: IndexError\('no such layer'\)"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"^cam .*2007_000032, 2007_000039, 2007_000063: IndexError\('no such layer'\).*\(1, C, h, w\)",
+    ):
         write_cams(broken, photos, LABELS, tmp_path / "cams", transform)
     # Where it has worked before, the images are the odd ones.
     save_cams(tmp_path / "cams" / "another.npy", {0: np.ones((2, 2))})
@@ -216,7 +219,7 @@ def test_a_full_disk_ends_the_run(tmp_path, photos, monkeypatch):
 
 def test_a_folder_holds_one_format(tmp_path, photos):
     write_cams(cam, photos[:1], LABELS, tmp_path / "cams", transform, "irn")
-    with pytest.raises(ValueError, match="of an earlier run, which is not in the format psa"):
+    with pytest.raises(ValueError, match=r"2007_000032\.npy .*\bpsa\. .*another folder.*\birn\b"):
         write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     assert os.listdir(tmp_path / "cams") == ["2007_000032.npy"]
 
@@ -225,15 +228,15 @@ def test_mistakes_are_told_before_any_work(tmp_path, photos):
     def run(images=photos, labels=LABELS, **options):
         write_cams(cam, images, labels, tmp_path / "cams", transform, **options)
 
-    with pytest.raises(ValueError, match=r"no labels of 1 of 3 images, such as \['2007_000063'\]"):
+    with pytest.raises(ValueError, match=r"1 of 3 images .*labels.*\['2007_000063'\]"):
         run(labels={name: LABELS[name] for name in list(LABELS)[:2]})
-    with pytest.raises(ValueError, match=r"several images named \['2007_000032'\]"):
+    with pytest.raises(ValueError, match=r"\['2007_000032'\].*two folders"):
         run(images=[*photos, "elsewhere/2007_000032.jpg"])
-    with pytest.raises(ValueError, match="found normalize='sum'"):
+    with pytest.raises(ValueError, match=r"normalize='sum'.*\"minmax\" or \"max\""):
         run(normalize="sum")
-    with pytest.raises(ValueError, match="found format='voc'"):
+    with pytest.raises(ValueError, match=r"'voc'.*psa, psa_crf, irn"):
         run(format="voc")
-    with pytest.raises(ValueError, match="expected 0 < low < high"):
+    with pytest.raises(ValueError, match=r"alphas=\(32, 4\).* 0 < low < high"):
         run(format="psa_crf", alphas=(32, 4))
     assert not (tmp_path / "cams").exists()
 
@@ -246,7 +249,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_progress_is_a_bar_on_a_terminal(tmp_path, photos, monkeypatch):
+def testprogress_is_a_bar_on_a_terminal(tmp_path, photos, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys, "stderr", Terminal())
     photos[0].unlink()
@@ -255,15 +258,15 @@ def test_progress_is_a_bar_on_a_terminal(tmp_path, photos, monkeypatch):
     assert "3/3" in shown
     assert "Class maps" in shown
     assert "2007_000032 skipped: FileNotFoundError" in shown
-    assert "2 written, 0 there before, 1 failed" in shown
+    assert "2 written, 0 already there, 1 failed" in shown
 
 
-def test_progress_is_a_line_now_and_then_elsewhere(tmp_path, photos, monkeypatch, capsys):
-    monkeypatch.setattr(_progress, "SECONDS_BETWEEN_LINES", 0.0)
+def testprogress_is_a_line_now_and_then_elsewhere(tmp_path, photos, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(",")[0] for line in lines[:3]] == [f"Class maps: {n} of 3" for n in (1, 2, 3)]
-    assert lines[3].endswith("3 written, 0 there before, 0 failed")
+    assert lines[3].endswith("3 written, 0 already there, 0 failed")
 
 
 def test_a_short_run_writes_its_summary_alone(tmp_path, photos, capsys):
@@ -274,7 +277,7 @@ def test_a_short_run_writes_its_summary_alone(tmp_path, photos, capsys):
 def test_without_rich_a_terminal_shows_lines(tmp_path, photos, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.progress", None)
     monkeypatch.setattr(sys, "stderr", Terminal())
-    monkeypatch.setattr(_progress, "SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     assert "Class maps: 3 of 3, about 0 s left" in sys.stderr.getvalue()
 
@@ -283,5 +286,5 @@ def test_a_long_summary_names_some(tmp_path, photos, capsys):
     labels = {f"{number:03}": [1, 0, 0, 0] for number in range(8)}
     report = write_cams(cam, [f"{name}.jpg" for name in labels], labels, tmp_path / "cams", transform)
     assert len(report.failed) == 8
-    assert str(report).endswith("and 3 more, in the report's `failed`")
+    assert "and 3 more (`failed` " in str(report).splitlines()[-1]
     assert capsys.readouterr().err.count(" skipped: ") == 8

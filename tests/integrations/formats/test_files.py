@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 import pickletools
+import re
 import struct
 from pathlib import Path
 
@@ -133,7 +134,7 @@ def test_every_format_is_read_back_and_told(tmp_path, maps, format):
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, maps[number], atol=2**-11 if format == "clip_es" else 1e-6)
     if format == "psa_crf":
-        with pytest.raises(ValueError, match=r'say which by format="psa_crf" or format="psa"'):
+        with pytest.raises(ValueError, match=r'psa_crf\.npy: .*format="psa_crf" or format="psa"'):
             load_cams(path)
     else:
         assert cam_format(path) == format
@@ -148,7 +149,9 @@ def test_a_file_is_not_read_as_another_format(tmp_path, maps, format, claimed):
     if {format, claimed} == {"psa", "psa_crf"} and format == "psa_crf":
         assert load_cams(path, claimed).keys() == {0, 3, 15}
     elif format != claimed:
-        with pytest.raises(ValueError, match=r"psa_crf\.npy|found the format|expected 0 \(background\) among them"):
+        with pytest.raises(
+            ValueError, match=rf"psa_crf\.npy|the format {format}, not {claimed}|keys .*\[14, 2\].* 0 .*\bpsa\b"
+        ):
             load_cams(path, claimed)
     else:
         assert load_cams(path, claimed).keys() == maps.keys()
@@ -171,7 +174,7 @@ def test_files_of_a_crf_pair_are_not_taken_for_psa_dicts(tmp_path, maps, alphas,
             for name in ("low.npy", "high.npy"):
                 content = np.load(tmp_path / name, allow_pickle=True).item()
                 np.save(tmp_path / name, {k: v.astype(np.float16) for k, v in content.items()} if half else content)
-                with pytest.raises(ValueError, match="which a file of a CRF pair holds"):
+                with pytest.raises(ValueError, match=rf"{name}: .*CRF pair.*psa_crf"):
                     load_cams(tmp_path / name)
                 assert load_cams(tmp_path / name, "psa_crf").keys() == cams.keys()
 
@@ -195,14 +198,14 @@ def test_a_crf_pair_is_refined_or_not_written(tmp_path, maps):
     np.testing.assert_array_equal(np.load(files[0], allow_pickle=True).item()[0], seen[0][2])
     before = [file.read_bytes() for file in files]
     for wrong in (lambda scores: scores[1:], lambda scores: scores * np.nan, lambda scores: -scores):
-        with pytest.raises(ValueError, match=r"refine returned .* expected \(3, 5, 8\), finite"):
+        with pytest.raises(ValueError, match=r"^refine returned .*\(3, 5, 8\).*finite.*negative"):
             save_crf_pair(*files, maps, refine=wrong)
     for alphas in ((4, 4), (0, 4), (32, 4), (4, np.inf)):
-        with pytest.raises(ValueError, match="expected 0 < low < high"):
+        with pytest.raises(ValueError, match=rf"alphas={re.escape(str(alphas))}.* 0 < low < high"):
             save_crf_pair(*files, maps, alphas)
-    with pytest.raises(ValueError, match=r"high\.npz ends in"):
+    with pytest.raises(ValueError, match=r"high\.npz ends in '\.npz'.*\.npy"):
         save_crf_pair(files[0], tmp_path / "high.npz", maps)
-    with pytest.raises(ValueError, match="call save_crf_pair"):
+    with pytest.raises(ValueError, match=r"psa_crf .*two.*save_crf_pair\(low, high, cams\)"):
         save_cams(files[0], maps, "psa_crf")
     assert [file.read_bytes() for file in files] == before
 
@@ -244,7 +247,7 @@ def test_an_image_without_classes_in_every_format(tmp_path):
     assert np.load(paths["clip_es"], allow_pickle=True).item()["attn_highres"].shape == (0, 6, 9)
     assert np.load(paths["psa_crf"], allow_pickle=True).item()[0].tolist() == np.ones((6, 9)).tolist()
     for format in ("irn", "clip_es"):
-        with pytest.raises(ValueError, match=r"found no maps and no size.*pass size=\(H, W\)"):
+        with pytest.raises(ValueError, match=r"no maps .*size=\(H, W\)"):
             save_cams(tmp_path / "image.npy", {}, format)
 
 
@@ -266,9 +269,9 @@ def test_irn_dicts_open_in_old_numpy_and_torch(tmp_path, maps):
 @pytest.mark.parametrize(
     ("name", "format", "message"),
     [
-        ("image.npy", "voc", r"found format='voc'; expected one of psa, psa_crf, irn, clip_es, npz"),
-        ("image.npy", "npz", r"ends in '\.npy', expected \.npz"),
-        ("image.npz", "irn", r"ends in '\.npz', expected \.npy"),
+        ("image.npy", "voc", r"'voc'.* psa, psa_crf, irn, clip_es, npz"),
+        ("image.npy", "npz", r"ends in '\.npy'.*format='npz'.*\.npz"),
+        ("image.npz", "irn", r"ends in '\.npz'.*format='irn'.*\.npy"),
     ],
 )
 def test_formats_that_a_file_cannot_have(tmp_path, maps, name, format, message):
@@ -279,9 +282,9 @@ def test_formats_that_a_file_cannot_have(tmp_path, maps, name, format, message):
 
 def test_unknown_format_and_size_are_refused(tmp_path, maps):
     save_cams(tmp_path / "image.npy", maps)
-    with pytest.raises(ValueError, match="found format='voc'"):
+    with pytest.raises(ValueError, match=r"'voc'.* psa, psa_crf, irn, clip_es, npz"):
         load_cams(tmp_path / "image.npy", "voc")
-    with pytest.raises(ValueError, match=r"found size=\(0, 5\)"):
+    with pytest.raises(ValueError, match=r"size=\(0, 5\).*height.*width"):
         save_cams(tmp_path / "image.npy", maps, size=(0, 5))
 
 
@@ -307,7 +310,7 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path, name, protocol, f
     mark = tmp_path / "mark"
     content = hostile_files(mark)[name]
     path = write_npy(tmp_path / "image.npy", pickle.dumps(np.array([content, None])[:1].reshape(()), protocol=protocol))
-    with pytest.raises(ValueError, match=r"image.npy: the file asks for .*not read"):
+    with pytest.raises(ValueError, match=r"image.npy: The file asks for .*not read"):
         load_cams(path, format)
     assert not mark.exists()
 
@@ -327,7 +330,7 @@ def test_code_inside_a_torch_storage_is_not_run(tmp_path):
     mark = tmp_path / "mark"
     inner = pickle.dumps(Call(os.system, f"touch {mark}"))
     np.save(tmp_path / "image.npy", {"keys": np.array([1]), "high_res": Call(torch.storage._load_from_bytes, inner)})
-    with pytest.raises(ValueError, match=r"the file asks for (posix|nt)\.system"):
+    with pytest.raises(ValueError, match=r"(posix|nt)\.system.*not read"):
         load_cams(tmp_path / "image.npy")
     assert not mark.exists()
 
@@ -344,9 +347,9 @@ def test_forged_dtypes_do_not_make_numpy_read_pointers(tmp_path):
     state = b"(I3\nV|\nNNNI-1\nI-1\nI0\nt"
     pickletools.dis(pickle_of_array(state, "O8", b"A" * 8), io.StringIO())  # well formed
     for code in ["O8", "V8", "M8", "U2", "O"]:
-        with pytest.raises(ValueError, match=r"found (an array of objects|numbers of type)"):
+        with pytest.raises(ValueError, match=rf"array of objects of shape \(1,\)|numbers of type '{code}'"):
             load_cams(write_npy(tmp_path / "image.npy", pickle_of_array(state, code, b"A" * 8)))
-    with pytest.raises(ValueError, match=r"class 0 holds a float64 array of shape \(1,\)"):
+    with pytest.raises(ValueError, match=r"[Cc]lass 0 .*float64 array of shape \(1,\)"):
         load_cams(write_npy(tmp_path / "image.npy", pickle_of_array(state, "f8", struct.pack("<d", 1))))
 
 
@@ -365,24 +368,27 @@ def test_torch_tensors_stay_inside_their_storage(tmp_path):
     for offset, size, stride in beyond:
         tensor = Call(torch._utils._rebuild_tensor_v2, typed, offset, size, stride, False, {})
         np.save(tmp_path / "image.npy", {0: tensor})
-        with pytest.raises(ValueError, match=r"storage of 6 numbers|out of bounds"):
+        with pytest.raises(ValueError, match=rf"{re.escape(str(size))}.*storage of 6 numbers|out of bounds"):
             load_cams(tmp_path / "image.npy")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (np.zeros((20, 4, 5), dtype=np.float32), r"found a float32 array of shape \(20, 4, 5\), expected a dict"),
-        ([np.zeros((4, 5))], "expected a dict"),
-        ({"keys": np.array([1]), "valid_cam": np.zeros((1, 4, 5))}, r"found keys \['keys', 'valid_cam'\]"),
-        ({"keys": np.array([1, 2]), "high_res": np.zeros((1, 4, 5))}, r"expected \(n,\) of different classes and"),
-        ({"keys": np.array([1, 1]), "high_res": np.zeros((2, 4, 5))}, r"expected \(n,\) of different classes and"),
-        ({"keys": np.array([1]), "attn_highres": np.zeros((4, 5))}, r"expected \(n,\) of different classes and"),
-        ({-1: np.zeros((4, 5))}, r"found keys \[-1\]"),
-        ({True: np.zeros((4, 5))}, r"found keys \[True\]"),
-        ({0: np.zeros((1, 4, 5))}, r"class 0 holds a float64 array of shape \(1, 4, 5\)"),
-        ({0: np.zeros((4, 5)), 1: np.zeros((5, 4))}, "maps differ in size"),
-        ({0: "text"}, "class 0 holds"),
+        (np.zeros((20, 4, 5), dtype=np.float32), r"float32 array of shape \(20, 4, 5\), not a dict"),
+        ([np.zeros((4, 5))], r"float64 array of shape \(1, 4, 5\), not a dict"),
+        (
+            {"keys": np.array([1]), "valid_cam": np.zeros((1, 4, 5))},
+            r"keys .*\['keys', 'valid_cam'\].*keys and high_res",
+        ),
+        ({"keys": np.array([1, 2]), "high_res": np.zeros((1, 4, 5))}, r"\(2,\).*high_res .*\(1, 4, 5\).*\(n, H, W\)"),
+        ({"keys": np.array([1, 1]), "high_res": np.zeros((2, 4, 5))}, r"\(2,\).*high_res .*\(2, 4, 5\).*different"),
+        ({"keys": np.array([1]), "attn_highres": np.zeros((4, 5))}, r"\(1,\).*attn_highres .*\(4, 5\).*\(n, H, W\)"),
+        ({-1: np.zeros((4, 5))}, r"keys .*\[-1\].*0-based"),
+        ({True: np.zeros((4, 5))}, r"keys .*\[True\].*0-based"),
+        ({0: np.zeros((1, 4, 5))}, r"[Cc]lass 0 .*float64 array of shape \(1, 4, 5\).*\(H, W\)"),
+        ({0: np.zeros((4, 5)), 1: np.zeros((5, 4))}, r"size: .*\(4, 5\).*\(5, 4\)"),
+        ({0: "text"}, r"[Cc]lass 0 .*\(H, W\)"),
     ],
 )
 def test_other_contents_are_named(tmp_path, content, message):
@@ -406,7 +412,7 @@ def test_damaged_files(tmp_path, maps):
         load_cams(tmp_path / "named.npz")
     with pytest.raises(FileNotFoundError):
         load_cams(tmp_path / "absent.npy")
-    with pytest.raises(ValueError, match=r"ends in '\.txt'"):
+    with pytest.raises(ValueError, match=r"image\.txt: .*'\.txt'.*\.npy or \.npz"):
         load_cams(tmp_path / "image.txt")
 
 
@@ -421,13 +427,13 @@ def test_npz_with_a_pickle_inside_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("cams", "message"),
     [
-        ({0: np.full((4, 5), 2.0)}, "from 2 to 2, expected"),
-        ({0: np.full((4, 5), np.nan)}, "from nan to nan, expected"),
-        ({0: np.full((4, 5), -0.5)}, "from -0.5 to -0.5, expected"),
-        ({"0": np.zeros((4, 5))}, r"found keys \['0'\]"),
-        ({0: np.zeros(4)}, "class 0 holds"),
-        ({0: np.zeros((4, 5)), 1: np.zeros((5, 4))}, "maps differ in size"),
-        ([np.zeros((4, 5))], "found a list"),
+        ({0: np.full((4, 5), 2.0)}, r"class 0 .*from 2 to 2\b.*\[0, 1\]"),
+        ({0: np.full((4, 5), np.nan)}, r"class 0 .*from nan to nan\b.*\[0, 1\]"),
+        ({0: np.full((4, 5), -0.5)}, r"class 0 .*from -0.5 to -0.5\b.*\[0, 1\]"),
+        ({"0": np.zeros((4, 5))}, r"keys .*\['0'\].*0-based"),
+        ({0: np.zeros(4)}, r"[Cc]lass 0 .*float64 array of shape \(4,\).*\(H, W\)"),
+        ({0: np.zeros((4, 5)), 1: np.zeros((5, 4))}, r"size: .*\(4, 5\).*\(5, 4\)"),
+        ([np.zeros((4, 5))], r"\{class: \(H, W\) map\}.*a list\b"),
     ],
 )
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -438,7 +444,7 @@ def test_save_refuses_bad_maps_and_leaves_nothing(tmp_path, cams, message, suffi
 
 
 def test_save_refuses_other_endings(tmp_path, maps):
-    with pytest.raises(ValueError, match=r"ends in '\.png', expected"):
+    with pytest.raises(ValueError, match=r"ends in '\.png'.*\.npy or \.npz"):
         save_cams(tmp_path / "image.png", maps)
 
 

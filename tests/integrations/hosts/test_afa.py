@@ -281,10 +281,10 @@ def test_views_of_the_small_network(view):
 
 
 def test_other_sizes_and_families_are_refused():
-    with pytest.raises(ValueError, match="found a view of 48 x 48 px; expected multiples of 32"):
+    with pytest.raises(ValueError, match=r"48 x 48 px.*multiples of 32"):
         terms_under(Network(), REFUSED)
     vit = nn.ModuleDict({"encoder": nn.ModuleDict({"blocks": nn.ModuleList()}), "classifier": nn.Conv2d(8, 20, 1)})
-    with pytest.raises(ValueError, match=r"without 'encoder.block4'; expected a model of the AFA family"):
+    with pytest.raises(ValueError, match=r"'encoder.block4'.*AFA"):
         afa.capture(vit)
 
 
@@ -424,7 +424,7 @@ def run_afa(folder):
     model = build()
     found["floor"] = noise_floor(model)
     found["views"] = [terms_under(model, view)[0].item() for view in VIEWS]
-    with pytest.raises(ValueError, match="found a view of 48 x 48"):
+    with pytest.raises(ValueError, match=r"48 x 48 px.*multiples of 32"):
         terms_under(model, REFUSED)
     images = batch(4)[1]
     with afa.capture(model) as host:

@@ -214,7 +214,7 @@ def test_take_without_a_pass(model):
 def test_take_of_a_pass_that_did_not_reach_the_head(model):
     with mctformer.capture(model) as host:
         model.forward_features(images())
-        with pytest.raises(acr_reg.CaptureError, match="that did not reach the output of its Conv2d"):
+        with pytest.raises(acr_reg.CaptureError, match="did not reach the output of its Conv2d"):
             host.take()
         model(images())
         assert host.take().features is not None
@@ -284,7 +284,7 @@ def test_copies_of_a_captured_model_are_models_of_their_own(model, duplicate):
 def test_unwrap_and_part(model):
     assert unwrap(nn.DataParallel(nn.DataParallel(model))) is model
     assert part(model, "blocks.1", "MCTformer") is model.blocks[1]
-    with pytest.raises(ValueError, match="found a Small without 'encoder'; expected a model of the ToCo family"):
+    with pytest.raises(ValueError, match=r"^Small .*'encoder'.*ToCo"):
         part(model, "encoder", "ToCo")
     with HostCapture(model, acr_reg.capture_attention(model)) as host:
         assert host.network is model
@@ -328,7 +328,7 @@ def test_added_lines_are_those_of_one_host_and_purpose(family):
     assert added_lines(family, "owner/name", "0123abc") == of_host
     assert added_lines(family, "owner/name", "0123abc", today=True) == {"a/f.py": [Added(2, 2, "x = x + 10")]}
     assert added_lines(family, "owner/other", "0123abc", today=True) == {}
-    with pytest.raises(ValueError, match="found no lines to add to owner/name at 9999999 in family"):
+    with pytest.raises(ValueError, match=r"^family .*owner/name at 9999999"):
         added_lines(family, "owner/name", "9999999")
 
 
@@ -347,20 +347,20 @@ def test_lines_are_added_to_all_files_or_to_none(family, tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "f.py").write_text(SOURCE)
     lines = added_lines(family, "owner/name", "0123abc")
-    with pytest.raises(ValueError, match=r"found no g\.py"):
+    with pytest.raises(ValueError, match=rf"g\.py in {re.escape(str(tmp_path))}\."):
         add_lines(tmp_path, lines)
     assert (tmp_path / "a" / "f.py").read_text() == SOURCE
 
 
 @pytest.mark.parametrize("number", [0, 3, 5])
 def test_lines_need_a_line_with_code(number):
-    with pytest.raises(ValueError, match=f"found no code at line {number} of 4"):
+    with pytest.raises(ValueError, match=rf"[Ll]ine {number} of 4 .*no code"):
         with_added_lines(SOURCE, [Added(number, number, "pass")])
 
 
 def test_lines_are_replaced_within_the_source_only():
     assert with_added_lines(SOURCE, [Added(4, 5, "pass")]) == "def f(x):\n    y = x\n\n    pass\n"
-    with pytest.raises(ValueError, match="found no code at line 4 of 4"):
+    with pytest.raises(ValueError, match=r"[Ll]ine 4 of 4 .*no code"):
         with_added_lines(SOURCE, [Added(4, 6, "pass")])
 
 

@@ -87,7 +87,7 @@ def test_views_that_the_model_takes(kind, view):
     torch.manual_seed(3)
     model = Small(kind)
     if kind in ("Plus", "CTI") and view in RESIZED:
-        with pytest.raises(ValueError, match=r"found a view of \d+ x \d+ px; expected 64 x 64"):
+        with pytest.raises(ValueError, match=r"\d+ x \d+ px.* 64 x 64 .*keep_size=True"):
             terms_under(model, view, images())
     else:
         loss, _ = terms_under(model, view, images())
@@ -117,7 +117,7 @@ def test_forgotten_take_is_refused():
     with mctformer.capture(model) as host:
         model(images())
         model(images())
-        with pytest.raises(acr_reg.CaptureError, match="found 2 encoder runs since the last take"):
+        with pytest.raises(acr_reg.CaptureError, match="2 encoder runs"):
             host.take()
 
 
@@ -140,17 +140,14 @@ class PlainViT(Small):
 
 
 @pytest.mark.parametrize(
-    ("model", "message"),
+    ("model", "facts"),
     [
-        (
-            nn.Sequential(nn.Linear(2, 2)),
-            "found a Sequential without 'blocks'; expected a model of the MCTformer family",
-        ),
-        (PlainViT(), "found a PlainViT with 1 class tokens for 1000 classes; expected .* one for each class"),
+        (nn.Sequential(nn.Linear(2, 2)), "^Sequential .*'blocks'.*MCTformer.*README"),
+        (PlainViT(), "^PlainViT .*1 class tokens for 1000 classes.*MCTformer.*README"),
     ],
 )
-def test_other_families_are_refused(model, message):
-    with pytest.raises(ValueError, match=message):
+def test_other_families_are_refused(model, facts):
+    with pytest.raises(ValueError, match=facts):
         mctformer.capture(model)
 
 

@@ -215,11 +215,11 @@ def test_class_tokens_are_those_of_the_classes():
 
 def test_a_pair_and_a_missing_run_are_refused():
     model = Pair()
-    with pytest.raises(ValueError, match="two branches; expected one network"):
+    with pytest.raises(ValueError, match=r"two branches.*toco\.capture\(branch, keep='all'\)"):
         toco.capture(model)
     host = toco.capture(model.branch1, keep="all")
     model(batch(2)[0])
-    with pytest.raises(acr_reg.CaptureError, match="expected run 1"):
+    with pytest.raises(acr_reg.CaptureError, match=r"\brun 1\b"):
         host.take(1)
 
 

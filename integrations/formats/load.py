@@ -1,0 +1,90 @@
+"""Reads the class maps of one image, whichever format they are in, without running code from the file."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from acr_reg.integrations.formats.files import Format, Maps, check_format, checked_maps, kind_of
+from acr_reg.integrations.formats.recognize import format_of
+from acr_reg.integrations.formats.unpickle import read_npy
+
+
+def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Maps:
+    """Read the class maps of one image: 0-based class -> float32 (H, W). No code in the file is run.
+
+    Reads every format of :data:`FORMATS`, written here or by the codebases, with numpy or torch numbers in it. ``irn``
+    gives its ``high_res``, ``psa_crf`` its maps without the background.
+
+    Args:
+        path: a .npy or .npz file.
+        format: by default it is found from the content. A file of a CRF pair looks like a PSA dict with a class 0. If
+            key 0 looks like a background of the other maps (a power of 1 minus their maximum, or 1 minus their sum),
+            the file is refused unless ``format`` says which of the two it is.
+
+    Raises:
+        ValueError: the content is something else; the message says what.
+        FileNotFoundError: there is no such file.
+
+    >>> import numpy as np
+    >>> from acr_reg.integrations.formats import save_cams
+    >>> save_cams("image.npz", {14: np.eye(2)})
+    >>> load_cams("image.npz")[14].tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return _load(Path(path), format)[1]
+
+
+def cam_format(path: str | os.PathLike[str]) -> Format:
+    """Which of :data:`FORMATS` a file is in, as :func:`load_cams` finds it. Raises the same errors.
+
+    >>> import numpy as np
+    >>> from acr_reg.integrations.formats import save_cams
+    >>> save_cams("image.npy", {14: np.eye(2)}, "clip_es")
+    >>> cam_format("image.npy")
+    'clip_es'
+    """
+    return _load(Path(path), None)[0]
+
+
+def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
+    check_format(format)
+    try:
+        if path.suffix == ".npz":
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
+                content: Any = {int(name): archive[name] for name in archive.files}
+            found: Format = "npz"
+        elif path.suffix == ".npy":
+            with open(path, "rb") as file:
+                content = read_npy(file)
+            found = format_of(content, format)
+        else:
+            raise ValueError(f"The name ends in {path.suffix!r}. Class maps are .npy or .npz files: give one of these.")
+        if format is not None and found != format:
+            raise ValueError(f"The file is in the format {found}, not {format}. Say {found}, or leave the format out.")
+        return found, _maps_of(content, found)
+    except OSError:
+        raise
+    except Exception as error:  # a damaged or hostile file may fail anywhere in the decoding
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _maps_of(content: Any, format: Format) -> Maps:
+    if format in ("irn", "clip_es"):
+        return checked_maps(_keyed(content, "high_res" if format == "irn" else "attn_highres"))
+    maps = checked_maps(content)
+    return {number - 1: values for number, values in maps.items() if number} if format == "psa_crf" else maps
+
+
+def _keyed(content: dict[str, Any], name: str) -> dict[Any, Any]:
+    """``{"keys": (n,), name: (n, H, W)}`` as a dict from class to map."""
+    numbers, maps = np.asarray(content["keys"]), np.asarray(content[name])
+    if numbers.ndim != 1 or maps.ndim != 3 or len(numbers) != len(maps) or len(set(numbers.tolist())) != len(numbers):
+        raise ValueError(
+            f"keys is {kind_of(numbers)} and {name} is {kind_of(maps)}. Store n different classes and (n, H, W) maps."
+        )
+    numbers = numbers.astype(np.int64) if numbers.size == 0 else numbers
+    return dict(zip(numbers.tolist(), maps, strict=True))
