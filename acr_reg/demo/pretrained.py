@@ -105,7 +105,7 @@ def download_weights() -> dict[str, Tensor]:
         return timm.create_model(NAME, pretrained=True, num_classes=0).state_dict()
     except Exception as error:  # the hub raises whatever its network stack does
         raise CommandError(
-            f"The weights of {NAME} could not be downloaded from the Hugging Face hub ({type(error).__name__}). "
+            f"The weights of {NAME} could not be downloaded ({type(error).__name__}). "
             "Connect to the network, or give a file by --weights FILE."
         ) from error
 
