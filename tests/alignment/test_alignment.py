@@ -262,7 +262,7 @@ def test_views_of_two_batches():
 def test_two_crops_of_images_of_two_sizes():
     a, b = (random_attention((4, 4), seed=seed) for seed in (1, 2))
     view_a, view = Crop(0, 0, 4, 4, image_size=(8, 8)), Crop(0, 0, 4, 4, image_size=(6, 6))
-    refused(view, a, b, "8 x 8", "expected 6 x 6", view_a=view_a)
+    refused(view, a, b, "8 x 8", "takes 6 x 6", view_a=view_a)
 
 
 @pytest.mark.parametrize("factor", [0.1, (1.0, 0.05)], ids=str)
