@@ -22,12 +22,13 @@ from acr_reg import (
     VerticalFlip,
     normalize_cam,
 )
-from acr_reg.alignment.pairs import align_layer
+from acr_reg.alignment.maps import valid_tokens
 from acr_reg.alignment.pairs import row_entropy as entropies
-from acr_reg.alignment.resampled import valid_tokens
 from acr_reg.losses.all_pairs import DEFAULT_WEIGHT
-from acr_reg.losses.functional import activation_consistency, affinity_consistency, cam_consistency
+from acr_reg.losses.functional import cam_consistency, row_consistency
+from acr_reg.losses.terms import sample_rows
 from acr_reg.tokens import Lattice, TokenLayout
+from tests.support.alignment import aligned_rows
 from tests.support.attention import (
     VIEWS,
     any_view,
@@ -282,12 +283,12 @@ def test_mixed_maps_of_either_sign_are_resampled_by_area():
     """Heads mixed after softmax can give rows without any mass: there is none to restore."""
     a, b = (torch.randn(1, 2, 1 + n, 1 + n, generator=generator(n)).requires_grad_() for n in (6, 24))
     mixed = [AttentionMaps([explicit(w, layout_of(g), stochastic=False)]) for w, g in ((a, (2, 3)), (b, (4, 6)))]
-    aligned = align_layer(mixed[0][0], mixed[1][0], Scale(2))
+    class_rows, patch_rows = aligned_rows(mixed[0][0], mixed[1][0], Scale(2))
     rows = F.interpolate(
         b[:, :, 0, 1:].unflatten(-1, (4, 6)), (2, 3), mode="bilinear", antialias=True, align_corners=False
     )
-    torch.testing.assert_close(aligned.activation.b[:, :, 0], 4 * rows.flatten(-2))
-    assert aligned.affinity.b.abs().max() < 10
+    torch.testing.assert_close(class_rows.b[:, :, 0], 4 * rows.flatten(-2))
+    assert patch_rows.b.abs().max() < 10
 
 
 # Factors: what a fused kernel leaves behind
@@ -543,14 +544,16 @@ def test_sampled_rows_are_rows_of_the_whole(name, share, count):
     view = Scale(0.5) if name == "scale" else Rotate90()
     grid_b = view.output_size((4, 6))
     a, b = random_attention((4, 6), layers=1, seed=1)[0], random_attention(grid_b, layers=1, seed=2)[0]
-    whole, some = align_layer(a, b, view), align_layer(a, b, view, rows=share)
-    assert some.affinity.a.shape == some.affinity.b.shape == (2, 3, count, 24)
-    assert some.affinity.shown.shape[-1] == count
-    picked = (whole.affinity.a[0, 0][:, None] == some.affinity.a[0, 0][None]).all(-1).float().argmax(0)
+    (whole_class, whole), (some_class, some) = (
+        aligned_rows(a, b, view, tokens=sample_rows(24, each, "cpu")) for each in (1.0, share)
+    )
+    assert some.a.shape == some.b.shape == (2, 3, count, 24)
+    assert some.shown.shape[-1] == count
+    picked = (whole.a[0, 0][:, None] == some.a[0, 0][None]).all(-1).float().argmax(0)
     assert len(picked.unique()) == count
-    torch.testing.assert_close(some.affinity.a, whole.affinity.a[:, :, picked], rtol=1e-12, atol=0)
-    torch.testing.assert_close(some.affinity.b, whole.affinity.b[:, :, picked], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(some.activation.b, whole.activation.b, rtol=1e-12, atol=0)
+    torch.testing.assert_close(some.a, whole.a[:, :, picked], rtol=1e-12, atol=0)
+    torch.testing.assert_close(some.b, whole.b[:, :, picked], rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(some_class.b, whole_class.b, rtol=1e-12, atol=0)
 
 
 def test_sampled_rows_respect_valid():
@@ -853,9 +856,9 @@ def test_a_callable_distance():
 
 def test_a_callable_distance_must_reduce_the_last_axis_only():
     acr = AllPairsConsistencyLoss(HorizontalFlip(), 0.0, distance=lambda a, b: (a - b).abs().sum())
-    with pytest.raises(ValueError, match="distance of shape") as error:
+    with pytest.raises(ValueError, match="distance") as error:
         acr(*flipped_pair())
-    assert says(error, "()", "(2, 1, 15, 15)", "expected (2, 1, 15)")
+    assert says(error, "shape ()", "(2, 1, 15, 15)", "(2, 1, 15)", "last axis")
 
 
 # The pure functions
@@ -863,19 +866,18 @@ def test_a_callable_distance_must_reduce_the_last_axis_only():
 
 def test_functions_average_over_images_heads_and_rows():
     a, b = torch.rand(2, 3, 4, 5, generator=generator(1)), torch.rand(2, 3, 4, 5, generator=generator(2))
-    for function in (activation_consistency, affinity_consistency):
-        assert function(a, b).item() == pytest.approx((a - b).abs().sum(-1).mean().item())
-        assert function(a, b, normalize="mean").item() == pytest.approx((a - b).abs().mean().item())
-        assert function(a, b, "l2").item() == pytest.approx(((a - b) ** 2).sum(-1).mean().item())
+    assert row_consistency(a, b).item() == pytest.approx((a - b).abs().sum(-1).mean().item())
+    assert row_consistency(a, b, normalize="mean").item() == pytest.approx((a - b).abs().mean().item())
+    assert row_consistency(a, b, "l2").item() == pytest.approx(((a - b) ** 2).sum(-1).mean().item())
 
 
 def test_functions_refuse_unknown_options():
     rows = torch.rand(1, 1, 2, 3, generator=generator(1))
     with pytest.raises(ValueError, match="distance='kl'") as error:
-        affinity_consistency(rows, rows, "kl")
+        row_consistency(rows, rows, "kl")
     assert says(error, '"l1"', '"l2"', '"js"')
     with pytest.raises(ValueError, match="normalize='sum'") as error:
-        affinity_consistency(rows, rows, normalize="sum")
+        row_consistency(rows, rows, normalize="sum")
     assert '"row"' in str(error.value)
     with pytest.raises(ValueError, match="mode='softmax'") as error:
         normalize_cam(rows, "softmax")

@@ -23,8 +23,8 @@ from acr_reg import (
     Rotate90,
     Scale,
 )
-from acr_reg.alignment.pairs import align_layer
 from acr_reg.losses.functional import cam_consistency
+from tests.support.alignment import aligned_rows
 from tests.support.attention import (
     explicit,
     factored,
@@ -260,8 +260,7 @@ def test_conditional_rows_are_a_softmax_over_masked_logits(away, form):
     if form == "maps":
         a = explicit(a.weights(), layout)
     b = explicit(random_maps((3, 4), batch=1, heads=2, layers=1, dtype=torch.float32)[0], layout_b)
-    aligned = align_layer(a, b, box(2, 1, 3, 4))
-    rows, _, weight = aligned.affinity.comparable("each")
+    rows, _, weight = aligned_rows(a, b, box(2, 1, 3, 4))[1].comparable("each")
     wanted = masked_softmax(logits, [0, *inside])[..., 1:, 1:]
     shown = [i - 1 for i in inside]
     if away < 75:
@@ -450,7 +449,7 @@ def test_images_weigh_by_what_is_common_to_both_of_their_views():
         own = [m[i : i + 1] for m in maps]
         pair = attention(own, grids)
         value = acr(*pair, view=relation.of_image(i)).item()
-        _, _, weight = align_layer(pair[0][0], pair[1][0], relation.of_image(i)).affinity.comparable("mean")
+        _, _, weight = aligned_rows(pair[0][0], pair[1][0], relation.of_image(i))[1].comparable("mean")
         total = 16.0 if weight is None else weight.sum().item()
         weights.append(total)
         sums.append(value * max(total, 4.0))

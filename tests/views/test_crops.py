@@ -24,8 +24,8 @@ from acr_reg import (
     VerticalFlip,
     View,
 )
-from acr_reg.alignment.pairs import align_layer
 from acr_reg.views.view import map_between
+from tests.support.alignment import aligned_rows
 from tests.support.attention import explicit, generator, says
 from tests.support.oracles import filter_row
 
@@ -720,8 +720,8 @@ def tokens_of(size, patch=16, batch=1):
 def test_an_image_that_the_patch_does_not_divide_may_be_cropped_to_one_that_it_does(size, out):
     """15 tokens of 16 px on 255 px, and 28 on the 448 px that the image is resized to: 15 * 448 / 255 are but 26."""
     view = Crop(0, 0, *size, size=out, image_size=size)
-    aligned = align_layer(tokens_of(size), tokens_of((out, out)), view)
-    assert aligned.affinity.b.shape == aligned.affinity.a.shape
+    _, patches = aligned_rows(tokens_of(size), tokens_of((out, out)), view)
+    assert patches.b.shape == patches.a.shape
 
 
 def test_images_that_the_patch_does_not_divide_may_be_turned_each_by_itself():
@@ -729,8 +729,8 @@ def test_images_that_the_patch_does_not_divide_may_be_turned_each_by_itself():
         Crop(0, 0, 239, 224, size=224, image_size=(239, 224)),
         Compose([Rotate90(), Crop(0, 0, 224, 239, size=224, image_size=(224, 239))]),
     ]
-    aligned = align_layer(tokens_of((239, 224), batch=2), tokens_of((224, 224), batch=2), PerImage(views))
-    assert aligned.affinity.b.shape == aligned.affinity.a.shape
+    _, patches = aligned_rows(tokens_of((239, 224), batch=2), tokens_of((224, 224), batch=2), PerImage(views))
+    assert patches.b.shape == patches.a.shape
 
 
 # Bad input
