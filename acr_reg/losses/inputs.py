@@ -71,13 +71,14 @@ def check_inputs(
     both_cams = _check_cams(*cams, batch, torch.is_grad_enabled() and weights["cam"] > 0)
     terms = _terms_with_inputs(pairs[0][0], both_cams is not None, weights, required, warnings)
     terms = {name for name in terms if weights[name] or report}
-    tokens = [len(a.layout.known_class_tokens()) for a, _ in pairs if "activation" in terms]
-    _check_labels(labels, batch, [cam.shape[1] for cam in both_cams or ()] + [count for count in tokens if count > 1])
+    class_tokens = [len(a.layout.known_class_tokens()) for a, _ in pairs if "activation" in terms]
+    class_maps = [] if both_cams is None else [both_cams[0].shape[1]]
+    _check_labels(labels, batch, class_maps + [count for count in class_tokens if count > 1])
     for a, b in pairs:
         if terms - {"cam"} and distance == "js" and not (a.stochastic and b.stochastic):
             raise ValueError(
-                f"layer {a.index} ({a.name}): its map was mixed after softmax and holds no probabilities, which "
-                'distance="js" needs. Choose "l1" or "l2".'
+                f"layer {a.index} ({a.name}): its map was mixed after softmax, so its rows are not the "
+                'probabilities that "js" needs. Choose distance="l1" or "l2".'
             )
     lattices = None if both_cams is None else _lattices(*attention, both_cams)
     return LossInputs(pairs, both_cams, lattices, view, valid, labels, frozenset(terms), warnings)

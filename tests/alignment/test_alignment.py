@@ -24,8 +24,8 @@ from acr_reg import (
     align_tokens,
     token_validity,
 )
-from tests.support.alignment import aligned_rows
 from tests.support.attention import explicit, generator, layout_of, random_attention, random_maps, says
+from tests.support.pairs import aligned_rows
 
 # Properties
 
@@ -232,14 +232,16 @@ def numbers_in(error):
     return set(re.findall(r"\d+", str(error.value)))
 
 
-def test_a_crop_of_images_of_another_size():
-    view = Crop(0, 0, 64, 64, image_size=(96, 160))
-    refused(view, pixels((8, 8)), pixels((4, 4)), "images of", "layer 0", "128 x 128 px", "96 x 160 px", "first view")
-
-
-def test_a_crop_resized_to_another_size_than_the_second_view_had():
-    view = Crop(0, 0, 64, 64, size=96, image_size=(128, 128))
-    refused(view, pixels((8, 8)), pixels((4, 4)), "images of", "64 x 64 px", "96 x 96 px", "second view")
+@pytest.mark.parametrize(
+    ("view", "facts"),
+    [
+        (Crop(0, 0, 64, 64, image_size=(96, 160)), ["128 x 128 px", "96 x 160 px", "first view"]),
+        (Crop(0, 0, 64, 64, size=96, image_size=(128, 128)), ["64 x 64 px", "96 x 96 px", "second view"]),
+    ],
+    ids=["of images of another size", "resized to another size than the second view had"],
+)
+def test_a_crop_that_does_not_fit_the_images(view, facts):
+    refused(view, pixels((8, 8)), pixels((4, 4)), "images of", "layer 0", *facts)
 
 
 @pytest.mark.parametrize("view", [Rotate90(1), Compose([Rotate90(3), HorizontalFlip()])], ids=repr)

@@ -286,12 +286,6 @@ def test_a_second_derivative_is_refused_by_name():
     assert torch.autograd.grad(first[0].square().sum(), inputs[0])[0].abs().max() > 0
 
 
-def test_bad_blocks():
-    with pytest.raises(ValueError, match="block_rows=0") as error:
-        AllPairsConsistencyLoss(HorizontalFlip(), block_rows=0)
-    assert says(error, "at least 1", "None")
-
-
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
 def test_without_gradient_only_the_value_is_computed(without, monkeypatch):
     _, attention = pair_of_factors(HorizontalFlip())

@@ -30,8 +30,8 @@ from acr_reg import (
     align_attention,
     capture_attention,
 )
-from tests.support.alignment import aligned_rows
 from tests.support.attention import generator
+from tests.support.pairs import aligned_rows
 
 PATCH = 3  # px: odd, so that it has a centre
 GRID = (6, 10)

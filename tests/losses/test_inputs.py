@@ -58,6 +58,7 @@ BAD_OPTIONS = [
     ({"activation_weight": -1}, ["'activation': -1.0", ">= 0"]),
     ({"affinity_weight": float("inf")}, ["'affinity': inf", "finite"]),
     ({"cam_weight": float("nan")}, ["'cam': nan", "finite"]),
+    ({"block_rows": 0}, ["block_rows=0", "at least 1", "None"]),
 ]
 
 

@@ -22,8 +22,8 @@ from acr_reg import (
     class_token_gradient_cam,
     propagate_cam,
 )
-from tests.support.alignment import aligned_rows
 from tests.support.attention import says
+from tests.support.pairs import aligned_rows
 
 GRID = (4, 6)
 SIZE = (32, 48)  # px: patches of 8

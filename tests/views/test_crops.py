@@ -25,9 +25,9 @@ from acr_reg import (
     View,
 )
 from acr_reg.views.view import map_between
-from tests.support.alignment import aligned_rows
 from tests.support.attention import explicit, generator, says
 from tests.support.oracles import filter_row
+from tests.support.pairs import aligned_rows
 
 SIZE = (12, 17)
 BOXES = {
