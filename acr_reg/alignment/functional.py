@@ -1,4 +1,4 @@
-"""Tokens, and attention between tokens, carried from a view back onto the image's tokens, as pure functions."""
+"""Carries tokens, and attention between tokens, from a view back onto the image's tokens, as pure functions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.resampled import AlignmentMaps, check_lattices
+from acr_reg.alignment.maps import AlignmentMaps, check_lattices
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.view import View, map_between
 
@@ -19,11 +19,11 @@ def align_tokens(
     num_prefix_tokens: int = 0,
     dim: int = -2,
 ) -> Tensor:
-    """Values of a view's tokens, prefix + ``source`` of them along ``dim``, carried back onto the image's ``target``.
+    """Carries values of a view's tokens, prefix + ``source`` along ``dim``, back onto the image's ``target`` lattice.
 
-    Token features (B, N, D) with ``dim=-2``, class-token rows (B, H, C, N) with ``dim=-1``. Prefix tokens stay in
-    place; tokens that the view does not show are 0 (:func:`token_validity` tells which). Differentiable, any dtype and
-    device. Raises ValueError where the number of tokens is another.
+    Use ``dim=-2`` for token features (B, N, D), ``dim=-1`` for class-token rows (B, H, C, N). Prefix tokens stay in
+    place; tokens that the view does not show become 0 (:func:`~acr_reg.token_validity` tells which). Differentiable,
+    on any dtype and device. Raises ValueError if the number of tokens does not fit.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Lattice
@@ -40,10 +40,10 @@ def align_tokens(
 
 
 def align_attention(maps: Tensor, view: View, source: TokenLayout, target: TokenLayout) -> Tensor:
-    """Attention maps (B, H, N', M') of a view carried back onto the image's tokens: (B, H, N, M), P^T A P.
+    """Carries attention maps (B, H, N', M') of a view back onto the image's tokens: P^T A P, (B, H, N, M).
 
-    Both axes are carried by their own lattices, prefix rows and columns stay in place, and each row keeps the mass
-    that it gave to the patches the image shows. Rows and columns that the view does not show are 0.
+    Queries and keys use their own lattices. Prefix rows and columns stay in place, and each row keeps the mass that it
+    gave to patches visible in the image. Rows and columns that the view does not show become 0.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Lattice, TokenLayout
@@ -52,21 +52,19 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     [[8.0, 7.0, 6.0], [5.0, 4.0, 3.0], [2.0, 1.0, 0.0]]
     """
     if maps.ndim != 4:
-        raise ValueError(
-            f"found maps of shape {tuple(maps.shape)}; expected (B, H, N, M); stack the heads along the second axis"
-        )
+        raise ValueError(f"The maps have shape {tuple(maps.shape)}, not (B, H, N, M). Stack the heads on axis 1.")
     for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
         _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
     view.check_batch(maps.shape[0])
     check_lattices("align_attention", view, source.key, target.key)
-    carriers = AlignmentMaps(view, source, target, str(maps.device))
+    maps_back = AlignmentMaps(view, source, target, str(maps.device))
     prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
-    columns = torch.cat([prefix, carriers.carry_patches(patches, stochastic=True)], -1)
+    columns = torch.cat([prefix, maps_back.carry_patches(patches, stochastic=True)], -1)
     return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
 
 
 def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
-    """(1 or B, target tokens) bool: which tokens of the image its view shows, by their centres.
+    """(1 or B, target tokens) bool: which tokens of the image the view shows, judged by their centres.
 
     >>> from acr_reg import Crop, Lattice
     >>> view = Crop(0, 16, 16, 32, image_size=(16, 64))  # tokens of 16 px
@@ -80,6 +78,6 @@ def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
 def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:
     if values.shape[dim] != expected:
         raise ValueError(
-            f"found {values.shape[dim]} tokens along dimension {dim} of {tuple(values.shape)}; expected {expected} "
-            f"({made_of}); correct the lattice or num_prefix_tokens"
+            f"Dimension {dim} of {tuple(values.shape)} has {values.shape[dim]} tokens, not {expected} ({made_of}). "
+            "Correct source or num_prefix_tokens."
         )

@@ -1,33 +1,33 @@
-"""Both attention terms of one layer, dense or in blocks of query rows that never hold an N x N map of all heads.
+"""Both attention terms of one layer in blocks of query rows, without ever holding an N x N map of all heads.
 
-The dense evaluation leaves the maps of a layer to autograd. The blockwise one runs autograd inside each block of query
-rows and adds up the gradients to query and key in the forward pass, in float32 at least: memory grows with N, and the
-upstream gradient, loss scale included, is applied before anything is cast to half precision.
+Autograd runs inside each block, in the forward pass, and the gradients to query and key are added up in float32 at
+least. Memory thus grows with N. The upstream gradient, loss scale included, is applied before anything is cast to half
+precision.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.alignment.pairs import mean_entropy
 from acr_reg.attention.layer import LayerAttention, RecordedTensors, rows_of_block
-from acr_reg.losses.functional import RowSum
-from acr_reg.losses.terms import Evaluated, LayerTerms, _rows
+from acr_reg.losses.functional import RowSum, sum_rows
+from acr_reg.losses.terms import LayerTerms, mean_entropy
 from acr_reg.tokens import TokenLayout
 
 
 class BlockedLayer:
     """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
 
-    ``inputs`` are what its map is made of, on the graph: query, key and an additive bias; or the map itself. A block
-    takes the rows it needs of them as ``leaves``, at least in float32; :meth:`add` puts their gradients where they
-    belong, and :meth:`gradients` are those of the inputs.
+    ``inputs`` make its map, on the graph: query, key and an additive bias; or the map itself. A block copies the rows
+    it needs of them into ``leaves``, in float32 at least. :meth:`add` puts the gradients of the leaves where they
+    belong, and ``gradients`` are those of the inputs, of all terms so far.
     """
 
     def __init__(self, layer: LayerAttention) -> None:
@@ -38,8 +38,8 @@ class BlockedLayer:
         with torch.no_grad():
             self._held = [at_least_float32(part.detach()) if part.is_floating_point() else part for part in self.inputs]
         self._learning = [torch.is_grad_enabled() and part.requires_grad for part in self.inputs]
-        self._sums: list[Tensor | None] = [None] * len(self.inputs)  # of all terms so far, weighted
-        self._found: list[Tensor | None] = [None] * len(self.inputs)  # of the term at hand
+        self.gradients: list[Tensor | None] = [None] * len(self.inputs)  # weighted
+        self._found: list[Tensor | None] = [None] * len(self.inputs)  # of the current term
         self._key: tuple[Tensor | None, Tensor] | None = None  # its order, and the leaf
         self._rows: Tensor | None = None
         self.leaves: list[Tensor] = []
@@ -58,7 +58,7 @@ class BlockedLayer:
         return self.layer.layout
 
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-        """The rows of a block: those of ``queries``, (R,) or for each image (B, R), on leaves of their own."""
+        """The rows of a block, on leaves of their own; ``queries`` is (R,), or (B, R) for each image."""
         self._rows, self.leaves, self._leaf_of = queries, [], []
         rows = self._leaf(0, select(self._held[0], 2, queries))
         if not self.layer.is_factored:
@@ -76,7 +76,7 @@ class BlockedLayer:
         return tensor
 
     def _key_leaf(self, order: Tensor | None) -> Tensor:
-        """All keys serve every block: put in order once, and their gradient put back once."""
+        """Every block needs all keys: they are put in order once, and their gradient is put back once."""
         if self._key is None or self._key[0] is not order:
             self._settle_key()
             self._key = (order, select(self._held[1], 2, order))
@@ -85,63 +85,50 @@ class BlockedLayer:
     def _mask_leaf(self, queries: Tensor, keys: Tensor | None) -> Tensor:
         mask = self._held[2]
         batch, heads, _, _ = mask.shape
-        count = [self.layer.shape[dim] for dim in (2, 3)]
         if queries.ndim == 2 or (keys is not None and keys.ndim == 2):
             batch = self.layer.shape[0]
-        mask = mask.expand(batch, heads, *count)
+        mask = mask.expand(batch, heads, *self.layer.shape[2:])
         return self._leaf(2, select(select(mask, 2, queries), 3, keys))
 
-    def add(self, found: Iterator[Tensor | None]) -> None:
+    def add(self, gradients: Iterator[Tensor | None]) -> None:
         """Adds the gradients of this block's leaves, in their order."""
         for number in self._leaf_of:
-            gradient = next(found)
-            if gradient is not None:
-                self._add(number, gradient)
-
-    def _add(self, number: int, gradient: Tensor) -> None:
-        found = self._found[number]
-        if number == 1:  # stays in the order of the leaf until the end
-            self._found[1] = gradient if found is None else found.add_(gradient)
-            return
-        if found is None:
-            shape = list(self.inputs[number].shape)
-            found = self._found[number] = torch.zeros(shape, dtype=gradient.dtype, device=gradient.device)
-        if number == 2:
-            assert self._key is not None
-            gradient = _put_back(gradient, 3, self._key[0], self.layer.shape[3])
-            gradient = _put_back(gradient, 2, self._rows, self.layer.shape[2])
-            found.add_(gradient.sum_to_size(found.shape))
-        else:
-            _add_rows(found, self._rows, gradient)
+            gradient, found = next(gradients), self._found[number]
+            if gradient is None:
+                continue
+            if number == 1:  # stays in the order of the leaf until the end
+                self._found[1] = gradient if found is None else found.add_(gradient)
+                continue
+            if found is None:
+                found = self._found[number] = gradient.new_zeros(self.inputs[number].shape)
+            if number == 2:
+                assert self._key is not None
+                gradient = _put_back(gradient, 3, self._key[0], self.layer.shape[3])
+                gradient = _put_back(gradient, 2, self._rows, self.layer.shape[2])
+                found.add_(gradient.sum_to_size(found.shape))
+            else:
+                _add_rows(found, self._rows, gradient)
 
     def scale(self, factor: Tensor) -> None:
-        """Closes a term: what was found of it counts ``factor`` times."""
+        """Closes a term: adds ``factor`` times its gradient to that of the terms so far."""
         self._settle_key()
         for number, found in enumerate(self._found):
             if found is not None:
-                total, found = self._sums[number], found.mul_(factor)
-                self._sums[number] = found if total is None else total.add_(found)
+                total, found = self.gradients[number], found.mul_(factor)
+                self.gradients[number] = found if total is None else total.add_(found)
         self._found = [None] * len(self.inputs)
 
     def _settle_key(self) -> None:
-        if self._key is None:
-            return
-        order, found = self._key[0], self._found[1] if len(self._found) > 1 else None
-        if found is not None:
-            self._found[1] = _put_back(found, 2, order, self.layer.shape[3])
+        if self._key is not None and (found := self._found[1]) is not None:
+            self._found[1] = _put_back(found, 2, self._key[0], self.layer.shape[3])
         self._key = None
-
-    def gradients(self) -> list[Tensor | None]:
-        return self._sums
 
 
 def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:
     """Entries that were selected by ``index`` where they came from, among ``count``; 0 elsewhere."""
     if index is None:
         return values
-    shape = list(values.shape)
-    shape[dim] = count
-    whole = values.new_zeros(shape)
+    whole = values.new_zeros([*values.shape[:dim], count, *values.shape[dim + 1 :]])
     _add_rows(whole.movedim(dim, 2), index, values.movedim(dim, 2))
     return whole
 
@@ -156,50 +143,43 @@ def _add_rows(whole: Tensor, index: Tensor | None, rows: Tensor) -> None:
     whole.movedim(2, 1).index_put_((images, index), rows.movedim(2, 1), accumulate=True)
 
 
-def evaluate_blockwise(layer: LayerTerms, block_rows: int | None = None) -> Evaluated:
-    """The same in blocks of ``block_rows`` query rows, by default as many as keep a block's maps near 4 MB, at
-    least 64.
-
-    The first derivative is exact; a second one is refused.
-    """
-    sides = BlockedLayer(layer.pair.layers[0]), BlockedLayer(layer.pair.layers[1])
+def evaluate_blockwise(terms: LayerTerms, block_rows: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`~acr_reg.losses.terms.evaluate_dense` in blocks of ``block_rows`` query rows, by default as many as keep a
+    block's maps near 4 MB, at least 64. The first derivative is exact; a second one is refused."""
+    layers = BlockedLayer(terms.pair.layers[0]), BlockedLayer(terms.pair.layers[1])
     if block_rows is None:
-        block_rows = rows_of_block(layer.pair.layers)
-    learns = any(side.learns for side in sides)
+        block_rows = rows_of_block(terms.pair.layers)
     report: dict[str, Tensor] = {}
-
-    def run() -> Tensor:
-        return _in_blocks(layer, sides, block_rows, report)
-
-    inputs = [tensor for side in sides for tensor in side.inputs]
-    return Evaluated(_Blockwise.apply(run, sides, *inputs) if learns else run(), report)
+    run = partial(_in_blocks, terms, layers, block_rows, report)
+    inputs = [tensor for layer in layers for tensor in layer.inputs]
+    learns = any(layer.learns for layer in layers)
+    return _Blockwise.apply(run, layers, *inputs) if learns else run(), report
 
 
 def _in_blocks(
-    layer: LayerTerms, sides: tuple[BlockedLayer, BlockedLayer], block_rows: int, report: dict[str, Tensor]
+    terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], block_rows: int, report: dict[str, Tensor]
 ) -> Tensor:
-    """The weighted sum of the terms; their gradients are added up in the sides."""
-    pair = layer.pair.of(*sides)
+    """The weighted sum of the terms; their gradients are added up in the layers, and each term goes to the report."""
+    terms = replace(terms, pair=terms.pair.of(*layers))
     entropies: list[Tensor | None] = []
     weighted: list[Tensor] = []
-    for term, weight in layer.weights.items():
+    for term, weight in terms.weights.items():
         whole: RowSum | None = None
-        learns = weight != 0 and any(side.learns for side in sides)
-        for tokens in layer.tokens.split(block_rows) if term == "affinity" else [layer.tokens]:
+        learns = weight != 0 and any(layer.learns for layer in layers)
+        for tokens in terms.tokens.split(block_rows) if term == "affinity" else [terms.tokens]:
             with torch.set_grad_enabled(learns):
-                rows = _rows(pair, term, tokens)
-                block = layer.compared(rows, term)
+                block, entropy = terms.compare(term, tokens, sum_rows)
             if learns:
-                leaves = [leaf for side in sides for leaf in side.leaves]
+                leaves = [leaf for layer in layers for leaf in layer.leaves]
                 found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
-                for side in sides:
-                    side.add(found)
-            entropies.append(rows.entropy)
+                for layer in layers:
+                    layer.add(found)
+            entropies.append(entropy)
             block = RowSum(block.total.detach(), block.weight, block.count)
             whole = block if whole is None else whole + block
         assert whole is not None
-        for side in sides:
-            side.scale(weight / whole.norm())
+        for layer in layers:
+            layer.scale(weight / whole.norm())
         report[term] = whole.mean()
         weighted.append(weight * report[term])
     value = torch.stack(weighted).sum()
@@ -212,10 +192,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, run: Callable[[], Tensor], sides: tuple[BlockedLayer, BlockedLayer], *inputs: Tensor
+        ctx: Any, run: Callable[[], Tensor], layers: tuple[BlockedLayer, BlockedLayer], *inputs: Tensor
     ) -> Tensor:
         value = run()
-        gradients = [gradient for side in sides for gradient in side.gradients()]
+        gradients = [gradient for layer in layers for gradient in layer.gradients]
         ctx.present = [gradient is not None for gradient in gradients]
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
@@ -225,8 +205,8 @@ class _Blockwise(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "found a second derivative of the blockwise loss (create_graph=True), which has none; expected a first "
-                "one; build the loss with blockwise=False to differentiate it twice"
+                "The blockwise loss has no second derivative (create_graph=True). Build it with blockwise=False to "
+                "differentiate twice."
             )
         saved = iter(ctx.saved_tensors)
         gradients = [

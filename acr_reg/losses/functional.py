@@ -1,4 +1,4 @@
-"""The consistency terms as pure functions.
+"""The terms of the loss as pure functions: the distance of rows, its mean over rows, and the term of class maps.
 
 After "All-pairs Consistency Learning for Weakly Supervised Semantic Segmentation" (Sun et al., ICCV 2023 workshop,
 arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020, arXiv 2004.04581).
@@ -8,7 +8,8 @@ With attention maps A1, A2 of an image and of its view, and P the view's permuta
     activation = | A1[class, patches] - A2[class, patches] P |            which patches the class token attends to
     affinity   = | A1[patches, patches] - P^T A2[patches, patches] P |    which patches attend to each other
 
-Attention is aligned by :class:`~acr_reg.alignment.pairs.AlignedPair` first; everything is differentiable to both views.
+Both are :func:`row_consistency`, of class-token rows and of patch rows that
+:class:`~acr_reg.alignment.pairs.AlignedPair` has aligned. Everything is differentiable in both views.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.pairs import OVERLAP_FLOOR
-from acr_reg.alignment.resampled import check_valid, valid_tokens
+from acr_reg.alignment.maps import check_valid, valid_tokens
 from acr_reg.cam.refinement import normalize_cam
 from acr_reg.tokens import Lattice
 from acr_reg.views.view import View, map_between
@@ -31,13 +31,16 @@ Distance = Literal["l1", "l2", "js"] | Callable[[Tensor, Tensor], Tensor]
 
 Normalize = Literal["row", "mean"]
 
+# Below this share of rows and mass that both views show, a term fades out instead of growing ever noisier.
+OVERLAP_FLOOR = 0.25
+
 
 def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
     """The distance of two non-negative rows (..., M) -> (...).
 
-    "l1": ``sum |a - b|``, in [0, 2] for probabilities. "l2": the squared one, ``sum (a - b)^2``. "js": the
-    Jensen-Shannon divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2, which stays non-negative
-    for rows that do not sum to 1. A callable is given both and reduces the last axis.
+    "l1" is ``sum |a - b|``, in [0, 2] for probabilities. "l2" is the squared distance, ``sum (a - b)^2``. "js" is the
+    Jensen-Shannon divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2; it stays non-negative for
+    rows that do not sum to 1. A callable takes both rows and reduces the last axis.
     """
     if distance == "l1":
         return (a - b).abs().sum(-1)
@@ -52,20 +55,20 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
         # Each pair's share is >= 0, except by rounding where a and b nearly agree.
         return 0.5 * pairs.clamp_min(0).sum(-1)
     if not callable(distance):
-        raise ValueError(f'found distance={distance!r}; expected "l1", "l2", "js" or a callable; choose one of these')
+        raise ValueError(f'distance={distance!r} is unknown. Choose "l1", "l2", "js" or a callable.')
     result = distance(a, b)
     if result.shape != a.shape[:-1]:
         raise ValueError(
-            f"found a distance of shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}; expected "
-            f"{tuple(a.shape[:-1])}; reduce the last axis only"
+            f"The distance has shape {tuple(result.shape)} for rows of shape {tuple(a.shape)}, not "
+            f"{tuple(a.shape[:-1])}. Reduce the last axis only."
         )
     return result
 
 
 @dataclass(frozen=True, eq=False)
 class RowSum:
-    """Distances of some rows, summed: ``total`` of those weighted by what both views show, their summed ``weight``, and
-    the ``count`` of rows that are compared at all. Sums of several blocks of rows add up."""
+    """Sums over rows: ``total`` of distances times weights, ``weight`` of the weights, and the ``count`` of rows
+    compared. Sums of several blocks of rows add up."""
 
     total: Tensor
     weight: Tensor
@@ -75,8 +78,8 @@ class RowSum:
         return RowSum(self.total + other.total, self.weight + other.weight, self.count + other.count)
 
     def norm(self) -> Tensor:
-        """What ``total`` is divided by: the rows' weight, and no less than OVERLAP_FLOOR of the rows, so that what
-        little is shown of an image counts little."""
+        """What ``total`` is divided by: the weight of the rows, but at least OVERLAP_FLOOR of their count, so that
+        images with little overlap count little."""
         tiny = torch.finfo(self.count.dtype).tiny
         return self.weight.maximum(OVERLAP_FLOOR * self.count).clamp_min(tiny)
 
@@ -90,11 +93,10 @@ def sum_rows(
     distance: Distance = "l1",
     normalize: Normalize = "row",
     keys_valid: Tensor | None = None,
-    counted: Tensor | None = None,
+    rows_valid: Tensor | None = None,
     overlap: Tensor | None = None,
 ) -> RowSum:
-    """The distances of rows (B, H, R, M), over the rows ``counted`` (B or 1, R), weighted by ``overlap`` (B, H, R) in
-    [0, 1]."""
+    """:func:`row_consistency` before it is divided, so that blocks of rows can be added."""
     keys: Tensor | int = a.shape[-1]
     if keys_valid is not None:
         a, b = (rows.masked_fill(~keys_valid[:, None, None, :], 0) for rows in (a, b))
@@ -103,47 +105,20 @@ def sum_rows(
     if normalize == "mean":
         distances = distances / keys
     elif normalize != "row":
-        raise ValueError(
-            f'found normalize={normalize!r}; expected "row" (per query row) or "mean" (the paper\'s); choose one'
-        )
-    if counted is None and overlap is None:
+        raise ValueError(f'normalize={normalize!r} is unknown. Choose "row" (per row) or "mean" (the paper\'s).')
+    if rows_valid is None and overlap is None:
         rows = distances.new_full((), distances.numel())
         return RowSum(distances.sum(), rows, rows)
     weight = torch.ones_like(distances)
-    if counted is not None:
-        weight = weight * counted.to(distances.dtype)[:, None]
+    if rows_valid is not None:
+        weight = weight * rows_valid.to(distances.dtype)[:, None]
     rows = weight.sum()
     if overlap is not None:
         weight = weight * overlap.to(distances.dtype)
     return RowSum((distances * weight).sum(), weight.sum(), rows)
 
 
-def activation_consistency(
-    a: Tensor,
-    b: Tensor,
-    distance: Distance = "l1",
-    normalize: Normalize = "row",
-    keys_valid: Tensor | None = None,
-    present: Tensor | None = None,
-    overlap: Tensor | None = None,
-) -> Tensor:
-    """Region activation consistency (L_act of arXiv 2308.04321): a scalar >= 0, differentiable.
-
-    ``a``, ``b``: class-token rows over aligned patches, (B, H, C, M), C class tokens. ``keys_valid`` (B or 1, M) and
-    ``present`` (B, C) leave out padding and absent classes; ``overlap`` (B, H, C) in [0, 1] weights rows by what both
-    views show (:meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` gives rows and weights). With
-    ``normalize="mean"`` this is ``1/(B C M) sum |a - b|``, the published form; "row" is M times that: the distance per
-    query row, which means the same at every token count.
-
-    >>> import torch
-    >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
-    >>> activation_consistency(a, b).item(), activation_consistency(a, b, normalize="mean").item()
-    (0.5, 0.25)
-    """
-    return sum_rows(a, b, distance, normalize, keys_valid, present, overlap).mean()
-
-
-def affinity_consistency(
+def row_consistency(
     a: Tensor,
     b: Tensor,
     distance: Distance = "l1",
@@ -152,11 +127,21 @@ def affinity_consistency(
     rows_valid: Tensor | None = None,
     overlap: Tensor | None = None,
 ) -> Tensor:
-    """Region affinity consistency (L_aff of arXiv 2308.04321): a scalar >= 0, differentiable.
+    """The mean distance of aligned rows ``a`` and ``b`` (B, H, R, M): a scalar >= 0, differentiable.
 
-    ``a``, ``b``: patch rows over aligned patches, (B, H, N, M). ``rows_valid`` (B or 1, N) and ``keys_valid`` (B or 1,
-    M) leave out tokens that are padding; ``overlap`` (B, H, N) in [0, 1] weights rows by what both views show. With
-    ``normalize="mean"`` this is ``1/(B N M) sum |a - b|``, the published form; "row" is M times that.
+    With ``normalize="mean"`` these are both terms of arXiv 2308.04321, for H = 1 (the mean over heads) and M patches::
+
+        L_act = 1/(B C M) sum |a - b|    of the rows of C class tokens, region activation consistency
+        L_aff = 1/(B N M) sum |a - b|    of the rows of N patches, region affinity consistency
+
+    "row" gives M times that, the distance per row, which does not depend on the number of tokens. ``keys_valid``
+    (B or 1, M) and ``rows_valid`` (B or 1, R) leave out padding and, in L_act, absent classes. ``overlap`` (B, H, R) in
+    [0, 1] weights rows by what both views show; :meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` computes it.
+
+    >>> import torch
+    >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
+    >>> row_consistency(a, b).item(), row_consistency(a, b, normalize="mean").item()
+    (0.5, 0.25)
     """
     return sum_rows(a, b, distance, normalize, keys_valid, rows_valid, overlap).mean()
 
@@ -173,22 +158,22 @@ def cam_consistency(
 ) -> Tensor:
     """Equivariance of class maps (SEAM's L_ER, eq. 4 of arXiv 2004.04581): a scalar >= 0, differentiable.
 
-    ``cam_a`` (B, C, h, w) of images, ``cam_b`` (B, C, h', w') of ``view(images)``; the mean distance per pixel over
-    classes with ``labels`` (B, C) > 0 and the pixels that both views show and where ``valid`` (B, H, W). Each map is
-    normalised by itself, over those pixels, before it is aligned. ``lattices`` say where the pixels of both lie on
-    their images; by default they divide them evenly.
+    ``cam_a`` (B, C, h, w) belongs to images and ``cam_b`` (B, C, h', w') to ``view(images)``. The result is the mean
+    distance per pixel, over classes with ``labels`` (B, C) > 0 and over pixels that both views show and that are True
+    in ``valid`` (B, H, W). Each map is normalised by itself, over those pixels, before it is aligned. ``lattices`` say
+    where the pixels of both maps lie on their images; by default they divide the images evenly.
     """
     if cam_a.ndim != 4 or cam_b.ndim != 4 or cam_a.shape[:2] != cam_b.shape[:2]:
         raise ValueError(
-            f"found class maps of shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}; expected (B, C, h, w) with the "
-            "same B and C; pass the maps of the same images and classes"
+            f"The class maps have shapes {tuple(cam_a.shape)} and {tuple(cam_b.shape)}. Pass maps (B, C, h, w) of the "
+            "same B images and C classes."
         )
     view.check_batch(cam_a.shape[0])
     expected = view.output_size(cam_a.shape[-2:])
     if any(abs(found - size) > 1 for found, size in zip(cam_b.shape[-2:], expected, strict=True)):
         raise ValueError(
-            f"found cam_a of {tuple(cam_a.shape[-2:])} and cam_b of {tuple(cam_b.shape[-2:])}; expected cam_b of about "
-            f"{expected} under {view.brief}; pass the view that was applied to the images of cam_b"
+            f"cam_b is {tuple(cam_b.shape[-2:])}, but {view.brief} of cam_a, {tuple(cam_a.shape[-2:])}, is {expected}. "
+            "Pass the view that was applied to the images of cam_b."
         )
     cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)
     grid_a, grid_b = lattices or (Lattice(*cam_a.shape[-2:]), Lattice(*cam_b.shape[-2:]))
@@ -213,6 +198,6 @@ def cam_consistency(
     else:
         cam_b = back(cam_b)
     present = None if labels is None else labels > 0
-    # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are no distributions.
+    # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are not distributions.
     rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]
-    return sum_rows(rows_a, rows_b, distance, "mean", keys_valid, present, overlap).mean()
+    return row_consistency(rows_a, rows_b, distance, "mean", keys_valid, present, overlap)

@@ -2,63 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
+import torch
 from torch import Tensor
 
-from acr_reg.alignment.pairs import AlignedPair, AlignedRows, mean_entropy
-from acr_reg.losses.functional import Distance, Normalize, RowSum, sum_rows
+from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.losses.functional import Distance, Normalize, row_consistency
 
 Term = Literal["activation", "affinity"]
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerTerms:
-    """What is compared in one layer, and how: see :class:`~acr_reg.AllPairsConsistencyLoss` for the options.
+    """What is compared in one layer, and how; :class:`~acr_reg.AllPairsConsistencyLoss` describes the options.
 
-    ``weights`` names the terms wanted; ``tokens`` (R,) are the patch rows compared; ``present`` (B, C) the class rows.
+    ``weights`` names the terms to compute. ``tokens`` (R,) are the patch rows to compare. ``labels`` (B, C) are > 0 for
+    the classes whose class-token rows are compared.
     """
 
     pair: AlignedPair
     weights: Mapping[Term, float]
     tokens: Tensor
-    present: Tensor | None
+    labels: Tensor | None
     distance: Distance
     normalize: Normalize
     heads: Literal["mean", "each"]
 
-    def compared(self, rows: AlignedRows, term: Term) -> RowSum:
+    def compare(self, term: Term, tokens: Tensor, by: Callable[..., Result]) -> tuple[Result, Tensor | None]:
+        """Compares the rows of a term, those of ``tokens`` in affinity, ``by`` row_consistency or, for a block of rows,
+        sum_rows; and gives their entropy."""
+        rows = self.pair.activation() if term == "activation" else self.pair.affinity(tokens)
         a, b, overlap = rows.comparable(self.heads)
-        counted = self.present if term == "activation" else rows.counted if rows.is_partial else None
-        keys_valid = rows.keys_valid if rows.is_partial else None
-        return sum_rows(a, b, self.distance, self.normalize, keys_valid, counted, overlap)
+        keys_valid, counted = (rows.keys_valid, rows.counted) if rows.is_partial else (None, None)
+        if term == "activation":  # one class token serves whatever classes are present
+            counted = self.labels > 0 if self.labels is not None and a.shape[2] > 1 else None
+        return by(a, b, self.distance, self.normalize, keys_valid, counted, overlap), rows.entropy
 
 
-@dataclass(frozen=True, eq=False)
-class Evaluated:
-    """The weighted sum of a layer's terms, on the graph, and each term and the entropy, detached."""
+def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
+    """The weighted sum of the layer's terms, on the graph, and each term and the entropy, detached.
 
-    weighted: Tensor
-    terms: dict[str, Tensor]
-
-
-def evaluate_dense(layer: LayerTerms) -> Evaluated:
-    """Everything at once: the maps of the layer are kept for the backward pass."""
-    sums, entropies = {}, []
-    for term in layer.weights:
-        rows = _rows(layer.pair, term, layer.tokens)
-        sums[term] = layer.compared(rows, term).mean()
-        entropies.append(rows.entropy)
-    weighted = sum(weight * sums[term] for term, weight in layer.weights.items())
-    assert isinstance(weighted, Tensor)
-    terms: dict[str, Tensor] = {term: value.detach() for term, value in sums.items()}
-    return Evaluated(weighted, terms | {"entropy": mean_entropy(entropies, weighted)})
+    All maps of the layer are formed at once, and autograd keeps them for the backward pass.
+    """
+    compared = {term: layer.compare(term, layer.tokens, row_consistency) for term in layer.weights}
+    weighted = torch.stack([layer.weights[term] * value for term, (value, _) in compared.items()]).sum()
+    terms: dict[str, Tensor] = {term: value.detach() for term, (value, _) in compared.items()}
+    return weighted, terms | {"entropy": mean_entropy([entropy for _, entropy in compared.values()], weighted)}
 
 
-def _rows(pair: AlignedPair, term: Term, tokens: Tensor) -> AlignedRows:
-    return pair.activation() if term == "activation" else pair.affinity(tokens)
+def sample_rows(count: int, share: float, device: str) -> Tensor:
+    """Which of ``count`` tokens are compared: a ``share`` of them, drawn anew in each call, in their order."""
+    if share == 1:
+        return torch.arange(count, device=device)
+    return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
+
+
+def mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """The mean over all rows of several blocks; NaN if no block has one."""
+    found = [entropy.flatten() for entropy in entropies if entropy is not None]
+    return torch.cat(found).mean() if found else like.new_full((), math.nan)
 
 
 def can_be_blockwise(pair: AlignedPair) -> bool:

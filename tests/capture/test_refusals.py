@@ -697,20 +697,20 @@ def test_maps_without_a_graph_are_refused_where_the_loss_needs_one(build: Builde
         with torch.no_grad():
             _, maps_a, maps_b = views_of(model, attention, x)
             value = acr(maps_a, maps_b)
-        with pytest.raises(ValueError, match="found no gradient in the maps of either view") as error:
+        with pytest.raises(ValueError, match="no gradient") as error:
             acr(maps_a, maps_b)
-        assert says(error, "layers (0, 1)", "outside torch.no_grad")
+        assert says(error, "layers (0, 1)", "torch.no_grad")
         _, learning, other = views_of(model, attention, x)
         torch.testing.assert_close(acr(learning, maps_b).detach(), value)  # a teacher's side needs none
-        with pytest.raises(ValueError, match="found no gradient") as error:
+        with pytest.raises(ValueError, match="no gradient") as error:
             acr(learning.detach(), other.detach())
         assert says(error)
     model.requires_grad_(False)
     with capture_attention(model) as attention:
         _, maps_a, maps_b = views_of(model, attention, x)
-        with pytest.raises(ValueError, match="found no gradient") as error:
+        with pytest.raises(ValueError, match="no gradient") as error:
             acr(maps_a, maps_b)
-        assert says(error, "unfrozen query and key weights")
+        assert says(error, "queries and keys")
 
 
 class Checkpointed(nn.Module):
@@ -754,13 +754,13 @@ def test_maps_whose_graph_backward_has_freed_are_refused(
         for pair, side in (((maps_a, maps_b), "a"), ((maps_a.detach(), maps_b), "b"), ((maps_a, maps_b.detach()), "a")):
             with pytest.raises(ValueError, match="already freed") as error:
                 acr(*pair)
-            assert says(error, f"view {side}", "take() them anew in each step")
+            assert says(error, f"attn_{side}", "anew")
         with torch.no_grad():
             torch.testing.assert_close(acr(maps_a, maps_b).item(), expected)  # the values can still be looked at
         _, fresh_a, fresh_b = views_of(model, attention, x)
         with pytest.raises(ValueError, match="already freed") as error:
             acr(fresh_a, maps_b)  # the maps of the step before
-        assert says(error, "view b")
+        assert says(error, "attn_b")
         acr(fresh_a, fresh_b).backward()
 
 
@@ -859,9 +859,9 @@ def test_passes_that_do_not_correspond_are_refused() -> None:
 
     expected = acr(*both("only", 0, 0)).item()
     for crops_a, crops_b in ((3, 0), (0, 3)):
-        with pytest.raises(ValueError, match="found maps of encoder run") as error:
+        with pytest.raises(ValueError, match="encoder run") as error:
             acr(*both("last", crops_a, crops_b))
-        assert says(error, f"run {crops_a} since", f"of run {crops_b} in", 'keep="first"')
+        assert says(error, f"attn_a is from encoder run {crops_a} ", f"encoder run {crops_b}.", 'keep="first"')
         assert acr(*both("first", crops_a, crops_b)).item() == expected
     assert acr(*both("last", 0, 0)).item() == expected
     assert acr(*both("last", 3, 3)) > 0
@@ -896,10 +896,10 @@ def test_layers_that_do_not_correspond_are_refused(block: Callable[[], nn.Module
         if warm:
             take(x)
         maps = take(x, 1)
-        with pytest.raises(ValueError, match="expected the same block") as error:
+        with pytest.raises(ValueError, match="same block") as error:
             acr(maps, take(x.flip(-1), 2))
-        assert says(error, "found maps of encoder.2", "of encoder.1", "(LayerDrop), switch that off")
-        with pytest.raises(ValueError, match="expected the same") as error:
+        assert says(error, "attn_a holds encoder.2", "attn_b holds encoder.1", "LayerDrop")
+        with pytest.raises(ValueError, match="layers") as error:
             acr(maps, take(x.flip(-1)))
         assert says(error, "layers (0, 1, 2)", "(0, 1, 2, 3)")
         assert acr(maps, take(x.flip(-1), 1)) > 0

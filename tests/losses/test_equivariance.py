@@ -30,8 +30,8 @@ from acr_reg import (
     align_attention,
     capture_attention,
 )
-from acr_reg.alignment.pairs import align_layer
 from tests.support.attention import generator
+from tests.support.pairs import aligned_rows
 
 PATCH = 3  # px: odd, so that it has a centre
 GRID = (6, 10)
@@ -142,8 +142,7 @@ def agreement(a: AttentionMaps, b: AttentionMaps, view: View, valid: Tensor | No
     """How far the rows of both views are apart at most, of any layer and head, on valid pairs of tokens."""
     worst = 0.0
     for one, other in zip(a, b, strict=True):
-        layer = align_layer(one, other, view, valid)
-        for rows in (layer.activation, layer.affinity):
+        for rows in aligned_rows(one, other, view, valid):
             row_a, row_b, weight = rows.comparable("each")
             apart = (row_a - row_b).abs().amax(-1)
             compared = rows.shown[:, None] & rows.counted[:, None]

@@ -23,7 +23,6 @@ from acr_reg import (
     Rotate90,
     Scale,
 )
-from acr_reg.alignment.pairs import align_layer
 from acr_reg.losses.functional import cam_consistency
 from tests.support.attention import (
     explicit,
@@ -37,6 +36,7 @@ from tests.support.attention import (
     wrap,
 )
 from tests.support.oracles import filter_row, mirror, pair_distance, resampled_affinity, stay, turn, weighted_mean
+from tests.support.pairs import aligned_rows, random_cams
 
 GRID = (6, 7)  # tokens, which are the pixels of these images
 
@@ -260,8 +260,7 @@ def test_conditional_rows_are_a_softmax_over_masked_logits(away, form):
     if form == "maps":
         a = explicit(a.weights(), layout)
     b = explicit(random_maps((3, 4), batch=1, heads=2, layers=1, dtype=torch.float32)[0], layout_b)
-    aligned = align_layer(a, b, box(2, 1, 3, 4))
-    rows, _, weight = aligned.affinity.comparable("each")
+    rows, _, weight = aligned_rows(a, b, box(2, 1, 3, 4))[1].comparable("each")
     wanted = masked_softmax(logits, [0, *inside])[..., 1:, 1:]
     shown = [i - 1 for i in inside]
     if away < 75:
@@ -450,7 +449,7 @@ def test_images_weigh_by_what_is_common_to_both_of_their_views():
         own = [m[i : i + 1] for m in maps]
         pair = attention(own, grids)
         value = acr(*pair, view=relation.of_image(i)).item()
-        _, _, weight = align_layer(pair[0][0], pair[1][0], relation.of_image(i)).affinity.comparable("mean")
+        _, _, weight = aligned_rows(pair[0][0], pair[1][0], relation.of_image(i))[1].comparable("mean")
         total = 16.0 if weight is None else weight.sum().item()
         weights.append(total)
         sums.append(value * max(total, 4.0))
@@ -556,7 +555,7 @@ def test_what_lies_on_padding_is_not_resampled_into_the_image(view):
     hidden = (view(shown.double()) < 0.5).flatten(1)
     grid_b = view.output_size((8, 8))
     maps = [random_maps(grid, 1, 2, 2, 1, seed=k)[0] for k, grid in enumerate(((8, 8), grid_b))]
-    cams = random_cams(((8, 8), grid_b))
+    cams = random_cams((8, 8), grid_b, seed=20)
     moved, bright = maps[1].detach().clone(), cams[1].detach().clone()
     for image in range(2):
         padding = 1 + hidden[image].nonzero()[:, 0]
@@ -584,13 +583,6 @@ def test_an_image_that_is_all_padding_counts_for_nothing():
 
 
 # Class maps
-
-
-def random_cams(grids, batch=2, classes=3):
-    return [
-        torch.randn(batch, classes, *grid, generator=generator(20 + k), dtype=torch.float64).requires_grad_()
-        for k, grid in enumerate(grids)
-    ]
 
 
 def loop_cam_term(cams, common, counts, normalize="max", distance="l1", labels=None):
@@ -621,7 +613,7 @@ def loop_cam_term(cams, common, counts, normalize="max", distance="l1", labels=N
 def test_the_cam_term_equals_the_loop_over_common_pixels(name, normalize, distance, masked):
     _, grids, view_a, view_b, common = made(name)
     case = CASES[name]
-    cams = random_cams(grids, len(case))
+    cams = random_cams(*grids, len(case), seed=20)
     labels = torch.tensor([[1, 0, 1], [1, 1, 0], [0, 1, 1]])[: len(case)]
     valid, counts = None, [grids[0][0] * grids[0][1]] * len(case)
     if masked:
@@ -642,7 +634,7 @@ def test_the_cam_term_equals_the_loop_over_common_pixels(name, normalize, distan
 @pytest.mark.parametrize("normalize", ["max", "minmax"])
 def test_the_common_region_alone_decides_on_class_maps(name, normalize):
     _, grids, view_a, view_b, common = made(name)
-    cams = random_cams(grids, len(common))
+    cams = random_cams(*grids, len(common), seed=20)
     relation = Compose([view_a.inverse, view_b])
     before = cam_consistency(*cams, relation, normalize=normalize)
     for gradient, k in zip(torch.autograd.grad(before, cams), (0, 1), strict=True):
@@ -697,7 +689,7 @@ def test_half_precision_maps_under_autocast(dtype):
 def test_views_that_share_nothing_are_said_once_and_train_on():
     maps = [random_maps((3, 3), batch=2, layers=1, seed=seed)[0] for seed in (1, 2)]
     both = attention(maps, ((3, 3), (3, 3)))
-    cams = random_cams(((3, 3), (3, 3)))
+    cams = random_cams((3, 3), (3, 3), seed=20)
     acr = AllPairsConsistencyLoss(box(3, 4, 3, 3), 1.0, 1.0)
     with pytest.warns(UserWarning, match="nothing in common") as record:
         loss = acr(*both, *cams, view_a=box(0, 0, 3, 3))

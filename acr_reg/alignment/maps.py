@@ -1,4 +1,8 @@
-"""The maps that lead from the tokens of a view back to those of the image, and which tokens of both are image."""
+"""The map P from the tokens of a view back to those of its image, and which tokens are image.
+
+Attention A of a view is carried back as P^T A P. A flip, a quarter turn or a crop of whole tokens permutes or picks
+tokens: P is an index, and is applied to queries and keys before any product. Any other view resamples rows and columns.
+"""
 
 from __future__ import annotations
 
@@ -11,32 +15,28 @@ from acr_reg.views.view import View, map_between
 
 
 class AlignmentMaps:
-    """The maps that lead from the tokens of a view back to those of the image, for queries and for keys."""
+    """P for queries and for keys, from the layout ``source`` of a view to the layout ``target`` of its image.
+
+    ``image`` (B, N), (B, M) says which queries and keys of the image are not padding; None means all.
+    ``permuted_keys`` (1 or B, prefix + M) are the view's keys in the image's order, where P permutes keys; else None.
+    ``keys_shown`` maps the other way: its ``valid`` says which keys of the view the image has.
+    """
 
     def __init__(
-        self,
-        view: View,
-        source: TokenLayout,
-        target: TokenLayout,
-        device: str,
-        image: tuple[Tensor, ...] | None = None,
+        self, view: View, source: TokenLayout, target: TokenLayout, device: str, image: tuple[Tensor, ...] | None = None
     ) -> None:
-        """``image`` (B, N), (B, M): which queries and keys of the image are no padding; None: all."""
         self.queries = map_between(view.inverse, source.query, target.query, device)
         self.keys = map_between(view.inverse, source.key, target.key, device)
-        self.keys_shown = map_between(
-            view, target.key, source.key, device
-        )  # the view's keys, by whether the image has them
+        self.keys_shown = map_between(view, target.key, source.key, device)
         self.prefix = source.num_prefix_tokens
-        # Resampled, padding beside the image would be mixed into it: neither its keys nor its rows are read.
+        # Resampling would mix the padding beside the image into it: neither its keys nor its rows are read.
         self.image_keys = self.image_rows = None
         if image is not None and not (self.keys.is_exact and self.queries.is_exact):
             there = map_between(view, target.query, source.query, device), self.keys_shown
             self.image_rows, self.image_keys = (
-                carrier.tokens(tokens.float()) >= 0.5 for carrier, tokens in zip(there, image, strict=True)
+                onto_view.tokens(tokens.float()) >= 0.5 for onto_view, tokens in zip(there, image, strict=True)
             )
         self.permuted_keys: Tensor | None = None
-        """(1 or B, M) the view's keys in the image's order, where that is all there is to it."""
         if self.keys.is_permutation:
             index = self.keys.index()
             kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
@@ -44,7 +44,7 @@ class AlignmentMaps:
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
-        (1 or B, R, R') that mix them; None where they are the same, one for one."""
+        (1 or B, R, R') that mix them; None where each row is one of the view's."""
         if self.queries.is_exact:
             return self.prefix + self.queries.index()[:, tokens], None
         rows, weights = self.queries.sources(tokens, dtype)
@@ -56,19 +56,19 @@ class AlignmentMaps:
 
     def carry_keys(self, rows: Tensor, stochastic: bool) -> Tensor:
         """Rows (..., keys of the view) over the image's keys; prefix tokens stay in front."""
-        if self.permuted_keys is not None:
+        if self.permuted_keys is not None:  # the rows were made of permuted keys
             return rows
         prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
         return torch.cat([prefix, self.carry_patches(patches, stochastic)], -1)
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
         """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
-        if self.image_keys is not None and not self.keys.is_exact:
+        if self.keys.is_exact:
+            return self.keys.tokens(patches)
+        if self.image_keys is not None:
             patches = patches * self.image_keys[:, None, None]
         moved = self.keys.tokens(patches)
-        if self.keys.is_exact:
-            return moved
-        if not stochastic:  # mixed rows hold values of either sign, whose sum says nothing: keep their mass per area
+        if not stochastic:  # the sum of mixed rows, of either sign, says nothing: keep their mass per area
             return moved * self.keys.area.to(moved)[:, None, None, None]
         if not self.keys_shown.is_complete:
             patches = patches * self.keys_shown.valid[:, None, None]
@@ -76,9 +76,19 @@ class AlignmentMaps:
         return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
 
 
+def check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:
+    """A view bound to one image size needs tokens of such images. A grid in units of tokens tells no pixels."""
+    for which, grid, size in (("first", target, view.input_size), ("second", source, view.fixed_size)):
+        if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
+            raise ValueError(
+                f"{name}: the tokens of the {which} view lie on images of {grid.extent[0]:g} x {grid.extent[1]:g} px, "
+                f"but {view.brief} is for {size[0]} x {size[1]} px. Pass the view drawn for these images."
+            )
+
+
 def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
-    """(B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least half of a
-    token's cell is image."""
+    """``valid`` (B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least
+    half of a token's cell is image."""
     along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1]).to(valid.device) for axis in (0, 1))
     return (along_y @ valid.float() @ along_x.mT).flatten(1) >= 0.5 - 1e-6
 
@@ -93,23 +103,8 @@ def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
     return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()
 
 
-def check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:
-    """A view bound to one size of image needs tokens of such images. A grid in units of tokens says no pixels."""
-    for which, grid, size in (("first", target, view.input_size), ("second", source, view.fixed_size)):
-        if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
-            raise ValueError(
-                f"{name}: found tokens of images of {grid.extent[0]:g} x {grid.extent[1]:g} px in the {which} view and "
-                f"{view.brief}, which is of {size[0]} x {size[1]} px there; expected the same; pass the view that was "
-                "drawn for these images"
-            )
-
-
 def check_valid(valid: Tensor, batch: int) -> None:
     if not isinstance(valid, Tensor):
-        raise TypeError(
-            f"found valid of type {type(valid).__name__}; expected a tensor (B, H, W); pass one mask per image"
-        )
+        raise TypeError(f"valid has type {type(valid).__name__}. Pass a tensor (B, H, W), one mask per image.")
     if valid.ndim != 3 or valid.shape[0] != batch:
-        raise ValueError(
-            f"found valid of shape {tuple(valid.shape)}; expected ({batch}, H, W); pass one mask per image"
-        )
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, not ({batch}, H, W). Pass one mask per image.")
