@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from acr_reg.demo.meter import Meter
-from acr_reg.demo.record import machine, versions
+from acr_reg.demo.record import Meter, machine, versions
 from benchmarks.study.baselines import baselines
 from benchmarks.study.counts import multi_label
 from benchmarks.study.photos import Photos, Places

@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.overrides import TorchFunctionMode
 
 from acr_reg import capture_attention
-from acr_reg.demo.meter import Meter
 from acr_reg.demo.photo_task import make_optimizer
+from acr_reg.demo.record import Meter
 from acr_reg.demo.train import with_grid
 from benchmarks.study.objective import Objective, Run
 from benchmarks.study.photos import Batch, Photos
