@@ -319,12 +319,9 @@ def write(folder: Path, kinds: list[str], dpi: int = 100) -> dict[str, dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.pictures views", description="The pictures of docs/views.md."
-    )
-    parser.add_argument(
-        "kinds", nargs="*", choices=[[], *KINDS], help="pictures to draw (default: all, and views.json)"
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.pictures views", description="Draw docs/views/*.png.")
+    known = f"{', '.join(KINDS)} (default: all, and views.json)"
+    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], metavar="KIND", help=known)
     kinds = parser.parse_args(arguments).kinds
     torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
     FOLDER.mkdir(parents=True, exist_ok=True)

@@ -259,24 +259,17 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.recipe", description="MCTformer+ on VOC, without and with ACR."
-    )
-    parser.add_argument("--voc", type=Path, required=True, metavar="DIR", help="VOCdevkit/VOC2012")
-    parser.add_argument("--mctformer", type=Path, required=True, metavar="DIR", help=f"a clone of {HOST} at {COMMIT}")
-    parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder of copies, runs and results.json"
-    )
-    parser.add_argument(
-        "--masks", default=Place.masks, metavar="NAME", help="folder of masks in --voc (default: %(default)s)"
-    )
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="DeiT-S, if there is no network to download it")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check and copy everything, print the commands, run none"
-    )
-    parser.add_argument("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
+    parser = argparse.ArgumentParser("python -m benchmarks.recipe", description="MCTformer+ without and with ACR")
+    add = parser.add_argument
+    add("--voc", type=Path, required=True, metavar="DIR", help="VOCdevkit/VOC2012")
+    add("--mctformer", type=Path, required=True, metavar="DIR", help=f"a clone of {HOST} at {COMMIT}")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of copies, runs and results.json")
+    add("--masks", default=Place.masks, metavar="NAME", help="folder of masks in --voc (default: %(default)s)")
+    add("--weights", type=Path, metavar="FILE", help="DeiT-S, if there is no network to download it")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, help="(default: both)")
+    add("--dry-run", action="store_true", help="check and copy everything and print the commands, but run none")
+    add("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
     args = parser.parse_args(arguments)
     settings = settings or Settings()
     place = Place(args.voc.resolve(), args.mctformer.resolve(), args.out.resolve(), args.masks)

@@ -8,8 +8,10 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
-from benchmarks.coverage.__main__ import measure, summary, table
-from benchmarks.coverage.models import CANDIDATES, Candidate
+from benchmarks.coverage.candidate import Candidate
+from benchmarks.coverage.measure import measure
+from benchmarks.coverage.models import CANDIDATES
+from benchmarks.coverage.page import summary, table
 
 SLICE = [
     "vit_tiny_patch16_224",
