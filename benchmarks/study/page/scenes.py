@@ -32,8 +32,8 @@ def keep(demo: Path, results: Path) -> None:
     missing = [name for name in TRAINED for rows in seeds.values() if name not in rows]
     if missing or kept["split"] != "test":
         raise StudyError(
-            f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on test "
-            "scenes with --controls."
+            f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on "
+            "test scenes with --controls."
         )
     write_json(results / FILE, kept | {"seeds": seeds})
 
