@@ -93,7 +93,7 @@ def _leaders(candidates: Mapping[str, Candidates]) -> dict[str, tuple[Setting, R
     if not shared:
         found = "; ".join(f"{name}: {sorted({s.epochs for s in rows})}" for name, rows in candidates.items())
         raise StudyError(
-            f"No epochs were run for all ({found}), but only equally long trainings compare. Run the plan dev to its end."
+            f"No epochs were run for all ({found}), but only equal trainings compare. Run the plan dev to its end."
         )
 
     def together(epochs: int) -> float:
@@ -114,7 +114,8 @@ def _best(compared: Candidates) -> tuple[Setting, Reading]:
 
 
 def _first(compared: Candidates) -> tuple[float, Setting, int]:
-    """The highest mean raw mIoU, its setting and start layer; among equals the later start, then the longer training."""
+    """The highest mean raw mIoU, its setting and start layer; among equals the later start, then the longer
+    training."""
     found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in compared.items() for start in STARTS]
     return max(found, key=lambda entry: (entry[0], entry[2], entry[1].epochs))
 
@@ -124,7 +125,7 @@ def _by_shared_seeds(candidates: Candidates) -> Candidates:
     if not shared:
         found = "; ".join(f"{setting.slug}: {[row['seed'] for row in rows]}" for setting, rows in candidates.items())
         raise StudyError(
-            f"No seed was run for all candidates ({found}), but seeds differ more than settings do. Run the plan dev to "
+            f"No seed was run for all candidates ({found}), but seeds differ more than settings. Run the plan dev to "
             "its end."
         )
     return {s: [row for row in rows if row["seed"] in shared] for s, rows in candidates.items()}

@@ -1,4 +1,5 @@
-"""The pixel counts of every image at one threshold: small to keep, and enough for the mIoU of any resample of images."""
+"""The pixel counts of every image at one threshold: small to keep, and enough for the mIoU of any resample of
+images."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ class ImageCounts:
     truth: NDArray[np.int64]
 
     def miou(self, weights: NDArray[np.integer] | None = None) -> float:
-        """The mean IoU of the classes that occur. ``weights`` (images,): how often each image counts, by default once."""
+        """The mean IoU of the classes that occur. ``weights`` (images,): how often each image counts, by default
+        once."""
         ones = np.ones(len(self.truth), np.int64) if weights is None else weights
         return float(self._mious(ones[None])[0])
 
@@ -50,8 +52,8 @@ class ImageCounts:
 
 @dataclass(frozen=True)
 class Difference:
-    """The mIoU of one condition less that of another on the same images, and the central 95 % of it over resamples of the
-    images."""
+    """The mIoU of one condition less that of another on the same images, and the central 95 % of it over resamples of
+    the images."""
 
     value: float
     low: float

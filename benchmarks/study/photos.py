@@ -1,5 +1,5 @@
-"""The photos of a set: labels, masks, and the frozen blocks' tokens of the photos and of their flips, which are computed
-once and kept on disk in half precision."""
+"""The photos of a set: labels, masks, and the frozen blocks' tokens of the photos and of their flips, which are
+computed once and kept on disk in half precision."""
 
 from __future__ import annotations
 
@@ -142,8 +142,8 @@ class Photos:
         return setting.epochs * (count // min(setting.batch_size, count))
 
     def batches(self, setting: Setting, seed: int) -> Iterator[Batch]:
-        """The same photos and views in every condition. The flip's tokens are cached; those of random views are computed
-        as the views are drawn."""
+        """The same photos and views in every condition. The flip's tokens are cached; those of random views are
+        computed as the views are drawn."""
         count = len(self.folder.splits["train"])
         tokens, labels = self.tokens("train"), self.labels("train")
         drawn = draws_views(setting.view, self.size)

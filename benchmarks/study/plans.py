@@ -1,5 +1,5 @@
-"""Which cells are run, in which order: the plan for dev, written down before the first of its cells ran (only their order
-has changed since), and the test cells, which frozen.json names."""
+"""Which cells are run, in which order: the plan for dev, written down before the first of its cells ran (only their
+order has changed since), and the test cells, which frozen.json names."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from benchmarks.study.views import VIEWS
 PLANS = ("dev", "primary", "main")
 
 WEIGHT, CAM_WEIGHT = 0.5, 0.1  # the middle of the five of each: used where something else varies
-# Added at the most epochs after tuning had shown that 0.5 is the worst of these weights at fewer epochs: otherwise "both"
-# would have been tested at more epochs with that weight alone. No test photo of the set had been scored.
+# Added at the most epochs after tuning had shown that 0.5 is the worst of these weights at fewer epochs: otherwise
+# "both" would have been tested at more epochs with that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
 FEW, MORE = (0, 1), (0, 1, 2)
 
@@ -29,8 +29,9 @@ def plan(name: str, photos: str, results: Path) -> list[Cell]:
         raise StudyError(f"There is no plan {name!r}. Choose one of {', '.join(PLANS)}.")
     if name != "dev":
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
-        # WSSS papers report training photos too. Since the primary contrast was scored, and before a test cell of another
-        # condition was, only its seeds are scored on them: they would take a fifth of the time left on two cores.
+        # WSSS papers report training photos too. Since the primary contrast was scored, and before a test cell of
+        # another condition was, only its seeds are scored on them: they would take a fifth of the time left on two
+        # cores.
         splits: tuple[Split, ...] = ("test", "train") if name == "primary" else ("test",)
         return [cell.on(split) for cell in shown for split in splits]
     planned = _tuning(photos)
@@ -47,7 +48,8 @@ def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = 
 
 
 def _tuning(photos: str) -> list[Planned]:
-    """The cells that the primary contrast is chosen from: weights of "both", and the same epochs for it and the reference."""
+    """The cells that the primary contrast is chosen from: weights of "both", and the same epochs for it and the
+    reference."""
     epochs, seeds = ((4, 16), FEW) if photos == "msrc" else ((4,), (0,))
     settings = [at(photos, name) for name in ("two", "both", "misreported")]
     settings += [at(photos, "both", weight) for weight in WEIGHTS]
@@ -57,9 +59,9 @@ def _tuning(photos: str) -> list[Planned]:
 
 
 def _msrc(leader: Setting) -> list[Planned]:
-    """The rest of the full grid at the frozen epochs and weight: conditions, tokens, the control's weights, options that
-    may keep mAP, other weights, views. It was planned at 8 epochs and 0.5 until the primary contrast had been scored,
-    but there the reference itself is not at its best."""
+    """The rest of the full grid at the frozen epochs and weight: conditions, tokens, the control's weights, options
+    that may keep mAP, other weights, views. It was planned at 8 epochs and 0.5 until the primary contrast had been
+    scored, but there the reference itself is not at its best."""
     planned: list[Planned] = [(_like(leader, name), MORE) for name in CONDITIONS]
     planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
     planned += [(_like(leader, "misreported", weight), FEW) for weight in WEIGHTS]

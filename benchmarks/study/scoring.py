@@ -34,7 +34,8 @@ Key = tuple[int, str]  # start layer; how it was propagated, or RAW
 
 @dataclass(frozen=True)
 class Scored:
-    """The scores of a split. ``images``: a counter for each image, by the requested reading; ``totals``: by all readings."""
+    """The scores of a split. ``images``: a counter for each image, by the requested reading; ``totals``: by all
+    readings."""
 
     mean_ap: float
     totals: dict[Key, CamMeanIoU]
@@ -50,9 +51,9 @@ def score(
     every_reading: bool,
     advance: Callable[[], None] = lambda: None,
 ) -> Scored:
-    """Score class maps of the photos and their flips from cached tokens; the frozen blocks do not run. ``every_reading``
-    scores all readings, at the cost of a backward pass for each start layer. The model is left in eval mode, with
-    parameters that take no gradient."""
+    """Score class maps of the photos and their flips from cached tokens; the frozen blocks do not run.
+    ``every_reading`` scores all readings, at the cost of a backward pass for each start layer. The model is left in
+    eval mode, with parameters that take no gradient."""
     readings = READINGS if every_reading else (reading,)
     tokens, labels, masks = photos.tokens(split), photos.labels(split), photos.masks(split)
     first = int(photos.folder.background)
@@ -94,8 +95,8 @@ def class_maps(
     grid: tuple[int, int],
     readings: Sequence[Reading],
 ) -> tuple[dict[Key, Tensor], Tensor, Tensor]:
-    """Class maps (B,C,h,w) of each reading, summed over photo and flip; the photos' logits; the entropies of both views.
-    ``tokens`` (2,B,1+N,D) are those of the photos and of their flips."""
+    """Class maps (B,C,h,w) of each reading, summed over photo and flip; the photos' logits; the entropies of both
+    views. ``tokens`` (2,B,1+N,D) are those of the photos and of their flips."""
     back = HorizontalFlip().inverse
     merged: dict[Key, Tensor] = {}
     runs: list[tuple[Tensor, AttentionMaps]] = []
@@ -127,8 +128,8 @@ def _add(merged: dict[Key, Tensor], key: Key, cam: Tensor, back: Callable[[Tenso
 @dataclass(frozen=True)
 class MapFigures:
     """Scores of one kind of class maps. ``threshold``, the best one on dev, gives ``miou``, the rates (pixels over the
-    union, averaged over classes) and the counts; ``oracle`` is the split's own best. Thresholds are None in a set without
-    a background. ``multi_label`` is the mIoU of the photos with two labels or more."""
+    union, averaged over classes) and the counts; ``oracle`` is the split's own best. Thresholds are None in a set
+    without a background. ``multi_label`` is the mIoU of the photos with two labels or more."""
 
     miou: float
     threshold: float | None

@@ -128,8 +128,8 @@ def check_test(results: Path, cell: Cell) -> None:
     """Raise StudyError if this test cell may not be scored: it is not frozen, or it is scored already."""
     if cell not in frozen_cells(results):
         raise StudyError(
-            f"{results / FROZEN} does not name the test cell {cell.file} with {cell.reading}. Score it on dev, or freeze "
-            "it before a test cell is scored."
+            f"{results / FROZEN} does not name the test cell {cell.file} with {cell.reading}. Score it on dev, or "
+            "freeze it before a test cell is scored."
         )
     if (results / cell.file).exists():
         raise StudyError(

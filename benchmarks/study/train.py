@@ -27,8 +27,8 @@ Advance = Callable[[], None]
 
 
 class Float32Attention(TorchFunctionMode):
-    """Runs attention in float32 under autocast. On CPUs the backward pass of torch's fused kernel takes two to four times
-    as long in bfloat16 (65 and 145 tokens, torch 2.14), which is a third of a step of this study."""
+    """Runs attention in float32 under autocast. On CPUs the backward pass of torch's fused kernel takes two to four
+    times as long in bfloat16 (65 and 145 tokens, torch 2.14), which is a third of a step of this study."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
