@@ -33,6 +33,9 @@ SLICE = [
 ]
 
 
+SAID = {"mobilevitv2_050": "softmax over (2, 1, 4, 16)", "poolformer_s12": "nothing like attention ran"}  # if refused
+
+
 def candidate(name: str) -> Candidate:
     return next(c for c in CANDIDATES if c.name == name)
 
@@ -43,6 +46,7 @@ def test_a_row_is_green(name: str) -> None:
     row = measure(candidate(name))
     assert row.green, row.reason
     assert (row.verdict == "refused") == (row.expected == 0)
+    assert SAID.get(name, "") in row.reason
 
 
 def test_the_table_holds_what_was_asked_for() -> None:

@@ -29,7 +29,7 @@ def keep(demo: Path, results: Path) -> None:
         raise StudyError(
             f"{demo} is no result of the demo ({error!r}). Run python -m acr_reg demo --controls."
         ) from error
-    missing = [name for name in TRAINED for rows in seeds.values() if name not in rows]
+    missing = [name for name in TRAINED if any(name not in rows for rows in seeds.values())]
     if missing or kept["split"] != "test":
         raise StudyError(
             f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on "
