@@ -59,8 +59,8 @@ class Result:
 def measure(config: Config) -> list[Result]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NoGpu(
-            "There is no CUDA device. Run this on a machine with a GPU; on the CPU run python -m benchmarks.cost step, "
-            "and python -m benchmarks.cost cam."
+            "There is no CUDA device. Use a machine with a GPU, or measure on the CPU: python -m benchmarks.cost step, "
+            "and cam."
         )
     results = []
     for model in config.models:
