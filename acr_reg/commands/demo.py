@@ -12,7 +12,7 @@ import torch
 from rich.console import Console
 
 from acr_reg.demo.comparison import Plan, SeedResult, run_seed
-from acr_reg.demo.record import write_json
+from acr_reg.demo.record import run_details, write_json
 from acr_reg.demo.report import draw, paired_differences, paired_table, table, verdict
 from acr_reg.demo.scene_task import QUICK, SceneSettings, plan_scenes
 from acr_reg.errors import CommandError
@@ -121,7 +121,8 @@ def save(
     draw(output / "demo.png", results[0].pictures, plan.names, plan.background, f"{plan.title}; {split} images")
     write_json(
         output / "demo.json",
-        {
+        run_details()
+        | {
             "title": plan.title,
             "split": split,
             "settings": plan.settings,

@@ -1,4 +1,4 @@
-"""The JSON of a run: enough to repeat it, and every figure behind the table."""
+"""The record of a run: what it ran on, what it cost, and the JSON file that keeps it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import json
 import os
 import platform
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,11 @@ import torch
 from acr_reg import __version__
 
 _PACKAGES = ("torch", "numpy", "einops", "timm", "scikit-image", "scikit-learn", "matplotlib", "pillow")
+
+
+def run_details() -> dict[str, Any]:
+    """What is needed to repeat this process: its arguments, the installed versions, the machine."""
+    return {"command": sys.argv[1:], "versions": versions(), "machine": machine()}
 
 
 def versions() -> dict[str, str]:
@@ -39,13 +47,65 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """`content` may hold dataclasses; what the run was called with and ran on is added."""
-    run = {"command": sys.argv[1:], "versions": versions(), "machine": machine()}
-    path.write_text(json.dumps(run | content, indent=1, default=_plain, allow_nan=False) + "\n", encoding="utf-8")
+def write_json(path: Path, content: Any) -> None:
+    """Write plain values and dataclasses. NaN and infinity raise ValueError, because JSON cannot hold them."""
+    text = json.dumps(content, indent=1, default=_plain, allow_nan=False)
+    with replacing(path) as unfinished:
+        unfinished.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    raise TypeError(f"found a {type(value).__name__} in the run's record; expected plain values or dataclasses")
+    raise TypeError(f"A record cannot hold a {type(value).__name__}. Use plain values or dataclasses.")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path that replaces `path` at the end, so that a file with that name is always complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    yield unfinished
+    unfinished.replace(path)
+
+
+class Meter:
+    """Measures its `with` block: `seconds`, `cpu_seconds` (all threads) and `peak_memory` in bytes.
+
+    On Linux `peak_memory` is the peak of the block, because the kernel can reset its counter. Elsewhere it is the peak
+    since the process began, or None if the system has no counter.
+    """
+
+    seconds = 0.0
+    cpu_seconds = 0.0
+    peak_memory: int | None = None
+
+    def __enter__(self) -> Meter:
+        with suppress(OSError):  # not Linux, or not allowed
+            Path("/proc/self/clear_refs").write_text("5")
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds = time.perf_counter() - self._wall
+        self.cpu_seconds = time.process_time() - self._cpu
+        self.peak_memory = peak_memory()
+
+
+def peak_memory() -> int | None:
+    """The peak resident memory of this process in bytes; None if the system has no counter.
+
+    /proc's counter begins at 0 with the program. getrusage's begins at the size of the process that launched it, so it
+    is used only where there is no /proc.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        pass
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

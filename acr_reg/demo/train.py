@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, capture_attention
-from acr_reg.demo.meter import Meter
+from acr_reg.demo.record import Meter
 
 Batch = tuple[Tensor, Tensor, Tensor]  # the model's input for the image and for its view, labels (B,C)
 

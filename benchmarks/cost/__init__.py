@@ -1,1 +1,1 @@
-"""What the capture, the loss, class maps and scores cost, beside the published procedure."""
+"""What the capture, the loss, class maps and scores cost, compared with the published procedure."""

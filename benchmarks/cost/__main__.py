@@ -1,27 +1,25 @@
-"""Runs one of the cost measurements: python -m benchmarks.cost COMMAND [options]; each file here is a command."""
+"""What capture, loss, class maps and scores cost: python -m benchmarks.cost COMMAND [options]."""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Sequence
+
+from benchmarks.commands import run_command
 
 COMMANDS = {
-    "step": "what the loss adds to a training step",
-    "scaling": "how that grows with the tokens",
-    "cam": "what class maps cost",
-    "metrics": "what scoring class maps costs",
-    "capture": "what the capture adds to a forward pass",
+    "step": "time and memory that the loss adds to a training step",
+    "scaling": "the same, by the number of tokens",
+    "cam": "time and memory of class maps",
+    "metrics": "time and memory of scoring class maps",
+    "capture": "time that the capture adds to a forward pass",
     "gpu": "steps and class maps on CUDA",
     "page": "put the results into README.md and docs/cost.md",
 }
 
 
-def main() -> int:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        print("usage: python -m benchmarks.cost COMMAND [options]\n", *COMMANDS.items(), sep="\n", file=sys.stderr)
-        return 2
-    return int(import_module(f"benchmarks.cost.{name}").main(sys.argv[2:]))
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("benchmarks.cost", "Measure what the library costs.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""What class maps of an image and its flip cost, beside the published procedure: CPU time and peak memory.
+"""CPU time and peak memory of class maps of an image and its flip, compared with the published procedure.
 
     python -m benchmarks.cost cam            # ViT-S at 384 px, one image, 1, 2 and 5 present classes
     python -m benchmarks.cost cam --write    # also into benchmarks/cost/results/cam.json
 
-Compared are the forward passes of both views without gradient (forward), the published procedure (a full backward for
-each class and view) and the library's GradientCam, with and without propagation. CPU time is process CPU time, in one
-process, in turns; peak memory that of a fresh process which runs one of them alone. Beside them, how far the maps are
-from the published ones.
+Four variants are compared: the forward passes of both views without gradient (forward), the published procedure (a full
+backward pass for each class and view), and the library's GradientCam with and without propagation. All variants are
+timed in turns in one process, in process CPU time. Peak memory is measured in a fresh process for each variant. The
+command also prints how far the library's maps are from the published ones.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """One variant. Quartiles are (lower, median, upper) over rounds; ratios are taken round by round."""
+    """One variant. Quartiles are (lower, median, upper) over rounds; ratios are computed in each round."""
 
     model: str
     size: int
@@ -83,7 +83,7 @@ def measure(config: Config) -> list[Result]:
 
 
 def child(payload: dict[str, Any]) -> Any:
-    """The part that runs in a fresh process."""
+    """What runs in a fresh process."""
     torch.set_num_threads(payload["threads"])
     setting = Setting(**payload["setting"])
     calls = {variant: make_cam(variant, setting) for variant in payload["variants"]}
@@ -97,7 +97,7 @@ def child(payload: dict[str, Any]) -> Any:
 
 
 def map_error(ours: torch.Tensor, published: torch.Tensor) -> float:
-    """The largest difference, over the largest value."""
+    """The largest difference, relative to the largest value."""
     return ((ours - published).abs().max() / published.max()).item()
 
 
@@ -108,15 +108,15 @@ def show(results: Sequence[Result]) -> None:
         (low, over, high), times = r.over_forward, r.published_over_this[1]
         error = "" if r.map_error is None else f"  maps differ by {r.map_error:.0e}"
         print(
-            f"{r.variant:16} {r.cpu_seconds[1]:6.2f} s   {over:5.2f} x forward ({low:.2f} to {high:.2f})   published "
-            f"{times:5.2f} x this   peak {r.peak_mb:6.0f} MB, extra {r.extra_mb:7.1f} MB, "
-            f"{r.extra_mb_over_published:.3f} of published{error}",
+            f"{r.variant:16} {r.cpu_seconds[1]:6.2f} s, {over:5.2f} x forward ({low:.2f} to {high:.2f}); published "
+            f"takes {times:5.2f} x as long; peak {r.peak_mb:6.0f} MB, extra {r.extra_mb:7.1f} MB, "
+            f"{r.extra_mb_over_published:.3f} x published{error}",
             flush=True,
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What class maps cost.")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost cam", description="Time and memory of class maps.")
     add_settings(parser)
     parser.add_argument("--present", nargs="+", type=int, default=[1, 2, 5])
     parser.add_argument("--rounds", type=int, default=Config.rounds)

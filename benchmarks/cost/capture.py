@@ -1,35 +1,37 @@
-"""What the capture alone adds to a forward in training: process CPU time, in one process, interleaved.
+"""CPU time that the capture alone adds to a forward pass in training.
 
     python -m benchmarks.cost capture            # ViT-S/16 at 224 px, one image; about two minutes
     python -m benchmarks.cost capture --write    # also benchmarks/cost/results/capture.json
 
-A pair is one block of forwards without and one with the capture (and take()), in turns, so that both feel the same load
-of the machine. Beside the model itself a narrow copy of it is timed, whose forward is so short that the same added work
-stands out of the noise. Memory: ``python -m pytest tests/capture/test_memory.py`` counts it to the byte.
+A pair is one block of forward passes without and one with the capture (and take()), in turns, so that the load of the
+machine affects both alike. Times are process CPU time. A narrow copy of the model is timed too: its forward pass is so
+short that the added work stands out of the noise. ``python -m pytest tests/capture/test_memory.py`` counts the memory
+to the byte.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, capture_attention
+from acr_reg.demo.record import write_json
 from benchmarks.cost.process import RESULTS
 
 
 @dataclass(frozen=True)
 class Config:
     model: str = "vit_small_patch16_224"
-    narrow_width: int = 24  # of the copy: as many layers and calls, hardly any arithmetic
+    narrow_width: int = 24  # of the copy: the same layers and calls, hardly any arithmetic
     image: int = 224
     batch: int = 1
     forwards: int = 1
@@ -39,8 +41,8 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds of process CPU time a forward: medians, the quartiles of the paired differences, and the difference
-    of the lower deciles, which the load of a shared machine moves least."""
+    """Milliseconds of process CPU time per forward pass: medians, the quartiles of the paired differences, and the
+    difference of the lower deciles, which the load of a shared machine changes least."""
 
     model: str
     without: float
@@ -58,7 +60,8 @@ def measure(name: str, model: nn.Module, images: Tensor, config: Config) -> Resu
         model(images)
         change = 0.0
         attention.take()  # from here on only attention modules are watched
-        without, having = [], []
+        without: list[float] = []
+        having: list[float] = []
         for pair in range(config.pairs):
             for captured in (pair % 2 == 0, pair % 2 == 1):
                 milliseconds, output = _time(model, images, attention if captured else None, config.forwards)
@@ -91,17 +94,17 @@ def _time(model: nn.Module, images: Tensor, attention: AttentionCapture | None, 
     return spent, output.detach()
 
 
-def _unhook(model: nn.Module) -> dict[nn.Module, dict[str, object]]:
-    """Takes all hooks off, to be put back: removing and adding them anew would cost more than a forward."""
-    saved = {}
+def _unhook(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """Take all hooks off and return them: to remove and register them would cost more than a forward pass."""
+    saved: dict[nn.Module, dict[str, Any]] = {}
     for module in model.modules():
         saved[module] = {name: value for name, value in vars(module).items() if "_hooks" in name}
-        vars(module).update({name: type(value)() for name, value in saved[module].items()})  # type: ignore[operator]
+        vars(module).update({name: type(value)() for name, value in saved[module].items()})
     return saved
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="CPU time that the capture adds to a forward.")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost capture", description="Time that the capture adds.")
     parser.add_argument("--pairs", type=int, default=Config.pairs)
     parser.add_argument("--write", action="store_true", help="write benchmarks/cost/results/capture.json")
     args = parser.parse_args(arguments)
@@ -118,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{config.model}, {config.narrow_width} wide, 32 px", narrow, torch.randn(config.batch, 3, 32, 32), config
         ),
     ]
-    print(f"torch {torch.__version__}, {platform.machine()}, {config.threads} thread, ms of process CPU time a forward")
+    print(f"torch {torch.__version__}, {platform.machine()}, {config.threads} thread; ms of CPU time per forward pass")
     for r in results:
         low, high = r.added_quartiles
         print(
@@ -127,7 +130,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"output change {r.largest_output_change:g}"
         )
     if args.write:
-        record = {"torch": torch.__version__, "config": asdict(config), "results": [asdict(r) for r in results]}
-        path = RESULTS / "capture.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(RESULTS / "capture.json", {"torch": torch.__version__, "config": config, "results": results})
     return 0

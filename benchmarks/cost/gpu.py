@@ -1,34 +1,35 @@
-"""The cost cases on a CUDA device: time by CUDA events, memory by the allocator's peak. Not run here: no GPU was there.
+"""The cost cases on a CUDA device: time by CUDA events, memory by the allocator's peak. Not measured yet.
 
     python -m benchmarks.cost gpu            # ViT-S at 384 and 768 px, batch 1 and 4; class maps of 1, 2 and 5 classes
     python -m benchmarks.cost gpu --write    # also benchmarks/cost/results/gpu.json and the table of docs/gpu_cost.md
 
-Steps and class maps are those of step.py and cam.py. A case that runs out of memory is reported as such.
+The steps and class maps are those of step.py and cam.py. A case that runs out of memory is reported as such.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from acr_reg.demo.record import write_json
 from benchmarks.cost.models import HEADS, Setting
 from benchmarks.cost.process import RESULTS
 from benchmarks.cost.variants import CAMS, STEPS, make_cam, make_step
+from benchmarks.marked_page import begin, fill
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_cost.md"
-BEGIN = "<!-- table: python -m benchmarks.cost gpu --write -->"
+BEGIN = begin("cost gpu --write")
 
 
 class NoGpu(RuntimeError):
-    pass
+    """There is no CUDA device."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """One variant of a step or of class maps (``present`` classes). Milliseconds and peak MB; None: out of memory."""
+    """One variant of a step or of class maps (of ``present`` classes). None means out of memory."""
 
     what: str
     model: str
@@ -58,8 +59,8 @@ class Result:
 def measure(config: Config) -> list[Result]:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise NoGpu(
-            "found no CUDA device; expected one; run this on a machine with a GPU, and on this one "
-            "python -m benchmarks.cost step, and cam"
+            "There is no CUDA device. Use a machine with a GPU, or measure on the CPU: python -m benchmarks.cost step, "
+            "and cam."
         )
     results = []
     for model in config.models:
@@ -106,7 +107,7 @@ def _cuda_time(run: Callable[[], object]) -> float:
 
 
 def _cpu_time(run: Callable[[], object]) -> float:
-    """Takes the place of the events in a dry run."""
+    """Stands in for CUDA events on a CPU."""
     begin = time.process_time()
     run()
     return 1000 * (time.process_time() - begin)
@@ -125,7 +126,7 @@ def table(results: Sequence[Result]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The cost cases on a CUDA device.")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost gpu", description="The cost cases on a CUDA device.")
     parser.add_argument("--models", nargs="+", choices=HEADS, default=Config.models)
     parser.add_argument("--sizes", nargs="+", type=int, default=Config.sizes)
     parser.add_argument("--batches", nargs="+", type=int, default=Config.batches)
@@ -142,10 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(results))
     if args.write:
         device = torch.cuda.get_device_name()
-        record = {"torch": torch.__version__, "device": device, "config": asdict(config)}
-        record["results"] = [asdict(r) for r in results]
-        (RESULTS / "gpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        head, _, _ = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-        measured = f"Measured on {device}, torch {torch.__version__}:\n\n{table(results)}\n"
-        PAGE.write_text(f"{head}{BEGIN}\n\n{measured}", encoding="utf-8")
+        record = {"torch": torch.__version__, "device": device, "config": config, "results": results}
+        write_json(RESULTS / "gpu.json", record)
+        fill(PAGE, BEGIN, f"Measured on {device}, torch {torch.__version__}:\n\n{table(results)}")
     return 0

@@ -1,10 +1,11 @@
-"""Scores at 100 background thresholds: one pass over the pixels for each, and the library's single pass.
+"""CPU time and memory of mIoU at 100 background thresholds: a pass for each threshold, or the library's single pass.
 
     python -m benchmarks.cost metrics            # 6 images of 366 x 500 px, 21 ids, 1 to 3 classes each
     python -m benchmarks.cost metrics --write    # also benchmarks/cost/results/metrics.json
 
-Process CPU time, in one process, in turns. The sweep is timed as the usual scripts write it, over an array of all ids,
-and over the maps of the present classes alone. Beside them, the largest difference of mIoU at any threshold.
+All variants are timed in turns in one process, in process CPU time. The sweep is timed over an array of all ids, as the
+usual scripts write it, and over the maps of the present classes alone. The command also prints the largest difference
+of mIoU at any threshold.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """One variant. Quartiles are (lower, median, upper) over rounds; memory is over the images alone."""
+    """One variant. Quartiles are (lower, median, upper) over rounds; ``extra_mb`` is beyond the images alone."""
 
     variant: str
     rounds: int
@@ -49,7 +51,7 @@ class Result:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Maps (K, H, W) in [0, 1], masks (H, W) with a border that is ignored, and the ids of the maps."""
+    """Maps (K, H, W) in [0, 1], masks (H, W) with an ignored border, and the ids of the maps."""
 
     cams: list[np.ndarray]
     masks: list[np.ndarray]
@@ -87,7 +89,7 @@ def measure(config: Config) -> list[Result]:
     def timed(variant: str) -> None:
         found[variant] = score(variant, given, config.num_classes)
 
-    spent = in_turns({v: lambda v=v: timed(v) for v in VARIANTS}, config.rounds, warm=False)  # type: ignore[misc]
+    spent = in_turns({v: partial(timed, v) for v in VARIANTS}, config.rounds, warm=False)
     images_alone = run_fresh("metrics", {"config": asdict(config), "variant": None})
     return [
         Result(
@@ -104,7 +106,7 @@ def measure(config: Config) -> list[Result]:
 
 
 def child(payload: dict[str, Any]) -> float:
-    """The part that runs in a fresh process."""
+    """What runs in a fresh process."""
     config = Config(**payload["config"])
     given = pictures(config)
     if payload["variant"] is not None:
@@ -122,7 +124,7 @@ def show(results: Sequence[Result]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What scoring class maps at 100 thresholds costs.")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost metrics", description="Time and memory of scoring.")
     parser.add_argument("--rounds", type=int, default=Config.rounds)
     args = parse(parser, "metrics", child, arguments)
     if args is None:

@@ -1,4 +1,4 @@
-"""The model, images and labels of every cost benchmark: the same weights and pixels for whatever is compared."""
+"""The model, images and labels of every cost benchmark: all variants get the same weights and pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import timm
 import torch
-from torch import Tensor, nn
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 PATCH = 16
 HEADS = {"tiny": 3, "small": 6, "base": 12}
@@ -16,7 +17,7 @@ HEADS = {"tiny": 3, "small": 6, "base": 12}
 
 @dataclass(frozen=True)
 class Setting:
-    """A timm ViT of random weights, drop rates 0, and random images."""
+    """A timm ViT with random weights and no dropout, and random images."""
 
     model: str = "small"
     size: int = 384
@@ -28,12 +29,12 @@ class Setting:
 
     @property
     def tokens(self) -> int:
-        """Patches of an image."""
+        """The number of patches of an image."""
         return (self.size // PATCH) ** 2
 
     @property
     def map_megabytes(self) -> float:
-        """All attention maps of both views in float32."""
+        """The size of all attention maps of both views in float32."""
         return 2 * self.depth * self.batch * HEADS[self.model] * (self.tokens + 1) ** 2 * 4 / 2**20
 
     def __str__(self) -> str:
@@ -41,7 +42,7 @@ class Setting:
 
 
 def add_settings(parser: ArgumentParser) -> None:
-    """Options of the settings that :func:`settings` reads."""
+    """Declare the options that :func:`settings` reads."""
     parser.add_argument("--models", nargs="+", choices=HEADS, default=["small"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[384])
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
@@ -54,7 +55,7 @@ def settings(args: Namespace) -> Iterator[Setting]:
                 yield Setting(model, size, batch)
 
 
-def build_model(setting: Setting, device: str = "cpu") -> nn.Module:
+def build_model(setting: Setting, device: str = "cpu") -> VisionTransformer:
     torch.manual_seed(setting.seed)
     name = f"vit_{setting.model}_patch{PATCH}_224"
     model = timm.create_model(name, img_size=setting.size, num_classes=setting.classes, depth=setting.depth)
@@ -62,7 +63,7 @@ def build_model(setting: Setting, device: str = "cpu") -> nn.Module:
 
 
 def build_batch(setting: Setting, device: str = "cpu") -> tuple[Tensor, Tensor]:
-    """Images (B, 3, H, W) and labels (B, C), other classes in each image."""
+    """Images (B, 3, H, W) and labels (B, C), whose classes differ from image to image."""
     generator = torch.Generator().manual_seed(setting.seed)
     images = torch.randn(setting.batch, 3, setting.size, setting.size, generator=generator)
     labels = torch.zeros(setting.batch, setting.classes)

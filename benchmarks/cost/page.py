@@ -1,9 +1,9 @@
-"""The measured costs as Markdown: the table in README.md, and all cases in docs/cost.md.
+"""The measured costs as Markdown: a short table for README.md, all cases for docs/cost.md.
 
     python -m benchmarks.cost page            # prints both
     python -m benchmarks.cost page --write    # puts them into README.md and docs/cost.md
 
-Reads the JSON files in benchmarks/cost/results/, measures nothing.
+It reads the JSON files in benchmarks/cost/results/ and measures nothing.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.marked_page import begin, fill
+
 HERE = Path(__file__).resolve().parent / "results"
 ROOT = HERE.parents[2]
 README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "cost.md"
-BEGIN = "<!-- table: python -m benchmarks.cost page --write -->"
-END = "<!-- end of table -->"
+BEGIN = begin("cost page --write")
 ORDER = ("tiny", "small", "base")
 NAMES = {
     "published": "published procedure",
@@ -35,7 +36,7 @@ def results(name: str) -> list[Row]:
 
 
 def short_table() -> str:
-    """README's: what a user asks first, at one model."""
+    """README's table: what a user asks first, for one model."""
     steps = {(r["size"], r["variant"]): r for r in results("step") if r["model"] == "small" and r["batch"] == 1}
     lines = ["| ViT-S/16, one image | published | acr_reg | of published |", "|---|---|---|---|"]
     for size in (384, 768):
@@ -102,7 +103,7 @@ def step_table(rows: Iterable[Row]) -> str:
 
 
 def _above_zero(published: Row) -> bool:
-    """A ratio to an extra whose quartiles enclose zero says nothing."""
+    """Whether ratios to this extra mean anything: they do not if its quartiles enclose zero."""
     return published["skipped"] is not None or published["extra_cpu_seconds"][0] > 0
 
 
@@ -145,20 +146,12 @@ def sections() -> dict[Path, str]:
     return {README: short_table(), PAGE: full}
 
 
-def put(text: str, table: str) -> str:
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise ValueError(f"found no {BEGIN} ... {END}; expected both lines; put them where the table belongs")
-    return f"{head}{BEGIN}\n\n{table}\n\n{END}{tail}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The measured costs as Markdown.")
-    parser.add_argument("--write", action="store_true", help="into README.md and docs/cost.md")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost page", description="The measured costs as Markdown.")
+    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/cost.md")
     args = parser.parse_args(arguments)
     for path, table in sections().items():
         print(table)
         if args.write:
-            path.write_text(put(path.read_text(encoding="utf-8"), table), encoding="utf-8")
+            fill(path, BEGIN, table)
     return 0

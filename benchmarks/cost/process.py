@@ -1,8 +1,9 @@
-"""Fresh processes, their peak memory, times taken in turns, and results beside the code."""
+"""Fresh processes, their peak memory, times taken in turns, and the files of results."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 
+from acr_reg.demo.record import peak_memory, write_json
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -23,15 +26,15 @@ Quartiles = tuple[float, float, float]
 """Lower quartile, median, upper quartile."""
 
 
-# glibc keeps freed blocks of less than 32 MB for later, by tens of MB more or less in each run. With a threshold every
-# tensor is given back at once, and the peak is what is held.
+# glibc keeps freed blocks of less than 32 MB for later: tens of MB, more or less in each run. Below this threshold it
+# returns every tensor at once, and the peak is what the process holds.
 GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 
 
 def run_fresh(command: str, payload: Mapping[str, Any], give_back: bool = False) -> Any:
     """What ``python -m benchmarks.cost COMMAND --child payload`` prints as JSON on its last line.
 
-    ``give_back``: see GIVE_BACK (Linux)."""
+    ``give_back`` sets GIVE_BACK (Linux)."""
     call = [sys.executable, "-m", "benchmarks.cost", command, "--child", json.dumps(payload)]
     environment = {**os.environ, **(GIVE_BACK if give_back else {})}
     done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True, env=environment, cwd=ROOT)
@@ -41,7 +44,7 @@ def run_fresh(command: str, payload: Mapping[str, Any], give_back: bool = False)
 def parse(
     parser: ArgumentParser, command: str, child: Callable[[Any], Any], arguments: Sequence[str] | None = None
 ) -> Namespace | None:
-    """The options of a benchmark; None where this is a fresh process of :func:`run_fresh`, whose answer is printed."""
+    """The options of a benchmark; None in a process of :func:`run_fresh`, once the answer of ``child`` is printed."""
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}/{command}.json")
     parser.add_argument("--child", help=SUPPRESS)
     args = parser.parse_args(arguments)
@@ -52,16 +55,9 @@ def parse(
 
 
 def peak_megabytes() -> float:
-    """The most this process has held. /proc's counter begins anew with the program; getrusage's starts at the size of
-    the process that launched it, and is taken where there is no /proc."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(each for each in status.read_text().splitlines() if each.startswith("VmHWM"))
-        return int(line.split()[1]) / 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+    """The peak of this process; NaN if the system has no counter."""
+    peak = peak_memory()
+    return math.nan if peak is None else peak / 2**20
 
 
 def available_megabytes() -> float:
@@ -73,8 +69,8 @@ def available_megabytes() -> float:
 
 
 def in_turns(functions: Mapping[str, Callable[[], object]], rounds: int, warm: bool = True) -> dict[str, list[float]]:
-    """Seconds of process CPU time of each function in each round. All are timed in each round, and each round begins
-    with another, so that the load of the machine hits all alike."""
+    """Seconds of process CPU time of each function in each round. Every round times all functions and begins with
+    another one, so that the load of the machine affects all alike."""
     names = list(functions)
     spent: dict[str, list[float]] = {name: [] for name in names}
     if warm:
@@ -104,9 +100,9 @@ def machine() -> dict[str, Any]:
 
 
 def merge(path: Path, rows: Sequence[Mapping[str, Any]], keys: Sequence[str], **about: Any) -> list[dict[str, Any]]:
-    """Writes rows beside those that the file holds already, in place of those with the same keys; returns all."""
+    """Add rows to those in the file, in place of those with the same keys. Returns all rows."""
     old = json.loads(path.read_text())["results"] if path.exists() else []
     by_key = {tuple(row[k] for k in keys): dict(row) for row in [*old, *rows]}
     results = [by_key[key] for key in sorted(by_key, key=str)]
-    path.write_text(json.dumps({**machine(), **about, "results": results}, indent=1) + "\n", encoding="utf-8")
+    write_json(path, {**machine(), **about, "results": results})
     return results

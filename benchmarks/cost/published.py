@@ -1,7 +1,7 @@
-"""The published procedure (arXiv 2308.04321), written from its formulas, for timm's ViTs: what the library is timed by.
+"""The published procedure (arXiv 2308.04321) for timm's ViTs, written from its formulas, to compare the library with.
 
-Attention is explicit, the head means of all layers are stacked, and the flip is undone slice by slice by writes in
-place, one token row of the image at a time. Square grids and one class token only, as published.
+Attention is explicit, the head means of all layers are stacked, and the flip is undone in place, one token row of the
+image at a time. As published, it serves square grids and one class token only.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from functools import partial
 
 import numpy as np
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 
 class ExplicitMaps:
-    """Makes a timm ViT form its attention maps (B, H, 1 + N, 1 + N), and keeps those of the last forward."""
+    """Makes a timm ViT form its attention maps (B, H, 1 + N, 1 + N) and keeps those of the last forward pass."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: VisionTransformer) -> None:
         self._maps: list[Tensor] = []
         for block in model.blocks:
             block.attn.fused_attn = False
@@ -46,10 +47,12 @@ def published_consistency(maps_a: list[Tensor], maps_b: list[Tensor], weight: fl
     return weight * (a[:, :, 0, 1:] - row).abs().mean() + weight * (a[:, :, 1:, 1:] - affinity).abs().mean()
 
 
-def published_cam(model: nn.Module, explicit: ExplicitMaps, images: Tensor, labels: Tensor, last: int = 2) -> Tensor:
-    """Class maps (B, C, h, w), summed over the image and its flip: one full backward for each class, view and image.
+def published_cam(
+    model: VisionTransformer, explicit: ExplicitMaps, images: Tensor, labels: Tensor, last: int = 2
+) -> Tensor:
+    """Class maps (B, C, h, w), summed over the image and its flip: a full backward pass for each class, view and image.
 
-    M_c = sum over the last layers of mean_h relu(dy_c/dA)[0, 1:], spread once by sum over all layers of
+    M_c = sum over the last layers of mean_h relu(dy_c/dA)[0, 1:], multiplied once by the sum over all layers of
     mean_h A[1:, 1:]. ``model`` is in eval mode.
     """
     side = math.isqrt(model.patch_embed.num_patches)
@@ -75,9 +78,9 @@ def published_cam(model: nn.Module, explicit: ExplicitMaps, images: Tensor, labe
 def sweep(
     cams: list[np.ndarray], masks: list[np.ndarray], classes: list[list[int]], num_classes: int, all_maps: bool
 ) -> np.ndarray:
-    """mIoU (100,) at thresholds 0, 0.01, ..., 0.99, by an argmax and a confusion matrix for each.
+    """mIoU (100,) at thresholds 0, 0.01, ..., 0.99, with an argmax and a confusion matrix for each.
 
-    ``all_maps`` puts the maps in an array of all ids, as the usual scripts do; else only those present take part.
+    ``all_maps`` puts the maps into an array of all ids, as the usual scripts do; otherwise only present ones take part.
     """
     found = []
     for threshold in np.arange(100) / 100:
@@ -92,6 +95,6 @@ def sweep(
             pairs = mask[counted].astype(np.int64) * num_classes + predicted[counted]
             confusion += np.bincount(pairs, minlength=num_classes**2).reshape(confusion.shape)
         right = np.diag(confusion)
-        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that does not occur
             found.append(np.nanmean(right / (confusion.sum(0) + confusion.sum(1) - right)))
     return np.array(found)

@@ -1,11 +1,11 @@
-"""How memory and CPU time of a training step grow with the number of tokens, 196 to 4096.
+"""How memory and CPU time of a training step grow with the number of tokens, from 196 to 4096.
 
     python -m benchmarks.cost scaling            # ViT-Ti, one image; about 15 minutes
     python -m benchmarks.cost scaling --write    # also benchmarks/cost/results/scaling.json and docs/cost.png
-    python -m benchmarks.cost scaling --plot     # docs/cost.png from the results that are there
+    python -m benchmarks.cost scaling --plot     # docs/cost.png from the results in the JSON
 
-The steps of step.py at several image sizes, and the slope of the extra over the plain step in log-log: 1 is linear
-in the tokens, 2 quadratic.
+The steps of step.py run at several image sizes. The slope is that of the extra over the plain step on logarithmic axes:
+1 is linear in the number of tokens, 2 is quadratic.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from benchmarks.cost import step as cost_step
 from benchmarks.cost.models import Setting
 from benchmarks.cost.process import RESULTS, merge
+from benchmarks.cost.variants import STEPS
 
 ROWS = RESULTS / "scaling.json"
 PLOT = Path(__file__).resolve().parents[2] / "docs" / "cost.png"
@@ -34,13 +35,13 @@ class Config:
     sizes: tuple[int, ...] = (224, 320, 448, 640, 896, 1024)
     rounds: int = 2
     rounds_of_large: int = 1
-    large: int = 640  # from this size on a round takes minutes, and is long enough to be even; nothing is warmed up
+    large: int = 640  # from this size on a round takes minutes: few rounds, and no warm-up, are enough
     threads: int = 1
 
 
 @dataclass(frozen=True)
 class Slope:
-    """d log(extra) / d log(tokens), by least squares over the sizes measured; None where less than two were."""
+    """d log(extra) / d log(tokens), by least squares over the sizes measured; None for fewer than two sizes."""
 
     variant: str
     sizes: tuple[int, ...]
@@ -59,7 +60,7 @@ def measure(config: Config, size: int) -> list[cost_step.Result]:
 
 def slopes(rows: Sequence[Mapping[str, Any]]) -> list[Slope]:
     found = []
-    for variant in (v for v in cost_step.STEPS if v != "plain"):
+    for variant in (v for v in STEPS if v != "plain"):
         of_variant = [r for r in rows if r["variant"] == variant and r["skipped"] is None]
         of_variant.sort(key=lambda r: r["tokens"])
         memory = [(r["tokens"], r["extra_mb"]) for r in of_variant]
@@ -121,10 +122,12 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="How the cost of the loss grows with the tokens.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.cost scaling", description="How the cost of the loss grows with the number of tokens."
+    )
     parser.add_argument("--sizes", nargs="+", type=int, default=Config.sizes)
-    parser.add_argument("--write", action="store_true", help="merge into the JSON, draw the plot")
-    parser.add_argument("--plot", action="store_true", help="draw the plot of the results in the JSON, measure nothing")
+    parser.add_argument("--write", action="store_true", help="merge the results into the JSON and draw the plot")
+    parser.add_argument("--plot", action="store_true", help="draw the plot from the JSON, measure nothing")
     args = parser.parse_args(arguments)
     torch.set_num_threads(Config.threads)
     config = Config(sizes=tuple(args.sizes))

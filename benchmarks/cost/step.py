@@ -1,13 +1,13 @@
-"""What the loss adds to a training step of two views, beside the published procedure: CPU time and peak memory.
+"""CPU time and peak memory that the loss adds to a training step of two views, compared with the published procedure.
 
     python -m benchmarks.cost step                               # ViT-S at 384 px, one image
     python -m benchmarks.cost step --write                       # also into benchmarks/cost/results/step.json
     python -m benchmarks.cost step --models tiny small base --sizes 224 384 512 --batches 1 4 --write
 
-Steps: without the loss (plain); with the published procedure; with the library's loss dense, blockwise, and blockwise
-on a quarter of the rows (rows). CPU time is process CPU time, in one process, in turns; extra is over the plain step of
-the same round. Peak memory is that of a fresh process which runs one variant alone. Beside them, how far the
-consistency's value and gradient are from the dense evaluation's.
+The variants are a step without the loss (plain), with the published procedure, and with the library's loss: dense,
+blockwise, and blockwise on a quarter of the rows (rows). All variants are timed in turns in one process, in process CPU
+time; "extra" is what a step takes beyond the plain one of the same round. Peak memory is measured in a fresh process
+for each variant. The command also prints how far the value and the gradient of the consistency are from the dense ones.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.cost.process import (
 )
 from benchmarks.cost.variants import STEPS, cosine_to_all_rows, difference, make_step
 
-# Peak over all maps of both views in float32, of variants that form them; a case that would not fit is skipped.
+# The peak of variants that form the maps, over the size of all maps; a case that would not fit is skipped.
 DENSE_FACTOR = 2.0
 KEYS = ("model", "size", "batch", "depth", "variant")
 
@@ -52,9 +52,9 @@ class Config:
 
 @dataclass(frozen=True)
 class Result:
-    """One variant. Quartiles are (lower, median, upper) over rounds; ratios are to the published extra, of time by
-    medians. Peaks are of what is held, ``kept`` ones with what the C allocator keeps beside it
-    (``process.GIVE_BACK``). None: not measured, or ``skipped``, which says why."""
+    """One variant. Quartiles are (lower, median, upper) over rounds. Ratios are to the published extra; those of time
+    compare medians. Peaks count what the process holds; ``kept`` peaks also count what the C allocator keeps
+    (``process.GIVE_BACK``). None means not measured; ``skipped`` gives the reason."""
 
     model: str
     size: int
@@ -74,7 +74,7 @@ class Result:
     kept_extra_mb_over_published: float | None = None
     loss_error: float | None = None
     gradient_error: float | None = None
-    gradient_cosine: float | None = None  # of a share of the rows to all
+    gradient_cosine: float | None = None  # of a share of the rows, to all rows
     skipped: str | None = None
 
 
@@ -116,7 +116,7 @@ def _result(
     about = (setting.model, setting.size, setting.batch, setting.depth, setting.tokens, variant, config.rounds)
     if variant not in timed:
         gigabytes = setting.map_megabytes * DENSE_FACTOR / 1024
-        reason = f"its maps need about {gigabytes:.0f} GiB, {available_megabytes() / 1024:.0f} GiB were free"
+        reason = f"its maps need about {gigabytes:.0f} GiB, {available_megabytes() / 1024:.0f} GiB are free"
         return Result(*about, skipped=reason)
     extra = _minus(timed[variant], timed["plain"])
     ratio, memory_ratio, kept_ratio = None, None, None
@@ -125,19 +125,21 @@ def _result(
         ratio = statistics.median(extra) / statistics.median(published)
         memory_ratio = (peaks[variant] - peaks["plain"]) / (peaks["published"] - peaks["plain"])
         kept_ratio = (kept[variant] - kept["plain"]) / (kept["published"] - kept["plain"])
-    found: list[float | None] = [*errors.get(variant, []), None, None, None]
+    loss_error, gradient_error, gradient_cosine, *_ = [*errors.get(variant, []), None, None, None]
     return Result(
         *about,
-        quartiles(timed[variant]),
-        quartiles(extra),
-        ratio,
-        peaks[variant],
-        peaks[variant] - peaks["plain"],
-        memory_ratio,
-        kept[variant],
-        kept[variant] - kept["plain"],
-        kept_ratio,
-        *found[:3],
+        cpu_seconds=quartiles(timed[variant]),
+        extra_cpu_seconds=quartiles(extra),
+        extra_cpu_over_published=ratio,
+        peak_mb=peaks[variant],
+        extra_mb=peaks[variant] - peaks["plain"],
+        extra_mb_over_published=memory_ratio,
+        kept_peak_mb=kept[variant],
+        kept_extra_mb=kept[variant] - kept["plain"],
+        kept_extra_mb_over_published=kept_ratio,
+        loss_error=loss_error,
+        gradient_error=gradient_error,
+        gradient_cosine=gradient_cosine,
     )
 
 
@@ -146,7 +148,7 @@ def _minus(one: Sequence[float], other: Sequence[float]) -> list[float]:
 
 
 def child(payload: dict[str, Any]) -> Any:
-    """The part that runs in a fresh process."""
+    """What runs in a fresh process."""
     torch.set_num_threads(payload["threads"])
     setting = Setting(**payload["setting"])
     if payload["do"] == "time":
@@ -185,12 +187,12 @@ def show(results: Sequence[Result]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="What the loss adds to a training step.")
+    parser = argparse.ArgumentParser("python -m benchmarks.cost step", description="What the loss adds to a step.")
     add_settings(parser)
     parser.add_argument("--variants", nargs="+", choices=STEPS, default=STEPS)
     parser.add_argument("--rounds", type=int, default=Config.rounds)
-    parser.add_argument("--brief", action="store_true", help="no round to warm up, one step for memory")
-    parser.add_argument("--no-check", action="store_true", help="leave the comparison of values and gradients out")
+    parser.add_argument("--brief", action="store_true", help="no warm-up round, and one step to measure memory")
+    parser.add_argument("--no-check", action="store_true", help="do not compare values and gradients")
     args = parse(parser, "step", child, arguments)
     if args is None:
         return 0

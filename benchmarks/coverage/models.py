@@ -1,15 +1,15 @@
-"""The models of the coverage table: small, built from configuration with random weights, nothing downloaded.
+"""The models of the coverage table: small, built from configuration with random weights; nothing is downloaded.
 
-``expected`` is read off each model's source by hand, never from a capture: the layers of one forward with a softmax
-over keys between the tokens of one set (global, windows, reduced or downsampled sets alike). Class attention, pooling
-with one query, attention over channels, cross-attention and attention without a matrix do not count; ``kind`` names
-them and ``note`` says where a count of kernels differs. Import it with this folder on the path.
+``expected`` is counted by hand in each model's source, never taken from a capture: the layers of one forward pass with
+a softmax over keys between the tokens of one set (global, windows, reduced or downsampled sets alike). Class attention,
+pooling with one query, attention over channels, cross-attention and attention without a matrix do not count; ``kind``
+names them, and ``note`` says where a count of kernels differs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -17,39 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CLASSES = 10
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One row of the table."""
-
-    library: str
-    name: str
-    build: Callable[[], nn.Module]
-    inputs: Callable[[], dict[str, Tensor] | tuple[Any, ...]]
-    logits: Callable[[Any], Tensor]
-    expected: int
-    kind: str
-    grids: bool
-    note: str = ""
-
-
-def images_of(size: int) -> Callable[[], tuple[Tensor, ...]]:
-    return lambda: (torch.randn(2, 3, size, size),)
-
-
-def named(name: str, variant: str) -> str:
-    return f"{name} ({variant})" if variant else name
-
-
-def tensor_of(output: Any) -> Tensor:
-    """The first tensor of a model's output, averaged over every axis but batch and channels (last, or first of 4)."""
-    while not isinstance(output, Tensor):
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    if output.ndim == 4:
-        return output.mean((2, 3))
-    return output.mean(1) if output.ndim == 3 else output
+from benchmarks.coverage.candidate import CLASSES, Candidate, images_of, named, tensor_of
+from benchmarks.coverage.timm_models import TIMM
+from benchmarks.coverage.transformers_models import TRANSFORMERS
 
 
 def _torchvision(name: str, expected: int, kind: str, grids: bool, note: str = "", **config: Any) -> Candidate:
@@ -395,15 +365,4 @@ TORCH = [
     _torch("nn.MultiheadAttention (sequence first)", lambda: _self_attention(batch_first=False), 1),
 ]
 
-CANDIDATES: list[Candidate]
-
-
-def __getattr__(name: str) -> list[Candidate]:
-    """CANDIDATES, built when first asked for: the modules with the large libraries' rows import this one."""
-    if name != "CANDIDATES":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    large = [
-        *import_module("benchmarks.coverage.timm_models").TIMM,
-        *import_module("benchmarks.coverage.transformers_models").TRANSFORMERS,
-    ]
-    return [*large, *TORCHVISION, *OPEN_CLIP, *VIT_PYTORCH, *TORCH]
+CANDIDATES = [*TIMM, *TRANSFORMERS, *TORCHVISION, *OPEN_CLIP, *VIT_PYTORCH, *TORCH]

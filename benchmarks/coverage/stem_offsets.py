@@ -1,23 +1,23 @@
-"""Where an overlapping stem puts tokens, and what it costs a flipped pair not to know it.
+"""Where an overlapping stem puts tokens, and how much the loss of a flipped pair errs without knowing it.
 
     python -m benchmarks.coverage.stem_offsets            # SegFormer (MiT) and PVTv2, random weights; a minute
     python -m benchmarks.coverage.stem_offsets --write    # also benchmarks/coverage/stem_offsets.json
 
-"Before": tokens taken for a grid that divides the image evenly, so that query and key n-1-j are matched with j under a
-flip. "After": the lattices that the capture reads off the model's convolutions. The offset is that of matched tokens on
-the image, measured by the gradient of a token to the pixels (``acr_reg.check`` shows it too). The loss is the affinity
-term of a smooth random image and its flip, layer by layer; with "mirrored" kernels (each averaged with its own mirror
-image) the network itself favours no side, so that what is left is the alignment.
+"Before" treats the tokens as a grid that divides the image evenly, so that a flip matches query and key n-1-j with j.
+"After" uses the lattices that the capture reads off the model's convolutions. The distance between matched tokens on
+the image is measured by the gradient of a token with respect to the pixels (``acr_reg.check`` shows it too). The loss
+is the affinity term of a smooth random image and its flip, layer by layer. With "mirrored" kernels (each averaged with
+its own mirror image) the network favours no side, so that only the alignment is left.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import timm
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Lattice, TokenLayout, capture_attention
+from acr_reg.demo.record import write_json
 from acr_reg.inspection.offsets import token_offsets
 
 VIEW = HorizontalFlip()
@@ -36,15 +37,15 @@ VIEW = HorizontalFlip()
 class Config:
     image: tuple[int, int] = (192, 256)
     batch: int = 2
-    sharpness: float = 1.5  # of query and key: attention of freshly drawn weights is uniform, and any two agree
-    blob: int = 16  # pixels, the size of what is on the images
+    sharpness: float = 1.5  # of query and key: with fresh weights attention is uniform, and any two maps agree
+    blob: int = 16  # pixels, the size of the blobs on the images
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class Result:
-    """One layer: the lattices' offset and stride (x) in pixels, and the pixels (largest of five tokens) by which
-    matched tokens are apart under the flip, measured; the affinity term of the pair, per query row."""
+    """One layer: offset and stride (x) of its lattices in pixels; before and after, the measured distance in pixels
+    (largest of five) between tokens that the flip matches, and the affinity term of the pair per query row."""
 
     model: str
     layer: int
@@ -57,7 +58,7 @@ class Result:
 
 
 def segformer() -> nn.Module:
-    """MiT-B0's stem, strides, reductions and widths, one block a stage."""
+    """The stem, strides, reductions and widths of MiT-B0, with one block in each stage."""
     config = SegformerConfig(depths=[1, 1, 1, 1], drop_path_rate=0.0, attn_implementation="eager")
     return SegformerModel(config)
 
@@ -91,7 +92,7 @@ def smooth_images(config: Config) -> Tensor:
 
 
 def evenly(maps: AttentionMaps) -> AttentionMaps:
-    """The same maps on lattices that divide the image evenly."""
+    """The maps on lattices that divide the image evenly."""
 
     def divided(grid: Lattice) -> Lattice:
         return Lattice(grid.height, grid.width, (grid.extent[0] / grid.height, grid.extent[1] / grid.width))
@@ -135,7 +136,7 @@ def measure(name: str, config: Config) -> list[Result]:
         maps = observe(images)
         before = token_offsets(lambda x: evenly(observe(x)), images, VIEW)
         after = token_offsets(observe, images, VIEW)
-    # Sharp attention would show the probe what a token looks at, in place of what it was made from.
+    # Sharp attention would show the probe what a token attends to, not what it was made from.
     plain = losses(sharpened(model, config.sharpness), images)
     without_side = losses(mirrored(model), images)
     return [
@@ -153,10 +154,10 @@ def measure(name: str, config: Config) -> list[Result]:
     ]
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="Token offsets of overlapping stems, before and after.")
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.coverage.stem_offsets", description="Offsets of stems.")
     parser.add_argument("--write", action="store_true", help="write benchmarks/coverage/stem_offsets.json")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     config = Config()
     results = [result for name in MODELS for result in measure(name, config)]
     for r in results:
@@ -169,15 +170,10 @@ def main() -> int:
     if args.write:
         machine = f"{platform.machine()}, {torch.__version__}, timm {timm.__version__}"
         file = Path(__file__).with_suffix(".json")
-        file.write_text(
-            json.dumps(
-                {"machine": machine, "config": asdict(config), "results": [asdict(r) for r in results]}, indent=1
-            )
-            + "\n"
-        )
-        print(f"written: {file}")
+        write_json(file, {"machine": machine, "config": config, "results": results})
+        print(f"Written: {file}")
     return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

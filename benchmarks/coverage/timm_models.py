@@ -1,7 +1,7 @@
 """The timm rows of the coverage table: one or two models of every family with attention of any kind.
 
-Families without any (ConvNeXt, MLP-Mixer, RDNet, RepVGG, StarNet and the like) are left out, but for two that are often
-taken for transformers. See ``coverage_models`` for what the columns mean.
+Families without any (ConvNeXt, MLP-Mixer, RDNet, RepVGG, StarNet and others) are left out, except two that are often
+taken for transformers. models.py explains the columns.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.coverage.models import CLASSES, Candidate, images_of, named, tensor_of
+from benchmarks.coverage.candidate import CLASSES, Candidate, images_of, named, tensor_of
 
 
 def _timm(

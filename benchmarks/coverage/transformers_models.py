@@ -1,6 +1,6 @@
 """The transformers rows of the coverage table: tiny configurations, never ``from_pretrained``.
 
-See ``coverage_models`` for what the columns mean.
+models.py explains the columns.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage.models import Candidate, named, tensor_of
+from benchmarks.coverage.candidate import Candidate, named, tensor_of
 
 
 def _transformers(

@@ -1,22 +1,20 @@
-"""Draws the pictures of one page: python -m benchmarks.pictures COMMAND [options]; each file here is a command."""
+"""The pictures of the documentation: python -m benchmarks.pictures COMMAND [options]."""
 
 from __future__ import annotations
 
 import sys
-from importlib import import_module
+from collections.abc import Sequence
+
+from benchmarks.commands import run_command
 
 COMMANDS = {
-    "tutorial": "the pictures and the table of docs/tutorial.md",
-    "views": "the pictures of docs/views.md",
+    "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
+    "views": "draw the pictures of docs/views.md",
 }
 
 
-def main() -> int:
-    name = sys.argv[1] if len(sys.argv) > 1 else ""
-    if name not in COMMANDS:
-        print("usage: python -m benchmarks.pictures COMMAND [options]\n", *COMMANDS.items(), sep="\n", file=sys.stderr)
-        return 2
-    return int(import_module(f"benchmarks.pictures.{name}").main(sys.argv[2:]))
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run_command("benchmarks.pictures", "Draw the pictures of a page.", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

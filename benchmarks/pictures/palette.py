@@ -1,4 +1,4 @@
-"""Pictures in a palette: photographs under coloured maps take a quarter of the bytes, and are no harder to read."""
+"""Pictures in a palette: they take a quarter of the bytes and are as easy to read."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from PIL import Image
 
 
 def with_few_colours(picture: Image.Image, colours: int = 256, kept: Sequence[ColorType] = ()) -> Image.Image:
-    """An RGB picture in that many colours and those ``kept`` (256 in all), which stay however few pixels show them;
-    without the dithering that would make it large."""
+    """An RGB picture in that many colours and the ``kept`` ones (256 in all), which stay however few pixels have them.
+    It is not dithered, because that would make it large."""
     chosen = picture.quantize(colours, dither=Image.Dither.NONE)
     if not kept:
         return chosen

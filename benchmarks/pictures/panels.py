@@ -1,4 +1,4 @@
-"""Panels for benchmarks/view_pictures.py: photographs with a map over them, stripes where nothing is shown."""
+"""The panels of views.py: photographs under a map, with stripes where nothing is shown."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Colour = tuple[float, float, float]
 
 CAM = (0.90, 0.16, 0.16)
 ROW = (0.00, 0.42, 0.95)
-MARKS = ("#39ff14", "#ff2bd6")  # of the first and the second box: hues that no photograph here has
+MARKS = ("#39ff14", "#ff2bd6")  # of the first and the second box: hues that no photograph here contains
 
 _STRENGTH = 0.88  # how much of a pixel a full map value colours
 _FADE = 0.55  # how much of the photograph's grey is left under a map
 _STRIPE = 12  # pixels from stripe to stripe
-_KEPT = (*MARKS, CAM, ROW, "white", "black")  # in the PNG's palette, however few pixels show them
+_KEPT = (*MARKS, CAM, ROW, "white", "black")  # always in the PNG's palette, however few pixels need them
 _COLOURS = 200  # of the palette, beside those
 _WIDTH, _GAP, _TITLE = 14.0, 0.08, 0.28  # inches: the picture, between panels, above a row of them
 
@@ -49,14 +49,14 @@ class Panel:
 
 
 def box_around(mask: Tensor) -> Box:
-    """The box of a mask (H, W) that is a box."""
+    """The box that a mask (H, W) fills."""
     rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
     top, left = int(rows.min()), int(columns.min())
     return top, left, int(rows.max()) + 1 - top, int(columns.max()) + 1 - left
 
 
 def spread(values: Tensor, lattice: Lattice, size: Sequence[int]) -> Tensor:
-    """Values of a lattice's tokens over the pixels of their cells, (H, W); 0 beyond the last cell."""
+    """The values of a lattice's tokens on the pixels of their cells, (H, W); 0 beyond the last cell."""
     along = []
     for axis, count in ((0, lattice.height), (1, lattice.width)):
         places = (torch.arange(size[axis]) + 0.5) * lattice.extent[axis] / size[axis]
@@ -67,14 +67,14 @@ def spread(values: Tensor, lattice: Lattice, size: Sequence[int]) -> Tensor:
 
 
 def over_tokens(title: str, picture: Tensor, values: Tensor, valid: Tensor, lattice: Lattice, colour: Colour) -> Panel:
-    """Values of tokens (N,) over the picture, and stripes where they are not ``valid`` or there is no token."""
+    """The values of tokens (N,) over the picture, and stripes where they are not ``valid`` or there is no token."""
     size = picture.shape[-2:]
     panel = Panel(title, overlay(picture, spread(values, lattice, size), colour))
     return panel.striped(spread(valid.double(), lattice, size) == 0)
 
 
 def overlay(picture: Tensor, opacity: Tensor, colour: Colour) -> Tensor:
-    """A colour of (H, W) opacity over the picture in a light grey."""
+    """The picture in light grey under a colour of (H, W) opacity."""
     grey = 1 - _FADE * (1 - picture.mean(0, keepdim=True)).expand(3, -1, -1)
     share = _STRENGTH * opacity.clamp(0, 1)
     return grey * (1 - share) + share * torch.tensor(colour, dtype=grey.dtype)[:, None, None]
@@ -88,7 +88,7 @@ def striped(picture: Tensor, hidden: Tensor) -> Tensor:
 
 
 def draw(path: Path, rows: Sequence[Sequence[Panel]], dpi: int = 100) -> None:
-    """Writes a PNG, 14 inches wide, of at most 256 colours."""
+    """Write a PNG, 14 inches wide, with at most 256 colours."""
     columns = max(map(len, rows))
     across = _WIDTH / columns
     down = (across - _GAP) * 2 / 3 + _TITLE

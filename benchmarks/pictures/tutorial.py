@@ -1,14 +1,13 @@
-"""The pictures and numbers of docs/tutorial.md: its own blocks, run with the longer setting that its comment names.
+"""The pictures and numbers of docs/tutorial.md: its blocks, run with the longer setting that its comment names.
 
-    python -m benchmarks.pictures tutorial    # writes docs/tutorial/ and the table, in some eight minutes of one core
+    python -m benchmarks.pictures tutorial    # writes docs/tutorial/ and the table; about eight minutes on one core
 
-The scenes shown are the first ones of the test split; the patch is the one most covered by the first scene's pictogram.
+The pictures show the first scenes of the test split, and the patch that the first scene's pictogram covers most.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import tempfile
@@ -28,11 +27,13 @@ from torch import Tensor
 
 from acr_reg import HorizontalFlip, align_attention, capture_attention
 from acr_reg.demo import scenes
+from acr_reg.demo.record import write_json
+from benchmarks import marked_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
 FOLDER = PAGE.parent / "tutorial"
 SETTING = re.compile(r"^(PRETRAIN, .*) = ([\d, ]+)  # the pictures: ([\d, ]+)$", re.MULTILINE)
-TABLE = re.compile(r"(?<=<!-- table: python -m benchmarks.pictures tutorial -->\n\n).*?(?=\n\n)", re.DOTALL)
+BEGIN = marked_page.begin("pictures tutorial")
 PICTURE = re.compile(r"<!-- picture (\w+): (.*?) -->")
 NOT_RUN = "Not run yet: until it is, the pictures that need training and the table are missing.\n"
 SHOWN = 6  # scenes in a picture
@@ -40,7 +41,7 @@ _PATCH = 8  # px
 
 
 def run_page(short: bool) -> dict[str, Any]:
-    """What the page's python and diff blocks leave behind, in order; ``short`` leaves their setting as it stands."""
+    """The names that the page's python and diff blocks define, run in order; ``short`` keeps the page's own setting."""
     page = PAGE.read_text(encoding="utf-8")
     if not short:
         page = SETTING.sub(r"\1 = \3", page)
@@ -59,8 +60,8 @@ def run_page(short: bool) -> dict[str, Any]:
 
 
 def numbers(page: dict[str, Any]) -> dict[str, Any]:
-    """What the page quotes. mIoU on the test split at the threshold of the development split; terms of the last 10
-    steps, on average."""
+    """What the page quotes: mIoU on the test split at the threshold of the development split, and the mean terms of the
+    last 10 steps."""
     setting = [page[name] for name in ("PRETRAIN", "CONTINUE", "BATCH", "TRAIN", "SHOWN")]
     found: dict[str, Any] = {"setting": setting, "baselines": page["baselines"]}
     for name, history in page["histories"].items():
@@ -85,7 +86,7 @@ def quoted(found: dict[str, Any]) -> list[str]:
 
 def filled(page: str, table: str) -> str:
     """The page with its table and its pictures."""
-    return PICTURE.sub(r"![\2](tutorial/\1.png)", TABLE.sub(table, page)).replace(NOT_RUN, "")
+    return PICTURE.sub(r"![\2](tutorial/\1.png)", marked_page.filled(page, BEGIN, table)).replace(NOT_RUN, "")
 
 
 def pixels(images: Tensor) -> NDArray[np.floating]:
@@ -93,12 +94,13 @@ def pixels(images: Tensor) -> NDArray[np.floating]:
     return images.movedim(-3, -1).numpy() / 255
 
 
-def colour(label: int) -> NDArray[np.floating]:
-    return np.array(hsv_to_rgb((label * 0.618 % 1.0, 0.85, 0.95)))
+def colour(label: int) -> tuple[float, float, float]:
+    red, green, blue = hsv_to_rgb((label * 0.618 % 1.0, 0.85, 0.95)).tolist()
+    return red, green, blue
 
 
 def overlay(image: NDArray[np.floating], maps: NDArray[np.floating]) -> NDArray[np.floating]:
-    """The highest of maps (C, H, W) in [0, 1] as the opacity of its class's colour, over the image in grey."""
+    """The image in grey under the colour of the highest of maps (C, H, W) in [0, 1], whose value is the opacity."""
     blended = 0.35 + 0.65 * image.mean(2, keepdims=True).repeat(3, 2)
     highest = maps.argmax(0)
     share = 0.9 * maps.max(0)[..., None]
@@ -112,7 +114,7 @@ def draw_grid(
     titles: Sequence[str] = (),
     marks: Sequence[tuple[int, int, int, int]] = (),
 ) -> None:
-    """Writes a PNG: named rows of pictures; ``marks`` are (row, column, top, left) of patches to outline."""
+    """Write a PNG of named rows of pictures; ``marks`` are (row, column, top, left) of patches to outline."""
     columns = max(len(row) for row in rows.values())
     figure = Figure(figsize=(1.25 * columns + 0.4, 1.25 * len(rows) + 0.35 * bool(legend)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -149,7 +151,7 @@ def draw_cams(path: Path, page: dict[str, Any]) -> None:
 
 
 def draw_rows(path: Path, page: dict[str, Any]) -> None:
-    """One row a condition: the patch's attention on the image, on its flip, and that with the flip undone."""
+    """A row for each condition: the patch's attention on the image, on its flip, and on the flip undone."""
     image, mask = page["test"].images[:1], page["test"].masks[0]
     cover = (mask > 0).float().unflatten(0, (-1, _PATCH)).unflatten(2, (-1, _PATCH)).mean((1, 3))
     token, width = int(cover.argmax()), cover.shape[1]
@@ -183,19 +185,18 @@ def write(folder: Path, short: bool) -> dict[str, Any]:
     draw_scenes(folder / "scenes.png", page)
     draw_rows(folder / "rows.png", page)
     draw_cams(folder / "cams.png", page)
-    (folder / "tutorial.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "tutorial.json", found)
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="with the page's own setting, which means nothing")
-    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser = argparse.ArgumentParser("python -m benchmarks.pictures tutorial", description="Run docs/tutorial.md.")
+    parser.add_argument("--short", action="store_true", help="keep the page's own setting, whose figures mean nothing")
+    parser.add_argument("--folder", type=Path, default=FOLDER, help="for pictures and numbers (default: %(default)s)")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the tensors are small
     table = "\n".join(quoted(write(options.folder, options.short)))
     print(table)
     if not options.short and options.folder == FOLDER:
-        PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), table), encoding="utf-8")
-
+        marked_page.write_page(PAGE, filled(PAGE.read_text(encoding="utf-8"), table))
     return 0

@@ -1,17 +1,16 @@
 """The pictures of docs/views.md: what each kind of view does to an image, a class map and a row of attention.
 
-    python -m benchmarks.pictures views    # writes docs/views/*.png and docs/views/views.json, in a quarter of a minute
+    python -m benchmarks.pictures views    # writes docs/views/*.png and docs/views/views.json; 15 seconds
 
-No download and no weights: photographs that scikit-image ships, and a network without parameters whose tokens look at
-patches of their own colour and texture. It goes through the library as any model does (capture_attention, the loss,
-align_attention, View.align). The numbers are the loss's own affinity and cam terms, mean L1 distance per row and per
-pixel, once with the view and once with its pixels taken for those of the image.
+It needs no download and no weights: the photographs come with scikit-image, and the network has no parameters; its
+tokens attend to patches of their own colour and texture. The library treats it like any model (capture_attention, the
+loss, align_attention, View.align). The numbers are the affinity and cam terms of the loss (mean L1 distance per row and
+per pixel), once with the view and once as if its pixels were those of the image.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +37,7 @@ from acr_reg import (
     capture_attention,
     token_validity,
 )
+from acr_reg.demo.record import write_json
 from benchmarks.pictures.panels import CAM, ROW, Box, Colour, Panel, box_around, draw, over_tokens
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "views"
@@ -50,8 +50,8 @@ _CLASS_SHARPNESS = 2.0
 
 @dataclass(frozen=True)
 class Photo:
-    """A photograph of scikit-image, cut to 2 : 3 from row ``top``, the patch whose row is drawn and one of the class
-    whose map is, both (row, column) of 20 x 30."""
+    """A photograph of scikit-image, cut to 2 : 3 from row ``top``. The row of the patch ``query`` and the map of the
+    class of the patch ``of_class`` are drawn; both are (row, column) of 20 x 30."""
 
     name: str
     top: int
@@ -59,7 +59,7 @@ class Photo:
     of_class: tuple[int, int]
 
     def image(self) -> Tensor:
-        """(1, 3, H, W) in [0, 1], in double precision: what is exact then shows as such."""
+        """(1, 3, H, W) in [0, 1], in double precision, so that exact alignment gives 0."""
         from skimage import data
 
         pixels = torch.from_numpy(getattr(data, self.name)()).movedim(-1, 0)[None].double() / 255
@@ -75,10 +75,10 @@ CAT = Photo("chelsea", 0, query=(11, 24), of_class=(5, 5))  # the shade behind t
 
 class ColourNetwork(nn.Module):
     """Tokens are the mean and the spread of colour in a patch, attention is softmax(-sharpness |q - k|^2 / 2), and a
-    class map says how close a token is to a class's colour. Nothing is learned, and nothing depends on the position.
+    class map shows how close a token is to the colour of a class. Nothing is learned or depends on the position.
 
-    With ``overlapping`` the tokens come from five 3 x 3 windows of stride 2 and padding 1 in a row: a stride of 32 px,
-    the first centre in the middle of the first pixel, as in the last stage of MiT.
+    With ``overlapping`` the tokens come from five successive 3 x 3 windows of stride 2 and padding 1: the stride is
+    32 px, and the first centre is in the middle of the first pixel, as in the last stage of MiT.
     """
 
     def __init__(self, overlapping: bool = False) -> None:
@@ -120,8 +120,8 @@ class DistanceAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """What a picture shows: ``view`` of the photographs, or ``view_a`` beside it; ``exact`` where every token falls on
-    a token, so that the numbers with alignment are 0 to rounding."""
+    """What a picture shows: ``view`` of the photographs, or ``view`` and ``view_a``. ``exact``: every token falls on a
+    token, so that the aligned numbers are 0 up to rounding."""
 
     photos: tuple[Photo, ...]
     view: View
@@ -182,9 +182,9 @@ class Comparison:
         self.relation = second if kind.view_a is None else Compose([first.inverse, second])
         self.a, self.b = self._run(first(self.photographs)), self._run(second(self.photographs))
         self.before_a, self.before_b, self.before = self.a, self.b, self.relation
-        if kind.overlapping:  # what is wrong there is not the view but where its tokens are thought to be
+        if kind.overlapping:  # what is wrong before is not the view but the places of its tokens
             self.a, self.b = (self._placed(side) for side in (self.a, self.b))
-        else:  # pixel (y, x) of the second taken for pixel (y, x) of the first: nothing is undone
+        else:  # before, pixel (y, x) of the second is taken for pixel (y, x) of the first
             self.before = Crop(0, 0, *self.b.size, image_size=self.a.size, pad=True)
 
     def _token(self, photo: Photo) -> tuple[int, int]:
@@ -203,14 +203,14 @@ class Comparison:
         return Side(images, maps, cam)
 
     def _placed(self, side: Side) -> Side:
-        """The first token's centre is at 1/2 px in place of half a stride."""
+        """The centre of the first token is at 1/2 px, not at half a stride."""
         grid = _lattice(side.images, side.cam, offset=0.5 - STEM / 2)
         return Side(side.images, side.attention.with_layout(grid=grid, num_prefix_tokens=0), side.cam)
 
     def numbers(self) -> dict[str, float]:
         """The loss's affinity term (L1 per row, in [0, 2]) and cam term (L1 per pixel, in [0, 1]), before and after."""
         acr = AllPairsConsistencyLoss(activation_weight=0)
-        found = {}
+        found: dict[str, float] = {}
         before = (self.before_a, self.before_b, self.before)
         for name, (a, b, view) in (("before", before), ("after", (self.a, self.b, self.relation))):
             with torch.no_grad():
@@ -219,7 +219,7 @@ class Comparison:
         return found
 
     def panels(self, image: int) -> dict[str, Panel]:
-        """What there is to show of one image of the batch."""
+        """The panels of one image of the batch."""
         first, second = self.a, self.b
         view_a, view_b = self.kind.view_a or Identity(), self.kind.view.of_image(image)
         relation, before = self.relation.of_image(image), self.before.of_image(image)
@@ -262,7 +262,7 @@ class Comparison:
         }
 
     def _carried(self, first: Side, second: Side, view: View, image: int) -> Tensor:
-        """The second side's map on the tokens of the first, (N, N): rows conditional on what both show."""
+        """The second side's map on the tokens of the first, (N, N), with rows normalised over what both show."""
         layout_a, layout_b = first.attention[0].layout, second.attention[0].layout
         maps = second.attention[0].weights()[image : image + 1]
         carried = align_attention(maps, view, layout_b, layout_a)[0, 0]
@@ -270,8 +270,9 @@ class Comparison:
 
 
 def _lattice(images: Tensor, cam: Tensor, offset: float) -> Lattice:
+    height, width = cam.shape[-2:]
     extent = (float(images.shape[-2]), float(images.shape[-1]))
-    return Lattice(*cam.shape[-2:], (float(STEM), float(STEM)), (offset, offset), extent)
+    return Lattice(height, width, (float(STEM), float(STEM)), (offset, offset), extent)
 
 
 def _conditional(rows: Tensor, valid: Tensor) -> Tensor:
@@ -307,7 +308,7 @@ def rows_of(comparison: Comparison) -> list[list[Panel]]:
 
 
 def write(folder: Path, kinds: list[str], dpi: int = 100) -> dict[str, dict[str, float]]:
-    """Writes the pictures and returns the numbers."""
+    """Write the pictures and return the numbers."""
     numbers = {}
     for name in kinds:
         comparison = Comparison(KINDS[name])
@@ -318,14 +319,14 @@ def write(folder: Path, kinds: list[str], dpi: int = 100) -> dict[str, dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], help="pictures to make; default all, and views.json")
+    parser = argparse.ArgumentParser("python -m benchmarks.pictures views", description="Draw docs/views/*.png.")
+    known = f"{', '.join(KINDS)} (default: all, and views.json)"
+    parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], metavar="KIND", help=known)
     kinds = parser.parse_args(arguments).kinds
     torch.set_num_threads(1)  # the tensors are small: threads would only wait for each other
     FOLDER.mkdir(parents=True, exist_ok=True)
     numbers = write(FOLDER, kinds or list(KINDS))
     if not kinds:
         rounded = {kind: {term: round(v, 6) for term, v in values.items()} for kind, values in numbers.items()}
-        (FOLDER / "views.json").write_text(json.dumps(rounded, indent=2) + "\n", encoding="utf-8")
-
+        write_json(FOLDER / "views.json", rounded)
     return 0

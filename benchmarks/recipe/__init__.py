@@ -1,1 +1,1 @@
-"""20-class VOC with MCTformer+, without and with ACR: a recipe for whoever has the data and a GPU."""
+"""20-class VOC with MCTformer+, without and with ACR: a recipe for those who have the data and a GPU."""

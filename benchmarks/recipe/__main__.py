@@ -1,10 +1,10 @@
-"""20-class VOC 2012 with MCTformer+, without and with ACR: trains, makes class maps, scores them. Not run on VOC here.
+"""20-class VOC 2012 with MCTformer+, without and with ACR: train, make class maps, score them. Not run on VOC yet.
 
     python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --dry-run
     python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --write
 
-See docs/recipe_mctformer_plus.md. The host's checkout stays as it is: copies of it get the lines that
-acr_reg/integrations/mctformer.py adds. What is finished is not run again; ``--out`` holds one set of settings.
+See docs/recipe_mctformer_plus.md. The host's checkout stays as it is; the lines that acr_reg/integrations/mctformer.py
+lists are added to copies of it. Finished stages are not run again. ``--out`` holds one set of settings.
 """
 
 from __future__ import annotations
@@ -26,20 +26,21 @@ from typing import Any
 import torch
 
 from acr_reg.__main__ import main as acr_reg_command
+from acr_reg.demo.record import write_json
 from acr_reg.integrations import mctformer
 from acr_reg.integrations.added_lines import add_lines, added_lines
-from benchmarks.recipe.results import STAGES, RecipeError, collect, table, write_atomically, write_page
+from benchmarks.recipe.results import STAGES, RecipeError, collect, table, write_page
 
 HOST, COMMIT = "xulianuwa/MCTformer", "0acc27a"
 DEIT = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
-DEIT_SHA256 = "cd65a155"  # its first digits, as in the name
+DEIT_SHA256 = "cd65a155"  # the first digits, as in the name
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "PIL", "sklearn", "cv2", "pandas")
 ARMS = ("without", "with")
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The defaults are the host's own. Lists: name -> number of images of voc12/NAME_id.txt."""
+    """The defaults are the host's own. ``lists``: the number of images of each voc12/NAME_id.txt."""
 
     input_size: int = 448
     batch_size: int = 32
@@ -55,7 +56,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Place:
-    """Where everything is."""
+    """The folders of data, host, results and masks."""
 
     voc: Path
     checkout: Path
@@ -76,75 +77,71 @@ def check_packages() -> None:
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise RecipeError(
-            f"found no package {', '.join(missing)}; expected what the host imports; pip install torchvision timm "
-            "scikit-learn opencv-python-headless pandas pillow"
+            f"The host imports {', '.join(missing)}, which is not installed. Run pip install torchvision timm "
+            "scikit-learn opencv-python-headless pandas pillow."
         )
 
 
 def check_device(settings: Settings) -> None:
     if settings.device == "cuda" and not torch.cuda.is_available():
-        raise RecipeError("found no CUDA device; expected one; run this on a machine with a GPU, or with --dry-run")
+        raise RecipeError("There is no CUDA device. Run this on a machine with a GPU, or with --dry-run.")
 
 
 def check_checkout(place: Place) -> None:
-    """The host's own repository at the commit, with nothing changed in its files."""
+    """Raise unless this is the host's own repository at the commit, with no file changed."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(place.checkout), *arguments], capture_output=True, text=True)
         if done.returncode:
             raise RecipeError(
-                f"found no git checkout in {place.checkout} ({done.stderr.strip()}); expected a clone of "
-                f"github.com/{HOST}; clone it, and git checkout {COMMIT}"
+                f"{place.checkout} is no git checkout ({done.stderr.strip()}). Clone github.com/{HOST} there and run "
+                f"git checkout {COMMIT}."
             )
         return done.stdout.strip()
 
     head = git("rev-parse", "HEAD")
     if not head.startswith(COMMIT):
-        raise RecipeError(
-            f"found {place.checkout} at commit {head[:7]}; expected {COMMIT}, MCTformer+; git checkout {COMMIT}"
-        )
+        raise RecipeError(f"{place.checkout} is at commit {head[:7]}. Run git checkout {COMMIT} there for MCTformer+.")
     changed = git("status", "--porcelain", "--untracked-files=no")
     if changed:
         raise RecipeError(
-            f"found changed files in {place.checkout}: {_some(changed.splitlines())}; expected them as at {COMMIT}; "
-            "the recipe makes its changes in copies: git stash, or clone anew"
+            f"Files in {place.checkout} differ from commit {COMMIT}: {_some(changed.splitlines())}. The recipe changes "
+            "copies only. Run git stash there, or clone again."
         )
     if not (place.checkout / "voc12" / "cls_labels.npy").is_file():
-        raise RecipeError(
-            f"found no voc12/cls_labels.npy in {place.checkout}; expected the host's image labels; clone it whole"
-        )
+        raise RecipeError(f"{place.checkout} has no voc12/cls_labels.npy, the host's image labels. Clone all of it.")
 
 
 def check_data(place: Place, settings: Settings) -> dict[str, list[str]]:
-    """The host's lists, after every image and every mask that they name was found."""
+    """The host's lists, once every image and mask in them was found."""
     listed = {}
     for name, count in settings.lists.items():
         path = place.checkout / "voc12" / f"{name}_id.txt"
         if not path.is_file():
-            raise RecipeError(f"found no {path}; expected the host's list; clone it whole")
+            raise RecipeError(f"The host's list {path} is missing. Clone all of the host.")
         listed[name] = path.read_text(encoding="utf-8").split()
         if len(listed[name]) != count:
-            raise RecipeError(f"found {len(listed[name])} images in {path}; expected {count}; clone it anew")
+            raise RecipeError(f"{path} lists {len(listed[name])} images, not {count}. Clone the host again.")
     images = sorted({each for ids in listed.values() for each in ids})
     for folder, ids, suffix in (("JPEGImages", images, ".jpg"), (place.masks, listed["train"], ".png")):
         missing = [each for each in ids if not (place.voc / folder / f"{each}{suffix}").is_file()]
         if missing:
             raise RecipeError(
-                f"found {len(ids) - len(missing)} of {len(ids)} files in {place.voc / folder}, not {_some(missing)}; "
-                "expected those of the host's lists; see docs/recipe_mctformer_plus.md for the data"
+                f"{place.voc / folder} has {len(ids) - len(missing)} of the {len(ids)} files in the host's lists; "
+                f"{_some(missing)} are missing. docs/recipe_mctformer_plus.md says how to get the data."
             )
     return listed
 
 
 def place_weights(place: Place, weights: Path | None) -> None:
-    """The file where torch's hub looks for the download: by its address alone the host knows how to load it."""
+    """Put the file where torch.hub looks for the download, because the host loads these weights by address only."""
     if weights is None:
         return
     if not weights.is_file():
-        raise RecipeError(f"found no file {weights}; expected DeiT-S from {DEIT}; or leave --weights out to load it")
+        raise RecipeError(f"--weights {weights} does not exist. Get DeiT-S from {DEIT}, or leave --weights out.")
     digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     if not digest.startswith(DEIT_SHA256):
-        raise RecipeError(f"found {weights} with sha256 {digest[:8]}; expected {DEIT_SHA256}; load it from {DEIT}")
+        raise RecipeError(f"{weights} has sha256 {digest[:8]}, not {DEIT_SHA256}. Download it from {DEIT}.")
     target = hub(place) / "hub" / "checkpoints" / DEIT.rpartition("/")[2]
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(weights, target)
@@ -155,7 +152,7 @@ def hub(place: Place) -> Path:
 
 
 def prepare(place: Place, listed: Mapping[str, Sequence[str]]) -> None:
-    """Copies of the host, as today's versions need it and with ACR's lines; a list of the images to score."""
+    """Copy the host, add the lines that today's versions need and ACR's, and list the images to score."""
     today = added_lines(mctformer, HOST, COMMIT, today=True)
     for arm, lines in (("without", [today]), ("with", [today, added_lines(mctformer, HOST, COMMIT)])):
         folder = place.source(arm)
@@ -165,7 +162,7 @@ def prepare(place: Place, listed: Mapping[str, Sequence[str]]) -> None:
         add_lines(folder, *lines)
         for file in folder.glob("*.py"):
             compile(file.read_text(encoding="utf-8"), str(file), "exec")
-    # The host makes maps of its train_aug list, seven times as many as are scored.
+    # The host makes maps of its train_aug list, seven times as many as are scored: here the list is shorter.
     lists = place.out / "lists"
     lists.mkdir(parents=True, exist_ok=True)
     (lists / "train_aug_id.txt").write_text("\n".join(listed["train"]), encoding="utf-8")
@@ -176,7 +173,7 @@ def prepare(place: Place, listed: Mapping[str, Sequence[str]]) -> None:
 
 
 def commands(place: Place, settings: Settings, arm: str, seed: int) -> dict[str, list[str]]:
-    """The host's own commands, run in the copy of its checkout."""
+    """The host's own commands, to be run in the copy of its checkout."""
     run = place.run(arm, seed)
     common = ["main.py", "--data-path", place.voc, "--input-size", settings.input_size, "--device", settings.device]
     common += ["--num_workers", settings.num_workers, "--seed", seed]
@@ -194,7 +191,7 @@ def commands(place: Place, settings: Settings, arm: str, seed: int) -> dict[str,
 
 
 def run_stage(place: Place, settings: Settings, arm: str, seed: int, stage: str) -> None:
-    """Runs one command unless its record says that it is done with the same settings and source."""
+    """Run one command, unless it is done with the same settings and source by its record."""
     run = place.run(arm, seed)
     run.mkdir(parents=True, exist_ok=True)
     command = commands(place, settings, arm, seed)[stage]
@@ -204,13 +201,13 @@ def run_stage(place: Place, settings: Settings, arm: str, seed: int, stage: str)
         record = json.loads(record_file.read_text(encoding="utf-8"))
         if {name: record.get(name) for name in identity} != identity:
             raise RecipeError(
-                f"found {record_file} of another command, host or acr_reg; expected the one of now; choose another "
-                f"--out, or remove {run} to run it again"
+                f"{record_file} was made by another command, host or acr_reg. Choose another --out, or remove {run} to "
+                "run it again."
             )
         print(f"{run.name}: {stage} is done", flush=True)
         return
     print(f"{run.name}: {stage}, log in {run / f'{stage}.log'}", flush=True)
-    for later in STAGES[STAGES.index(stage) :]:  # made of what is now made anew
+    for later in STAGES[STAGES.index(stage) :]:  # they used the result that is now replaced
         (run / f"{later}.json").unlink(missing_ok=True)
     (run / "score.json").unlink(missing_ok=True)
     for leftover in ("cams", "pictures") if stage == "cams" else ():
@@ -224,15 +221,14 @@ def run_stage(place: Place, settings: Settings, arm: str, seed: int, stage: str)
     if done.returncode:
         last = (run / f"{stage}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()[-3:]
         raise RecipeError(
-            f"found that {stage} of {run.name} ended with code {done.returncode}: {' | '.join(last)}; expected 0; see "
-            f"{run / f'{stage}.log'}, and start again: what is done is kept"
+            f"{stage} of {run.name} ended with code {done.returncode}: {' | '.join(last)}. Read {run / f'{stage}.log'} "
+            "and start again. Finished stages are kept."
         )
-    record = {**identity, "seconds": round(time.time() - begin, 1)}
-    write_atomically(record_file, json.dumps(record, indent=1) + "\n")
+    write_json(record_file, {**identity, "seconds": round(time.time() - begin, 1)})
 
 
 def fingerprint(folder: Path) -> str:
-    """Of the host's Python files, with the added lines."""
+    """The sha256 of the host's Python files, with the added lines."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.py")):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
@@ -240,18 +236,16 @@ def fingerprint(folder: Path) -> str:
 
 
 def score(place: Place, arm: str, seed: int) -> None:
-    """``python -m acr_reg evaluate`` on the train list; cheap, hence always done anew."""
+    """Run ``python -m acr_reg evaluate`` on the train list. It is cheap, so it always runs."""
     run = place.run(arm, seed)
     arguments = ["evaluate", "--cams", run / "cams", "--masks", place.voc / place.masks]
     arguments += ["--list", place.source(arm) / "voc12" / "train_id.txt", "--classes", 21, "--json", run / "score.json"]
     if acr_reg_command(list(map(str, arguments))):
-        raise RecipeError(
-            f"found class maps in {run / 'cams'} that cannot be scored, as said above; expected PSA dicts"
-        )
+        raise RecipeError(f"The class maps in {run / 'cams'} could not be scored: see above. They should be PSA dicts.")
 
 
 def run_all(place: Place, settings: Settings, arms: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    for seed in seeds:  # both arms of a seed before the next seed, so that a part of the runs can be compared
+    for seed in seeds:  # both arms of a seed before the next seed, so that a part of the runs compares
         for arm in arms:
             for stage in STAGES:
                 run_stage(place, settings, arm, seed, stage)
@@ -265,16 +259,17 @@ def _some(names: Sequence[str], limit: int = 3) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:
-    parser = argparse.ArgumentParser(description="20-class VOC with MCTformer+, without and with ACR.")
-    parser.add_argument("--voc", type=Path, required=True, metavar="DIR", help="VOCdevkit/VOC2012")
-    parser.add_argument("--mctformer", type=Path, required=True, metavar="DIR", help=f"clone of {HOST} at {COMMIT}")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="for copies, runs and results.json")
-    parser.add_argument("--masks", default=Place.masks, metavar="NAME", help="folder in --voc (default: %(default)s)")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="DeiT-S, where there is no network")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--dry-run", action="store_true", help="check and copy all, and print the commands")
-    parser.add_argument("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
+    parser = argparse.ArgumentParser("python -m benchmarks.recipe", description="MCTformer+ without and with ACR")
+    add = parser.add_argument
+    add("--voc", type=Path, required=True, metavar="DIR", help="VOCdevkit/VOC2012")
+    add("--mctformer", type=Path, required=True, metavar="DIR", help=f"a clone of {HOST} at {COMMIT}")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder of copies, runs and results.json")
+    add("--masks", default=Place.masks, metavar="NAME", help="folder of masks in --voc (default: %(default)s)")
+    add("--weights", type=Path, metavar="FILE", help="DeiT-S, if there is no network to download it")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
+    add("--arms", nargs="+", choices=ARMS, default=ARMS, help="(default: both)")
+    add("--dry-run", action="store_true", help="check and copy everything and print the commands, but run none")
+    add("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
     args = parser.parse_args(arguments)
     settings = settings or Settings()
     place = Place(args.voc.resolve(), args.mctformer.resolve(), args.out.resolve(), args.masks)

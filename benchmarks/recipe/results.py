@@ -1,9 +1,8 @@
-"""What the recipe writes: results.json, whose schema this file checks, and the table of the page."""
+"""What the recipe writes: results.json, whose schema is checked here, and the table of its page."""
 
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
@@ -15,13 +14,15 @@ from typing import Any
 import torch
 
 import acr_reg
+from acr_reg.demo.record import write_json
+from benchmarks.marked_page import begin, fill
 
 STAGES = ("train", "cams", "evaluate")  # the host's commands of a run, in order
 SCHEMA = "acr_reg/recipe_voc/1"
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe_mctformer_plus.md"
-BEGIN = "<!-- table: python -m benchmarks.recipe --write -->"
+BEGIN = begin("recipe --write")
 
-# key -> type, of results.json and of each of its runs; docs/recipe_mctformer_plus.md says what they mean
+# key -> type, in results.json and in each of its runs; docs/recipe_mctformer_plus.md explains them
 FIELDS: dict[str, Any] = {
     "schema": str,
     "host": str,
@@ -50,17 +51,11 @@ RUN_FIELDS: dict[str, Any] = {
 
 
 class RecipeError(RuntimeError):
-    """Something is missing or not as expected; the message says what to do."""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
+    """Something is missing or wrong; the message says what to do."""
 
 
 def collect(out: Path, settings: Mapping[str, Any], host: str, masks: str) -> dict[str, Any]:
-    """results.json of all runs in the folder whose every stage is done, written and returned."""
+    """Write and return results.json of the runs in the folder that have finished every stage."""
     needed = [*(f"{stage}.json" for stage in STAGES), "score.json"]
     folders = [folder for folder in sorted(out.glob("*-seed*")) if all((folder / name).is_file() for name in needed)]
     runs = [_run(folder) for folder in folders]
@@ -77,7 +72,7 @@ def collect(out: Path, settings: Mapping[str, Any], host: str, masks: str) -> di
         "summary": summary(runs),
     }
     check_schema(results)
-    write_atomically(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_json(out / "results.json", results)
     return results
 
 
@@ -102,16 +97,17 @@ def _run(folder: Path) -> dict[str, Any]:
 
 
 def read_host_score(log: Path) -> tuple[float, float]:
-    """(mIoU in [0, 1], threshold), as the host's evaluation printed them."""
+    """(mIoU in [0, 1], threshold), as printed by the host's evaluation."""
     text = log.read_text(encoding="utf-8", errors="replace")
     found = re.search(r"Best background score: ([0-9.]+)\s+mIoU: ([0-9.]+)%", text)
     if found is None:
-        raise RecipeError(f"found no best score in {log}; expected the host's evaluation to print one; look there")
+        raise RecipeError(f"The host's evaluation printed no best score. Read its log, {log}.")
     return float(found[2]) / 100, float(found[1])
 
 
 def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of each arm: seeds, mean and sample standard deviation of best_miou. Of seeds with both: differences."""
+    """For each arm the number of seeds, mean and sample standard deviation of best_miou; the difference of each seed
+    that both arms have."""
     scores = {(run["arm"], run["seed"]): run["best_miou"] for run in runs}
     found: dict[str, Any] = {}
     for arm in ("without", "with"):
@@ -126,7 +122,7 @@ def summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def check_schema(results: Mapping[str, Any]) -> None:
-    """Raises RecipeError where keys or types are not those of FIELDS and RUN_FIELDS."""
+    """Raise RecipeError unless keys and types are those of FIELDS and RUN_FIELDS."""
     for what, found, fields in (
         ("results", results, FIELDS),
         *((f"run {number}", run, RUN_FIELDS) for number, run in enumerate(results.get("runs", []))),
@@ -134,7 +130,7 @@ def check_schema(results: Mapping[str, Any]) -> None:
         wrong = sorted(found.keys() ^ fields.keys())
         wrong += [name for name, kind in fields.items() if name in found and not isinstance(found[name], kind)]
         if wrong:
-            raise RecipeError(f"found {what} with wrong fields {wrong}; expected {sorted(fields)}; see {SCHEMA}")
+            raise RecipeError(f"The fields {wrong} of {what} are wrong. {SCHEMA} has the fields {sorted(fields)}.")
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -153,7 +149,6 @@ def table(results: Mapping[str, Any]) -> str:
 
 
 def write_page(results: Mapping[str, Any], page: Path = PAGE) -> None:
-    head, _, _ = page.read_text(encoding="utf-8").partition(BEGIN)
     versions = results["versions"]
     measured = f"Measured on {results['device']}, torch {versions['torch']}, timm {versions['timm']}, masks of "
-    write_atomically(page, f"{head}{BEGIN}\n\n{measured}{results['masks']}:\n\n{table(results)}\n")
+    fill(page, BEGIN, f"{measured}{results['masks']}:\n\n{table(results)}")

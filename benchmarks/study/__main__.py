@@ -1,16 +1,16 @@
-"""Does all-pairs consistency make class maps better on photos? A command for a cell, for all of them, for the tables.
+"""Does all-pairs consistency make class maps better on photos?
 
-export ACR_REG_DATA=...   # holds msrc21/, voc2012-animals/ and vit_small_patch14/weights_fp16.npz
+export ACR_REG_DATA=...   # the folder of msrc21/, voc2012-animals/ and vit_small_patch14/weights_fp16.npz
 python -m benchmarks.study cell --set msrc --condition both --weight 0.5 --seed 0
-python -m benchmarks.study run --set msrc --plan dev          # goes on where it was interrupted; --list shows it;
-                                                              # start it once a core: each cell is run by one of them
+python -m benchmarks.study run --set msrc --plan dev          # continues after an interruption; --list shows the cells;
+                                                              # start one process for each core, they share the cells
 python -m benchmarks.study freeze --set msrc                  # after dev; commit benchmarks/study/results/frozen.json
 python -m benchmarks.study run --set msrc --plan primary      # scores test.txt, once
-                                                              # both with --plan main: the other conditions
+                                                              # then both with --plan main: the other conditions
 python -m benchmarks.study pictures --set msrc                # docs/study/*.png, of dev photos
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
 python -m benchmarks.study scenes acr_demo/demo.json
-python -m benchmarks.study report                             # writes docs/study.md
+python -m benchmarks.study report                             # docs/study.md, tables in README.md and docs/weights.md
 """
 
 from __future__ import annotations
@@ -20,14 +20,17 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
+from benchmarks.study.page.blocks import blocks
 from benchmarks.study.page.pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from benchmarks.study.page.report import report
 from benchmarks.study.page.scenes import keep
@@ -53,11 +56,11 @@ PAGE = HERE.parents[1] / "docs" / "study.md"
 WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     try:
-        return args.command(args)
+        return int(args.command(args))
     except StudyError as error:
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -66,15 +69,28 @@ def main(arguments: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
-    add("--data", type=Path, default=os.environ.get("ACR_REG_DATA"), metavar="DIR", help="photo sets (ACR_REG_DATA)")
-    add("--weights", type=Path, metavar="FILE", help=f"of the backbone (default: {WEIGHTS} in --data)")
-    add("--cache", type=Path, default=Path.home() / ".cache" / "acr_reg_study", metavar="DIR", help="tokens, networks")
-    add("--results", type=Path, default=HERE / "results", metavar="DIR", help="of the JSON files")
-    add("--threads", type=int, default=1, metavar="N", help="for torch (1)")
-    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add(
+        "--data",
+        type=Path,
+        default=os.environ.get("ACR_REG_DATA"),
+        metavar="DIR",
+        help="folder of the photo sets (default: $ACR_REG_DATA)",
+    )
+    add("--weights", type=Path, metavar="FILE", help=f"weights of the backbone (default: {WEIGHTS} in --data)")
+    add(
+        "--cache",
+        type=Path,
+        default=Path.home() / ".cache" / "acr_reg_study",
+        metavar="DIR",
+        help="folder of tokens and networks",
+    )
+    add("--results", type=Path, default=HERE / "results", metavar="DIR", help="folder of the JSON files")
+    add("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
+    plain = argparse.RawDescriptionHelpFormatter
+    result = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__, formatter_class=plain)
     commands = result.add_subparsers(required=True)
 
-    cell = commands.add_parser("cell", parents=[shared], help="one cell")
+    cell = commands.add_parser("cell", parents=[shared], help="run one cell")
     cell.add_argument("--set", dest="photos", choices=SETS, required=True)
     cell.add_argument("--condition", choices=CONDITIONS, required=True)
     cell.add_argument("--seed", type=int, default=0)
@@ -92,33 +108,39 @@ def parser() -> argparse.ArgumentParser:
     cell.add_argument("--propagation", choices=PROPAGATIONS, default=Reading().propagation)
     cell.set_defaults(command=run_cell)
 
-    run = commands.add_parser("run", parents=[shared], help="all cells of a plan that are not there yet")
+    run = commands.add_parser("run", parents=[shared], help="run the cells of a plan that are not done yet")
     run.add_argument("--set", dest="photos", choices=SETS, required=True)
     run.add_argument("--plan", choices=PLANS, required=True)
-    run.add_argument("--seed", type=int, help="its cells alone")
-    run.add_argument("--list", action="store_true", help="only show the cells, which are done, and CPU hours left")
+    run.add_argument("--seed", type=int, help="only the cells of this seed")
+    run.add_argument("--list", action="store_true", help="list the cells, done or not, and the CPU hours left")
     run.set_defaults(command=run_plan)
 
-    rows = commands.add_parser("baselines", parents=[shared], help="rows that know no training")
+    rows = commands.add_parser("baselines", parents=[shared], help="score the baselines without training")
     rows.add_argument("--set", dest="photos", choices=SETS, required=True)
     rows.add_argument("--split", choices=SPLITS, default="dev")
     rows.set_defaults(command=run_baselines)
 
-    freeze = commands.add_parser("freeze", parents=[shared], help="choose by dev, write frozen.json, to be committed")
+    freeze = commands.add_parser(
+        "freeze", parents=[shared], help="choose settings by dev and write frozen.json, which you then commit"
+    )
     freeze.add_argument("--set", dest="photos", choices=SETS, required=True)
-    freeze.add_argument("--plan", choices=PLANS[1:], default="primary", help="primary, or the other conditions (main)")
+    freeze.add_argument(
+        "--plan", choices=PLANS[1:], default="primary", help="primary (default), or main: the other conditions"
+    )
     freeze.set_defaults(command=run_freeze)
 
-    pictures = commands.add_parser("pictures", parents=[shared], help="of dev photos, by the settings that dev chooses")
+    pictures = commands.add_parser("pictures", parents=[shared], help="draw docs/study/*.png, of dev photos")
     pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
     pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
     pictures.set_defaults(command=run_pictures)
 
-    scenes = commands.add_parser("scenes", parents=[shared], help="take over what the demo measured on test scenes")
+    scenes = commands.add_parser("scenes", parents=[shared], help="keep the demo's results on test scenes")
     scenes.add_argument("demo", type=Path, metavar="demo.json")
-    scenes.set_defaults(command=lambda args: keep(args.demo, args.results) or 0)
+    scenes.set_defaults(command=run_scenes)
 
-    tables = commands.add_parser("report", parents=[shared], help="write the tables")
+    tables = commands.add_parser(
+        "report", parents=[shared], help="write docs/study.md and the tables in README.md and docs/weights.md"
+    )
     tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     tables.set_defaults(command=run_report)
     return result
@@ -126,10 +148,10 @@ def parser() -> argparse.ArgumentParser:
 
 def bench(args: argparse.Namespace) -> Bench:
     if args.data is None:
-        raise StudyError("found no --data and no ACR_REG_DATA; expected the folder of the photo sets; give either")
+        raise StudyError("The folder of the photo sets is not given. Pass --data, or set ACR_REG_DATA.")
     weights = args.data / WEIGHTS if args.weights is None else args.weights
     if not weights.is_file():
-        raise StudyError(f"found no weights at {weights}; expected those of the backbone; give them by --weights FILE")
+        raise StudyError(f"The weights of the backbone are not at {weights}. Pass --weights FILE.")
 
     def say(line: str) -> None:
         print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
@@ -151,7 +173,7 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.list:
         for cell in cells:
             print(f"{'-' if cell in waiting else 'done':5}{cell.file}")
-        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done{_hours(args.results, cells, waiting)}")
+        print(f"{len(cells) - len(waiting)} of {len(cells)} cells are done{_hours(args.results, cells, waiting)}.")
         return 0
     running, failed = bench(args), 0
     split = "dev" if args.plan == "dev" else "test"
@@ -159,22 +181,24 @@ def run_plan(args: argparse.Namespace) -> int:
         running.run_baselines(args.photos, SETS[args.photos].size, split)
     for cell in waiting:
         with claimed(args.cache, cell) as mine:
-            if not mine or load(args.results, cell) is not None:  # another process has it, or had
+            if not mine or load(args.results, cell) is not None:  # another process runs it, or has run it
                 continue
             try:
                 running.run(cell)
             except StudyError:
                 raise
-            except Exception:  # one cell that fails must not cost a night: the others go on, and it is said at the end
+            except (
+                Exception
+            ):  # one failing cell must not cost a night: the others run, and the failure is reported at the end
                 failed += 1
                 print(f"{cell.file} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
     if failed:
-        raise StudyError(f"found {failed} of {len(waiting)} cells that failed; expected none; read the log above")
+        raise StudyError(f"{failed} of {len(waiting)} cells failed. Read the log above.")
     return 0
 
 
 def _hours(results: Path, cells: list[Cell], waiting: list[Cell]) -> str:
-    """What is left, by the mean time a photo token and epoch of those that are done."""
+    """An estimate of the time left, from the mean time per photo token and epoch of the cells that are done."""
     done = [(cell, record) for cell in cells if cell not in waiting and (record := load(results, cell)) is not None]
     if not done:
         return ""
@@ -200,17 +224,17 @@ def run_freeze(args: argparse.Namespace) -> int:
     plans = {entry["plan"] for entry in before if entry["setting"]["photos"] == args.photos}
     if args.plan in plans:
         raise StudyError(
-            f"found the plan {args.plan} of {args.photos} in {path}; expected it not to be there: settings are frozen "
-            f"once; go on with --plan {args.plan}"
+            f"{path} has the plan {args.plan} of {args.photos} already, and settings are frozen once. Continue with "
+            f"run --plan {args.plan}."
         )
     if args.plan == "main" and not plans:
         raise StudyError(
-            f"found no plan primary of {args.photos} in {path}; expected it first: the controls take its weight; "
-            "freeze that"
+            f"{path} has no plan primary of {args.photos}, whose weight the controls take. Run freeze --plan primary "
+            "first."
         )
     added = entries(choose(all_cells(args.results), args.photos, before), args.plan)
     write_json(path, {"commit": commit(), "cells": [*before, *added]})
-    print(f"Written: {path}. Commit it before the plan {args.plan} is run.")
+    print(f"Written: {path}. Commit it before you run the plan {args.plan}.")
     return 0
 
 
@@ -226,9 +250,19 @@ def run_pictures(args: argparse.Namespace) -> int:
     return 0
 
 
+def run_scenes(args: argparse.Namespace) -> int:
+    keep(args.demo, args.results)
+    return 0
+
+
 def run_report(args: argparse.Namespace) -> int:
-    args.output.write_text(report(args.results, args.output.with_suffix("")), encoding="utf-8")
+    write_page(args.output, report(args.results, args.output.with_suffix("")))
     print(f"Written: {args.output}")
+    if args.output == PAGE:
+        for page, found in blocks(args.results).items():
+            for marker, block in found.items():
+                fill(page, marker, block)
+            print(f"Written: the tables of the study in {page}")
     return 0
 
 

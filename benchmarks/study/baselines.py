@@ -1,4 +1,4 @@
-"""Answers that know no training, in the form of every other row: a class map below them has found nothing."""
+"""Answers without training: class maps that score less have found nothing."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from acr_reg.metrics import CamMeanIoU, CamScores
 from benchmarks.study.photos import Photos
 
 _AT_ONCE = 32
-ATTENTION_LAYERS = (1, 3)  # how many of the last layers are averaged: the one better on dev counts
+ATTENTION_LAYERS = (1, 3)  # how many of the last layers are averaged: the better one on dev is reported
 
 
 def baselines(photos: Photos, split: str) -> list[dict[str, Any]]:
-    """Name, mIoU and threshold of each. What is chosen (size of the ellipse, threshold, layers) is chosen on dev."""
+    """Name, mIoU and threshold of each. Dev chooses the size of the ellipse, the threshold and the layers."""
     classes = len(photos.folder.names)
     samples = {name: _samples(photos, name) for name in {"dev", split}}
     rows = []
@@ -64,9 +64,9 @@ def _row(name: str, shown: CamScores, dev: CamScores) -> dict[str, Any]:
 def _attention_rows(
     photos: Photos, split: str, samples: dict[str, list[Sample]], order: Sequence[float], layers: int
 ) -> dict[str, Any]:
-    """The class token's attention in the backbone as it comes, which knows no class: above a threshold it takes the
-    rarest of the labels given (by `order`: how often, or how large in the training photos), below it the background, or
-    where there is none the commonest label."""
+    """The class token's attention in the backbone as it comes, which knows no class. Above a threshold it stands for
+    the rarest of the photo's labels (by `order`: how often, or how large in the training photos), below it for the
+    background or, in a set without one, for the commonest label."""
     curves = {name: _attention_curve(photos, name, samples[name], order, layers) for name in {"dev", split}}
     index = int(np.argmax(curves["dev"]))
     return {
@@ -83,7 +83,7 @@ def _attention_curve(
     """(100,) mIoU at each threshold."""
     ids = len(photos.folder.names)
     background = photos.folder.background
-    # Without a background the commonest label takes its place: one id more, which is counted as that label.
+    # Without a background the commonest label takes its place.
     thresholds = np.arange(100) / 100
     predicted, correct, truth = (np.zeros((100, ids)) for _ in range(3))
     if background:
@@ -96,7 +96,7 @@ def _attention_curve(
         by_size = sorted(present, key=lambda label: order[label])
         counted = mask != 255
         values, seen = resized(attention[None], mask.shape).numpy()[0][counted], mask[counted].astype(np.int64)
-        exceeded = np.searchsorted(thresholds, values, side="left")  # how many thresholds the value exceeds
+        exceeded = np.searchsorted(thresholds, values, side="left")  # the number of thresholds below the value
         above = exceeded[None] > np.arange(100)[:, None]
         truth += np.bincount(seen, minlength=ids)
         for label, taken in ((by_size[0], above), (by_size[-1], ~above)):
@@ -108,13 +108,14 @@ def _attention_curve(
 
 
 def attention_maps(photos: Photos, split: str, layers: int) -> list[Tensor]:
-    """(h,w) a photo: the mean attention of the class token to patches, over heads, the last layers, photo and flip."""
+    """(h,w) for each photo: the class token's attention to patches, averaged over heads and the last layers, summed
+    over photo and flip."""
     model = photos.upper(0).eval()
     tokens = photos.tokens(split)
     found: list[Tensor] = []
     with torch.no_grad(), capture_attention(model, no_grad=True) as capture:
         for part in torch.arange(tokens.shape[1]).split(_AT_ONCE):
-            merged = 0
+            merged = torch.zeros(())
             for view, inputs in enumerate(torch.from_numpy(np.array(tokens[:, part.numpy()])).float()):
                 model(inputs)
                 maps = _class_rows(with_grid(capture.take(), photos.grid), layers).unflatten(-1, photos.grid)

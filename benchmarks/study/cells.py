@@ -1,4 +1,4 @@
-"""Runs one cell: trains it or takes it from the cache, scores it, writes its result."""
+"""Runs one cell: trains its network or loads it from the cache, scores it, writes the result."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from acr_reg.demo.meter import Meter
-from acr_reg.demo.record import machine, versions
+from acr_reg.demo.record import Meter, machine, versions
 from benchmarks.study.baselines import baselines
 from benchmarks.study.counts import multi_label
 from benchmarks.study.photos import Photos, Places
@@ -23,7 +22,7 @@ Say = Callable[[str], None]
 
 
 class Bench:
-    """Photo sets are opened, and their tokens computed, once for all cells that are run."""
+    """Runs cells; photo sets are opened, and their tokens computed, once for all of them."""
 
     def __init__(self, places: Places, results: Path, say: Say = print) -> None:
         self.places, self.results, self.say = places, results, say
@@ -36,12 +35,12 @@ class Bench:
         return self._photos[key]
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """The cell's result, from its file or computed now. A test cell is refused as check_test says."""
+        """The cell's result, from its file or computed now. check_test() decides whether a test cell may run."""
         if cell.split == "test":
             check_test(self.results, cell)
         done = load(self.results, cell)
         if done is not None:
-            self.say(f"{cell.file}: done before")
+            self.say(f"{cell.file}: already done")
             return done
         held_out = None if cell.split == "dev" else self._held_out(cell)
         setting = cell.setting
@@ -84,18 +83,18 @@ class Bench:
         return record
 
     def _held_out(self, cell: Cell) -> dict[str, float | None]:
-        """The thresholds that were best on dev, by the cell's reading. Dev cells are kept by the default reading, all
-        of them, so that their tables can be read across; those of all readings are there beside it."""
+        """The best thresholds on dev, for the cell's reading. Dev cells use the default reading, so that their tables
+        compare; they also record the threshold of every reading."""
         dev = self.run(Cell(cell.setting, cell.seed))
         wanted = {"raw": (cell.reading.start, RAW), "propagated": dataclasses.astuple(cell.reading)}
         found = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
         return {name: found[key] for name, key in wanted.items()}
 
     def run_baselines(self, name: str, size: int, split: str, frozen_blocks: int = 6) -> dict[str, Any]:
-        """What knows no training, on a split; of test.txt once, and only where settings are frozen."""
+        """Score the baselines without training on a split; on test.txt once, and only when settings are frozen."""
         path = self.results / name / split / f"{BASELINES}.json"
         if path.exists():
-            raise StudyError(f"found {path}: scored already; expected it once; read it there")
+            raise StudyError(f"{path} exists: the baselines were scored already. Read them there.")
         if split == "test":
             frozen(self.results)
         photos = self.photos(name, size, frozen_blocks)
@@ -106,7 +105,7 @@ class Bench:
 
 
 def commit() -> str:
-    """The code's state, to be found again."""
+    """The commit of the code, for the record."""
     here = Path(__file__).parent
     run = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=here, capture_output=True, text=True)
     return run.stdout.strip() or "unknown"

@@ -1,11 +1,11 @@
-"""Chooses settings and readings by dev cells alone, by one rule for all conditions, and writes them to be frozen.
+"""Chooses settings and readings by dev cells alone, with one rule for all conditions, and lists them for frozen.json.
 
-The rule: a condition's candidates are all epochs and weights that were run on dev with the flip at the set's own size
-(other options at their defaults), with all start layers, compared by the mean raw CAM mIoU over the seeds that all of
-them have. The reference and "both" are trained equally long: at the epochs, of those that both were run at, where the
-mean of the two's best candidates is highest. At those epochs each takes its best candidate, then, for it, the
-propagation with the highest propagated mIoU. The other conditions take the same epochs, and choose among the same
-readings. The controls of "both" (misreported, smoothing) take the weight, epochs and reading of "both".
+The rule: the candidates of a condition are all epochs and weights that were run on dev with the flip at the set's own
+size and other options at their defaults, each with all start layers. They are compared by the mean raw CAM mIoU over
+the seeds that all of them have. The reference and "both" are trained equally long: of the epochs that both were run at,
+those with the highest mean of their best candidates. At these epochs each condition takes its best candidate and then
+the propagation with the highest propagated mIoU. The other conditions take the same epochs and choose among the same
+readings. The controls of "both" (misreported, smoothing) take its weight, epochs and reading.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Chosen = Mapping[str, tuple[Setting, Reading]]
 
 
 def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
-    """The setting and reading of each condition that has cells for the set. ``fixed`` are the entries of frozen.json:
-    what they name is not chosen again, whatever cells have come since. Raises StudyError where a condition of the
-    primary contrast has neither."""
+    """The setting and reading of each condition that has cells for the set. ``fixed`` are the entries of frozen.json,
+    which are not chosen again, whatever cells have been added since. Raises StudyError if a condition of the primary
+    contrast has neither an entry nor a dev cell."""
     candidates: dict[str, Candidates] = {name: {} for name in CONDITIONS}
     for cell, record in found:
         if cell.split == "dev" and _is_candidate(cell.setting, photos):
@@ -53,9 +53,7 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
     leaders = [name for name in PRIMARY if name not in FOLLOWERS]
     missing = [name for name in leaders if name not in chosen and not candidates[name]]
     if missing:
-        raise StudyError(
-            f"found no dev cell of {', '.join(missing)} for {photos}; expected at least one of each; run the plan dev"
-        )
+        raise StudyError(f"{photos} has no dev cell of {', '.join(missing)}. Run the plan dev first.")
     if REFERENCE not in chosen:
         chosen |= _leaders({name: candidates[name] for name in leaders})
     epochs = chosen[REFERENCE][0].epochs
@@ -70,7 +68,7 @@ def choose(found: Found, photos: str, fixed: Iterable[Entry] = ()) -> Chosen:
 
 
 def entries(chosen: Chosen, plan: str) -> list[Entry]:
-    """What frozen.json says of one plan: "primary", or "main" for all other conditions."""
+    """The entries of frozen.json for one plan: "primary", or "main" for all other conditions."""
     return [
         {
             "plan": plan,
@@ -89,14 +87,13 @@ def _is_candidate(setting: Setting, photos: str) -> bool:
 
 
 def _leaders(candidates: Mapping[str, Candidates]) -> dict[str, tuple[Setting, Reading]]:
-    """The reference and "both", at the same epochs."""
+    """The settings and readings of the reference and "both", at the same epochs."""
     compared = {name: _by_shared_seeds(rows) for name, rows in candidates.items()}
     shared = set.intersection(*({setting.epochs for setting in rows} for rows in compared.values()))
     if not shared:
         found = "; ".join(f"{name}: {sorted({s.epochs for s in rows})}" for name, rows in candidates.items())
         raise StudyError(
-            f"found no epochs that all have ({found}); expected some: they are compared when equally trained; run the "
-            "plan dev to its end"
+            f"No epochs were run for all ({found}), but only equal trainings compare. Run the plan dev to its end."
         )
 
     def together(epochs: int) -> float:
@@ -117,7 +114,8 @@ def _best(compared: Candidates) -> tuple[Setting, Reading]:
 
 
 def _first(compared: Candidates) -> tuple[float, Setting, int]:
-    """The highest mean raw mIoU, its setting and start layer; of equals the later start, then the longer training."""
+    """The highest mean raw mIoU, its setting and start layer; among equals the later start, then the longer
+    training."""
     found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in compared.items() for start in STARTS]
     return max(found, key=lambda entry: (entry[0], entry[2], entry[1].epochs))
 
@@ -127,14 +125,14 @@ def _by_shared_seeds(candidates: Candidates) -> Candidates:
     if not shared:
         found = "; ".join(f"{setting.slug}: {[row['seed'] for row in rows]}" for setting, rows in candidates.items())
         raise StudyError(
-            f"found no seed that all candidates have ({found}); expected one: seeds differ more than settings do; run "
-            "the plan dev to its end"
+            f"No seed was run for all candidates ({found}), but seeds differ more than settings. Run the plan dev to "
+            "its end."
         )
     return {s: [row for row in rows if row["seed"] in shared] for s, rows in candidates.items()}
 
 
 def mean_of(rows: Iterable[Mapping[str, Any]], start: int, propagation: str) -> float:
-    """The mean over seeds of the dev mIoU by one reading."""
+    """The dev mIoU of one reading, averaged over seeds."""
     values = [
         reading["miou"]
         for row in rows

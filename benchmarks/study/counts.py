@@ -1,4 +1,5 @@
-"""Every image's pixel counts at one threshold: few enough to be kept, enough for the mIoU of any resample of images."""
+"""The pixel counts of every image at one threshold: small to keep, and enough for the mIoU of any resample of
+images."""
 
 from __future__ import annotations
 
@@ -15,14 +16,16 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True, eq=False)
 class ImageCounts:
-    """(images, C) int64: pixels predicted as each class, rightly so, and of the class in the mask."""
+    """(images, C) int64: pixels predicted as each class, those of them that are correct, and pixels of the class in the
+    mask."""
 
     predicted: NDArray[np.int64]
     correct: NDArray[np.int64]
     truth: NDArray[np.int64]
 
     def miou(self, weights: NDArray[np.integer] | None = None) -> float:
-        """The mean over the classes that occur. ``weights`` (images,): how often each image counts, by default once."""
+        """The mean IoU of the classes that occur. ``weights`` (images,): how often each image counts, by default
+        once."""
         ones = np.ones(len(self.truth), np.int64) if weights is None else weights
         return float(self._mious(ones[None])[0])
 
@@ -30,11 +33,11 @@ class ImageCounts:
         """(R, images) -> (R,)"""
         predicted, correct, truth = (weights @ part for part in (self.predicted, self.correct, self.truth))
         union = predicted + truth - correct
-        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere in a resample
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that a resample lacks
             return np.nanmean(np.where(union > 0, correct / union, np.nan), axis=1)
 
     def pack(self) -> str:
-        """Most entries are 0, so it compresses well: about 5 KB for 118 images of 23 classes."""
+        """The counts as text: about 5 KB for 118 images of 23 classes, because most entries are 0."""
         stacked = np.stack([self.predicted, self.correct, self.truth]).astype("<i4")
         shape = ",".join(map(str, stacked.shape[1:]))
         return f"{shape}:{base64.b64encode(zlib.compress(stacked.tobytes(), 9)).decode()}"
@@ -49,8 +52,8 @@ class ImageCounts:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two conditions' mIoU on the same images: the second less the first, and what resampling the images makes of
-    it: the central 95 %."""
+    """The mIoU of one condition less that of another on the same images, and the central 95 % of it over resamples of
+    the images."""
 
     value: float
     low: float
@@ -58,12 +61,12 @@ class Difference:
 
 
 def paired_bootstrap(first: ImageCounts, second: ImageCounts, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
-    """Each resample draws images with replacement, the same for both."""
+    """Second less first. Each resample draws images with replacement, the same for both."""
     images = len(first.truth)
     if first.truth.shape != second.truth.shape or not np.array_equal(first.truth, second.truth):
         raise ValueError(
-            f"found counts of {first.truth.shape} and {second.truth.shape} whose masks differ; expected the same "
-            "images in the same order; pair two cells of one set, split and seed"
+            f"The masks of these counts {first.truth.shape} and {second.truth.shape} differ. Pair cells of the same "
+            "images in the same order."
         )
     weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
     differences = second._mious(weights) - first._mious(weights)
@@ -72,5 +75,5 @@ def paired_bootstrap(first: ImageCounts, second: ImageCounts, resamples: int = R
 
 
 def multi_label(labels: Sequence[Sequence[int]]) -> NDArray[np.int64]:
-    """(images,) 1 where an image has two labels or more."""
+    """(images,): 1 for an image with two labels or more, else 0."""
     return np.array([len(present) > 1 for present in labels], np.int64)

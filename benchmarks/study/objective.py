@@ -1,4 +1,4 @@
-"""What each condition adds to classification: the library's consistency loss, or the control that knows no view."""
+"""What each condition adds to classification: the library's consistency loss, or the control without views."""
 
 from __future__ import annotations
 
@@ -13,25 +13,30 @@ from benchmarks.study.photos import Batch
 from benchmarks.study.settings import CONDITIONS, LAYERS, Setting, StudyError
 from benchmarks.study.views import misreported
 
-# Of the squared distance, whose pull fades as the entropy arrives. The absolute distance at a weight of 10 kept pulling
-# at full strength: two epochs on MSRC left the classification loss at 0.50, where "both" came to 0.36 and the reference
-# to 0.31, with the entropy still 0.025 off. How far it stays off is in the record of every such cell.
+# Of the squared distance, whose pull fades as the entropy is reached. The absolute distance at a weight of 10 kept
+# pulling at full strength: after two epochs on MSRC the classification loss was 0.50 ("both": 0.36, reference: 0.31)
+# and the entropy still 0.025 off. The record of every such cell says how far off it stays.
 ENTROPY_WEIGHT = 30.0
 
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One view's forward pass."""
+    """One view's forward pass; ``attention`` is None for a condition that needs no maps."""
 
     logits: Tensor
-    maps: AttentionMaps
+    attention: AttentionMaps | None
+
+    @property
+    def maps(self) -> AttentionMaps:
+        assert self.attention is not None
+        return self.attention
 
 
 class Objective(nn.Module):
-    """The added loss of a step, and its terms to be recorded.
+    """The added loss of a step, and its terms for the record.
 
-    ``targets`` (steps, layers, 2) are the entropies that :func:`entropies` found in the cell "both", which "smoothing"
-    follows step by step. Only the cells whose entropies may be needed record them: ``recorded`` (steps, layers, 2).
+    ``targets`` (steps, layers, 2) are the :func:`entropies` of the cell "both", which "smoothing" follows step by step.
+    ``recorded`` (steps, layers, 2) is filled for the cells whose entropies may be needed.
     """
 
     def __init__(self, setting: Setting, steps: int, seed: int, targets: Tensor | None = None) -> None:
@@ -48,10 +53,10 @@ class Objective(nn.Module):
                 layers=LAYERS[setting.layers],
             )
         if condition.entropy_of_both and (targets is None or len(targets) != steps):
-            found = "no entropies" if targets is None else f"entropies of {len(targets)} steps"
+            found = "no entropies" if targets is None else f"the entropies of {len(targets)} steps"
             raise StudyError(
-                f"found {found} to follow in {setting.slug}; expected those of the {steps} steps of the cell 'both'; "
-                "train that one first, by the same setting and seed"
+                f"{setting.slug} has {found} to follow and needs those of {steps}. Train the cell 'both' first, by the "
+                "same setting and seed."
             )
         self.recorded: list[Tensor] = []
         self._generator = torch.Generator().manual_seed(seed)
@@ -61,7 +66,7 @@ class Objective(nn.Module):
         return self.acr is not None or self.condition.entropy_of_both
 
     def forward(self, runs: Sequence[Run], batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        """``runs`` are those of the photos and of their view, with their places on the grid."""
+        """``runs`` are those of the photos and of their view; the tokens of their maps are on a grid."""
         if self.condition.entropy_of_both:
             assert self.targets is not None
             found = torch.stack([entropies(run.maps) for run in runs]).mean(0)
@@ -88,8 +93,8 @@ class Objective(nn.Module):
         return min(1.0, (step + 1) / rising) if rising else 1.0
 
     def _cams(self, runs: Sequence[Run], labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Differentiable class maps of one class drawn among those present in each photo, the same in both views: one
-        more backward pass with a graph, in place of as many as a photo has labels."""
+        """Differentiable class maps of one class of each photo, drawn at random, the same in both views. This takes one
+        more backward pass with a graph; all classes would take as many as a photo has labels."""
         if not self.condition.cam:
             return [], None
         drawn = torch.multinomial(labels, 1, generator=self._generator)
@@ -100,7 +105,7 @@ class Objective(nn.Module):
 
 
 def entropies(maps: AttentionMaps) -> Tensor:
-    """(layers, 2): the mean entropy of the class token's rows and of the patches', over ln M; differentiable."""
+    """(layers, 2): the mean entropy of the class token's rows and of the patches' rows, over ln M; differentiable."""
     found = []
     for layer in maps:
         rows = layer.weights()

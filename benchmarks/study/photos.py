@@ -1,11 +1,10 @@
-"""The photos of a set as the study needs them: labels, masks, and the frozen blocks' tokens of photos and of their
-flips, computed once and kept on disk in half precision."""
+"""The photos of a set: labels, masks, and the frozen blocks' tokens of the photos and of their flips, which are
+computed once and kept on disk in half precision."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,17 +19,18 @@ from acr_reg import HorizontalFlip, View
 from acr_reg.demo.photo_folder import PhotoFolder, open_folder
 from acr_reg.demo.photo_task import load_photos
 from acr_reg.demo.pretrained import NAME, PATCH, LowerHalf, UpperHalf, build, describe
+from acr_reg.demo.record import replacing, write_json
 from acr_reg.demo.train import shuffled
 from acr_reg.errors import CommandError
 from benchmarks.study.settings import SETS, Setting, StudyError
 from benchmarks.study.views import draws_views
 
-_AT_ONCE = 32  # photos in memory at full precision, outside training
+_AT_ONCE = 32  # photos in memory at full precision, except in training
 
 
 @dataclass(frozen=True)
 class Places:
-    """Where things are on this machine. ``cache`` holds tokens and trained networks, which can be made again."""
+    """Folders and files on this machine. ``cache`` holds tokens and trained networks, which can be made again."""
 
     data: Path
     weights: Path
@@ -39,7 +39,7 @@ class Places:
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Tokens (B,1+N,D) of photos and of ``view`` of them, with their grids, and labels (B,C)."""
+    """Tokens (B,1+N,D) of photos and of their ``view``, both grids, and labels (B,C)."""
 
     tokens: Tensor
     viewed: Tensor
@@ -50,7 +50,7 @@ class Batch:
 
 
 class Photos:
-    """One set at one size, with ``frozen`` blocks that never train."""
+    """One set at one size; the first ``frozen`` blocks never train."""
 
     def __init__(self, photos: str, size: int, frozen: int, places: Places) -> None:
         self.name, self.size, self.frozen, self.places = photos, size, frozen, places
@@ -59,7 +59,8 @@ class Photos:
             self.folder: PhotoFolder = open_folder(places.data / SETS[photos].folder, chosen)
             self.origin = describe(places.weights)
         except (CommandError, OSError) as error:
-            raise StudyError(f"{error}; give the folder of photo sets by --data, or ACR_REG_DATA") from error
+            said = str(error).rstrip(".")
+            raise StudyError(f"{said}. Give the folder of photo sets by --data or ACR_REG_DATA.") from error
         self.grid = (size // PATCH, size // PATCH)
         self._digest = hashlib.sha256(places.weights.read_bytes()).hexdigest()
         self._lower = cache(self._make_lower)
@@ -69,7 +70,7 @@ class Photos:
         return len(self.folder.numbers)
 
     def upper(self, seed: int) -> UpperHalf:
-        """A new copy of the blocks that train, with a head drawn by ``seed``."""
+        """A new copy of the trained blocks, with a head drawn by ``seed``."""
         torch.manual_seed(seed)
         return build(self.classes, self.size, self.frozen, self.places.weights)[1]
 
@@ -83,7 +84,7 @@ class Photos:
         return [self.folder.mask(name) for name in self.folder.splits[split]]
 
     def present(self, split: str) -> list[list[int]]:
-        """The masks' ids of the classes that each photo's label names."""
+        """The mask ids of the classes in each photo's label."""
         first = int(self.folder.background)
         return [(row.nonzero()[:, 0] + first).tolist() for row in self.labels(split)]
 
@@ -93,18 +94,18 @@ class Photos:
 
     @cached_property
     def _train_images(self) -> Tensor:
-        """Half precision: random views are made from them in every step."""
+        """In half precision; every step makes random views of them."""
         parts = torch.arange(len(self.folder.splits["train"])).split(_AT_ONCE)
         return torch.cat([self.images("train", part).half() for part in parts])
 
     # ------------------------------------------------------------ tokens of the frozen blocks
 
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens (B,1+N,D) of images (B,3,H,W), square, of any multiple of the patch."""
+        """Tokens (B,1+N,D) of square images (B,3,H,W), whose size is any multiple of the patch."""
         return self._lower(images.shape[-1])(images)
 
     def tokens(self, split: str) -> np.ndarray:
-        """(2, photos, 1+N, D) float16, on disk: of the photos and of their flips."""
+        """(2, photos, 1+N, D) float16, on disk: the tokens of the photos and of their flips."""
         key = self.token_key(split)
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.places.cache / "tokens" / f"{self.name}-{split}-{self.size}px-{name}.npy"
@@ -113,7 +114,7 @@ class Photos:
         return np.load(path, mmap_mode="r")
 
     def token_key(self, split: str) -> dict[str, Any]:
-        """All that the tokens depend on, but for the pixels of the photos."""
+        """All that the tokens depend on, except the pixels of the photos."""
         ids = hashlib.sha256("\n".join(self.folder.splits[split]).encode()).hexdigest()
         return {
             "model": NAME,
@@ -125,17 +126,14 @@ class Photos:
         }
 
     def _write_tokens(self, path: Path, split: str, key: dict[str, Any]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
         flip, parts = HorizontalFlip(), torch.arange(len(self.folder.splits[split])).split(_AT_ONCE)
         found = []
         for part in parts:
             images = self.images(split, part)
             found.append(torch.stack([self.encode(images), self.encode(flip(images))]).half().numpy())
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:  # another name first: an interrupted run leaves no cache that looks whole
+        write_json(path.with_suffix(".json"), key)
+        with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.concatenate(found, axis=1))
-        path.with_suffix(".json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-        partial.replace(path)
 
     # ------------------------------------------------------------ batches
 
@@ -144,8 +142,8 @@ class Photos:
         return setting.epochs * (count // min(setting.batch_size, count))
 
     def batches(self, setting: Setting, seed: int) -> Iterator[Batch]:
-        """The same photos and the same views in every condition. The flip's tokens are cached; those of random views
-        are computed as they are drawn."""
+        """The same photos and views in every condition. The flip's tokens are cached; those of random views are
+        computed as the views are drawn."""
         count = len(self.folder.splits["train"])
         tokens, labels = self.tokens("train"), self.labels("train")
         drawn = draws_views(setting.view, self.size)

@@ -1,5 +1,5 @@
-"""Which cells are run, in which order: the plan of tuning on dev, its cells written down before the first of them ran
-(their order was changed since), and the test cells, which frozen.json names."""
+"""Which cells are run, in which order: the plan for dev, written down before the first of its cells ran (only their
+order has changed since), and the test cells, which frozen.json names."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, StudyError, base
+from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, Split, StudyError, base
 from benchmarks.study.store import frozen_cells, frozen_setting
 from benchmarks.study.views import VIEWS
 
 PLANS = ("dev", "primary", "main")
 
-WEIGHT, CAM_WEIGHT = 0.5, 0.1  # of the five of each, those in the middle: where nothing else varies
-# Added at the most epochs when tuning had shown that 0.5 is the worst of these weights at fewer: else "both" would be
-# tested at more epochs by that weight alone. No test photo of the set had been scored.
+WEIGHT, CAM_WEIGHT = 0.5, 0.1  # the middle of the five of each: used where something else varies
+# Added at the most epochs after tuning had shown that 0.5 is the worst of these weights at fewer epochs: otherwise
+# "both" would have been tested at more epochs with that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
 FEW, MORE = (0, 1), (0, 1, 2)
 
@@ -23,15 +23,16 @@ Planned = tuple[Setting, tuple[int, ...]]
 
 
 def plan(name: str, photos: str, results: Path) -> list[Cell]:
-    """The cells of a plan, in order. Of dev those come first from which the primary contrast's settings are chosen; the
-    others are planned where that was frozen, and not before."""
+    """The cells of a plan, in order. The dev cells that the primary contrast's settings are chosen from come first; the
+    others are planned only once it is frozen."""
     if name not in PLANS:
-        raise StudyError(f"found the plan {name!r}; expected one of {', '.join(PLANS)}; choose among those")
+        raise StudyError(f"There is no plan {name!r}. Choose one of {', '.join(PLANS)}.")
     if name != "dev":
         shown = [cell for cell in frozen_cells(results, name) if cell.setting.photos == photos]
-        # Seeds on training photos, which WSSS papers report, too: of the primary contrast alone since that was scored,
-        # before a test cell of another condition was. They are a fifth of what is left on two cores.
-        splits = ("test", "train") if name == "primary" else ("test",)
+        # WSSS papers report training photos too. Since the primary contrast was scored, and before a test cell of
+        # another condition was, only its seeds are scored on them: they would take a fifth of the time left on two
+        # cores.
+        splits: tuple[Split, ...] = ("test", "train") if name == "primary" else ("test",)
         return [cell.on(split) for cell in shown for split in splits]
     planned = _tuning(photos)
     if (leader := frozen_setting(results, photos, "both")) is not None:
@@ -40,14 +41,15 @@ def plan(name: str, photos: str, results: Path) -> list[Cell]:
 
 
 def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = CAM_WEIGHT, **other: object) -> Setting:
-    """A setting with the weights that its condition has."""
+    """A setting with the weights of the terms that its condition has."""
     kind = CONDITIONS[condition]
     weighted = kind.activation or kind.affinity or kind.entropy_of_both
     return base(photos, condition, weight if weighted else 0.0, cam_weight if kind.cam else 0.0, **other)
 
 
 def _tuning(photos: str) -> list[Planned]:
-    """What the primary contrast is chosen from: weights of both, and the same epochs for it and the reference."""
+    """The cells that the primary contrast is chosen from: weights of "both", and the same epochs for it and the
+    reference."""
     epochs, seeds = ((4, 16), FEW) if photos == "msrc" else ((4,), (0,))
     settings = [at(photos, name) for name in ("two", "both", "misreported")]
     settings += [at(photos, "both", weight) for weight in WEIGHTS]
@@ -57,13 +59,13 @@ def _tuning(photos: str) -> list[Planned]:
 
 
 def _msrc(leader: Setting) -> list[Planned]:
-    """The rest of the full grid at the epochs and the weight that were frozen: conditions, tokens, the control's
-    weights, what may keep mAP, other weights, views. Planned at 8 epochs and 0.5 until the primary contrast had been
-    scored: there it would have shown conditions where the reference itself is not at its best."""
+    """The rest of the full grid at the frozen epochs and weight: conditions, tokens, the control's weights, options
+    that may keep mAP, other weights, views. It was planned at 8 epochs and 0.5 until the primary contrast had been
+    scored, but there the reference itself is not at its best."""
     planned: list[Planned] = [(_like(leader, name), MORE) for name in CONDITIONS]
     planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
     planned += [(_like(leader, "misreported", weight), FEW) for weight in WEIGHTS]
-    keeping: list[dict[str, object]] = [
+    keeping: list[dict[str, Any]] = [
         {"distance": "js"},
         {"stop_gradient": True},
         {"layers": "upper"},
@@ -77,16 +79,16 @@ def _msrc(leader: Setting) -> list[Planned]:
 
 
 def _voc(leader: Setting) -> list[Planned]:
-    """The main conditions where the primary contrast was frozen, and the default's weight."""
+    """The main conditions at the frozen setting, and "both" at the default weight."""
     planned: list[Planned] = [(_like(leader, "affinity"), FEW), (_like(leader, "both", 0.17), FEW)]
     return planned + [(_like(leader, name), (0,)) for name in ("smoothing", "activation", "plain")]
 
 
 def _like(leader: Setting, condition: str, weight: float | None = None, **other: Any) -> Setting:
-    """A condition at the leader's epochs, and at its weight if no other is given."""
+    """A condition at the leader's epochs and, unless another is given, at its weight."""
     weight = leader.weight if weight is None else weight
     return at(leader.photos, condition, weight, epochs=leader.epochs, **other)
 
 
-def _each(leader: Setting, conditions: Iterable[str], others: Iterable[dict[str, object]]) -> list[Planned]:
+def _each(leader: Setting, conditions: Iterable[str], others: Iterable[dict[str, Any]]) -> list[Planned]:
     return [(_like(leader, name, **each), FEW) for each in others for name in conditions]

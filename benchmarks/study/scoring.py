@@ -1,16 +1,23 @@
-"""Scores a trained cell on a split: classification, class maps by every reading, entropy of attention."""
+"""Scores a trained cell on a split: classification, class maps of every reading, entropy of attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from acr_reg import AttentionMaps, HorizontalFlip, capture_attention, class_token_gradient_cam, propagate_cam
+from acr_reg import (
+    AttentionCapture,
+    AttentionMaps,
+    HorizontalFlip,
+    capture_attention,
+    class_token_gradient_cam,
+    propagate_cam,
+)
+from acr_reg.demo.pretrained import UpperHalf
 from acr_reg.demo.scoring import mean_average_precision, resized
 from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU, CamScores
@@ -27,7 +34,8 @@ Key = tuple[int, str]  # start layer; how it was propagated, or RAW
 
 @dataclass(frozen=True)
 class Scored:
-    """Of a split. ``images`` are counters of each image, for the reading asked for; ``totals`` of all readings."""
+    """The scores of a split. ``images``: a counter for each image, by the requested reading; ``totals``: by all
+    readings."""
 
     mean_ap: float
     totals: dict[Key, CamMeanIoU]
@@ -37,15 +45,15 @@ class Scored:
 
 def score(
     photos: Photos,
-    model: nn.Module,
+    model: UpperHalf,
     split: str,
     reading: Reading,
     every_reading: bool,
     advance: Callable[[], None] = lambda: None,
 ) -> Scored:
-    """Class maps of the photos and their flips from cached tokens: the frozen blocks do not run. ``every_reading``
-    counts all of them, which costs a backward pass for each start layer. The model is left in eval mode, without
-    gradients to its parameters."""
+    """Score class maps of the photos and their flips from cached tokens; the frozen blocks do not run.
+    ``every_reading`` scores all readings, at the cost of a backward pass for each start layer. The model is left in
+    eval mode, with parameters that take no gradient."""
     readings = READINGS if every_reading else (reading,)
     tokens, labels, masks = photos.tokens(split), photos.labels(split), photos.masks(split)
     first = int(photos.folder.background)
@@ -53,7 +61,7 @@ def score(
     kept: dict[Key, dict[int, CamMeanIoU]] = {(reading.start, RAW): {}, (reading.start, reading.propagation): {}}
     logits = torch.zeros_like(labels)
     entropy, sizes = [], []
-    # A batch takes as many backward passes as its most-labelled photo has labels: photos of as many go together.
+    # A batch takes as many backward passes as its photo with most labels has, so photos with equally many go together.
     order = labels.sum(1).argsort(stable=True)
     model = model.eval().requires_grad_(False)
     with capture_attention(model, graph_from=len(model.blocks) + min(each.start for each in readings)) as attention:
@@ -80,15 +88,15 @@ def score(
 
 
 def class_maps(
-    model: nn.Module,
-    attention: Any,
+    model: UpperHalf,
+    attention: AttentionCapture,
     tokens: Tensor,
     labels: Tensor,
     grid: tuple[int, int],
     readings: Sequence[Reading],
 ) -> tuple[dict[Key, Tensor], Tensor, Tensor]:
-    """Class maps (B,C,h,w) of each reading, summed over photo and flip; the photos' logits; both views' entropies.
-    ``tokens`` (2,B,1+N,D) are those of the photos and of their flips."""
+    """Class maps (B,C,h,w) of each reading, summed over photo and flip; the photos' logits; the entropies of both
+    views. ``tokens`` (2,B,1+N,D) are those of the photos and of their flips."""
     back = HorizontalFlip().inverse
     merged: dict[Key, Tensor] = {}
     runs: list[tuple[Tensor, AttentionMaps]] = []
@@ -119,9 +127,9 @@ def _add(merged: dict[Key, Tensor], key: Key, cam: Tensor, back: Callable[[Tenso
 
 @dataclass(frozen=True)
 class MapFigures:
-    """Scores of one kind of class maps. ``threshold`` is the one that was best on dev and gives ``miou``, the rates
-    (means over the classes, of the union) and the counts; ``oracle`` is the split's own best. None, without a
-    background. ``multi_label`` is the mIoU of the photos with two labels or more alone."""
+    """Scores of one kind of class maps. ``threshold``, the best one on dev, gives ``miou``, the rates (pixels over the
+    union, averaged over classes) and the counts; ``oracle`` is the split's own best. Thresholds are None in a set
+    without a background. ``multi_label`` is the mIoU of the photos with two labels or more."""
 
     miou: float
     threshold: float | None
@@ -138,12 +146,13 @@ class MapFigures:
 def figures(
     total: CamMeanIoU, images: Sequence[CamMeanIoU], present: Sequence[Sequence[int]], threshold: float | None
 ) -> MapFigures:
-    """``threshold`` None takes the best of these images: on dev that is what is held out from the others."""
+    """``threshold`` None takes the best of these images: on dev, where it is chosen for the other splits."""
     scores: CamScores = total.compute()
     if not total.background:
         index = 0
     else:
         chosen = scores.best_threshold if threshold is None else threshold
+        assert chosen is not None
         index = int(np.abs(scores.thresholds - chosen).argmin())
     counts = image_counts(images, index)
     predicted, correct, truth = (part.sum(0) for part in (counts.predicted, counts.correct, counts.truth))
@@ -169,7 +178,7 @@ def figures(
 
 
 def image_counts(images: Sequence[CamMeanIoU], index: int) -> ImageCounts:
-    """Every image's counts at one threshold, by its position."""
+    """The counts of every image at the threshold of that index."""
     found = [counter.counts() for counter in images]
     return ImageCounts(
         np.stack([each.predicted[:, index] for each in found]),

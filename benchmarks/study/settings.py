@@ -1,6 +1,6 @@
-"""What a cell of the study is: how a network is trained, how its class maps are read, and on which photos it is scored.
+"""The cells of the study: how a network is trained, how its class maps are read, and on which photos it is scored.
 
-Every name here ends up in the JSON of a cell and, as far as it tells two cells apart, in its file name.
+Every name here is in the JSON of a cell and, if it differs between cells, in its file name.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ Split = Literal["train", "dev", "test"]
 SPLITS = ("train", "dev", "test")
 SEEDS = (0, 1, 2, 3, 4)
 
-WEIGHTS = (0.06, 0.17, 0.5, 1.5, 4.5)  # per query row; 0.17 is the paper's 100 at 576 tokens, the others powers of 3
-CAM_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean distance per pixel of maps in [0, 1]
+WEIGHTS = (0.06, 0.17, 0.5, 1.5, 4.5)  # per query row; 0.17 is the paper's 100 at 576 tokens; steps of 3
+CAM_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # per pixel of maps in [0, 1]
 
 STARTS = (-1, -2, -3, -4)
 PROPAGATIONS = {"all": None, "first": (0, 1, 2), "last": (3, 4, 5)}
-"""The layers whose affinity spreads a class map, of the six that train: "all" is as published, as far as they go."""
+"""The layers over whose affinity a class map is spread, of the six that train; the paper uses all of a network."""
 
 LAYERS = {"all": None, "lower": (0, 1, 2), "upper": (3, 4, 5)}
 """The layers that the consistency terms compare, of the six that train."""
 
 
 class StudyError(Exception):
-    """Something whoever runs the study can put right: what was found, what was expected, what to do next."""
+    """A mistake that the user of the study can correct; the message says how."""
 
 
 @dataclass(frozen=True)
 class PhotoSet:
-    """``folder`` is below the data root. ``classes`` None keeps all."""
+    """``folder`` is in the data folder. ``classes`` None keeps all classes."""
 
     folder: str
     title: str
@@ -48,7 +48,7 @@ SETS = {
 
 @dataclass(frozen=True)
 class Condition:
-    """What is added to classification. ``reported`` False tells the loss a view that is off by a flip."""
+    """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many."""
 
     title: str
     views: int = 2
@@ -75,11 +75,14 @@ REFERENCE = "two"
 
 @dataclass(frozen=True)
 class Setting:
-    """How a cell is trained. ``weight`` is that of the activation and affinity terms per query row; of "smoothing",
-    that of the cell whose entropy it follows. ``stop_gradient`` holds the second view fixed in the consistency terms.
-    ``warmup`` is the share of the steps over which the terms' weights rise from 0. ``precision`` is that of the forward
-    passes in training (autocast), but for attention, which is in float32 (of the cells up to commit ec7066f, too in
-    bfloat16); the consistency terms are computed, and class maps scored, in float32."""
+    """How a cell is trained.
+
+    ``weight`` is that of the activation and affinity terms per query row; for "smoothing" it names the cell whose
+    entropy is followed. ``stop_gradient`` holds the second view fixed in the consistency terms. ``warmup`` is the share
+    of the steps in which the weights rise from 0. ``precision`` is that of the forward passes in training (autocast),
+    except attention, which runs in float32 (in the cells up to commit ec7066f in bfloat16 too). The consistency terms
+    and the scores are computed in float32.
+    """
 
     photos: str
     condition: str
@@ -103,10 +106,10 @@ class Setting:
         for what, name, known in (
             ("set", self.photos, SETS),
             ("condition", self.condition, CONDITIONS),
-            ("layers", self.layers, LAYERS),
+            ("choice of layers", self.layers, LAYERS),
         ):
             if name not in known:
-                raise StudyError(f"found the {what} {name!r}; expected one of {', '.join(known)}; choose among those")
+                raise StudyError(f"There is no {what} {name!r}. Choose one of {', '.join(known)}.")
         condition = CONDITIONS[self.condition]
         needed = {
             "weight": condition.activation or condition.affinity or condition.entropy_of_both,
@@ -114,14 +117,15 @@ class Setting:
         }
         for name, used in needed.items():
             if bool(getattr(self, name)) != used:
+                needs = "needs a weight above 0" if used else "has no such term"
+                option = f"--{name.replace('_', '-')}"
                 raise StudyError(
-                    f"found {name}={getattr(self, name)} for the condition {self.condition}; expected "
-                    f"{'a weight above 0' if used else '0: it has no such term'}; correct --{name.replace('_', '-')}"
+                    f"{option} is {getattr(self, name)}, but the condition {self.condition} {needs}. Correct {option}."
                 )
 
     @property
     def slug(self) -> str:
-        """A file name: what every setting has, then what differs from the defaults."""
+        """A file name: the fields that every name has, then those that differ from their defaults."""
         parts = [self.condition]
         parts += [f"w{self.weight:g}"] if self.weight else []
         parts += [f"c{self.cam_weight:g}"] if self.cam_weight else []
@@ -136,7 +140,7 @@ class Setting:
 
     @property
     def digest(self) -> str:
-        """Tells settings apart whatever their slugs look like."""
+        """Tells settings apart even if their slugs are equal."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:10]
 
     def with_condition(self, condition: str, weight: float = 0.0, cam_weight: float = 0.0) -> Setting:
@@ -145,8 +149,8 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reading:
-    """How class maps are read off a trained network: the first layer whose gradient counts (of those that train,
-    negative), and the layers over whose affinity the map is spread."""
+    """How class maps are read off a trained network: the first layer whose gradient counts (negative, counted from the
+    end), and the layers over whose affinity the map is spread."""
 
     start: int = -3
     propagation: str = "all"
@@ -154,8 +158,8 @@ class Reading:
     def __post_init__(self) -> None:
         if self.start not in STARTS or self.propagation not in PROPAGATIONS:
             raise StudyError(
-                f"found the reading start {self.start}, propagation {self.propagation!r}; expected a start of "
-                f"{', '.join(map(str, STARTS))} and one of {', '.join(PROPAGATIONS)}; choose among those"
+                f"There is no reading with start {self.start} and propagation {self.propagation!r}. Choose a start of "
+                f"{', '.join(map(str, STARTS))} and one of {', '.join(PROPAGATIONS)}."
             )
 
 
@@ -171,7 +175,7 @@ class Cell:
 
     @property
     def file(self) -> str:
-        """Below the folder of results."""
+        """The path in the folder of results."""
         return f"{self.setting.photos}/{self.split}/{self.setting.slug}-s{self.seed}.json"
 
     def on(self, split: Split) -> Cell:
@@ -181,8 +185,8 @@ class Cell:
 def base(
     photos: str, condition: str = REFERENCE, weight: float = 0.0, cam_weight: float = 0.0, **other: Any
 ) -> Setting:
-    """The setting of a set's own size and epochs, with whatever else is given."""
+    """The setting with the set's own size and epochs, and the given options."""
     if photos not in SETS:
-        raise StudyError(f"found the set {photos!r}; expected one of {', '.join(SETS)}; choose among those")
+        raise StudyError(f"There is no set {photos!r}. Choose one of {', '.join(SETS)}.")
     given = {"size": SETS[photos].size, "epochs": SETS[photos].epochs, **other}
     return Setting(photos, condition, weight=weight, cam_weight=cam_weight, **given)

@@ -1,14 +1,13 @@
 """Results on disk, and the rules that keep test.txt for last.
 
-A result is written once, whole, and never computed again. A test cell needs a committed frozen.json that names its
-setting, reading and seed, and is refused where its result is there already.
+A result is written once, complete, and never computed again. A test cell needs a committed frozen.json that names its
+setting, reading and seed, and it is refused if its result exists.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
-import os
 import subprocess
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from acr_reg.demo.record import replacing
 from benchmarks.study.settings import Cell, Reading, Setting, StudyError
 
 FROZEN = "frozen.json"
@@ -23,12 +23,10 @@ BASELINES = "baselines"
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """A line for each entry, long lists included. Under another name first: a file that is there is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    """Write one line for each entry, long lists included, which keeps thousands of figures readable."""
     lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-    partial.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
-    partial.replace(path)
+    with replacing(path) as unfinished:
+        unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,26 +34,26 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise StudyError(
-            f"{path} cannot be read ({error}); expected a result of this study; delete it if it is a dev or train "
-            "cell, and run that again"
+            f"{path} is no result of this study ({error}). If it is a dev or train cell, delete it and run the cell "
+            "again."
         ) from error
 
 
 def load(results: Path, cell: Cell) -> dict[str, Any] | None:
-    """The cell's result, or None where there is none yet. Raises StudyError where the file holds another cell's."""
+    """The cell's result; None if there is none yet. Raises StudyError if the file holds that of another cell."""
     path = results / cell.file
     if not path.exists():
         return None
     found = read_json(path)
     if found["setting"] != asdict(cell.setting) or found["seed"] != cell.seed:
         raise StudyError(
-            f"{path} holds the setting {found['setting']}, seed {found['seed']}; expected {asdict(cell.setting)}, seed "
-            f"{cell.seed}; the defaults have changed since: move that file away"
+            f"{path} holds seed {found['seed']} of {found['setting']}, not seed {cell.seed} of {asdict(cell.setting)}: "
+            "the defaults have changed since. Move the file away."
         )
     if cell.split != "dev" and found["reading"] != asdict(cell.reading):
         raise StudyError(
-            f"{path} was read by {found['reading']}; expected {asdict(cell.reading)}; a cell has one reading: keep to "
-            "the one that is frozen"
+            f"{path} has the reading {found['reading']}, not {asdict(cell.reading)}. A cell has one reading. Use the "
+            "frozen one."
         )
     return found
 
@@ -68,8 +66,8 @@ def all_cells(results: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
 
 @contextmanager
 def claimed(cache: Path, cell: Cell) -> Iterator[bool]:
-    """Whether no other process runs this cell, on whatever split: they share a network, which one of them trains. A
-    claim ends with its process, however that ends."""
+    """Yield whether this process may run the cell: no other runs it, on any split, because all splits share the network
+    that one process trains. A claim ends with its process."""
     path = cache / "claims" / f"{cell.setting.photos}-{cell.setting.slug}-s{cell.seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
@@ -87,24 +85,27 @@ def claimed(cache: Path, cell: Cell) -> Iterator[bool]:
 def frozen(results: Path) -> dict[str, Any]:
     """The frozen settings, as committed."""
     path = results / FROZEN
-    advice = "choose settings by dev cells, write them there and commit the file, and only then score test.txt"
     if not path.exists():
-        raise StudyError(f"found no {path}; expected the settings frozen before test.txt is scored; {advice}")
+        raise StudyError(
+            f"{path} does not exist. Choose settings by dev cells, freeze and commit them, then score test.txt."
+        )
     if _git(path, "ls-files", "--error-unmatch", path.name) != 0:
-        raise StudyError(f"found {path}, which is not committed; expected it in the history; {advice}")
+        raise StudyError(f"{path} is not committed. Commit it before test.txt is scored.")
     if _git(path, "diff", "--quiet", "HEAD", "--", path.name) != 0:
-        raise StudyError(f"found {path} changed since it was committed; expected the committed file; {advice}")
+        raise StudyError(
+            f"{path} has changed since it was committed. Restore the committed file before scoring test.txt."
+        )
     return read_json(path)
 
 
 def frozen_entries(results: Path) -> list[dict[str, Any]]:
-    """Those of frozen.json, committed or not; none where there is none yet."""
+    """The entries of frozen.json, committed or not; none if there is no such file yet."""
     path = results / FROZEN
     return read_json(path)["cells"] if path.exists() else []
 
 
 def frozen_setting(results: Path, photos: str, condition: str) -> Setting | None:
-    """That of a condition in frozen.json; None where it is not frozen yet."""
+    """The setting of a condition in frozen.json; None if it is not frozen yet."""
     settings = [Setting(**entry["setting"]) for entry in frozen_entries(results)]
     return next((found for found in settings if (found.photos, found.condition) == (photos, condition)), None)
 
@@ -114,7 +115,7 @@ def _git(path: Path, *arguments: str) -> int:
 
 
 def frozen_cells(results: Path, plan: str | None = None) -> list[Cell]:
-    """The test cells that may be scored: of one plan ("primary", "main"), or of all."""
+    """The test cells that may be scored, of one plan ("primary", "main") or of all."""
     return [
         Cell(Setting(**entry["setting"]), seed, "test", Reading(**entry["reading"]))
         for entry in frozen(results)["cells"]
@@ -124,14 +125,14 @@ def frozen_cells(results: Path, plan: str | None = None) -> list[Cell]:
 
 
 def check_test(results: Path, cell: Cell) -> None:
-    """Raises StudyError where this test cell may not be scored: not frozen, or scored already."""
+    """Raise StudyError if this test cell may not be scored: it is not frozen, or it is scored already."""
     if cell not in frozen_cells(results):
         raise StudyError(
-            f"found the test cell {cell.file} with {cell.reading}, which {results / FROZEN} does not name; expected "
-            "one of the frozen settings, readings and seeds; score it on dev, or freeze it before a test cell is scored"
+            f"{results / FROZEN} does not name the test cell {cell.file} with {cell.reading}. Score it on dev, or "
+            "freeze it before a test cell is scored."
         )
     if (results / cell.file).exists():
         raise StudyError(
-            f"found {results / cell.file}: this test cell has been scored; expected one that has not, since "
-            "test.txt is scored once; read the result there"
+            f"{results / cell.file} exists: this test cell has been scored, and test.txt is scored once. Read the "
+            "result there."
         )

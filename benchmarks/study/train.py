@@ -1,8 +1,7 @@
-"""Trains the upper half of a cell, or takes the trained one from the cache."""
+"""Trains the upper half of a cell, or loads the trained one from the cache."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.overrides import TorchFunctionMode
 
-from acr_reg import capture_attention
-from acr_reg.demo.meter import Meter
+from acr_reg import AttentionCapture, capture_attention
 from acr_reg.demo.photo_task import make_optimizer
+from acr_reg.demo.pretrained import UpperHalf
+from acr_reg.demo.record import Meter, replacing
 from acr_reg.demo.train import with_grid
 from benchmarks.study.objective import Objective, Run
 from benchmarks.study.photos import Batch, Photos
@@ -27,8 +27,8 @@ Advance = Callable[[], None]
 
 
 class Float32Attention(TorchFunctionMode):
-    """Attention in float32 below autocast. On CPUs torch's fused kernel takes two to four times as long backward in
-    bfloat16 (65 and 145 tokens, torch 2.14): a third of a step of this study."""
+    """Runs attention in float32 under autocast. On CPUs the backward pass of torch's fused kernel takes two to four
+    times as long in bfloat16 (65 and 145 tokens, torch 2.14), which is a third of a step of this study."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is not F.scaled_dot_product_attention:
@@ -40,7 +40,7 @@ class Float32Attention(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class TrainingRecord:
-    """What a training cost, and the means over each epoch of its losses and terms."""
+    """What a training cost, and the mean losses and terms of each epoch."""
 
     seconds: float
     cpu_seconds: float
@@ -51,15 +51,15 @@ class TrainingRecord:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """``entropies`` (steps, layers, 2) where they were recorded."""
+    """``entropies`` (steps, layers, 2), if they were recorded."""
 
-    model: nn.Module
+    model: UpperHalf
     record: TrainingRecord
     entropies: Tensor | None
 
 
 def trained(photos: Photos, setting: Setting, seed: int, advance: Advance = lambda: None) -> Trained:
-    """The cell's network: from the cache, or trained now and kept there. "smoothing" needs that of "both" first."""
+    """The cell's network: from the cache, or trained now and kept there. "smoothing" trains that of "both" first."""
     path = checkpoint_path(photos.places.cache, setting, seed)
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True)
@@ -79,19 +79,17 @@ def checkpoint_path(cache: Path, setting: Setting, seed: int) -> Path:
 
 
 def _keep(path: Path, result: Trained) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     stored = {
         "model": result.model.state_dict(),
         "record": asdict(result.record),
         "entropies": result.entropies,
     }
-    torch.save(stored, partial)
-    partial.replace(path)
+    with replacing(path) as unfinished:
+        torch.save(stored, unfinished)
 
 
 def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, advance: Advance) -> Trained:
-    """Equal steps, batches, views, schedule and first weights for every condition of a seed."""
+    """Train one cell. Steps, batches, views, schedule and first weights are equal for every condition of a seed."""
     steps = photos.steps(setting)
     objective = Objective(setting, steps, seed, targets)
     model = photos.upper(seed).train()
@@ -102,12 +100,12 @@ def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, a
     capture: Any = nullcontext()
     if objective.needs_maps:
         capture = capture_attention(model, double_backward=objective.condition.cam)
-    photos.tokens("train")  # computed before the clock runs: they are shared by all cells
+    photos.tokens("train")  # computed before the clock runs, because all cells share them
     with Meter() as meter, capture as attention:
         for step, batch in enumerate(photos.batches(setting, seed)):
             with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bfloat16"), Float32Attention():
                 runs = _forward(model, attention, batch, objective.condition.views, coins)
-            classification = sum(_classification(run, batch.labels) for run in runs) * 2 / len(runs)
+            classification = sum((_classification(run, batch.labels) for run in runs), torch.zeros(())) * 2 / len(runs)
             added, terms = objective(runs, batch, step)
             optimizer.zero_grad()
             (classification + added).backward()
@@ -127,8 +125,10 @@ def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, a
     return Trained(model, record, torch.stack(objective.recorded) if objective.recorded else None)
 
 
-def _forward(model: nn.Module, attention: Any, batch: Batch, views: int, coins: torch.Generator) -> list[Run]:
-    """Both views, or one of the two for each photo: the flip is then the usual augmentation."""
+def _forward(
+    model: nn.Module, attention: AttentionCapture | None, batch: Batch, views: int, coins: torch.Generator
+) -> list[Run]:
+    """Run both views, or one of the two for each photo, which makes the flip an ordinary augmentation."""
     if views == 1:
         mirrored = torch.rand(len(batch.tokens), 1, 1, generator=coins) < 0.5
         inputs = [(torch.where(mirrored, batch.viewed, batch.tokens), batch.grid)]

@@ -1,4 +1,4 @@
-"""The second views of the study, and how a view is misreported."""
+"""The second views of the study, and the view that the misreported control is told."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from acr_reg import (
     Scale,
     View,
 )
+from acr_reg.views.samplers import Sampler
 from benchmarks.study.settings import StudyError
 
 Draw = Callable[[Tensor, Generator], View]
@@ -31,15 +32,15 @@ _CROP = (0.5, 1.0)
 
 
 def draws_views(name: str, size: int) -> Draw | None:
-    """What draws the view of a batch of square images; None for the flip, which is always the same."""
+    """A function that draws the view of a batch of square images; None for the flip, which is always the same."""
     if name not in VIEWS:
-        raise StudyError(f"found the view {name!r}; expected one of {', '.join(VIEWS)}; choose among those")
+        raise StudyError(f"There is no view {name!r}. Choose one of {', '.join(VIEWS)}.")
     if name == "flip":
         return None
     if name == "scale":
         scales = RandomCompose([HorizontalFlip(), RandomChoice([Scale(factor) for factor in _FACTORS])])
         return lambda images, generator: scales.sample(images, generator=generator)
-    steps = [HorizontalFlip(), RandomResizedCrop(size, _CROP)]
+    steps: list[View | Sampler] = [HorizontalFlip(), RandomResizedCrop(size, _CROP)]
     if name == "turn":
         steps.append(RandomChoice([Rotate90(k) for k in range(4)]))
     sampler = RandomCompose(steps)
@@ -47,6 +48,6 @@ def draws_views(name: str, size: int) -> Draw | None:
 
 
 def misreported(view: View) -> View:
-    """What the loss is told in place of ``view``: a flip too many, so that of the flip it is told that nothing was
-    done. The images are the same; tokens are compared that do not show the same."""
+    """What the loss is told in place of ``view``: one flip too many, so that for the flip it is told nothing was done.
+    The images stay the same, but the tokens it compares show different things."""
     return Compose([view, HorizontalFlip()])

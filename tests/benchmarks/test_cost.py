@@ -10,15 +10,11 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
-from benchmarks.cost import cam as cost_cam
-from benchmarks.cost import gpu as cost_gpu
-from benchmarks.cost import metrics as cost_metrics
-from benchmarks.cost import page as cost_page
-from benchmarks.cost import scaling as cost_scaling
-from benchmarks.cost import step as cost_step
+from benchmarks.cost import cam, gpu, metrics, page, scaling, step
 from benchmarks.cost.models import Setting, build_model
 from benchmarks.cost.process import in_turns, merge, peak_megabytes, quartiles, run_fresh
 from benchmarks.cost.variants import STEPS, difference, make_cam, make_step
+from benchmarks.marked_page import filled
 
 SMALL = Setting("tiny", size=64, batch=2, depth=3, present=3)
 
@@ -27,8 +23,8 @@ def test_models_of_one_setting_are_equal_and_all_variants_learn_every_parameter(
     one, other = build_model(SMALL).state_dict(), build_model(SMALL).state_dict()
     assert all(torch.equal(one[name], other[name]) for name in one)
     for variant in STEPS:
-        model, step = make_step(variant, SMALL)
-        step()
+        model, run = make_step(variant, SMALL)
+        run()
         assert all(p.grad is not None for p in model.parameters()), variant
 
 
@@ -58,23 +54,23 @@ def test_published_class_maps_are_those_of_gradient_cam():
     ours, published = make_cam("library", SMALL)(), make_cam("published", SMALL)()
     assert published.shape == (2, 20, 4, 4)
     assert ((published.amax((2, 3)) > 0).sum(1) == 3).all()
-    assert cost_cam.map_error(ours, published) < 1e-5
+    assert cam.map_error(ours, published) < 1e-5
 
 
 def test_the_sweeps_are_the_single_pass():
-    config = cost_metrics.Config(images=3, height=20, width=30, num_classes=6)
-    given = cost_metrics.pictures(config)
+    config = metrics.Config(images=3, height=20, width=30, num_classes=6)
+    given = metrics.pictures(config)
     assert sorted({len(ids) for ids in given.classes}) != [1]
-    miou = [cost_metrics.score(variant, given, 6) for variant in cost_metrics.VARIANTS]
+    miou = [metrics.score(variant, given, 6) for variant in metrics.VARIANTS]
     assert miou[0].shape == (100,)
     for each in miou[1:]:
         np.testing.assert_allclose(each, miou[0], rtol=1e-12)
 
 
 def test_a_step_is_measured(monkeypatch):
-    monkeypatch.setattr(cost_step, "run_fresh", lambda script, payload, give_back=False: cost_step.child(payload))
+    monkeypatch.setattr(step, "run_fresh", lambda script, payload, give_back=False: step.child(payload))
     setting = Setting("tiny", size=32, depth=1)
-    results = cost_step.measure(cost_step.Config(setting, ("plain", "blockwise", "dense"), rounds=2, memory_steps=1))
+    results = step.measure(step.Config(setting, ("plain", "blockwise", "dense"), rounds=2, memory_steps=1))
     assert [r.variant for r in results] == ["plain", "blockwise", "dense"]
     assert all(r.peak_mb > 50 and r.cpu_seconds[1] > 0 and r.skipped is None for r in results)
     assert results[0].extra_mb == 0
@@ -83,17 +79,17 @@ def test_a_step_is_measured(monkeypatch):
 
 
 def test_a_fresh_process_has_a_peak_of_its_own():
-    payload = {"config": asdict(cost_metrics.Config(images=1, height=8, width=8)), "variant": "library"}
+    payload = {"config": asdict(metrics.Config(images=1, height=8, width=8)), "variant": "library"}
     ballast = torch.ones(2**28)  # 1 GiB, which the peak of this process keeps
     assert peak_megabytes() > 1024 and ballast.shape
     assert 50 < run_fresh("metrics", payload) < 1000
 
 
 def test_a_case_that_does_not_fit_is_named(monkeypatch):
-    monkeypatch.setattr(cost_step, "available_megabytes", lambda: 2.0)
-    monkeypatch.setattr(cost_step, "run_fresh", fake_run)
-    config = cost_step.Config(Setting("tiny", size=384), rounds=2, check=False)
-    results = {r.variant: r for r in cost_step.measure(config)}
+    monkeypatch.setattr(step, "available_megabytes", lambda: 2.0)
+    monkeypatch.setattr(step, "run_fresh", fake_run)
+    config = step.Config(Setting("tiny", size=384), rounds=2, check=False)
+    results = {r.variant: r for r in step.measure(config)}
     assert "GiB" in results["published"].skipped
     assert results["dense"].cpu_seconds is None
     assert results["blockwise"].extra_cpu_seconds == (1.0, 1.0, 1.0)
@@ -107,10 +103,10 @@ def fake_run(script, payload, give_back=False):
 
 
 def test_ratios_are_over_the_plain_step(monkeypatch, capsys):
-    monkeypatch.setattr(cost_step, "run_fresh", fake_run)
-    results = {r.variant: r for r in cost_step.measure(cost_step.Config(SMALL, rounds=3, check=False))}
+    monkeypatch.setattr(step, "run_fresh", fake_run)
+    results = {r.variant: r for r in step.measure(step.Config(SMALL, rounds=3, check=False))}
     assert results["blockwise"].extra_cpu_over_published == 0.5
-    cost_step.show(list(results.values()))
+    step.show(list(results.values()))
     assert "0.50" in capsys.readouterr().out
     assert results["rows"].extra_mb_over_published == 0.25
 
@@ -129,30 +125,30 @@ def test_slopes_and_plot(tmp_path):
         for variant, power in (("published", 2), ("blockwise", 1))
         for size in (224, 448, 896)
     ]
-    found = {s.variant: s for s in cost_scaling.slopes(rows)}
+    found = {s.variant: s for s in scaling.slopes(rows)}
     assert found["published"].memory == pytest.approx(2)
     assert found["blockwise"].memory == pytest.approx(1)
     assert found["blockwise"].cpu == pytest.approx(2)
     assert found["rows"].memory is None
-    cost_scaling.plot(rows, tmp_path / "docs" / "cost.png")
+    scaling.plot(rows, tmp_path / "docs" / "cost.png")
     assert (tmp_path / "docs" / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_gpu_command_runs_and_refuses_where_there_is_none(monkeypatch):
-    config = cost_gpu.Config(("tiny",), (32,), (1,), (2,), rounds=1, device="cpu")
-    results = cost_gpu.measure(config)
+    config = gpu.Config(("tiny",), (32,), (1,), (2,), rounds=1, device="cpu")
+    results = gpu.measure(config)
     assert [r.what for r in results] == ["step"] * 5 + ["class maps"] * 3
     assert all(r.milliseconds > 0 for r in results)
-    assert cost_gpu.table(results).count("\n") == 9
+    assert gpu.table(results).count("\n") == 9
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(cost_gpu.NoGpu, match=r"found no CUDA device.*benchmarks\.cost step"):
-        cost_gpu.measure(cost_gpu.Config())
+    with pytest.raises(gpu.NoGpu, match=r"no CUDA device.*benchmarks\.cost step"):
+        gpu.measure(gpu.Config())
 
 
 def test_the_gpu_page_has_its_table():
-    page = cost_gpu.PAGE.read_text(encoding="utf-8")
-    assert cost_gpu.BEGIN in page
-    assert cost_gpu.table([]) in page
+    text = gpu.PAGE.read_text(encoding="utf-8")
+    said = "Unmeasured: there was no GPU. `tests/benchmarks/test_cost.py` runs the command's code on the CPU."
+    assert filled(text, gpu.BEGIN, f"{said}\n\n{gpu.table([])}") == text
 
 
 def test_turns_begin_with_another_each_round():
@@ -172,9 +168,7 @@ def test_merge_replaces_rows_of_the_same_case(tmp_path):
     assert record["threads"] >= 1
 
 
-@pytest.mark.parametrize("path", [cost_page.README, cost_page.PAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [page.README, page.PAGE], ids=lambda path: path.name)
 def test_pages_show_what_was_measured(path):
     text = path.read_text(encoding="utf-8")
-    assert cost_page.put(text, cost_page.sections()[path]) == text
-    with pytest.raises(ValueError, match="found no <!-- table"):
-        cost_page.put("no marks", "table")
+    assert filled(text, page.BEGIN, page.sections()[path]) == text, "run benchmarks.cost page --write"

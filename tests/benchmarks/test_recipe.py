@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks.marked_page import END, filled
 from benchmarks.recipe import __main__ as recipe_voc
 from benchmarks.recipe.__main__ import Settings
 from benchmarks.recipe.results import BEGIN, RecipeError, check_schema, summary, table, write_page
@@ -191,7 +192,8 @@ def test_what_is_made_of_a_stage_is_made_anew_with_it(recipe):
 def test_runs_of_other_settings_are_refused(recipe, capsys):
     assert recipe("--seeds", "0", "--arms", "without") == 0
     assert recipe("--seeds", "0", settings=Settings(device="cpu", lists=COUNTS, epochs=3)) == 1
-    assert "train.json of another command, host or acr_reg" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(recipe.out / "without-seed0" / "train.json") in error and "another --out" in error
 
 
 def test_a_stage_that_fails_is_named_and_started_again(recipe, capsys):
@@ -218,7 +220,8 @@ def test_dry_run_prints_the_commands_and_runs_none(recipe, capsys, monkeypatch):
     assert "0.9" not in (recipe.out / "source-without" / "engine.py").read_text()
     assert "import os" in (recipe.out / "source-without" / "main.py").read_text()
     assert recipe(settings=Settings(lists=COUNTS)) == 1
-    assert "found no CUDA device" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "no CUDA device" in error and "--dry-run" in error
 
 
 def other_commit(recipe):
@@ -232,13 +235,25 @@ def changed_file(recipe):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (other_commit, "expected 9999999"),
-        (changed_file, "found changed files in"),
-        (lambda r: (r.host / ".git").rename(r.host / "git"), "found no git checkout in"),
-        (lambda r: (r.voc / "JPEGImages" / f"{IDS[5]}.jpg").unlink(), f"found 7 of 8 files in .*, not {IDS[5]}"),
-        (lambda r: (r.voc / "SegmentationClassAug" / f"{IDS[0]}.png").unlink(), f"found 3 of 4 files .*{IDS[0]}"),
-        (lambda r: setattr(r, "settings", Settings(lists={**COUNTS, "train": 1464})), "found 4 images .* 1464"),
-        (lambda r: setattr(recipe_voc, "PACKAGES", ("no_such",)), "found no package no_such; .* pip install"),
+        (other_commit, r"at commit (?!9999999)\w{7}\. Run git checkout 9999999"),
+        (changed_file, r"differ from commit \w{7}: M main\.py\. .*git stash"),
+        (
+            lambda r: (r.host / ".git").rename(r.host / "git"),
+            r"host is no git checkout .*Clone github.com/xulianuwa/MCTformer",
+        ),
+        (
+            lambda r: (r.voc / "JPEGImages" / f"{IDS[5]}.jpg").unlink(),
+            f"JPEGImages has 7 of the 8 files.* {IDS[5]} are missing",
+        ),
+        (
+            lambda r: (r.voc / "SegmentationClassAug" / f"{IDS[0]}.png").unlink(),
+            f"ClassAug has 3 of the 4 files.* {IDS[0]} are missing",
+        ),
+        (
+            lambda r: setattr(r, "settings", Settings(lists={**COUNTS, "train": 1464})),
+            r"train_id\.txt lists 4 images, not 1464",
+        ),
+        (lambda r: setattr(recipe_voc, "PACKAGES", ("no_such",)), "no_such, which is not installed.* pip install"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_runs(recipe, capsys, damage, message):
@@ -252,8 +267,9 @@ def test_weights_are_checked_and_put_where_the_host_looks(recipe, capsys, tmp_pa
     file = tmp_path / "weights.pth"
     file.write_bytes(b"not DeiT")
     assert recipe("--dry-run", "--weights", file) == 1
-    assert "expected cd65a155" in capsys.readouterr().err
+    assert "not cd65a155. Download it from https://" in capsys.readouterr().err
     assert recipe("--dry-run", "--weights", tmp_path / "none.pth") == 1
+    assert f"--weights {tmp_path / 'none.pth'} does not exist" in capsys.readouterr().err
     monkeypatch.setattr(recipe_voc, "DEIT_SHA256", "")
     assert recipe("--dry-run", "--weights", file) == 0
     placed = recipe.out / "torch_home" / "hub" / "checkpoints" / "deit_small_patch16_224-cd65a155.pth"
@@ -265,10 +281,10 @@ def test_schema_refuses_what_is_missing_or_of_another_type(recipe):
     results = recipe.results
     assert "differences" not in results["summary"]
     assert results["summary"]["with"]["standard_deviation"] is None
-    with pytest.raises(RecipeError, match="masks"):
+    with pytest.raises(RecipeError, match=r"\['masks'\] of results"):
         check_schema({name: value for name, value in results.items() if name != "masks"})
     results["runs"][0]["best_miou"] = "67"
-    with pytest.raises(RecipeError, match=r"run 0 with wrong fields .*best_miou"):
+    with pytest.raises(RecipeError, match=r"\['best_miou'\] of run 0"):
         check_schema(results)
 
 
@@ -281,11 +297,11 @@ def test_table_of_the_page_is_filled(tmp_path):
     versions = {"torch": "2", "timm": "1"}
     results = {"runs": runs, "summary": summary(runs), "device": "X", "versions": versions, "masks": "M"}
     page = tmp_path / "page.md"
-    page.write_text(f"Words.\n\n{BEGIN}\n\nUnmeasured.\n")
+    page.write_text(f"Words.\n\n{BEGIN}\n\nUnmeasured.\n\n{END}\nMore words.\n")
     for _ in range(2):
         write_page(results, page)
     text = page.read_text()
-    assert text.startswith("Words.\n")
+    assert text.startswith("Words.\n") and text.endswith("\nMore words.\n")
     assert text.count(BEGIN) == 1
     assert "Unmeasured" not in text
     assert "| without ACR | mean of 2 | 61.00 ± 1.41 | | |" in text
@@ -294,8 +310,7 @@ def test_table_of_the_page_is_filled(tmp_path):
 
 def test_the_page_says_that_nothing_is_measured():
     page = (ROOT / "docs" / "recipe_mctformer_plus.md").read_text(encoding="utf-8")
-    _, _, measured = page.partition(BEGIN)
-    assert measured.strip() == "Unmeasured.\n\n" + table({"runs": [], "summary": {}})
+    assert filled(page, BEGIN, "Unmeasured.\n\n" + table({"runs": [], "summary": {}})) == page
 
 
 # ---------------------------------------------------------------- MCTformer+ itself

@@ -1,9 +1,8 @@
-"""The study of photos: what its cells compute, that they are computed once, and that test.txt is kept for last."""
+"""The study of photos: what a cell computes, in every condition, and how it is scored."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,62 +15,22 @@ from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Iden
 from acr_reg.demo import scoring as demo_scoring
 from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU
-from benchmarks.study import __main__ as study
-from benchmarks.study import cells as study_cells
-from benchmarks.study import photos as study_photos
 from benchmarks.study.baselines import attention_maps, baselines
-from benchmarks.study.cells import Bench
-from benchmarks.study.choice import PRIMARY, choose
-from benchmarks.study.counts import Difference, ImageCounts, paired_bootstrap
+from benchmarks.study.counts import ImageCounts, paired_bootstrap
 from benchmarks.study.objective import Objective, Run, entropies
-from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged
-from benchmarks.study.page.report import report
-from benchmarks.study.page.tables import (
-    WEIGHTS_NOTE,
-    Group,
-    groups,
-    mean_ap_of,
-    paired_mean,
-    raw_of,
-    reference_of,
-    signed_spread,
-    spread,
-)
 from benchmarks.study.photos import Batch, Photos, Places
-from benchmarks.study.plans import FEW, plan
 from benchmarks.study.scoring import RAW, class_maps, figures, score
-from benchmarks.study.settings import (
-    CAM_WEIGHTS,
-    CONDITIONS,
-    READINGS,
-    SEEDS,
-    SETS,
-    WEIGHTS,
-    Cell,
-    Reading,
-    StudyError,
-    base,
-)
-from benchmarks.study.store import FROZEN, claimed, frozen_entries, load, write_json
+from benchmarks.study.settings import READINGS, SETS, Reading, StudyError, base
 from benchmarks.study.train import checkpoint_path, train, trained
 from benchmarks.study.views import VIEWS, draws_views, misreported
-from tests.support.study import SIZE, freeze, git, made_counts, made_record, make_photos, tiny_vit
+from tests.support.study import SIZE, made_counts, make_places, tiny, tiny_vit
 
 VIEWED = ("flip", "scale", "turn")
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
-    """VOC's folder has a background, MSRC's has none."""
-    root = tmp_path_factory.mktemp("study")
-    make_photos(root / "data" / SETS["voc"].folder)
-    make_photos(root / "data" / SETS["msrc"].folder, background=False)
-    torch.manual_seed(0)
-    state = tiny_vit("", False, SIZE, 0).state_dict()
-    # First weights attend to all alike; larger ones make maps that differ.
-    larger = {name: value * (3 if "qkv.weight" in name else 1) for name, value in state.items()}
-    np.savez(root / "weights.npz", **{name: value.numpy() for name, value in larger.items()})
-    return Places(root / "data", root / "weights.npz", root / "cache")
+    return make_places(tmp_path_factory.mktemp("study"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +41,6 @@ def _tiny_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def voc(places: Places) -> Photos:
     return Photos("voc", SIZE, 6, places)
-
-
-def tiny(condition: str, weight: float = 0.0, cam_weight: float = 0.0, **other: object):
-    return base("voc", condition, weight, cam_weight, **{"size": SIZE, "epochs": 2, "batch_size": 2, **other})
 
 
 # ------------------------------------------------------------ tokens
@@ -247,7 +202,7 @@ def test_the_smoothing_penalty_leads_to_the_entropies_it_is_given():
     assert gaps[0] > 0.08
     assert gaps[75] > 0.08
     assert max(gaps[74], gaps[149]) < 0.01
-    with pytest.raises(StudyError, match=r"entropies of 150 steps to follow .*expected those of the 3 steps"):
+    with pytest.raises(StudyError, match=r"150 steps to follow .*needs those of 3\. .*'both'"):
         Objective(tiny("smoothing", 0.5), 3, 0, targets)
 
 
@@ -306,13 +261,13 @@ def test_half_precision_reaches_the_blocks_and_nothing_that_is_kept(voc: Photos,
 
 
 def test_settings_that_no_condition_has_are_refused():
-    with pytest.raises(StudyError, match=r"weight=0.5 for the condition two; expected 0"):
+    with pytest.raises(StudyError, match=r"--weight is 0\.5.* condition two has no"):
         tiny("two", 0.5)
-    with pytest.raises(StudyError, match=r"cam_weight=0.0 for the condition cam; expected a weight above 0"):
+    with pytest.raises(StudyError, match=r"--cam-weight is 0\.0.* condition cam needs .*above 0"):
         tiny("cam")
-    with pytest.raises(StudyError, match=r"found the condition 'ours'; expected one of plain"):
+    with pytest.raises(StudyError, match=r"condition 'ours'.* plain, two"):
         tiny("ours")
-    with pytest.raises(StudyError, match=r"found the reading start -9"):
+    with pytest.raises(StudyError, match=r"start -9 .*-1, -2, -3, -4"):
         Reading(-9)
 
 
@@ -371,7 +326,7 @@ def test_the_bootstrap_pairs_images():
     first = made_counts(0, 0.5)
     found = paired_bootstrap(first, first)
     assert (found.value, found.low, found.high) == (0, 0, 0)
-    with pytest.raises(ValueError, match="whose masks differ"):
+    with pytest.raises(ValueError, match=r"\(12, 3\) and \(12, 3\) differ.* same images"):
         paired_bootstrap(first, made_counts(1, 0.5))
 
 
@@ -407,484 +362,7 @@ def test_baselines_know_no_training(name: str, places: Places):
     assert all(each.shape == (4, 4) and each.min() >= 0 and each.sum() <= 2 for each in maps)
 
 
-# ------------------------------------------------------------ resuming, and test.txt
-
-
-@pytest.fixture
-def bench(places: Places, tmp_path: Path) -> Bench:
-    return Bench(places, tmp_path / "results", say=lambda _: None)
-
-
-def test_a_cell_that_is_done_is_not_computed_again(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    cell = Cell(tiny("two"), seed=11)
-    first = bench.run(cell)
-    path = bench.results / cell.file
-    text = path.read_text(encoding="utf-8")
-    assert first["raw"]["miou"] == pytest.approx(ImageCounts.unpack(first["raw"]["counts"]).miou())
-    assert 0 < first["mean_ap"] <= 1
-    monkeypatch.setattr(study_cells, "trained", lambda *_: pytest.fail("trained again"))
-    assert bench.run(cell)["raw"] == first["raw"]
-    assert path.read_text(encoding="utf-8") == text
-
-
-def test_an_interrupted_cell_leaves_no_result_and_keeps_its_network(bench: Bench, monkeypatch: pytest.MonkeyPatch):
-    cell = Cell(tiny("two"), seed=12)
-
-    def interrupted(*_: object, **__: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(study_cells, "score", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            bench.run(cell)
-    assert load(bench.results, cell) is None
-    path = bench.results / cell.file
-    path.parent.mkdir(parents=True)
-    path.with_suffix(".99.partial").write_text("{")  # what a kill in the middle of writing leaves
-    assert load(bench.results, cell) is None
-    monkeypatch.setattr("benchmarks.study.train.train", lambda *_: pytest.fail("trained again"))
-    assert bench.run(cell)["seed"] == 12
-
-
-def options_of_run(bench: Bench, places: Places) -> list[str]:
-    options = ["run", "--set", "voc", "--plan", "dev", "--data", str(places.data), "--weights", str(places.weights)]
-    return [*options, "--cache", str(places.cache), "--results", str(bench.results)]
-
-
-def test_a_plan_goes_on_where_it_was_interrupted(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch, capsys):
-    cells = [Cell(tiny("two", epochs=1), seed) for seed in (21, 22)]
-    monkeypatch.setattr(study, "plan", lambda *_: cells)
-    monkeypatch.setattr(study, "SETS", {"voc": replace(SETS["voc"], size=SIZE)})
-    options = options_of_run(bench, places)
-    bench.run(cells[0])
-    ran = []
-    whole = Bench.run
-    monkeypatch.setattr(Bench, "run", lambda self, cell: ran.append(cell) or whole(self, cell))
-    assert study.main(options) == 0
-    assert ran == cells[1:]
-    assert (bench.results / "voc" / "dev" / "baselines.json").exists()
-    assert study.main([*options, "--list"]) == 0
-    assert "2 of 2 cells are done" in capsys.readouterr().out
-
-
-def test_processes_share_a_plan(bench: Bench, places: Places, monkeypatch: pytest.MonkeyPatch):
-    cells = [Cell(tiny("two", epochs=1), seed) for seed in (23, 24, 25)]
-    monkeypatch.setattr(study, "plan", lambda *_: [cells[0], cells[0].on("train"), *cells[1:]])
-    options = options_of_run(bench, places)
-    write_json(bench.results / "voc" / "dev" / "baselines.json", {"rows": []})
-    ran = []
-
-    def run(self: Bench, cell: Cell) -> None:
-        ran.append(cell)
-        write_json(bench.results / cells[2].file, made_record(cells[2], 0.5))  # meanwhile, by another process
-
-    monkeypatch.setattr(Bench, "run", run)
-    with claimed(places.cache, cells[0]) as mine:  # its network is being trained, for any split
-        assert mine
-        assert study.main(options) == 0
-    assert ran == cells[1:2]
-    with claimed(places.cache, cells[0]) as mine:
-        assert mine
-
-
-def test_test_photos_are_refused_until_settings_are_frozen_and_committed(bench: Bench):
-    bench.results.mkdir()
-    cell = Cell(tiny("two", epochs=1), 31, "test")
-    git(bench.results, "init")
-    with pytest.raises(StudyError, match=r"found no .*frozen.json; expected the settings frozen"):
-        bench.run(cell)
-    freeze(bench.results, [cell], commit=False)
-    with pytest.raises(StudyError, match="which is not committed"):
-        bench.run(cell)
-    git(bench.results, "add", "frozen.json")
-    git(bench.results, "commit", "-m", "frozen")
-    freeze(bench.results, [cell, replace(cell, seed=32)], commit=False)
-    with pytest.raises(StudyError, match="changed since it was committed"):
-        bench.run(cell)
-    git(bench.results, "checkout", "frozen.json")
-    for other in (replace(cell, seed=32), replace(cell, reading=Reading(-1)), replace(cell, setting=tiny("two"))):
-        with pytest.raises(StudyError, match="does not name"):
-            bench.run(other)
-    assert not list(bench.results.glob("voc/test/*"))
-
-
-def test_test_photos_are_scored_once_by_the_threshold_of_dev(bench: Bench):
-    bench.results.mkdir()
-    cell = Cell(tiny("two", epochs=1), 31, "test", Reading(-2, "last"))
-    freeze(bench.results, [cell])
-    found = bench.run(cell)
-    dev = load(bench.results, cell.on("dev"))
-    assert dev["reading"] == asdict(Reading())  # as every dev cell, so that their tables compare
-    chosen = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
-    assert found["raw"]["threshold"] == chosen[-2, RAW]
-    assert found["propagated"]["threshold"] == chosen[-2, "last"]
-    assert found["raw"]["oracle"] >= found["raw"]["miou"]
-    with pytest.raises(StudyError, match=r"this test cell has been scored; .*test.txt is scored once"):
-        bench.run(cell)
-    bench.run(cell.on("train"))  # the seeds on training photos are no secret
-
-
-def test_a_file_of_another_setting_is_not_taken_for_the_cell(tmp_path: Path):
-    cell = Cell(tiny("two"), 0)
-    write_json(tmp_path / cell.file, made_record(Cell(tiny("two", rate=1e-3), 0), 0.5))
-    with pytest.raises(StudyError, match="holds the setting"):
-        load(tmp_path, cell)
-
-
-def test_the_command_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
-    monkeypatch.delenv("ACR_REG_DATA", raising=False)
-    assert study.main(["cell", "--set", "msrc", "--condition", "two"]) == 2
-    assert "found no --data and no ACR_REG_DATA" in capsys.readouterr().err
-    assert study.main(["cell", "--set", "msrc", "--condition", "two", "--data", str(tmp_path)]) == 2
-    assert "found no weights at" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------ plans, choice, report
-
-
-def test_plans_name_each_cell_once_and_dev_plans_never_test():
-    for photos in SETS:
-        cells = plan("dev", photos, Path("none"))
-        assert len({cell.file for cell in cells}) == len(cells)
-        assert {cell.split for cell in cells} == {"dev"}
-        own = [cell for cell in cells if cell.seed == 0]  # as a process that takes one seed runs them
-        weights = {cell.setting.weight for cell in own[:7] if cell.setting.condition == "both"}
-        assert weights == set(WEIGHTS) and {cell.setting.condition for cell in own[:7]} == set(PRIMARY)
-    with pytest.raises(StudyError, match="found no none"):
-        plan("primary", "msrc", Path("none"))
-
-
-def test_the_rest_of_the_grid_is_planned_where_the_primary_contrast_was_frozen(tmp_path: Path):
-    frozen = [{"plan": "primary", "setting": asdict(base("voc", "both", 1.5, epochs=7)), "seeds": [0]}]
-    tuned = {photos: plan("dev", photos, Path("none")) for photos in SETS}
-    write_json(tmp_path / FROZEN, {"commit": "none", "cells": frozen})
-    added = plan("dev", "voc", tmp_path)
-    assert added[: len(tuned["voc"])] == tuned["voc"]
-    rest = {(cell.setting.condition, cell.setting.weight, cell.setting.epochs) for cell in added[len(tuned["voc"]) :]}
-    assert {("affinity", 1.5, 7), ("both", 0.17, 7), ("smoothing", 1.5, 7), ("plain", 0.0, 7)} < rest
-    assert {epochs for *_, epochs in rest} == {7}
-    assert plan("dev", "msrc", tmp_path) == tuned["msrc"]
-
-
-@pytest.mark.parametrize(("name", "splits"), [("primary", {"test", "train"}), ("main", {"test"})])
-def test_training_photos_are_scored_for_the_primary_contrast_alone(name: str, splits: set[str]):
-    assert {cell.split for cell in plan(name, "voc", study.HERE / "results")} == splits
-
-
-def made_results(results: Path, split: str = "dev") -> None:
-    """Over two seeds "both" is better by 0.1 of the pixels of each class at weight 0.5, and loses mAP at 1.5."""
-    for seed in (0, 1):
-        for condition, weight, quality, mean_ap in (
-            ("two", 0.0, 0.5, 0.8),
-            ("both", 0.5, 0.6, 0.799),
-            ("both", 1.5, 0.55, 0.7),
-            ("misreported", 0.5, 0.45, 0.79),
-        ):
-            cell = Cell(base("voc", condition, weight), seed, split, Reading())
-            readings = {(-2, RAW): 0.9, (-2, "last"): 0.95} if condition == "both" and weight == 0.5 else {}
-            write_json(results / cell.file, made_record(cell, quality, mean_ap, readings))
-
-
-def test_settings_are_chosen_by_one_rule(tmp_path: Path):
-    made_results(tmp_path)
-    stray = Cell(base("voc", "both", 0.5, view="crop"), 0)  # better, but of another view
-    write_json(tmp_path / stray.file, made_record(stray, 0.99))
-    chosen = choose(study.all_cells(tmp_path), "voc")
-    setting, reading = chosen["both"]
-    assert (setting.weight, setting.view, reading) == (0.5, "flip", Reading(-2, "last"))
-    assert chosen["misreported"][1] == reading
-    assert chosen["two"][1] == Reading(-1, "all")
-    with pytest.raises(StudyError, match="found no dev cell of two, both for msrc"):
-        choose(study.all_cells(tmp_path), "msrc")
-
-
-def test_candidates_are_compared_by_the_seeds_and_epochs_that_all_have(tmp_path: Path):
-    made_results(tmp_path)
-    lucky = {(-1, RAW): 0.99}
-    for condition, weight, epochs, seed in (
-        ("both", 1.5, 2, 2),  # a seed that no other weight has
-        ("affinity", 0.17, 2, 0),
-        ("affinity", 0.5, 4, 0),  # epochs that are not the reference's
-    ):
-        cell = Cell(base("voc", condition, weight, epochs=epochs), seed)
-        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={} if weight == 0.17 else lucky))
-    chosen = choose(study.all_cells(tmp_path), "voc")
-    assert chosen["both"][0].weight == 0.5
-    assert (chosen["affinity"][0].weight, chosen["affinity"][0].epochs) == (0.17, 2)
-    other = Cell(base("voc", "both", 0.06), 3)
-    write_json(tmp_path / other.file, made_record(other, 0.5))
-    with pytest.raises(StudyError, match=r"no seed that all candidates have \(.*both-w0.06.*: \[3\]"):
-        choose(study.all_cells(tmp_path), "voc")
-
-
-def test_the_reference_and_both_are_trained_equally_long(tmp_path: Path):
-    made_results(tmp_path)
-    lonely = Cell(base("voc", "both", 0.5, epochs=8), 0)  # the best, but the reference has no such epochs
-    write_json(tmp_path / lonely.file, made_record(lonely, 0.9))
-    for condition, weight, miou in (("two", 0.0, 0.85), ("both", 0.5, 0.1), ("both", 1.5, 0.89)):
-        cell = Cell(base("voc", condition, weight, epochs=4), 0)
-        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={(-3, RAW): miou}))
-    chosen = choose(study.all_cells(tmp_path), "voc")  # "both" alone would rather have 2 epochs, where it reads 0.9
-    assert {name: (s.weight, s.epochs) for name, (s, _) in chosen.items() if name in PRIMARY} == {
-        "two": (0.0, 4),
-        "both": (1.5, 4),
-        "misreported": (1.5, 4),
-    }
-    fewer = [(cell, record) for cell, record in study.all_cells(tmp_path) if cell.setting != base("voc")]
-    kept = [each for each in fewer if each[0].setting.condition != "both" or each[0].setting.epochs == 2]
-    with pytest.raises(StudyError, match=r"no epochs that all have \(two: \[4\]; both: \[2\]\)"):
-        choose(kept, "voc")
-
-
-def test_settings_are_frozen_once_a_plan(tmp_path: Path, capsys):
-    made_results(tmp_path)
-    command = ["freeze", "--set", "voc", "--results", str(tmp_path), "--plan"]
-    assert study.main([*command, "main"]) == 2
-    assert "found no plan primary of voc" in capsys.readouterr().err
-    assert study.main([*command, "primary"]) == 0
-    assert study.main([*command, "primary"]) == 2
-    assert "settings are frozen once" in capsys.readouterr().err
-    primary = frozen_entries(tmp_path)
-    assert {entry["setting"]["condition"]: entry["seeds"] for entry in primary} == {
-        name: list(SEEDS) for name in PRIMARY
-    }
-    # Cells that come later are chosen from for the other conditions; what is frozen stays, and its controls follow it.
-    for condition, weight, miou in (("both", 0.17, 0.99), ("affinity", 0.17, 0.6), ("affinity", 0.5, 0.5)):
-        cell = Cell(base("voc", condition, weight), 0)
-        write_json(tmp_path / cell.file, made_record(cell, 0.5, readings={(-1, RAW): miou}))
-    assert study.main([*command, "main"]) == 0
-    found = frozen_entries(tmp_path)
-    assert found[: len(primary)] == primary
-    weights = {entry["setting"]["condition"]: entry["setting"]["weight"] for entry in found[len(primary) :]}
-    assert weights == {"affinity": 0.17, "smoothing": 0.5}
-    assert choose(study.all_cells(tmp_path), "voc", found)["both"][0].weight == 0.5
-    assert choose(study.all_cells(tmp_path), "voc")["both"][0].weight == 0.17
-
-
-def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
-    made_results(tmp_path)
-    made_results(tmp_path, "test")
-    other = Cell(base("voc", "affinity", 0.5), 0, "test")
-    write_json(tmp_path / other.file, made_record(other, 0.5))
-    text = ["Both is to be above two."]
-    write_json(tmp_path / "primary.json", {"text": text, "contrasts": [["two", "both"], ["misreported", "both"]]})
-    baseline = {"rows": [{"name": "best centred ellipse", "miou": 0.359}]}
-    write_json(tmp_path / "voc" / "dev" / "baselines.json", baseline)
-    page = report(tmp_path)
-    assert text[0] in page
-    assert "the demo scored test.txt of both\nsets once before" in page
-    assert "67.3 mIoU on VOC is not reproduced" in page
-    headings = [line for line in page.splitlines() if line.startswith("### ")]
-    assert len(headings) > 6
-    assert all(WEIGHTS_NOTE in line for line in headings)
-    assert "| best centred ellipse |  |  | 0.359 |" in page
-    # Every seed of every contrast of VOC, and MSRC said to be missing.
-    better = "activation and affinity, weight 0.5"
-    rows = [line for line in page.splitlines() if line.startswith(f"| {better} less two views, no consistency |")]
-    assert len(rows) == 2
-    for seed, row in enumerate(rows):
-        gain = made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou()
-        assert row.split(" | ")[1:3] == [str(seed), "0.800 to 0.799"]
-        assert f"| {gain:+.3f} (" in row
-    assert page.count(f"| {better} less both, view misreported, weight 0.5 |") == 2
-    assert page.count("Not scored yet.") == 1
-    frozen = next(line for line in page.splitlines() if line.startswith("- Frozen on dev: "))
-    assert better in frozen and CONDITIONS["affinity"].title not in frozen  # another plan's, in the table below
-    assert page.count(f"| {CONDITIONS['affinity'].title}, weight 0.5 | 1 |") == 1
-    assert page.count(f"| {CONDITIONS['affinity'].title}, weight 0.5 less two views, no consistency | 0 | 0.8") == 1
-    # The weight that loses mAP is no candidate at matched mAP; the better one is.
-    matched = next(line for line in page.splitlines() if line.startswith("At matched mAP"))
-    assert "weight 0.5" in matched
-    assert "weight 1.5" not in matched
-
-
-def test_details_are_of_the_frozen_size_and_epochs_however_few_were_run_there(tmp_path: Path):
-    made_results(tmp_path)
-    cell = Cell(base("voc", epochs=4), 0)
-    write_json(tmp_path / cell.file, made_record(cell, 0.5))
-
-    def detailed() -> set[str]:
-        lines = report(tmp_path).splitlines()
-        return {line.split(", ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))}
-
-    assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 2 epochs"]
-    entry = {"plan": "primary", "setting": asdict(cell.setting), "reading": asdict(Reading()), "seeds": [0]}
-    write_json(tmp_path / FROZEN, {"commit": "none", "cells": [entry]})
-    assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 4 epochs"]
-
-
-def test_differences_are_paired_with_the_reference_of_the_same_view(tmp_path: Path):
-    made_results(tmp_path)
-    stray = Cell(base("voc", "two", view="crop"), 0)
-    write_json(tmp_path / stray.file, made_record(stray, 0.9))
-    found = groups(tmp_path)
-    both = next(g for g in found if g.setting.condition == "both")
-    reference = reference_of(both, found)
-    assert reference.setting == base("voc", "two")
-    expected = [made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou() for seed in (0, 1)]
-    mean, deviation, seeds = paired_mean(reference, both, raw_of)
-    assert (mean, deviation) == pytest.approx((np.mean(expected), np.std(expected, ddof=1)))
-    assert seeds == 2
-
-
-def test_the_primary_contrast_is_judged_by_the_rule_that_was_written_down():
-    clear, doubtful = Difference(0.02, 0.01, 0.03), Difference(0.01, -0.01, 0.02)
-    assert judged([clear] * 3 + [doubtful] * 2) == HELPS
-    assert judged([clear] * 2 + [doubtful] * 3) == UNCLEAR
-    assert judged([clear] * 4 + [Difference(-0.001, -0.01, 0.01)]) == UNCLEAR
-    assert judged([Difference(-d.value, -d.high, -d.low) for d in [clear] * 3 + [doubtful] * 2]) == HARMS
-
-
-@pytest.mark.parametrize(
-    ("quality", "mean_ap", "said"),
-    [
-        (0.6, 0.80, "**a gain**"),
-        (0.4, 0.90, "**a loss**"),
-        (0.5, 0.80, "**no clear difference**"),
-        (0.6, 0.78, "**a trade, not a gain: mAP falls by 0.020**"),
-    ],
-)
-def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_ap: float, said: str):
-    write_json(tmp_path / "primary.json", {"text": [], "contrasts": [["two", "both"]]})
-    write_json(tmp_path / "voc" / "test" / "baselines.json", {"rows": [{"name": "ellipse", "miou": 0.3}]})
-
-    def page(seeds: tuple[int, ...]) -> str:
-        for seed in seeds:
-            for condition, weight, found in (("two", 0.0, (0.5, 0.8)), ("both", 0.5, (quality, mean_ap))):
-                cell = Cell(base("voc", condition, weight), seed, "test")
-                write_json(tmp_path / cell.file, made_record(cell, *found))
-        return report(tmp_path)
-
-    assert "1 seeds are missing, so nothing is said yet" in page(SEEDS[:-1])
-    whole = page(SEEDS[-1:])
-    assert said in whole
-    gains = [made_counts(seed, quality).miou() - made_counts(seed, 0.5).miou() for seed in SEEDS]
-    interval = np.mean(gains) + np.array((-1, 1)) * 2.776 * np.std(gains, ddof=1) / 5**0.5
-    assert "95 % over seeds {:+.3f} to {:+.3f}".format(*interval) in whole
-    above = made_counts(0, quality).miou() > 0.3
-    assert ("are above it" if above else "**not yet useful**") in whole
-
-
-@pytest.fixture(scope="module")
-def committed() -> list[Group]:
-    """The study's own results."""
-    return groups(study.HERE / "results")
-
-
-def on_test(committed: list[Group], photos: str) -> dict[str, Group]:
-    """By condition: of each, one setting was frozen, and no other may be scored there."""
-    return {g.setting.condition: g for g in committed if (g.setting.photos, g.split) == (photos, "test")}
-
-
-def test_page_and_readme_say_what_the_results_say(committed: list[Group]):
-    page = study.PAGE
-    results = study.HERE / "results"
-    assert page.read_text(encoding="utf-8") == report(results, page.with_suffix("")), (
-        "run python -m benchmarks.study report"
-    )
-    readme = (study.HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-    said = {
-        "msrc": ("come from {:.3f} to {:.3f} mIoU", "the raw maps gain, +{}, "),
-        "voc": ("difference, {:.3f} and {:.3f}, below", "raw maps differ by +{}, "),
-    }
-    for photos, (opening, gains) in said.items():
-        shown = on_test(committed, photos)
-        for condition in PRIMARY:
-            mean = shown[condition].mean
-            cells = [f"{mean(mean_ap_of)[0]:.3f}"]
-            cells += [spread(mean(lambda r, maps=maps: r[maps]["miou"])) for maps in ("raw", "propagated")]
-            cells += [f"{mean(lambda r: r['training']['cpu_seconds'])[0]:.0f}"]
-            assert f"| {' | '.join(cells)} |" in readme
-        assert opening.format(*(shown[name].mean(raw_of)[0] for name in ("two", "both"))) in readme
-        assert gains.format(spread(paired_mean(shown["two"], shown["both"], raw_of))) in readme
-
-
-README_VIEWS = {
-    "flip": "flip",
-    "scale": "flip and scale (0.75 or 1.25)",
-    "crop": "flip and random crop",
-    "turn": "flip, random crop and quarter turns",
-}
-README_ROWS = {
-    "plain": "one view, as most loops train",
-    "activation": "activation alone",
-    "affinity": "affinity alone",
-    "both": "both",
-    "cam": "class maps alone, weight 0.1, the default",
-    "both_cam": "all three",
-    "smoothing": "attention held at the entropy of both, no consistency",
-}
-
-
-def test_readme_says_what_the_other_conditions_gain(committed: list[Group]):
-    readme = (study.HERE.parents[1] / "README.md").read_text(encoding="utf-8")
-    prose = " ".join(readme.split())
-    told = {1: " (one seed)", 2: " (two seeds)", 3: "", 5: " (five seeds)"}
-    columns: list[dict[str, str]] = []
-    for photos in SETS:
-        own = on_test(committed, photos)
-        gains = {name: paired_mean(own["two"], own[name], raw_of) for name in README_ROWS if name in own}
-        columns.append({name: signed_spread(gain) + told[gain[2]] for name, gain in gains.items()})
-        first, second = own["two"].records, own["affinity"].records
-        assert ", ".join(f"{raw_of(second[seed]) - raw_of(first[seed]):+.3f}" for seed in second) in prose
-    for name, label in README_ROWS.items():
-        assert f"| {label} | {' | '.join(column.get(name, 'not run') for column in columns)} |" in readme
-
-
-def test_readme_says_what_dev_shows_of_views_and_of_the_class_maps(committed: list[Group]):
-    root = study.HERE.parents[1]
-    readme, weights = (" ".join((root / name).read_text("utf-8").split()) for name in ("README.md", "docs/weights.md"))
-    dev = {group.setting: group for group in committed if group.split == "dev"}
-
-    def gain(reference: Group, condition: str, weight: float = 0.0, cam_weight: float = 0.0) -> str:
-        other = dev[reference.setting.with_condition(condition, weight, cam_weight)]
-        return signed_spread(paired_mean(reference, other, raw_of))
-
-    for view, title in README_VIEWS.items():
-        every = dev[base("msrc", epochs=16, view=view)]
-        reference = replace(every, records={seed: every.records[seed] for seed in FEW})
-        gains = (gain(reference, name, 0.17) for name in ("both", "misreported"))
-        assert f"| {title} | {spread(reference.mean(raw_of))} | {' | '.join(gains)} |" in readme
-    reference = dev[base("msrc", epochs=16)]
-    for cam_weight in CAM_WEIGHTS:
-        assert gain(reference, "cam", cam_weight=cam_weight) in weights
-    assert f"lose {gain(reference, 'cam', cam_weight=1.0)[1:6]} (dev, two seeds)" in readme
-
-
-def test_an_empty_study_says_so(tmp_path: Path):
-    assert "Not written down yet." in report(tmp_path)
-
-
 def test_photos_are_found_by_option_only(places: Places):
-    assert study_photos.Photos("voc", SIZE, 6, places).folder.root == places.data / SETS["voc"].folder
-    with pytest.raises(StudyError, match=r"give the folder of photo sets by --data"):
+    assert Photos("voc", SIZE, 6, places).folder.root == places.data / SETS["voc"].folder
+    with pytest.raises(StudyError, match=r"elsewhere.* --data or ACR_REG_DATA"):
         Photos("voc", SIZE, 6, replace(places, data=places.data / "elsewhere"))
-
-
-def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
-    def row(name: str, raw: float) -> dict[str, object]:
-        training = None if "ACR" not in name else {"cpu_seconds": 90.0}
-        propagated = {"miou": raw / 2}
-        terms = {"entropy": 0.9}
-        return {"name": name, "raw": {"miou": raw}, "propagated": propagated, "mean_ap": 0.9, "terms": terms} | {
-            "training": training
-        }
-
-    def run(rows: list[tuple[str, float]], split: str = "test") -> Path:
-        seeds = [{"seed": s, "rows": [row(n, value + s / 100) for n, value in rows]} for s in (3, 4)]
-        command = ["demo", "--output", str(tmp_path), "--controls"]
-        content = {"command": command, "settings": {}, "split": split, "versions": {}, "machine": {}}
-        (tmp_path / "demo.json").write_text(json.dumps(content | {"seeds": seeds}))
-        return tmp_path / "demo.json"
-
-    rows = [("best centred ellipse", 0.24), ("without ACR", 0.25), ("with ACR", 0.31)]
-    results = ["--results", str(tmp_path)]
-    for bad in (run(rows), run([*rows, ("ACR, flip not undone", 0.28)], "dev"), tmp_path / "none.json"):
-        assert study.main(["scenes", str(bad), *results]) == 2
-    assert "ACR, flip not undone" in capsys.readouterr().err
-    assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
-    page = report(tmp_path)
-    assert "(`python -m acr_reg demo --controls`)" in page  # not where this machine wrote it
-    assert "with ACR less without ACR: raw +0.060 (+0.060 to +0.060, above 0 in 2 of 2), propagated +0.030" in page
-    assert "with ACR less ACR, flip not undone: raw +0.030" in page
-    assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page

@@ -1,4 +1,4 @@
-"""benchmarks/view_pictures.py: every picture of docs/views.md is made, and shows what alignment does."""
+"""benchmarks/pictures/views.py makes every picture of docs/views.md, and each shows what alignment does."""
 
 from __future__ import annotations
 

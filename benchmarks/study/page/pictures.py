@@ -1,7 +1,7 @@
 """Pictures of the study on dev photos: class maps, one patch's affinity in both views, mIoU against the threshold.
 
 The photos are the first of a seeded shuffle, whatever they show. The networks are those of seed 0 at the settings that
-dev chooses (choice.py), from the cache, or trained where they are not there.
+dev chooses (choice.py). They come from the cache, or are trained if they are not in it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from acr_reg import HorizontalFlip, align_attention, capture_attention
 from acr_reg.demo.comparison import Picture
 from acr_reg.demo.photo_task import to_pixels
+from acr_reg.demo.pretrained import UpperHalf
 from acr_reg.demo.report import draw
 from acr_reg.demo.scoring import resized
 from acr_reg.demo.train import with_grid
@@ -40,19 +41,19 @@ Chosen = Mapping[str, Cell]
 
 
 def chosen_cells(results: Path, photos: str) -> dict[str, Cell]:
-    """Seed 0 of the conditions shown, by the settings and readings that dev chooses, or has chosen for good."""
+    """Seed 0 of the conditions shown, at the settings and readings that are frozen, or else those that dev chooses."""
     chosen = choose(all_cells(results), photos, frozen_entries(results))
     return {name: Cell(setting, SEED, "dev", reading) for name, (setting, reading) in chosen.items() if name in SHOWN}
 
 
 def first_photos(photos: Photos, count: int) -> Tensor:
-    """Positions in dev.txt."""
+    """The positions of the shown photos in dev.txt."""
     order = torch.randperm(len(photos.folder.splits["dev"]), generator=torch.Generator().manual_seed(SEED))
     return order[:count]
 
 
 def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
-    """A column for each photo: itself, its mask, the raw class maps of every condition."""
+    """A column for each photo: the photo, its mask, the raw class maps of every condition."""
     positions = first_photos(photos, COLUMNS)
     labels = photos.labels("dev")[positions]
     masks, present = photos.masks("dev"), photos.present("dev")
@@ -62,7 +63,7 @@ def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
     ]
     for name, cell in cells.items():
         model = _network(photos, cell)
-        lowest = len(model.blocks) + cell.reading.start  # type: ignore[arg-type]
+        lowest = len(model.blocks) + cell.reading.start
         with capture_attention(model, graph_from=lowest) as attention:
             maps, _, _ = class_maps(model, attention, _tokens(photos, positions), labels, photos.grid, [cell.reading])
         for picture, cam, row in zip(pictures, maps[cell.reading.start, RAW], labels, strict=True):
@@ -78,8 +79,8 @@ _SHORT = {"two": "without", "both": "ACR", "misreported": "misreported"}
 
 
 def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
-    """A row for each photo: the patch, then its attention row (mean of heads and of the layers that train) on the photo
-    and, the flip undone, on the flip; before training and after."""
+    """A row for each photo: the patch, then its attention row (mean over heads and trained layers) on the photo and on
+    its flip, with the flip undone; before training and after."""
     positions = first_photos(photos, ROWS)
     networks = {"before": photos.upper(SEED).eval().requires_grad_(False)}
     networks |= {_SHORT[name]: _network(photos, cell) for name, cell in cells.items() if name != "misreported"}
@@ -110,8 +111,8 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
 
 
 def query_patch(mask: np.ndarray, present: Sequence[int], grid: tuple[int, int]) -> int:
-    """The patch, row by row, of which the smallest class present covers most; of several, the one nearest to the middle
-    of that class."""
+    """The index, row by row, of the patch that the smallest present class covers most; among equals, the one nearest to
+    the middle of that class."""
     ids, pixels = np.unique(mask[np.isin(mask, present)], return_counts=True)
     covered = torch.from_numpy((mask == ids[pixels.argmin()]).astype(np.float32))[None]
     share = torch.nn.functional.adaptive_avg_pool2d(covered, grid)[0]
@@ -122,7 +123,7 @@ def query_patch(mask: np.ndarray, present: Sequence[int], grid: tuple[int, int])
 
 
 def affinities(model: nn.Module, tokens: Tensor, photos: Photos) -> Tensor:
-    """(2,B,N,N): of the photos, and of their flips with the flip undone."""
+    """(2,B,N,N): the affinities of the photos, and of their flips with the flip undone."""
     found = []
     with capture_attention(model, no_grad=True) as attention, torch.no_grad():
         for view, inputs in zip((None, HorizontalFlip()), tokens, strict=True):
@@ -140,8 +141,8 @@ def affinities(model: nn.Module, tokens: Tensor, photos: Photos) -> Tensor:
 
 
 def draw_curves(path: Path, results: Path, photos: str, title: str) -> bool:
-    """mIoU of dev photos against the background threshold, raw and propagated, mean over seeds; False for a set without
-    background, which has no threshold."""
+    """mIoU of dev photos against the background threshold, raw and propagated, mean over seeds. Draws nothing and
+    returns False for a set without a background, which has no threshold."""
     cells = chosen_cells(results, photos)
     shown = {g.setting: g for g in groups(results) if g.split == "dev" and g.setting.photos == photos}
     members: list[Group] = [shown[cell.setting] for cell in cells.values() if cell.setting in shown]
@@ -165,12 +166,12 @@ def draw_curves(path: Path, results: Path, photos: str, title: str) -> bool:
     return True
 
 
-def _network(photos: Photos, cell: Cell) -> nn.Module:
+def _network(photos: Photos, cell: Cell) -> UpperHalf:
     return trained(photos, cell.setting, cell.seed).model.eval().requires_grad_(False)
 
 
 def _tokens(photos: Photos, positions: Sequence[int] | Tensor) -> Tensor:
-    """(2,B,1+N,D) of photos and of their flips."""
+    """(2,B,1+N,D): the tokens of photos and of their flips."""
     return torch.from_numpy(np.array(photos.tokens("dev")[:, np.asarray(positions)])).float()
 
 

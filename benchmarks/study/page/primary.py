@@ -1,4 +1,4 @@
-"""The primary contrast's section of the page: every seed, and what the rule written down before says of them."""
+"""The primary contrast's section of the page: every seed, and the verdict by the rule that was written down before."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from benchmarks.study.settings import SEEDS, SETS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
-EXCLUDING = 3  # of the seeds' intervals must exclude zero
-TRADED = 0.01  # of mAP
-STUDENT = 2.776  # the 97.5 % point of t with four degrees of freedom, of five seeds
+EXCLUDING = 3  # so many of the seeds' intervals must exclude zero
+TRADED = 0.01  # mAP that a gain may lose
+STUDENT = 2.776  # the 97.5 % point of Student's t with four degrees of freedom (five seeds)
 HELPS, HARMS, UNCLEAR = "a gain", "a loss", "no clear difference"
 
 
 @dataclass(frozen=True, eq=False)
 class Contrast:
-    """Two conditions on the test photos of one set: the second less the first, by seed."""
+    """Two conditions on the test photos of one set, compared by seed: the second less the first."""
 
     first: Group
     second: Group
@@ -70,7 +70,7 @@ class Contrast:
         return rows
 
     def verdict(self) -> str:
-        """By the rule of primary.json, in a sentence that can be checked against the rows."""
+        """The verdict by the rule of primary.json, in a sentence that can be checked against the rows."""
         above = sum(each.value > 0 for each in self.raw)
         clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
         found = moments([each.value for each in self.raw])
@@ -91,7 +91,7 @@ class Contrast:
 
 
 def judged(found: Sequence[Difference]) -> str:
-    """Of the differences of all seeds: one sign in all of them, and intervals that exclude zero in three or more."""
+    """A gain or a loss if the differences of all seeds have one sign and three or more intervals exclude zero."""
     for said, sign in ((HELPS, 1), (HARMS, -1)):
         clear = sum(min(sign * each.low, sign * each.high) > 0 for each in found)
         if all(sign * each.value > 0 for each in found) and clear >= EXCLUDING:
@@ -100,7 +100,7 @@ def judged(found: Sequence[Difference]) -> str:
 
 
 def by_seed(contrasts: Sequence[Contrast]) -> str:
-    """A table of all contrasts, a row for each seed that both conditions have."""
+    """A table of all contrasts, with a row for each seed that both conditions have."""
     header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
     return table(header, [row for contrast in contrasts for row in contrast.rows()])
 

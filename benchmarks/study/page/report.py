@@ -1,4 +1,4 @@
-"""docs/study.md from the JSON of the cells that are there. What has not been run is said to be missing."""
+"""docs/study.md from the JSON of the finished cells. The page names the cells that are missing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ from benchmarks.study.page.scenes import scenes
 from benchmarks.study.page.tables import (
     WEIGHTS_NOTE,
     Group,
+    Record,
     baseline_rows,
+    cpu_of,
+    figure_of,
     groups,
     mean_ap_of,
     number,
     paired_mean,
+    propagated_of,
     raw_of,
     reference_of,
     signed_spread,
@@ -30,7 +34,7 @@ from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import CONDITIONS, PROPAGATIONS, REFERENCE, SETS, SPLITS, STARTS, Cell, Setting
 from benchmarks.study.store import frozen_setting
 
-MATCHED = 0.005  # of mAP
+MATCHED = 0.005  # mAP that a condition may lose to be compared at "matched mAP"
 
 Family = tuple[int, int, str, str]  # size, epochs, view, precision: a table compares within one
 
@@ -94,7 +98,7 @@ PICTURES = {
 
 
 def report(results: Path, pictures: Path | None = None) -> str:
-    """``pictures`` is the folder of the PNGs, beside the page; those that are there are shown."""
+    """The page. ``pictures`` is the folder of PNGs beside it; the page shows those that exist."""
     found = groups(results)
     parts = [INTRODUCTION, primary(results, found)]
     for photos, about in SETS.items():
@@ -110,7 +114,7 @@ def report(results: Path, pictures: Path | None = None) -> str:
 
 
 def _missing(found: Sequence[Group], planned: Sequence[Cell], title: str) -> list[str]:
-    """Which planned dev cells are not there yet."""
+    """The planned dev cells that are not done yet."""
     done = {(group.setting, seed) for group in found if group.split == "dev" for seed in group.records}
     wanted = Counter(cell.setting.condition for cell in planned)
     there = Counter(cell.setting.condition for cell in planned if (cell.setting, cell.seed) in done)
@@ -134,7 +138,7 @@ def _pictures(folder: Path | None, photos: str) -> list[str]:
 
 
 def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list[str]:
-    """A table for each size, epochs, view and precision, that of the primary contrast first, then its details."""
+    """A table for each size, epochs, view and precision; that of the primary contrast comes first, then its details."""
     parts = []
     families: dict[Family, list[Group]] = {}
     for group in own:
@@ -169,7 +173,7 @@ def _named(family: Family) -> str:
 
 
 def _read(members: Sequence[Group]) -> str:
-    """How the maps of a table were read; a row of another reading is named."""
+    """How the maps of a table were read; rows with another reading are named."""
     ways: dict[str, list[str]] = {}
     for group in members:
         read = {
@@ -182,18 +186,16 @@ def _read(members: Sequence[Group]) -> str:
     return "Maps are read " + "; ".join(f"{way}: {', '.join(titles)}" for way, titles in ways.items()) + "."
 
 
-def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
-    """The baselines that know no training, then every condition with its paired difference to the reference."""
+def _conditions(baselines: Sequence[Record], members: Sequence[Group]) -> str:
+    """The baselines without training, then every condition with its paired difference to the reference."""
     header = ["", "seeds", "mAP", "raw CAM mIoU", "to reference", "propagated", "to reference", "oracle raw, prop."]
     header += ["FP, FN", "multi-label raw", "entropy class, patch rows", "CPU s", "GiB"]
     rows = [[row["name"], "", "", number(row["miou"]), *[""] * (len(header) - 4)] for row in baselines]
     for group in members:
         reference = reference_of(group, members)
         differences = []
-        for maps in ("raw", "propagated"):
-            paired = (
-                None if reference in (None, group) else paired_mean(reference, group, lambda r, m=maps: r[m]["miou"])
-            )
+        for figure in (raw_of, propagated_of):
+            paired = None if reference is None or reference is group else paired_mean(reference, group, figure)
             differences.append("" if paired is None else signed_spread(paired))
         memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
         entropies = np.mean([np.mean(record["entropies"], axis=0) for record in group.records.values()], axis=0)
@@ -204,16 +206,15 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
                 spread(group.mean(mean_ap_of)),
                 spread(group.mean(raw_of)),
                 differences[0],
-                spread(group.mean(lambda r: r["propagated"]["miou"])),
+                spread(group.mean(propagated_of)),
                 differences[1],
-                ", ".join(number(group.mean(lambda r, m=maps: r[m]["oracle"])[0]) for maps in ("raw", "propagated")),
+                ", ".join(number(group.mean(figure_of(maps, "oracle"))[0]) for maps in ("raw", "propagated")),
                 ", ".join(
-                    number(group.mean(lambda r, n=name: r["raw"][n])[0], 2)
-                    for name in ("false_positive", "false_negative")
+                    number(group.mean(figure_of("raw", name))[0], 2) for name in ("false_positive", "false_negative")
                 ),
-                number(group.mean(lambda r: r["raw"]["multi_label"])[0]),
+                number(group.mean(figure_of("raw", "multi_label"))[0]),
                 ", ".join(number(value) for value in entropies),
-                number(group.mean(lambda r: r["training"]["cpu_seconds"])[0], 0),
+                number(group.mean(cpu_of)[0], 0),
                 number(memory, 2),
             ]
         )
@@ -221,13 +222,13 @@ def _conditions(baselines: Sequence[dict], members: Sequence[Group]) -> str:
 
 
 def _others(members: Sequence[Group]) -> list[Contrast]:
-    """Against the reference, those conditions whose seeds the primary contrast's section does not show."""
+    """The contrasts with the reference that the primary contrast's section does not show."""
     own = [(reference_of(group, members), group) for group in members if group.setting.condition not in PRIMARY]
     return [Contrast(reference, group) for reference, group in own if reference is not None]
 
 
 def _matched(members: Sequence[Group]) -> str:
-    """Of each condition, the best raw maps among the weights that keep the reference's mAP, by the seeds of both."""
+    """The best raw maps of each condition among the weights that keep the reference's mAP, over the seeds of both."""
     reference = next((g for g in members if reference_of(g, members) is g), None)
     if reference is None:
         return "No reference was run with this view: no comparison at matched mAP."
@@ -248,7 +249,7 @@ def _matched(members: Sequence[Group]) -> str:
 
 
 def _readings(members: Sequence[Group]) -> str:
-    """mIoU by start layer, raw and by what the map is spread over: the same choices for every condition."""
+    """mIoU by start layer and by the layers of propagation: the same choices for every condition."""
     header = ["", *[f"from {start}" for start in STARTS]]
     rows = []
     for group in members:
@@ -269,7 +270,7 @@ def _reading(group: Group, start: int, name: str) -> float:
 
 
 def _classes(members: Sequence[Group]) -> str:
-    """Raw IoU of each id, mean over seeds."""
+    """The raw IoU of each id, averaged over seeds."""
     count = len(next(iter(members[0].records.values()))["raw"]["per_class_iou"])
     rows = []
     for group in members:
@@ -282,7 +283,7 @@ def _classes(members: Sequence[Group]) -> str:
 
 
 def _curves(members: Sequence[Group]) -> str | None:
-    """mIoU of raw maps at every tenth threshold; None for a set without background."""
+    """mIoU at every tenth threshold; None for a set without a background."""
     first = next(iter(members[0].records.values()))["raw"]["curve"]
     if len(first) == 1:
         return None
@@ -291,6 +292,6 @@ def _curves(members: Sequence[Group]) -> str | None:
     for group in members:
         for maps in ("raw", "propagated"):
             curve = np.mean([record[maps]["curve"] for record in group.records.values()], axis=0)
-            held = group.mean(lambda r, m=maps: r[m]["threshold"])[0]
+            held = group.mean(figure_of(maps, "threshold"))[0]
             rows.append([f"{group.title}: {maps}", number(held, 2), *[number(float(curve[i])) for i in shown]])
     return table(["", "threshold used", *[f"{i / len(first):.1f}" for i in shown]], rows)

@@ -1,4 +1,4 @@
-"""The synthetic scenes' part of the study: what the demo measured, reduced to what the page shows."""
+"""The synthetic scenes' part of the study: the demo's results, reduced to what the page shows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TRAINED = (WITHOUT, WITH, CONTROL)
 
 
 def keep(demo: Path, results: Path) -> None:
-    """Reduces the demo's JSON, of a run with ``--controls`` on the test scenes, to ``results``/scenes.json."""
+    """Reduce the demo's JSON of a run with ``--controls`` on the test scenes to ``results``/scenes.json."""
     try:
         run = json.loads(demo.read_text(encoding="utf-8"))
         seeds = {str(each["seed"]): {row["name"]: _reduced(row) for row in each["rows"]} for each in run["seeds"]}
@@ -27,19 +27,19 @@ def keep(demo: Path, results: Path) -> None:
         kept["command"] = _without_output(kept["command"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StudyError(
-            f"{demo} cannot be read ({error!r}); expected the demo's JSON; python -m acr_reg demo --controls"
+            f"{demo} is no result of the demo ({error!r}). Run python -m acr_reg demo --controls."
         ) from error
-    missing = [name for name in TRAINED for rows in seeds.values() if name not in rows]
+    missing = [name for name in TRAINED if any(name not in rows for rows in seeds.values())]
     if missing or kept["split"] != "test":
         raise StudyError(
-            f"found a run on {kept['split']} scenes without {missing or 'nothing'}; expected test scenes and the "
-            f"conditions {', '.join(TRAINED)}; run the demo with --controls"
+            f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on "
+            "test scenes with --controls."
         )
     write_json(results / FILE, kept | {"seeds": seeds})
 
 
 def _without_output(command: list[str]) -> list[str]:
-    """The demo's arguments without --output DIR, which is a place on the machine that ran it."""
+    """The demo's arguments without --output DIR, a folder of the machine that ran it."""
     if "--output" not in command:
         return command
     at = command.index("--output")
@@ -55,7 +55,7 @@ def _reduced(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def scenes(results: Path) -> str | None:
-    """Every seed and the means, beside the baselines; None where nothing was run."""
+    """Every seed and the means, with the baselines; None if nothing was run."""
     path = results / FILE
     if not path.exists():
         return None

@@ -1,4 +1,4 @@
-"""Rows of the study's tables: cells grouped over seeds, and Markdown."""
+"""Rows of the study's tables: cells grouped over seeds, their figures, and Markdown."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from benchmarks.study.store import BASELINES, all_cells, read_json
 from benchmarks.study.views import VIEWS
 
 Record = Mapping[str, Any]
+Figure = Callable[[Record], float]
 
 WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
 
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """One setting on one split: its cells by seed."""
+    """The cells of one setting on one split, by seed."""
 
     setting: Setting
     split: str
     records: dict[int, Record]
 
-    def mean(self, figure: Callable[[Record], float]) -> tuple[float, float, int]:
+    def mean(self, figure: Figure) -> tuple[float, float, int]:
         """Mean, standard deviation (NaN of one) and number of seeds."""
         return moments([figure(record) for record in self.records.values()])
 
     @property
     def title(self) -> str:
-        """The condition and what it has beside the table's own size, epochs, view and precision."""
+        """The condition and its options, except the table's size, epochs, view and precision."""
         setting = self.setting
         parts = [CONDITIONS[setting.condition].title]
         parts += [f"weight {setting.weight:g}"] if setting.weight else []
@@ -47,7 +48,7 @@ class Group:
 
 
 def groups(results: Path) -> list[Group]:
-    """In the order of the conditions, then of the weights."""
+    """All groups, in the order of the conditions, then of the weights."""
     found: dict[tuple[Setting, str], dict[int, Record]] = {}
     for cell, record in all_cells(results):
         found.setdefault((cell.setting, cell.split), {})[cell.seed] = record
@@ -57,7 +58,7 @@ def groups(results: Path) -> list[Group]:
 
 
 def reference_of(group: Group, among: Iterable[Group]) -> Group | None:
-    """Two views without consistency, by the same photos, size, epochs, view and precision, on the same split."""
+    """Two views without consistency, with the same photos, size, epochs, view and precision, on the same split."""
     same = ("photos", "size", "epochs", "view", "precision", "frozen", "batch_size", "rate", "head_rate")
     for other in among:
         if (other.setting.condition, other.split) != (REFERENCE, group.split):
@@ -73,7 +74,7 @@ def baseline_rows(results: Path, photos: str, split: str) -> list[Record]:
 
 
 def difference(first: Record, second: Record, maps: str = "raw") -> Difference:
-    """Second less first, images resampled in pairs."""
+    """Second less first, with images resampled in pairs."""
     return paired_bootstrap(ImageCounts.unpack(first[maps]["counts"]), ImageCounts.unpack(second[maps]["counts"]))
 
 
@@ -81,12 +82,18 @@ def mean_ap_of(record: Record) -> float:
     return record["mean_ap"]
 
 
-def raw_of(record: Record) -> float:
-    return record["raw"]["miou"]
+def figure_of(maps: str, name: str) -> Figure:
+    """A figure of the "raw" or "propagated" class maps, of the training, ..."""
+    return lambda record: record[maps][name]
 
 
-def paired_mean(first: Group, second: Group, figure: Callable[[Record], float]) -> tuple[float, float, int] | None:
-    """Mean and deviation over the seeds that both have of the paired difference; None without any."""
+raw_of = figure_of("raw", "miou")
+propagated_of = figure_of("propagated", "miou")
+cpu_of = figure_of("training", "cpu_seconds")
+
+
+def paired_mean(first: Group, second: Group, figure: Figure) -> tuple[float, float, int] | None:
+    """Mean, deviation and number of the paired differences, over the seeds that both have; None without any."""
     seeds = [seed for seed in first.records if seed in second.records]
     values = [figure(second.records[seed]) - figure(first.records[seed]) for seed in seeds]
     return moments(values) if values else None
