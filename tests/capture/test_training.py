@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 import sys
 import threading
@@ -22,17 +23,16 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from acr_reg import AllPairsConsistencyLoss, CaptureError, HorizontalFlip, capture_attention
-from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit, multihead_vit
+from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit
+from tests.support.models.plain import BLOCKS, BUILDERS, Calling, Checkpointed, checkpointed
 
-BUILDS = {"explicit": explicit_vit, "fused": multihead_vit}
-either_kind = pytest.mark.parametrize("kind", BUILDS)
+either_kind = pytest.mark.parametrize("kind", BUILDERS)
+
+
 half_precision = pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs torch 2.3 on the CPU")
+
+
 view = HorizontalFlip()
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def images(batch: int = 4) -> Tensor:
@@ -81,12 +81,12 @@ def batch_and_labels() -> tuple[Tensor, Tensor]:
 
 def built(kind: str, seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return BUILDS[kind](2).double()
+    return BUILDERS[kind](2).double()
 
 
 DISTRIBUTED = [
     (kind, captured, forwards, unused)
-    for kind in BUILDS
+    for kind in BUILDERS
     for captured in ("wrapper", "module")
     for forwards, unused in ((1, False), (2, False), (1, True))
 ]
@@ -137,7 +137,7 @@ def test_two_processes_with_half_the_batch_each_get_the_gradient_of_one_with_all
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=half_precision)], ids=str)
 @pytest.mark.parametrize("scaled", [False, pytest.param(True, marks=half_precision)], ids=["plain", "scaled"])
 def test_autocast_trains_the_attention_as_float32_does(kind: str, dtype: torch.dtype, scaled: bool) -> None:
-    model, x = BUILDS[kind](3), images()
+    model, x = BUILDERS[kind](3), images()
 
     def loss_of(model: nn.Module, forwards: int, enabled: bool) -> Tensor:
         with capture_attention(model) as attention, torch.autocast("cpu", dtype=dtype, enabled=enabled):
@@ -181,17 +181,6 @@ def test_autocast_trains_the_attention_as_float32_does(kind: str, dtype: torch.d
 # ---- checkpointing
 
 
-class Checkpointed(nn.Sequential):
-    """Blocks of which each is recomputed in backward, by the kind of checkpointing named for it, or kept for None."""
-
-    reentrant: tuple[bool | None, ...] = ()
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block, reentrant in zip(self, self.reentrant, strict=True):
-            x = block(x) if reentrant is None else checkpoint(block, x, use_reentrant=reentrant)
-        return x
-
-
 def checkpointed_vit(kind: str, dropout: float = 0.0) -> nn.Module:
     def block() -> nn.Module:
         attention = ExplicitBlock(dropout=dropout) if kind == "explicit" else MultiheadBlock(False, dropout=dropout)
@@ -225,6 +214,31 @@ def test_checkpointed_blocks_get_the_gradient_of_kept_ones(kind: str, autocast: 
     for gradient in recomputed:
         for name, expected in kept.items():
             torch.testing.assert_close(gradient[name], expected, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_non_reentrant_checkpointing_gives_the_same_gradient() -> None:
+    for block in BLOCKS.values():
+        model, x = checkpointed(block, depth=1)(), images()
+        gradients = []
+        for reentrant in (None, False):
+            model.encoder.reentrant = (reentrant,)
+            model.zero_grad()
+            with capture_attention(model) as attention:
+                a, b = model(x), None
+                attn_a = attention.take()
+                b = model(x.flip(-1))
+                loss = AllPairsConsistencyLoss(HorizontalFlip())(attn_a, attention.take()) + a.sum() + b.sum()
+                loss.backward()
+                with pytest.raises(CaptureError):  # what backward recomputed is not a run
+                    attention.take()
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        for plain, recomputed in zip(*gradients, strict=True):
+            torch.testing.assert_close(plain, recomputed)
+        model.encoder.reentrant = True
+        with capture_attention(model) as attention:
+            model(x)
+            with pytest.raises(CaptureError, match="use_reentrant=False"):
+                attention.take()
 
 
 @either_kind
@@ -289,18 +303,6 @@ def test_a_layer_unlike_the_others_that_is_checkpointed_reentrantly_is_refused(e
 # ---- threads
 
 
-class Meeting(nn.Module):
-    """Hands its input on once as many threads as the barrier expects are here."""
-
-    def __init__(self, barrier: threading.Barrier) -> None:
-        super().__init__()
-        self.barrier = barrier
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.barrier.wait(20)
-        return x
-
-
 def train(model: nn.Module, attention: Any, batches: list[Tensor]) -> None:
     optimizer, acr = torch.optim.SGD(model.parameters(), lr=0.1), AllPairsConsistencyLoss(view)
     for x in batches:
@@ -339,9 +341,9 @@ def test_two_threads_train_two_models_at_once() -> None:
     models = [explicit_vit(2), PlainEncoder(nn.Sequential(ExplicitBlock(), MultiheadBlock(False), ExplicitBlock()))]
     expected = copy.deepcopy(models)
     batches = [images(2) for _ in range(4)]
-    for model in models:
-        model.encoder[0].drop = Meeting(barrier)  # both are then between a softmax and its values
-        model.encoder[-1].drop = Meeting(barrier)
+    for model, place in itertools.product(models, (0, -1)):
+        model.encoder[place].drop = meeting = Calling()  # both are then between a softmax and its values
+        meeting.call = lambda: barrier.wait(20)
     with capture_attention(models[0]) as first, capture_attention(models[1]) as second:
         run_together(
             lambda: train(models[0], first, batches),
@@ -356,7 +358,7 @@ def test_two_threads_train_two_models_at_once() -> None:
 
 @either_kind
 def test_two_threads_train_one_model_by_turns(kind: str) -> None:
-    model, batches = BUILDS[kind](2), [images(2) for _ in range(6)]
+    model, batches = BUILDERS[kind](2), [images(2) for _ in range(6)]
     expected = copy.deepcopy(model)
     turns = [threading.Semaphore(1), threading.Semaphore(0)]
 
@@ -423,6 +425,17 @@ def test_two_threads_within_multihead_attention_do_not_mistake_each_others_calls
                 second.take()
 
 
+def test_worker_threads_are_captured() -> None:
+    model = explicit_vit()
+    with capture_attention(model) as attention:
+        model(images())
+        attention.take()
+        worker = threading.Thread(target=model, args=(images(3),))
+        worker.start()
+        worker.join()
+        assert attention.take().batch_size == 3
+
+
 # ---- frozen layers
 
 
@@ -436,7 +449,7 @@ class LowerHalfWithoutGradient(nn.Sequential):
 @either_kind
 @pytest.mark.parametrize("by", ["requires_grad", "no_grad"])
 def test_a_frozen_lower_half_is_left_out_and_the_upper_half_is_trained(kind: str, by: str) -> None:
-    model, x = BUILDS[kind](4), images()
+    model, x = BUILDERS[kind](4), images()
     frozen = [model.proj, model.encoder[0], model.encoder[1]]
     for module in frozen:
         module.requires_grad_(False)
