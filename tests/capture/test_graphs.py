@@ -38,20 +38,18 @@ def test_maps_without_a_graph_are_refused_where_the_loss_needs_one(build: Builde
         with torch.no_grad():
             _, maps_a, maps_b = views_of(model, attention, x)
             value = acr(maps_a, maps_b)
-        with pytest.raises(ValueError, match="found no gradient in the maps of either view") as error:
+        with pytest.raises(ValueError, match="no gradient") as error:
             acr(maps_a, maps_b)
-        assert says(error, "layers (0, 1)", "outside torch.no_grad")
+        assert says(error, "layers (0, 1)", "torch.no_grad")
         _, learning, other = views_of(model, attention, x)
         torch.testing.assert_close(acr(learning, maps_b).detach(), value)  # a teacher's side needs none
-        with pytest.raises(ValueError, match="found no gradient") as error:
+        with pytest.raises(ValueError, match="no gradient"):
             acr(learning.detach(), other.detach())
-        assert says(error)
     model.requires_grad_(False)
     with capture_attention(model) as attention:
         _, maps_a, maps_b = views_of(model, attention, x)
-        with pytest.raises(ValueError, match="found no gradient") as error:
+        with pytest.raises(ValueError, match=r"no gradient.*quer(y|ies) and key"):
             acr(maps_a, maps_b)
-        assert says(error, "unfrozen query and key weights")
 
 
 GRAPHS = {
@@ -82,15 +80,13 @@ def test_maps_whose_graph_backward_has_freed_are_refused(
         expected = loss.item()
         (loss + logits if freed_by == "the loss" else logits).backward()
         for pair, side in (((maps_a, maps_b), "a"), ((maps_a.detach(), maps_b), "b"), ((maps_a, maps_b.detach()), "a")):
-            with pytest.raises(ValueError, match="already freed") as error:
+            with pytest.raises(ValueError, match=rf"(view |attn_){side}\b.*already freed.*anew"):
                 acr(*pair)
-            assert says(error, f"view {side}", "take() them anew in each step")
         with torch.no_grad():
             torch.testing.assert_close(acr(maps_a, maps_b).item(), expected)  # the values can still be looked at
         _, fresh_a, fresh_b = views_of(model, attention, x)
-        with pytest.raises(ValueError, match="already freed") as error:
+        with pytest.raises(ValueError, match=r"(view |attn_)b\b.*already freed"):
             acr(fresh_a, maps_b)  # the maps of the step before
-        assert says(error, "view b")
         acr(fresh_a, fresh_b).backward()
 
 
@@ -155,9 +151,9 @@ def test_attention_dropout_is_refused_where_it_breaks_the_identity_of_the_cam(bu
             logits, maps = model(x), attention.take()
             assert [layer.dropout for layer in maps] == [0.3 * training] * 2
             if training and maps[0].is_factored:
-                with pytest.raises(ValueError, match=r"found attention dropout 0\.3 active in a fused kernel") as error:
+                with pytest.raises(ValueError, match=r"dropout 0\.3") as error:
                     class_token_gradient_cam(logits, maps)
-                assert says(error, "layer 0 (encoder.0.attention)", "run the forward in eval mode")
+                assert says(error, "layer 0 (encoder.0.attention)", "eval mode")
             else:
                 assert class_token_gradient_cam(logits, maps).amax((2, 3)).min() > 0
 
@@ -184,9 +180,9 @@ def test_graph_from_gives_the_cam_of_a_wholly_frozen_model(build: Builder, graph
     output = model(x)
     with capture_attention(model) as attention:
         logits = model(x)
-        with pytest.raises(ValueError, match="found no graph under the logits") as error:
+        with pytest.raises(ValueError, match="no graph") as error:
             class_token_gradient_cam(logits, attention.take(), start_layer=graph_from)
-        assert says(error, "capture_attention(model, graph_from=)", "start_layer")
+        assert says(error, "logits", "graph_from=", "start_layer")
     with capture_attention(model, graph_from=graph_from) as attention:
         if graph_from < 0:  # counts from the last layer of a run that was taken
             assert torch.equal(model(x), output)
@@ -209,7 +205,7 @@ def test_graph_from_gives_the_cam_of_a_wholly_frozen_model(build: Builder, graph
                 if layer.index > first:
                     assert all(t.grad_fn is not None for t in tensors)
             if first:
-                with pytest.raises(ValueError, match="found no graph under layer") as error:
+                with pytest.raises(ValueError, match="no graph") as error:
                     class_token_gradient_cam(logits, maps, start_layer=0)
                 assert says(error, f"layer {first - 1} (", "graph_from=")
         assert all(p.grad is None and not p.requires_grad for p in model.parameters())

@@ -23,19 +23,19 @@ def test_layers_and_modules_choose() -> None:
         model(images())
         (layer,) = attention.take()
         assert layer.name == "encoder.1.attention"
-    with pytest.raises(ValueError, match=r"found 'encoder.9', which is no module.*expected names"):
+    with pytest.raises(ValueError, match=r"'encoder\.9'"):
         capture_attention(model, modules=["encoder.9"])
     with capture_attention(model, layers=[7]) as attention:
         model(images())
-        with pytest.raises(IndexError, match=r"found no layer \[7\]; expected some of \[0, 1, 2\]"):
+        with pytest.raises(IndexError, match=r"\[7\].*\[0, 1, 2\]"):
             attention.take()
 
 
 def test_bad_arguments_leave_no_hook_behind() -> None:
     model = explicit_vit()
-    with pytest.raises(ValueError, match=r"found keep='some'; expected .only., .first."):
+    with pytest.raises(ValueError, match=r"keep=.*'some'.*only.*first|'some'.*keep=.*only.*first"):
         capture_attention(model, keep="some")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"found a str; expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"\bstr\b.*torch\.nn\.Module"):
         capture_attention("vit")  # type: ignore[arg-type]
     assert hooks(model) == 0
 
@@ -46,11 +46,11 @@ def test_a_grid_that_cannot_be_known_is_an_error_where_it_is_needed() -> None:
         model(torch.randn(2, 25, 32))
         maps = attention.take()
         assert maps[0].weights().shape == (2, 4, 25, 25)
-        with pytest.raises(LayoutError, match=r"found 25 tokens and no image.*expected one.*with_layout"):
+        with pytest.raises(LayoutError, match=r"25 tokens.*image.*with_layout"):
             AllPairsConsistencyLoss(HorizontalFlip())(maps, maps)
         placed = maps.with_layout(grid=(4, 6), num_prefix_tokens=1)
         assert AllPairsConsistencyLoss(HorizontalFlip())(placed, placed) > 0
-        with pytest.raises(LayoutError, match=r"found 25 queries and 25 keys; expected 24"):
+        with pytest.raises(LayoutError, match=r"25 queries and 25 keys.*\b24\b"):
             maps.with_layout(grid=(4, 6), num_prefix_tokens=0)
 
 
@@ -61,9 +61,7 @@ def test_nothing_captured_says_what_to_check() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with capture_attention(model) as attention:
         model(images())
-        with pytest.raises(
-            CaptureError, match=r"found no token-to-token attention of Sequential.*expected.*run this model"
-        ):
+        with pytest.raises(CaptureError, match=r"no token-to-token attention.*Sequential.*run this model"):
             attention.take()
 
 

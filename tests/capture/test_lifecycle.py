@@ -72,7 +72,7 @@ def test_nested_captures_see_the_same_and_end_in_either_order(part: str, outer_f
                 model(images())
                 assert len(running.take()) == (1 if part and outer_first else 3)
                 assert modes() == 0
-        with pytest.raises(CaptureError, match="found a capture that was removed"):
+        with pytest.raises(CaptureError, match="removed"):
             inner.take()
     assert state_of(model) == before
 
@@ -150,7 +150,7 @@ def test_every_end_of_a_capture_restores_the_model() -> None:
         assert hooks(model) > 0
     assert hooks(model) == 0
     attention.remove()
-    with pytest.raises(CaptureError, match="found a capture that was removed"):
+    with pytest.raises(CaptureError, match="removed"):
         attention.take()
     with contextlib.suppress(ZeroDivisionError), capture_attention(model):
         model(images())

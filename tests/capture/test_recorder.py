@@ -45,7 +45,7 @@ def test_a_forward_on_both_views_at_once_chunks() -> None:
     torch.testing.assert_close(a[1].weights(), alone[1].weights())
     quarters = [part.weights()[0] for half in (a, b) for part in half.chunk(2)]
     assert torch.equal(torch.cat(quarters), both.weights()[0])
-    with pytest.raises(ValueError, match="found a batch of 4; expected a multiple of 3"):
+    with pytest.raises(ValueError, match=r"batch of 4\b.*\b3\b"):
         both.chunk(3)
 
 
@@ -72,18 +72,17 @@ def test_a_block_registered_twice_runs_twice_in_one_run() -> None:
 def test_only_one_untaken_run_is_allowed_and_its_tensors_are_released() -> None:
     model = explicit_vit()
     with capture_attention(model) as attention:
-        model(images(2))
-        first = weakref.ref(attention._recorder._runs[0].calls[0].call.recorded.map)
+        with capture_attention(model) as spy:
+            model(images(2))
+            first = weakref.ref(recorded(spy.take()))
         model(images(3))
         gc.collect()
         assert first() is None
-        with pytest.raises(
-            CaptureError, match=r"found 2 encoder runs.*\(2, 4, 25, 25\).*\(3, 4, 25, 25\).*expected one"
-        ):
+        with pytest.raises(CaptureError, match=r"\b2 encoder runs.*\(2, 4, 25, 25\).*\(3, 4, 25, 25\)"):
             attention.take()
         model(images(1))
         assert attention.take().batch_size == 1
-        with pytest.raises(CaptureError, match=r"found no token-to-token attention.*since the last take"):
+        with pytest.raises(CaptureError, match="since the last take"):
             attention.take()
         model(images(2))
         attention.clear()
@@ -96,10 +95,14 @@ def test_first_and_last_run(keep: str, expected: int) -> None:
     model = multihead_vit()
     with capture_attention(model, keep=keep) as attention:
         for _ in range(2):
-            for batch in (1, 2, 3):
-                model(images(batch))
-            kept = [run for run in attention._recorder._runs if run.calls]
-            assert len(kept) == 1, "the other runs' tensors are released"
+            maps = []
+            with capture_attention(model) as spy:
+                for batch in (1, 2, 3):
+                    model(images(batch))
+                    maps.append(weakref.ref(recorded(spy.take())))
+            gc.collect()
+            kept = [batch for batch, each in enumerate(maps, 1) if each() is not None]
+            assert kept == [expected], "the other runs' tensors are released"
             assert attention.take().batch_size == expected
 
 
@@ -111,7 +114,7 @@ def test_all_runs() -> None:
         assert [maps.batch_size for maps in attention.take_all()] == [1, 2, 3]
         for batch in (1, 2, 3):
             model(images(batch))
-        with pytest.raises(CaptureError, match=r"found 3 encoder runs.*call take\(0\) to take\(2\)"):
+        with pytest.raises(CaptureError, match=r"\b3 encoder runs.*take\(0\).*take\(2\)"):
             attention.take()
         model(images(4)), model(images(5))
         assert attention.take(1).batch_size == 5
@@ -127,7 +130,7 @@ def test_runs_that_nobody_takes_do_not_pile_up() -> None:
                 model(images(1))
             assert len(attention._recorder._runs) <= 8
             if keep == "only":
-                with pytest.raises(CaptureError, match="found 8 or more encoder runs"):
+                with pytest.raises(CaptureError, match="8 or more encoder runs"):
                     attention.take()
             else:
                 assert len(attention.take()) == 1

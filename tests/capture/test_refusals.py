@@ -43,7 +43,7 @@ def test_replicas_of_data_parallel_are_refused(build: Builder, warm: bool, captu
             attention.take()
         with pytest.raises(CaptureError) as error:
             parallel(x)
-        assert says(error, "nn.DataParallel runs replicas", "use DistributedDataParallel")
+        assert says(error, "nn.DataParallel", "replicas", "DistributedDataParallel")
         assert modes() == 0
         for _ in range(2):
             assert torch.equal(model(x), output)
@@ -51,7 +51,7 @@ def test_replicas_of_data_parallel_are_refused(build: Builder, warm: bool, captu
     for found, name in ((replica_of(model), "a model ("), (nn.Sequential(replica_of(model)), "0 (")):
         with pytest.raises(CaptureError) as error:
             capture_attention(found)
-        assert says(error, f"found {name}", "which is a replica of nn.DataParallel")
+        assert says(error, name, "replica", "nn.DataParallel")
 
 
 @every_block
@@ -73,7 +73,7 @@ def test_an_attention_module_that_joins_a_captured_model_is_refused(
         with pytest.raises(CaptureError) as error:  # noqa: PT012  # either may be the one to notice
             model(x)
             attention.take()
-        assert says(error, "encoder.3" if change == "added" else "encoder.1", "capture again after the change")
+        assert says(error, "encoder.3" if change == "added" else "encoder.1", "capture again")
         assert modes() == 0
     with capture_attention(model) as attention:
         model(x)
@@ -135,7 +135,7 @@ def test_a_block_whose_kernel_leaves_nothing_to_record_is_named(kernel: Any, oth
             model(x)
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "found attention in 2 modules", f"encoder.{where}", "switch other kernels", "modules=")
+            assert says(error, "in 2 modules", f"encoder.{where}", "kernel", "modules=")
             if kernel is _cpu_flash:
                 assert "_scaled_dot_product_flash_attention" in str(error.value)
             assert modes() == 0
@@ -165,7 +165,7 @@ def test_a_kernel_that_leaves_nothing_to_record_is_named_in_a_block_unlike_the_o
             model(x)
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, f"encoder.{where} (_scaled_dot_product_flash_attention", "switch other kernels")
+            assert says(error, f"encoder.{where} (_scaled_dot_product_flash_attention", "kernel")
 
 
 @pytest.mark.parametrize("kernel", [_cpu_flash, Opaque.apply], ids=["operator", "autograd.Function"])
@@ -187,7 +187,7 @@ def test_modules_of_the_same_class_that_run_another_kernel_are_named(kernel: str
             model(images())
             with pytest.raises(CaptureError, match="none that can be captured") as error:
                 attention.take()
-            assert says(error, "found attention in 2 modules", "blocks.1", "blocks.3", "modules=")
+            assert says(error, "in 2 modules", "blocks.1", "blocks.3", "modules=")
             assert "blocks.0" not in str(error.value)
     with capture_attention(model, modules=["blocks.0", "blocks.2"]) as attention:
         model(images())
@@ -232,15 +232,14 @@ def test_passes_that_do_not_correspond_are_refused() -> None:
 
     expected = acr(*both("only", 0, 0)).item()
     for crops_a, crops_b in ((3, 0), (0, 3)):
-        with pytest.raises(ValueError, match="found maps of encoder run") as error:
+        with pytest.raises(ValueError, match=rf'encoder run {crops_a}\b.*run {crops_b}\b.*keep="first"'):
             acr(*both("last", crops_a, crops_b))
-        assert says(error, f"run {crops_a} since", f"of run {crops_b} in", 'keep="first"')
         assert acr(*both("first", crops_a, crops_b)).item() == expected
     assert acr(*both("last", 0, 0)).item() == expected
     assert acr(*both("last", 3, 3)) > 0
     with pytest.raises(CaptureError) as error:
         both("only", 3, 0)
-    assert says(error, "found 4 encoder runs", 'keep="first"')
+    assert says(error, "4 encoder runs", 'keep="first"')
 
 
 class LayerDrop(nn.Sequential):
@@ -269,10 +268,8 @@ def test_layers_that_do_not_correspond_are_refused(block: Callable[[], nn.Module
         if warm:
             take(x)
         maps = take(x, 1)
-        with pytest.raises(ValueError, match="expected the same block") as error:
+        with pytest.raises(ValueError, match=r"encoder\.2\b.*encoder\.1\b.*LayerDrop"):
             acr(maps, take(x.flip(-1), 2))
-        assert says(error, "found maps of encoder.2", "of encoder.1", "(LayerDrop), switch that off")
-        with pytest.raises(ValueError, match="expected the same") as error:
+        with pytest.raises(ValueError, match=r"layers \(0, 1, 2\).*\(0, 1, 2, 3\)"):
             acr(maps, take(x.flip(-1)))
-        assert says(error, "layers (0, 1, 2)", "(0, 1, 2, 3)")
         assert acr(maps, take(x.flip(-1), 1)) > 0
