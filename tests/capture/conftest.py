@@ -10,8 +10,15 @@ from torch.overrides import _pop_mode
 from tests.support.capturing import modes
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _thaw() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed_and_clean_up() -> Iterator[None]:
+    gc.freeze()  # the collector passes over what was there before: collecting takes milliseconds, not a second
     torch.manual_seed(0)
     yield
     left = modes()
@@ -23,7 +30,6 @@ def _seed_and_clean_up() -> Iterator[None]:
 @pytest.fixture
 def no_collector() -> Iterator[None]:
     """What is freed under this fixture is freed by its last reference."""
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

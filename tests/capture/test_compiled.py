@@ -60,8 +60,6 @@ def _block_in_place(model: nn.Module, backend: str) -> Compiled:
 
 
 has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-
-
 inductor = pytest.mark.skipif(not has_compiler, reason="inductor needs a C++ compiler")
 
 

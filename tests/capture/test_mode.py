@@ -14,23 +14,12 @@ from tests.support.attention import says
 from tests.support.capturing import affinity_loss, captured, grids, images, kinds
 from tests.support.models import CASES, Case, ExplicitBlock, PlainEncoder, every_model, explicit_vit, multihead_vit
 from tests.support.models.spellings import (
-    Baddbmm,
+    MIXED,
+    WRITTEN,
     Differential,
     DroppedInPlace,
-    Einsum,
-    EinsumEllipsis,
-    EinsumLists,
-    EinsumTokensFirst,
-    EinsumValuesFirst,
-    Flattened,
-    Gated,
-    Masked,
     OneHeadWithoutItsAxis,
-    Operators,
-    Reshaped,
-    Subtracted,
     TalkingHeads,
-    Transposed,
 )
 from tests.support.models.tokens import GRID, Attention, Tokens
 
@@ -116,21 +105,6 @@ def test_fused_and_unfused_maps_agree(name: str) -> None:
 # ---- every way to write the two products
 
 
-WRITTEN = [
-    Transposed,
-    Einsum,
-    EinsumTokensFirst,
-    EinsumValuesFirst,
-    EinsumEllipsis,
-    EinsumLists,
-    Baddbmm,
-    Operators,
-    Reshaped,
-    Flattened,
-    OneHeadWithoutItsAxis,
-]
-
-
 @pytest.mark.parametrize("build", WRITTEN)
 @pytest.mark.parametrize("checks", [True, False], ids=["for checks", "as users do"])
 def test_however_the_products_are_written_the_map_is_the_one_that_met_the_values(
@@ -172,16 +146,6 @@ def test_a_second_product_with_a_map_is_no_layer() -> None:
 
 
 # ---- maps that are mixed after the softmax
-
-
-MIXED = {
-    "talking heads": TalkingHeads,
-    "talking heads by convolution": lambda: TalkingHeads("convolution"),
-    "gate": Gated,
-    "gate, positions first": lambda: Gated(False),
-    "masked": Masked,
-    "subtracted": Subtracted,
-}
 
 
 @pytest.mark.parametrize("name", MIXED)

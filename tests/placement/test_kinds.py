@@ -11,24 +11,9 @@ from torch import Tensor, nn
 
 from acr_reg import capture_attention
 from tests.support.capturing import affinity_loss, captured, grids, images, kinds, nothing_captured
-from tests.support.models import MultiheadBlock, PlainEncoder
-from tests.support.models.other import (
-    BetweenImages,
-    ChannelAttention,
-    ClassAttention,
-    Decoder,
-    Gate,
-    GroupedChannels,
-    LinearAttention,
-    LinearOverTheLastAxis,
-    Mixing,
-    OverTheHeads,
-    OverTheQueries,
-    Pooling,
-    SumsTheQueries,
-    WithoutValues,
-)
-from tests.support.models.reduced import PoolingOfFour, ReducedKeys
+from tests.support.models import MultiheadBlock, PlainEncoder, other
+from tests.support.models.other import ChannelAttention, ClassAttention, Decoder, GroupedChannels, Mixing, Pooling
+from tests.support.models.reduced import PoolingOfFour
 from tests.support.models.tokens import SIZE, Attention, ByConvolution, Maps, Tokens
 
 # ---- attention between channels
@@ -83,37 +68,24 @@ def test_as_many_tokens_as_a_head_is_wide_are_not_channels(
 # ---- attention to other tokens, and to few
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "by hand"])
-def test_class_attention_with_one_query_is_skipped_by_name(fused: bool) -> None:
-    maps, skipped = captured(Tokens(Attention(), ClassAttention(fused=fused)), images())
+@pytest.mark.parametrize(
+    ("build", "reason"),
+    [
+        (ClassAttention, "1 query, 24 keys: pooling or class attention"),
+        (lambda: ClassAttention(fused=True), "1 query, 24 keys: pooling or class attention"),
+        (lambda: PoolingOfFour(6), "6 queries, 24 keys, of which the queries are not the module's tokens"),
+        (other.SomeKeys, "24 queries, 7 keys that fit no two grids of the image"),
+        (other.MeanImage, "a batch of 1 for 2 images: tokens of something else"),
+    ],
+    ids=["one query by hand", "one query fused", "queries of its own", "keys of no grid", "another batch"],
+)
+def test_attention_that_is_not_between_the_tokens_is_skipped_by_name(
+    build: Callable[[], nn.Module], reason: str
+) -> None:
+    maps, skipped = captured(Tokens(Attention(), build()), images())
     assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "1 query, 24 keys: pooling or class attention"
-
-
-def test_queries_that_are_not_the_modules_tokens_are_no_grid() -> None:
-    maps, skipped = captured(Tokens(Attention(), PoolingOfFour(6)), images())
     assert kinds(maps) == ["global"]
-    assert "6 queries, 24 keys, of which the queries are not the module's tokens" in skipped["blocks.1"]
-
-
-def test_keys_that_fit_no_grid_like_that_of_the_queries_are_other_tokens() -> None:
-    class Others(ReducedKeys):
-        def others(self, x: Tensor) -> Tensor:
-            return x[:, :7]
-
-    maps, skipped = captured(Tokens(Attention(), Others()), images())
-    assert kinds(maps) == ["global"]
-    assert "24 queries, 7 keys that fit no two grids of the image" in skipped["blocks.1"]
-
-
-def test_a_batch_that_is_no_multiple_of_the_images_is_of_something_else() -> None:
-    class Merged(Attention):
-        def forward(self, x: Tensor) -> Tensor:
-            return x + super().forward(x.mean(0, keepdim=True))
-
-    maps, skipped = captured(Tokens(Attention(), Merged()), images())
-    assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "a batch of 1 for 2 images: tokens of something else"
+    assert reason in skipped["blocks.1"]
 
 
 @pytest.mark.parametrize(
@@ -219,14 +191,14 @@ def test_other_attention_is_skipped_by_name_and_reason() -> None:
 
 
 NO_MAP = [
-    (LinearAttention, "of what is no product of queries and keys: linear attention, or a gate"),
-    (LinearOverTheLastAxis, "of what is no product of queries and keys: linear attention, or a gate"),
-    (Gate, "a softmax over (2, 24, 2) of what is no product of queries and keys: linear attention, or a gate"),
-    (OverTheQueries, "a softmax over axis -2 of (2, 4, 24, 24), not over the last"),
-    (OverTheHeads, "a softmax over axis 1 of (2, 4, 24, 24), not over the last"),
-    (WithoutValues, "a softmax over (2, 4, 24, 24) that met no values"),
-    (SumsTheQueries, "a product that sums over the queries, not over the keys: no attention of queries to keys"),
-    (BetweenImages, "a softmax over (2, 2), between images and not their tokens"),
+    (other.LinearAttention, "of what is no product of queries and keys: linear attention, or a gate"),
+    (other.LinearOverTheLastAxis, "of what is no product of queries and keys: linear attention, or a gate"),
+    (other.Gate, "a softmax over (2, 24, 2) of what is no product of queries and keys: linear attention, or a gate"),
+    (other.OverTheQueries, "a softmax over axis -2 of (2, 4, 24, 24), not over the last"),
+    (other.OverTheHeads, "a softmax over axis 1 of (2, 4, 24, 24), not over the last"),
+    (other.WithoutValues, "a softmax over (2, 4, 24, 24) that met no values"),
+    (other.SumsTheQueries, "a product that sums over the queries, not over the keys: no attention of queries to keys"),
+    (other.BetweenImages, "a softmax over (2, 2), between images and not their tokens"),
 ]
 
 

@@ -11,14 +11,8 @@ from tests.support.models import CASES
 from tests.support.models.published import segformer, timm_model, transformers_swin
 
 SWIN = {"img_size": 64, "window_size": 4, "embed_dim": 24, "depths": (1, 2, 2), "num_heads": (2, 4, 8)}
-
-
 TINY = {"img_size": 64, "embed_dim": 48, "depth": 2, "num_heads": 3}
-
-
 DAVIT = {"depths": (1, 1, 1, 1), "embed_dims": (32, 32, 64, 64), "num_heads": (1, 1, 2, 2)}
-
-
 MODELS = {
     "timm swin": (
         timm_model("swin_tiny_patch4_window7_224", **SWIN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -38,6 +39,19 @@ def hooks(model: nn.Module) -> int:
 def modes() -> int:
     """How many are entered on this thread."""
     return _len_torch_function_stack()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def query_and_key(gradient: dict[str, Tensor | None]) -> Iterator[tuple[str, Tensor]]:
+    """The gradients of the query and the key weights of every layer."""
+    for name, tensor in gradient.items():
+        if name.endswith(("qkv.weight", "in_proj_weight")):
+            assert tensor is not None, name
+            for part, rows in zip(("query", "key"), tensor.chunk(3)[:2], strict=True):
+                yield f"{name}, {part}", rows
 
 
 def plain_pass(model: nn.Module, x: Tensor) -> tuple[Tensor, AttentionMaps]:

@@ -34,6 +34,20 @@ class ClassAttention(Attention):
         return x + self.join(self.attend(q, *self.split(x)[1:]))
 
 
+class SomeKeys(Attention):
+    """The first tokens alone are keys."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.join(self.attend(self.split(x)[0], *self.split(x[:, :7])[1:]))
+
+
+class MeanImage(Attention):
+    """Attention of one image, the mean of the batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x.mean(0, keepdim=True))
+
+
 class Looking(Attention):
     """Attention to tokens that the caller gives, under any name, or to its own."""
 

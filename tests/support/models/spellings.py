@@ -97,6 +97,21 @@ class OneHeadWithoutItsAxis(Attention):
         return x + self.proj(self.seen @ v)
 
 
+WRITTEN = [
+    Transposed,
+    Einsum,
+    EinsumTokensFirst,
+    EinsumValuesFirst,
+    EinsumEllipsis,
+    EinsumLists,
+    Baddbmm,
+    Operators,
+    Reshaped,
+    Flattened,
+    OneHeadWithoutItsAxis,
+]
+
+
 class TalkingHeads(Attention):
     """CaiT: heads are mixed before and after the softmax."""
 
@@ -157,6 +172,16 @@ class Subtracted(Attention):
         maps = (q @ k.transpose(-2, -1)).softmax(-1)
         self.seen = maps[:, :2] - 0.3 * maps[:, 2:]
         return torch.cat([self.seen @ v[:, :2], self.seen @ v[:, 2:]], 1)
+
+
+MIXED = {
+    "talking heads": TalkingHeads,
+    "talking heads by convolution": lambda: TalkingHeads("convolution"),
+    "gate": Gated,
+    "gate, positions first": lambda: Gated(False),
+    "masked": Masked,
+    "subtracted": Subtracted,
+}
 
 
 class DroppedInPlace(Attention):
