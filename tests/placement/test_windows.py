@@ -20,8 +20,8 @@ from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace, spots, wind
 from acr_reg.tokens import Lattice
 from tests.support.models import ExplicitBlock, explicit_vit
 from tests.support.models.plain import Calling, every_block
+from tests.support.models.published import mvitv2, timm_model, transformers_model
 from tests.support.models.published import segformer as published_segformer
-from tests.support.models.published import timm_model, transformers_model
 
 START = {"stride": (1.0, 1.0), "centre": (0.5, 0.5)}
 
@@ -306,7 +306,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[int, int], list[tupl
     ),
     # keys and queries pooled by 3 x 3, over the channels of one head
     "mvitv2": (
-        timm_model("mvitv2_tiny", img_size=64),
+        mvitv2(64),
         {
             (64, 64): [
                 (("16 x 16", 4.0, -1.5), ("4 x 4", 16.0, -7.5)),
@@ -400,7 +400,7 @@ def measured(
         (segformer, (198, 250)),
         (timm_model("pvt_v2_b0", depths=(1, 1, 1, 1)), (256, 256)),
         (timm_model("pit_ti_224", img_size=(224, 224), depth=[1, 1, 1]), (224, 224)),
-        (timm_model("mvitv2_tiny", img_size=192), (192, 192)),
+        (mvitv2(192), (192, 192)),
         (timm_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2), (64, 96)),
     ],
     ids=["segformer", "segformer 198", "pvt_v2", "pit", "mvitv2", "plain"],
