@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 from acr_reg import AllPairsConsistencyLoss, AttentionCapture, HorizontalFlip, capture_attention
-from tests.support.models import (
-    CASES,
-    Case,
-    ExplicitBlock,
-    MultiheadBlock,
-    PlainEncoder,
-    every_model,
-    explicit_vit,
-    multihead_vit,
-)
+from tests.support.capturing import images
+from tests.support.models import CASES, Case, ExplicitBlock, MultiheadBlock, every_model, explicit_vit, multihead_vit
+from tests.support.models.plain import Checkpointed, checkpointed
 
+pytestmark = pytest.mark.usefixtures("no_collector")
 FLOAT = 4  # bytes
-
-
-@pytest.fixture(autouse=True)
-def _seed_and_no_collector() -> Iterator[None]:
-    """What is released here is released by its last reference, at once."""
-    torch.manual_seed(0)
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 def used(run: Callable[[], object]) -> tuple[int, int]:
@@ -51,21 +33,10 @@ def used(run: Callable[[], object]) -> tuple[int, int]:
     return total, peak
 
 
-def images(size: tuple[int, int] = (32, 48)) -> Tensor:
-    return torch.randn(2, 3, *size)
-
-
 def with_gradients(model: nn.Module, x: Tensor) -> nn.Module:
     """Its gradients exist before anything is counted."""
     model(x).sum().backward()
     return model
-
-
-class Checkpointed(nn.Sequential):
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self:
-            x = checkpoint(block, x, use_reentrant=False)
-        return x
 
 
 def timm_fused() -> nn.Module:
@@ -94,7 +65,7 @@ def test_the_count_is_exact() -> None:
 
 @every_model
 def test_while_the_graph_lives_capture_holds_nothing_of_its_own(case: Case) -> None:
-    model, x = case.build().eval(), images(case.image)
+    model, x = case.build().eval(), images(size=case.image)
 
     def plain() -> object:
         return model(x)
@@ -154,10 +125,6 @@ def test_maps_that_outlive_the_graph_hold_four_units_a_fused_layer(build: Callab
         assert used(lambda: step(keep=False))[0] == 0
 
 
-def checkpointed(block: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    return lambda: PlainEncoder(Checkpointed(*(block() for _ in range(3))))
-
-
 def timm_checkpointed() -> nn.Module:
     model = timm_fused()
     model.blocks = Checkpointed(*model.blocks)
@@ -167,8 +134,8 @@ def timm_checkpointed() -> nn.Module:
 @pytest.mark.parametrize(
     ("build", "factored"),
     [
-        pytest.param(checkpointed(ExplicitBlock), False, id="explicit"),
-        pytest.param(checkpointed(lambda: MultiheadBlock(False)), True, id="multihead"),
+        pytest.param(checkpointed(ExplicitBlock, 3), False, id="explicit"),
+        pytest.param(checkpointed(lambda: MultiheadBlock(False), 3), True, id="multihead"),
         pytest.param(timm_checkpointed, True, id="timm"),
     ],
 )

@@ -403,7 +403,7 @@ def test_maps_that_are_not_square():
     rows = torch.full((2, 3, 16, 15), 1 / 15)
     with pytest.raises(LayoutError, match="16 queries and 15 keys") as error:
         wrap([rows], (3, 5))
-    assert says(error, "expected 16")
+    assert says(error, "16 (1 prefix + 3 x 5)")
 
 
 def test_shapes_and_types_that_are_no_maps():

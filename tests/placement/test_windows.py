@@ -18,14 +18,12 @@ from acr_reg.capture.handle import AttentionCapture
 from acr_reg.inspection.offsets import token_offsets
 from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace, spots, windowed_op
 from acr_reg.tokens import Lattice
-from tests.support.models import ExplicitBlock, MultiheadBlock, explicit_vit
+from tests.support.models import ExplicitBlock, explicit_vit
+from tests.support.models.plain import Calling, every_block
+from tests.support.models.published import mvitv2, timm_model, transformers_model
+from tests.support.models.published import segformer as published_segformer
 
 START = {"stride": (1.0, 1.0), "centre": (0.5, 0.5)}
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 # ---------------------------------------------------------------- one window, and chains of them
@@ -243,30 +241,9 @@ def lattices_of(attention: AttentionCapture, model: nn.Module, size: tuple[int, 
     return lattices(attention.take())
 
 
-def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, num_classes=5, **options)
-
-    return build
-
-
-def transformers_model(name: str, **config: Any) -> Callable[[], nn.Module]:
-    def build() -> nn.Module:
-        import transformers
-
-        kind = getattr(transformers, f"{name}ForImageClassification")
-        return kind(kind.config_class(num_labels=5, **config))
-
-    return build
-
-
-segformer = transformers_model(
-    "Segformer", depths=[1] * 4, hidden_sizes=[16] * 4, num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16
-)
+segformer = published_segformer([16] * 4, [1, 1, 2, 2])
 pvt_v2 = timm_model("pvt_v2_b0", depths=(2, 1, 1, 2))
-cvt = transformers_model("Cvt", embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 3])
+cvt = transformers_model("CvtForImageClassification", embed_dim=[16, 32, 48], num_heads=[1, 2, 3], depth=[1, 2, 3])
 
 
 def mit(*grids: str) -> list[tuple[Any, Any]]:
@@ -329,7 +306,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[tuple[int, int], list[tupl
     ),
     # keys and queries pooled by 3 x 3, over the channels of one head
     "mvitv2": (
-        timm_model("mvitv2_tiny", img_size=64),
+        mvitv2(64),
         {
             (64, 64): [
                 (("16 x 16", 4.0, -1.5), ("4 x 4", 16.0, -7.5)),
@@ -423,7 +400,7 @@ def measured(
         (segformer, (198, 250)),
         (timm_model("pvt_v2_b0", depths=(1, 1, 1, 1)), (256, 256)),
         (timm_model("pit_ti_224", img_size=(224, 224), depth=[1, 1, 1]), (224, 224)),
-        (timm_model("mvitv2_tiny", img_size=192), (192, 192)),
+        (mvitv2(192), (192, 192)),
         (timm_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2), (64, 96)),
     ],
     ids=["segformer", "segformer 198", "pvt_v2", "pit", "mvitv2", "plain"],
@@ -524,11 +501,6 @@ def padded() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.ZeroPad2d((1, 0, 1, 0)), nn.Conv2d(16, 32, 3, 2))
 
 
-every_block = pytest.mark.parametrize(
-    "block", [ExplicitBlock, lambda: MultiheadBlock(False)], ids=["explicit", "fused"]
-)
-
-
 @every_block
 def test_what_runs_after_attention_is_no_way_to_it(block: Callable[[], nn.Module]) -> None:
     assert captured(Vit(overlapping(), block()), (32, 48), (64, 96)) == [
@@ -574,24 +546,17 @@ def test_maps_of_ones_own_and_layouts_by_name_have_known_offsets() -> None:
     assert repr(unknown) == repr(Lattice(8, 12))
 
 
-class Failing(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fails = True
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.fails:
-            raise MemoryError("too large")
-        return x
-
-
 def test_a_run_that_fails_leaves_no_half_chain() -> None:
-    failing = Failing()
+    def fail() -> None:
+        raise MemoryError("too large")
+
+    failing = Calling()
+    failing.call = fail
     model = Vit(nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), failing, nn.Conv2d(16, 32, 3, 2, 1)), ExplicitBlock())
     with capture_attention(model) as attention:
         with pytest.raises(MemoryError):
             model(torch.randn(2, 3, 64, 64))
-        failing.fails = False
+        failing.call = None
         ((query, _),) = lattices_of(attention, model, (32, 48))
         assert summary(query) == ("8 x 12", 4.0, -1.5)
 

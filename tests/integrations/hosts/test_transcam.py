@@ -26,6 +26,7 @@ from tests.support.hosts import (
     maps_of_first_loss,
     patched_module,
 )
+from tests.support.models.replicas import replica_of
 
 CLASSES, SIZE = 20, 64
 
@@ -204,8 +205,6 @@ def test_running_statistics_stay_the_hosts():
 
 
 def test_replicas_of_data_parallel_are_refused_by_name():
-    from tests.capture.test_refusals import replica_of
-
     model = Small()
     with transcam.capture(nn.DataParallel(model)) as host:
         model("transcam", batch(2)[0])  # one device: the module itself
