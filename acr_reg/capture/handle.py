@@ -13,11 +13,15 @@ from torch import nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.capture.recorder import Keep, Recorder
+from acr_reg.capture.recorder import Recorder
+from acr_reg.capture.refusals import nothing_captured, one_of, refuse_partial, removed
 from acr_reg.capture.removable import Removable
-from acr_reg.capture.runs import Run
+from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
+from acr_reg.placement.grids import LayoutHints
 from acr_reg.placement.kinds import explain_windows, is_pyramid
+from acr_reg.placement.modules import ModuleIndex
+from acr_reg.placement.placer import Placer
 
 
 def capture_attention(
@@ -67,8 +71,8 @@ def capture_attention(
     """
     if keep not in ("only", "first", "last", "all"):
         raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
-    hints = (patch_size, num_prefix_tokens, class_tokens)
-    recorder = Recorder(model, modules, keep, hints, no_grad, double_backward, graph_from, record_products)
+    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens))
+    recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 
 
@@ -90,7 +94,7 @@ class AttentionCapture(Removable):
 
     def clear(self) -> None:
         """Forgets the runs not taken so far, for instance after an exception in a training step."""
-        self._running().clear()
+        self._running().log.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take, which are then the caller's alone; delete them after
@@ -100,89 +104,52 @@ class AttentionCapture(Removable):
         :class:`CaptureError` where there was no run, or more than ``keep`` allows.
         """
         recorder = self._running()
-        position = recorder.runs_started - 1
-        runs, refused = recorder.finish()
-        if not runs:
-            raise CaptureError(recorder.nothing_captured(refused))
-        keep = recorder.keep
-        if keep == "only" and len(runs) > 1:
-            listed = "; ".join(each.summary() for each in runs)
-            raise CaptureError(
-                f"found {recorder.counted(runs)} encoder runs since the last take: {listed}; expected one; take() "
-                'after each forward, or choose keep="first", "last" or "all" (then take(i))'
-            )
-        if keep == "all" and run is None and len(runs) > 1:
-            raise CaptureError(
-                f"found {len(runs)} encoder runs; expected to be told which; call take(0) to take({len(runs) - 1})"
-            )
-        chosen = {"first": 0, "last": -1}.get(keep, run or 0)
-        if not -len(runs) <= chosen < len(runs):
-            raise CaptureError(
-                f"found {len(runs)} encoder runs; expected run {run} among them; call take(0) to take({len(runs) - 1})"
-            )
-        return self._maps(recorder, runs[chosen], {"last": position, "all": None}.get(keep, 0))
+        position = recorder.log.started - 1
+        runs = self._finished(recorder)
+        chosen = one_of(runs, recorder.log.keep, run)
+        return self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
 
     def take_all(self) -> list[AttentionMaps]:
         """The maps of every encoder run since the last take, with ``keep="all"``; at least one, or a
         :class:`CaptureError`."""
         recorder = self._running()
-        if recorder.keep != "all":
+        if recorder.log.keep != "all":
             raise CaptureError(
-                f'found keep="{recorder.keep}"; expected keep="all"; capture with keep="all" to take every run'
+                f'found keep="{recorder.log.keep}"; expected keep="all"; capture with keep="all" to take every run'
             )
-        runs, refused = recorder.finish()
-        if not runs:
-            raise CaptureError(recorder.nothing_captured(refused))
-        return [self._maps(recorder, run) for run in runs]
+        return [self._maps(recorder, run) for run in self._finished(recorder)]
 
     def _running(self) -> Recorder:
         if self._recorder is None:
-            raise CaptureError(
-                "found a capture that was removed; expected a running one; call capture_attention(model) again"
-            )
+            raise removed()
         return self._recorder
 
+    @staticmethod
+    def _finished(recorder: Recorder) -> list[Run]:
+        runs = recorder.finish()
+        if not runs:
+            raise nothing_captured(recorder.index, recorder.log)
+        return runs
+
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
-        _refuse_partial(recorder, run)
+        index = recorder.index
+        refuse_partial(index, run)
         layers: list[LayerAttention] = []
-        skipped = [*run.skipped, *recorder.beside(run)]
+        beside = "nothing was seen in it: no attention, or by another kernel"
+        skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
         pyramid = is_pyramid(run.calls)
-        for seen in run.calls:
-            placement = recorder.index.placement(seen, run.images, pyramid)
-            if isinstance(placement, str):
-                skipped.append((seen.name, placement))
+        for call in run.calls:
+            placement = recorder.placer.placement(call, run.images, pyramid)
+            if placement.refusal is None:
+                layers.append(placement.layer(len(layers), call))
             else:
-                layers.append(placement.layer(len(layers), seen))
+                skipped.append((call.name, placement.refusal))
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
-            raise CaptureError(recorder.nothing_captured(self.skipped))
+            raise nothing_captured(index, recorder.log, self.skipped)
         if recorder.images.padding is not None and not self._warned:
             self._warned = True
             warnings.warn(recorder.images.padding, stacklevel=3)
         recorder.last_count = len(layers)
-        maps = AttentionMaps(explain_windows(layers), recorder.index.training_batch_norms(), position)
+        maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
-
-
-def _refuse_partial(recorder: Recorder, run: Run) -> None:
-    """Layers that are missing from a run would be missing from the loss without a word."""
-    joined = recorder.joined()
-    if joined:
-        raise CaptureError(
-            f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
-            "that were there then; capture again after the change"
-        )
-    checkpointed = recorder.checkpointed(run)
-    if checkpointed:
-        raise CaptureError(
-            f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
-            "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
-        )
-    unseen = recorder.unseen(run)
-    if unseen:
-        raise CaptureError(
-            f"found attention in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
-            f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
-            "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
-            "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
-        )

@@ -1,12 +1,120 @@
-"""The two products of attention that is not fused: of queries and keys, and of the map and its values."""
+"""How torch spells attention: which function does what to it, and what the arguments and products are.
+
+A kernel that is spelled in another way is added here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from types import FunctionType
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from acr_reg._torch_private import body_of, dispatches
+
+
+class Role(Enum):
+    """What a function may do to attention."""
+
+    OTHER = 0
+    FUSED = 1
+    MULTI_HEAD = 2
+    SOFTMAX = 3
+    PRODUCT = 4
+    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
+
+
+ROLES: dict[Any, Role] = {
+    F.scaled_dot_product_attention: Role.FUSED,
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), Role.SOFTMAX),
+}
+
+PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+
+# These change dtype, memory or dropout, never which probability stands where.
+SAME_MAP_NAMES = {
+    "dropout",
+    "dropout_",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "contiguous",
+    "clone",
+}
+
+# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
+SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
+
 _SUMS_QUERIES = "a product that sums over the queries, not over the keys: no attention of queries to keys"
+
+body = cache(body_of)
+
+
+def learn_role(func: Any) -> Role:
+    """The role of a function that is not in ``ROLES`` so far."""
+    name = name_of(func)
+    role = Role.PRODUCT if name in PRODUCT_NAMES else Role.UNKNOWN_KERNEL if "attention" in name else Role.OTHER
+    if dispatches(func) and {"query", "key", "num_heads"} <= set(_parameters(func)):
+        role = Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
+    ROLES[func] = role
+    return role
+
+
+def name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _parameters(func: FunctionType) -> tuple[str, ...]:
+    return func.__code__.co_varnames[: func.__code__.co_argcount]
+
+
+def argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
+    position = _parameters(func).index(name)
+    return args[position] if position < len(args) else kwargs[name]
+
+
+def sdpa_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale
+
+
+def dropout_of(args: Any, kwargs: Any) -> float:
+    """p of an active F.dropout(input, p=0.5, training=True, inplace=False)."""
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return float(p) if training else 0.0
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def is_transposed(result: Tensor, alias: Tensor) -> bool:
+    """Whether one is the other with its last two axes exchanged, on the same memory."""
+    return (
+        result.ndim == alias.ndim >= 2
+        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
+        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
+        and result.data_ptr() == alias.data_ptr()
+    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,3 +175,9 @@ def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor,
     query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
     alike = query[:-2] == key[:-2] and query[-1:] == key[-1:]
     return (operands[0], operands[1]) if alike and len(operands) == 2 else None
+
+
+def laid_out(value: Tensor | None) -> tuple[int | None, bool]:
+    if value is None:
+        return None, False
+    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)

@@ -11,20 +11,18 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from acr_reg._torch_private import body_of, dispatches, math_kernel, never_traced
+from acr_reg._torch_private import math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
-from acr_reg.capture.kernels import score_factors, value_product
+from acr_reg.capture import kernels
+from acr_reg.capture.kernels import ROLES, Role, learn_role
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,43 +41,6 @@ class _Followed:
     mixed: bool = False
     dropout: float = 0.0
     refusal: str | None = None
-
-
-class _Role(Enum):
-    """What a function may do to attention."""
-
-    OTHER = 0
-    FUSED = 1
-    MULTI_HEAD = 2
-    SOFTMAX = 3
-    PRODUCT = 4
-    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
-
-
-_ROLES: dict[Any, _Role] = {
-    F.scaled_dot_product_attention: _Role.FUSED,
-    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), _Role.SOFTMAX),
-}
-
-_PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
-
-# These change dtype, memory or dropout, never which probability stands where.
-_SAME_MAP_NAMES = {
-    "dropout",
-    "dropout_",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "contiguous",
-    "clone",
-}
-
-# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
-_SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
 
 
 class _MultiHead(threading.local):
@@ -129,21 +90,21 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        role = _ROLES.get(func) or _learn_role(func)
-        if role is _Role.OTHER and not self._traces:
+        role = ROLES.get(func) or learn_role(func)
+        if role is Role.OTHER and not self._traces:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if role is _Role.FUSED:
+        if role is Role.FUSED:
             return self._fused(args, kwargs)
-        if role is _Role.MULTI_HEAD:
+        if role is Role.MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
-        if role is _Role.SOFTMAX:
+        if role is Role.SOFTMAX:
             self._softmax(result, *args, **kwargs)
-        elif role is _Role.UNKNOWN_KERNEL:
-            self._report_unknown(_name_of(func))
+        elif role is Role.UNKNOWN_KERNEL:
+            self._report_unknown(kernels.name_of(func))
         else:
-            self._follow(_name_of(func), args, kwargs, result)
+            self._follow(kernels.name_of(func), args, kwargs, result)
         return result
 
     def _fused(self, args: Any, kwargs: Any) -> Tensor:
@@ -152,13 +113,13 @@ class AttentionMode(TorchFunctionMode):
                 output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
-        query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
+        query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
         if self._starts_graph is not None:
             self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
-        self._report(AttentionCall(recorded, *_laid_out(value), dropout, True, _inside.refusal))
+        self._report(AttentionCall(recorded, *kernels.laid_out(value), dropout, True, _inside.refusal))
         return output
 
     def _start_graph(self, tensor: Tensor) -> None:
@@ -170,13 +131,15 @@ class AttentionMode(TorchFunctionMode):
 
         The weights it returns are a view off the path to its output, so they could not be used for a gradient.
         """
-        query, key, heads = (_argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
+        query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
-        _inside.refusal = None if _same(query, key) else "cross-attention: queries and keys are not the same tokens"
+        _inside.refusal = (
+            None if kernels.is_same(query, key) else "cross-attention: queries and keys are not the same tokens"
+        )
         try:
             with self:
-                return _body(func)(*args, **kwargs)
+                return kernels.body(func)(*args, **kwargs)
         finally:
             _inside.heads, _inside.refusal = before
 
@@ -211,7 +174,7 @@ class AttentionMode(TorchFunctionMode):
         ]
         operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
         traces = [self._trace_of(operand) for operand in operands]
-        if name in _PRODUCT_NAMES:
+        if name in kernels.PRODUCT_NAMES:
             probable = [t is not None and t.probability is not None for t in traces]
             if not any(probable):
                 self._start_scores(args[0] if name == "einsum" else None, operands, result)
@@ -232,13 +195,13 @@ class AttentionMode(TorchFunctionMode):
             return
         alias = trace.alias()
         assert alias is not None
-        same_rows = name in _SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
-        turned = not same_rows and _is_transposed(result, alias)
+        same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
+        turned = not same_rows and kernels.is_transposed(result, alias)
         # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
         # otherwise.
-        dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
+        dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0
         overwritten = dropped > 0 and any(result is operand for operand in operands)
-        same = name in _SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
+        same = name in kernels.SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
         self._traces[id(result)] = replace(
             trace,
             alias=weakref.ref(result),
@@ -251,7 +214,7 @@ class AttentionMode(TorchFunctionMode):
 
     def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
         if isinstance(result, Tensor):
-            factors = score_factors(equation, operands) if self._record_products else None
+            factors = kernels.score_factors(equation, operands) if self._record_products else None
             self._traces[id(result)] = _Followed(weakref.ref(result), factors)
 
     def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
@@ -268,7 +231,9 @@ class AttentionMode(TorchFunctionMode):
             self._unmet.pop(source, None)
         alias, probability = trace.alias(), trace.probability
         assert alias is not None and probability is not None
-        found = value_product(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
+        found = kernels.value_product(
+            args[0] if name == "einsum" else None, position, trace.transposed, operands, output
+        )
         changed = trace.mixed or trace.reshaped
         attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
         if changed and trace.transposed:
@@ -281,70 +246,4 @@ class AttentionMode(TorchFunctionMode):
         recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
         stochastic = not trace.mixed and not (trace.reshaped and trace.dropout > 0)
         refusal = _inside.refusal or trace.refusal or found.refusal
-        self._report(AttentionCall(recorded, *_laid_out(found.value), trace.dropout, stochastic, refusal))
-
-
-def _laid_out(value: Tensor | None) -> tuple[int | None, bool]:
-    if value is None:
-        return None, False
-    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)
-
-
-def _name_of(func: Any) -> str:
-    return str(getattr(func, "__name__", ""))
-
-
-_body = cache(body_of)
-
-
-def _names(func: FunctionType) -> tuple[str, ...]:
-    return func.__code__.co_varnames[: func.__code__.co_argcount]
-
-
-def _argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
-    position = _names(func).index(name)
-    return args[position] if position < len(args) else kwargs[name]
-
-
-def _learn_role(func: Any) -> _Role:
-    name = _name_of(func)
-    role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
-    if dispatches(func) and {"query", "key", "num_heads"} <= set(_names(func)):
-        role = _Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
-    _ROLES[func] = role
-    return role
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
-
-
-def _is_transposed(result: Tensor, alias: Tensor) -> bool:
-    """Whether one is the other with its last two axes exchanged, on the same memory."""
-    return (
-        result.ndim == alias.ndim >= 2
-        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
-        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
-        and result.data_ptr() == alias.data_ptr()
-    )
-
-
-def _dropout_of(args: Any, kwargs: Any) -> float:
-    """p of an active F.dropout(input, p=0.5, training=True, inplace=False)."""
-    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-    return float(p) if training else 0.0
-
-
-def _sdpa_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
-    return query, key, value, attn_mask, dropout_p, is_causal, scale
+        self._report(AttentionCall(recorded, *kernels.laid_out(found.value), trace.dropout, stochastic, refusal))

@@ -65,6 +65,15 @@ class ModelFields:
     is_pyramid: bool = False
 
 
+@dataclass(frozen=True)
+class LayoutHints:
+    """What the user says of the tokens, which goes before what the model's fields say; None where they say nothing."""
+
+    patch_size: int | Sequence[int] | None = None
+    num_prefix_tokens: int | None = None
+    class_tokens: int | Sequence[int] | None = None
+
+
 def read_fields(model: nn.Module) -> ModelFields:
     """Reads patch size and prefix tokens off the names and shapes that timm, torchvision, transformers and WSSS hosts
     use."""

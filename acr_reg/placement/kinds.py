@@ -12,11 +12,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from acr_reg.attention.call import SeenCall
+from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import TokenLayout, Window
 
 Locate = Callable[[int, int, "tuple[int, int] | None"], "tuple[TokenLayout | None, str | None]"]
+
+_CROSS = "{} queries, {} keys of other tokens: cross-attention"
 
 _OTHER_TOKENS = {"key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k"}
 
@@ -27,22 +29,26 @@ _WINDOW_NAMES = ("window_size", "partition_size", "win_size", "ws")
 
 @dataclass(frozen=True)
 class Placement:
-    """What a layer's map is made of: its heads where they are flattened into the batch, its windows, its tokens."""
+    """Where the tokens of a call sit, or the ``refusal``: why it is not token-to-token self-attention.
 
-    heads: int | None
-    window: Window | None
+    ``heads`` counts those that are flattened into the batch. Tokens without a ``layout`` have a reason for it.
+    """
+
+    heads: int | None = None
+    window: Window | None = None
     layout: TokenLayout | None = None
     why_unplaced: str | None = None
+    refusal: str | None = None
 
-    def layer(self, index: int, seen: SeenCall) -> LayerAttention:
-        recorded = seen.call.recorded if self.heads is None else replace(seen.call.recorded, heads=self.heads)
+    def layer(self, index: int, call: AttentionCall) -> LayerAttention:
+        recorded = call.recorded if self.heads is None else replace(call.recorded, heads=self.heads)
         return LayerAttention(
             index,
-            seen.name,
+            call.name,
             recorded,
             self.layout,
-            seen.call.dropout,
-            seen.call.stochastic,
+            call.dropout,
+            call.stochastic,
             window=self.window,
             why_unplaced=self.why_unplaced,
         )
@@ -97,88 +103,95 @@ def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def place(
-    seen: SeenCall,
+    call: AttentionCall,
     around: Sequence[nn.Module],
     images: tuple[int, int, int] | None,
     locate: Locate,
     unordered: str | None = None,
-) -> Placement | str:
+) -> Placement:
     """Where the tokens of a call sit, or why it is not token-to-token self-attention.
 
     ``around`` is the attention module and what it lies in, the innermost first; ``images`` is (B, height, width);
     ``unordered`` says why the model's tokens, if so, are on no grid.
     """
-    recorded = seen.call.recorded
-    if seen.call.refusal is not None:
-        return seen.call.refusal
-    layer = LayerAttention(0, seen.name, recorded, None)
-    heads = None
-    if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and layer.shape[0] % images[0] == 0:
-        heads = layer.shape[0] // images[0]  # (B H, N, M) or (B, N, M), without a word about H
-        layer = replace(layer, recorded=replace(recorded, heads=heads))
-    batch, _, queries, keys = layer.shape
-    if seen.cross and (queries != keys or images is None):
-        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
-    if queries == 1:
-        return f"1 query, {keys} keys: pooling or class attention"
-    if images is not None and batch % images[0]:
-        return f"a batch of {batch} for {images[0]} images: tokens of something else"
-    if is_channels(layer, seen):
-        return f"{queries} channels attend to {keys} channels over all tokens: channel attention"
-    window = _window(layer, seen, around, images)
+    recorded, heads = call.recorded, None
+    batch = recorded.seen.shape[0]
+    if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and batch % images[0] == 0:
+        heads = batch // images[0]  # (B H, N, M) or (B, N, M), without a word about H
+    layer = Placement(heads).layer(0, call)
+    refusal = call.refusal or _refusal(layer, call, images)
+    if refusal is not None:
+        return Placement(refusal=refusal)
+    queries, keys = layer.shape[2:]
+    window = _window(layer, call, around, images)
     if window is not None:
         return Placement(heads, window)
-    if seen.cross:
-        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
+    if call.cross:
+        return Placement(refusal=_CROSS.format(queries, keys))
     layout, why_unplaced = (None, unordered) if unordered else locate(queries, keys, images and images[1:])
     size = _first_attribute(around, _WINDOW_NAMES)
     if layout is None and size is not None and size[0] * size[1] == keys:  # one window, padded
         return Placement(heads, Window(size, _shift(around), 1))
     if queries != keys:
-        refusal = _not_reduced(layer, seen, images)
+        refusal = _not_reduced(layer, call, images)
         if refusal is not None:
-            return refusal
-        if _pools_along_the_sequence(seen.module):
+            return Placement(refusal=refusal)
+        if _pools_along_the_sequence(call.module):
             layout = None
             why_unplaced = (
                 f"found {keys} keys pooled along the sequence of {queries} tokens, which lie on no grid; expected keys "
                 "on a grid; leave the layer out: choose layers= among the others"
             )
         elif layout is None and not unordered:
-            return f"{queries} queries, {keys} keys that fit no two grids of the image: pooling or cross-attention"
+            refusal = f"{queries} queries, {keys} keys that fit no two grids of the image: pooling or cross-attention"
+            return Placement(refusal=refusal)
     return Placement(heads, None, layout, why_unplaced)
 
 
-def is_channels(layer: LayerAttention, seen: SeenCall) -> bool:
+def _refusal(layer: LayerAttention, call: AttentionCall, images: tuple[int, int, int] | None) -> str | None:
+    """Why the shapes alone tell that a call is not token-to-token self-attention."""
+    batch, _, queries, keys = layer.shape
+    if call.cross and (queries != keys or images is None):
+        return _CROSS.format(queries, keys)
+    if queries == 1:
+        return f"1 query, {keys} keys: pooling or class attention"
+    if images is not None and batch % images[0]:
+        return f"a batch of {batch} for {images[0]} images: tokens of something else"
+    if is_channels(layer, call):
+        return f"{queries} channels attend to {keys} channels over all tokens: channel attention"
+    return None
+
+
+def is_channels(layer: LayerAttention, call: AttentionCall) -> bool:
     """Whether the map's axes are channels: then what stands where a head's width should is the number of tokens.
 
     Where channels are as many as tokens, the order in memory tells: of (B, N, C), channels lie side by side.
     """
     queries, keys = layer.shape[2:]
-    width, inputs = seen.call.value_width, token_counts(seen.input_shape)
+    width, inputs = call.value_width, token_counts(call.input_shape)
     if width not in inputs:
         return False
     if queries not in inputs and keys not in inputs:
         return True
-    in_rows = holds_rows(seen.input_shape, seen.module)
-    return queries == keys == width and in_rows and seen.call.value_in_columns
+    in_rows = holds_rows(call.input_shape, call.module)
+    return queries == keys == width and in_rows and call.value_in_columns
 
 
-def is_pyramid(calls: Sequence[SeenCall]) -> bool:
+def is_pyramid(calls: Sequence[AttentionCall]) -> bool:
     """Whether the calls show ever fewer tokens, windows counted together."""
-    shapes = [seen.call.recorded.seen.shape for seen in calls if seen.call.recorded.seen.ndim == 4]
+    shapes = [call.recorded.seen.shape for call in calls if call.recorded.seen.ndim == 4]
     tokens = [shape[0] * shape[2] for shape in shapes if shape[2] > 1]
     return len(set(tokens)) > 1 and tokens == sorted(tokens, reverse=True)
 
 
-def _not_reduced(layer: LayerAttention, seen: SeenCall, images: tuple[int, int, int] | None) -> str | None:
+def _not_reduced(layer: LayerAttention, call: AttentionCall, images: tuple[int, int, int] | None) -> str | None:
     """Why a layer with fewer keys than queries, or fewer queries than keys, is neither one with reduced keys (PVT,
     SegFormer) nor one between two stages (LeViT)."""
     queries, keys = layer.shape[2:]
     counted = f"{queries} queries, {keys} keys"
     if images is None:
         return f"{counted} and no image that would tell their grids: reduced keys, pooling or cross-attention"
-    outputs = token_counts(seen.output_shape)
+    outputs = token_counts(call.output_shape)
     if queries < keys and outputs and queries not in outputs:
         return f"{counted}, of which the queries are not the module's tokens: pooling or cross-attention"
     return None
@@ -189,12 +202,12 @@ def _pools_along_the_sequence(module: nn.Module) -> bool:
 
 
 def _window(
-    layer: LayerAttention, seen: SeenCall, around: Sequence[nn.Module], images: tuple[int, int, int] | None
+    layer: LayerAttention, call: AttentionCall, around: Sequence[nn.Module], images: tuple[int, int, int] | None
 ) -> Window | None:
     """The windows of a layer, told by a batch that holds several groups of tokens an image, or by a fifth axis."""
     groups = 1 if images is None else layer.shape[0] // images[0]
     if layer.recorded.seen.ndim > 4:
-        groups *= _groups_beside_heads(layer, seen)
+        groups *= _groups_beside_heads(layer, call)
     if groups == 1:
         return None
     size = _first_attribute(around, _WINDOW_NAMES)
@@ -207,13 +220,13 @@ def _shift(around: Sequence[nn.Module]) -> tuple[int, int]:
     return _first_attribute(around, ("shift_size",)) or (0, 0)
 
 
-def _groups_beside_heads(layer: LayerAttention, seen: SeenCall) -> int:
+def _groups_beside_heads(layer: LayerAttention, call: AttentionCall) -> int:
     """Of (B, windows, heads, N, .) or (B, heads, windows, N, .), how many windows."""
     beside = layer.shape[1]
-    heads = next((n for name in _HEAD_NAMES if isinstance(n := getattr(seen.module, name, None), int)), None)
+    heads = next((n for name in _HEAD_NAMES if isinstance(n := getattr(call.module, name, None), int)), None)
     if heads and beside % heads == 0:
         return beside // heads
-    return 1 if layer.shape[2] in token_counts(seen.input_shape) else max(layer.recorded.seen.shape[1:-2])
+    return 1 if layer.shape[2] in token_counts(call.input_shape) else max(layer.recorded.seen.shape[1:-2])
 
 
 def _first_attribute(modules: Sequence[nn.Module], names: Sequence[str]) -> tuple[int, int] | None:

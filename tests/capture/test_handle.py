@@ -183,7 +183,7 @@ def test_only_one_untaken_run_is_allowed_and_its_tensors_are_released() -> None:
     model = explicit_vit()
     with capture_attention(model) as attention:
         model(images(2))
-        first = weakref.ref(attention._recorder._runs[0].calls[0].call.recorded.map)
+        first = weakref.ref(attention._recorder.log.runs[0].calls[0].recorded.map)
         model(images(3))
         gc.collect()
         assert first() is None
@@ -208,7 +208,7 @@ def test_first_and_last_run(keep: str, expected: int) -> None:
         for _ in range(2):
             for batch in (1, 2, 3):
                 model(images(batch))
-            kept = [run for run in attention._recorder._runs if run.calls]
+            kept = [run for run in attention._recorder.log.runs if run.calls]
             assert len(kept) == 1, "the other runs' tensors are released"
             assert attention.take().batch_size == expected
 
@@ -638,7 +638,7 @@ def test_runs_that_nobody_takes_do_not_pile_up() -> None:
         with capture_attention(model, keep=keep) as attention:
             for _ in range(20):
                 model(images(1))
-            assert len(attention._recorder._runs) <= 8
+            assert len(attention._recorder.log.runs) <= 8
             if keep == "only":
                 with pytest.raises(CaptureError, match="found 8 or more encoder runs"):
                     attention.take()
