@@ -1,4 +1,4 @@
-"""One record of an attention call: what the kernel left behind, and where in the model it happened."""
+"""One record of an attention call: its tensors, and where in the model it happened."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from acr_reg.attention.layer import RecordedTensors
 
 @dataclass(eq=False, slots=True)
 class AttentionCall:
-    """One use of attention. The mode that sees the kernel makes it, the recorder adds the module and its shapes.
+    """One use of attention. The mode that sees the kernel makes it, and the recorder adds its module and shapes.
 
-    ``refusal`` says why it is not token-to-token self-attention; None where it may be. ``value_width`` is the length of
-    a value's last axis, ``value_in_columns`` says that neighbours along its last axis but one are neighbours in memory.
-    ``cross`` says that the module was given other tokens to look at than those that look.
+    ``refusal``: why it is no token-to-token self-attention, or None. ``value_width``: the length of a value's last
+    axis; ``value_in_columns``: neighbours along its last axis but one are neighbours in memory. ``cross``: the module
+    was given keys of other tokens.
     """
 
     recorded: RecordedTensors

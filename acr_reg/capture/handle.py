@@ -1,8 +1,4 @@
-"""Captures the self-attention of any forward pass, on its graph, without changing the model or its outputs.
-
-:func:`capture_attention` hooks the model's modules; while an attention module runs, a torch function mode sees the
-kernel it calls (see ``_interception``). Every encoder run becomes one :class:`~acr_reg.AttentionMaps`.
-"""
+"""The handle of a capture: :func:`capture_attention` starts one, :class:`AttentionCapture` hands out the maps."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ from torch import nn
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import nothing_captured, one_of, refuse_partial, removed
+from acr_reg.capture.refusals import nothing_captured, one_of, refuse_partial
 from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
@@ -41,25 +37,24 @@ def capture_attention(
     """Captures the self-attention of every forward pass of ``model`` from now on, whichever method starts it.
 
     Args:
-        model: any module; its kernels, outputs, parameters, modes and state dict stay as they are.
-        layers: indices of the attention layers to keep, in the order they run (negative: from the last); None keeps
-            all.
-        modules: names (or modules) within which attention counts, e.g. one of two encoders; None means anywhere.
-        patch_size, num_prefix_tokens, class_tokens: where the model's own fields do not say, or say it wrongly.
-            ``class_tokens`` is a count from the first prefix token, or their positions; token c belongs to class c.
-        keep: what :meth:`AttentionCapture.take` does with several encoder runs since the last take: "only" refuses
-            them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
-            released at once.
-        no_grad: also record runs under ``torch.no_grad``, which cost nothing otherwise.
-        double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
-        graph_from: start the autograd graph at this layer (negative: from the last) where none reaches it, as with a
-            frozen backbone, so that a class map by gradient works; layers below stay without a graph.
-        record_products: also keep the query, key, value and output of unfused layers, which only checks of a capture
-            need (:func:`~acr_reg.check` does); they take memory.
+        model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
+        layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
+        modules: names (or modules) within which attention counts, such as one of two encoders; None means anywhere.
+        patch_size, num_prefix_tokens, class_tokens: the tokens, where the model's own fields are missing or wrong.
+            ``class_tokens`` is a count from the first prefix token, or positions; token c belongs to class c.
+        keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
+            times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
+            once, "all" keeps all for ``take(i)``.
+        no_grad: also record runs under ``torch.no_grad``; off, so that validation costs nothing.
+        double_backward: use the attention kernel that can be differentiated twice, for a CAM inside the loss.
+        graph_from: start the autograd graph at this layer (negative: from the last) if the backbone is frozen, so that
+            class maps by gradient work; layers below stay without a graph.
+        record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
+            :func:`~acr_reg.check`.
 
-    Returns an :class:`AttentionCapture`: ``take()`` the maps after each forward, ``remove()`` (or leave its ``with``
-    block) when done. Dropping it also ends the capture. Raises :class:`CaptureError` for modules whose kernels cannot
-    be seen: compiled, scripted, traced or exported.
+    Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
+    leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
+    scripted, traced or exported, because their kernels cannot be seen.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
@@ -70,38 +65,37 @@ def capture_attention(
     AttentionMaps(layers 0; 2 images; 4 heads; 25 tokens: 1 prefix + 4 x 6)
     """
     if keep not in ("only", "first", "last", "all"):
-        raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
+        raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
     placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens))
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 
 
 class AttentionCapture(Removable):
-    """The handle of a running capture. Made by :func:`capture_attention`."""
+    """A running capture, made by :func:`~acr_reg.capture_attention`."""
 
     def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
         self._recorder: Recorder | None = recorder
         self._layers = None if layers is None else tuple(layers)
         self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) of what the last taken run used that is not token-to-token self-attention."""
+        """(module name, reason) of all that is no token-to-token self-attention in the run taken last."""
 
     def remove(self) -> None:
-        """Removes every hook and forgets every run. Maps already taken stay valid. May be called again."""
+        """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
         if self._recorder is not None:
             self._recorder.stop()
         self._recorder = None
 
     def clear(self) -> None:
-        """Forgets the runs not taken so far, for instance after an exception in a training step."""
+        """Forgets the runs not yet taken, for instance after an exception in a training step."""
         self._running().log.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
-        """The maps of the encoder run since the last take, which are then the caller's alone; delete them after
-        ``backward``.
+        """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
 
-        ``run`` picks one of several with ``keep="all"``, 0 the first; the runs not picked are forgotten too. Raises
-        :class:`CaptureError` where there was no run, or more than ``keep`` allows.
+        With ``keep="all"``, ``run`` picks one of several, 0 the first; the others are forgotten too. Raises
+        :class:`~acr_reg.CaptureError` where there was no run, or more than ``keep`` allows.
         """
         recorder = self._running()
         position = recorder.log.started - 1
@@ -111,17 +105,17 @@ class AttentionCapture(Removable):
 
     def take_all(self) -> list[AttentionMaps]:
         """The maps of every encoder run since the last take, with ``keep="all"``; at least one, or a
-        :class:`CaptureError`."""
+        :class:`~acr_reg.CaptureError`."""
         recorder = self._running()
         if recorder.log.keep != "all":
             raise CaptureError(
-                f'found keep="{recorder.log.keep}"; expected keep="all"; capture with keep="all" to take every run'
+                f'This capture has keep="{recorder.log.keep}". Capture with keep="all" to take every run.'
             )
         return [self._maps(recorder, run) for run in self._finished(recorder)]
 
     def _running(self) -> Recorder:
         if self._recorder is None:
-            raise removed()
+            raise CaptureError("This capture was removed. Call capture_attention(model) again.")
         return self._recorder
 
     @staticmethod
@@ -135,7 +129,7 @@ class AttentionCapture(Removable):
         index = recorder.index
         refuse_partial(index, run)
         layers: list[LayerAttention] = []
-        beside = "nothing was seen in it: no attention, or by another kernel"
+        beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
         skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
         pyramid = is_pyramid(run.calls)
         for call in run.calls:

@@ -1,4 +1,4 @@
-"""How torch spells attention: which function does what to it, and what the arguments and products are.
+"""How torch spells attention: the functions that take part, their arguments, and the two products.
 
 A kernel that is spelled in another way is added here.
 """
@@ -36,25 +36,14 @@ ROLES: dict[Any, Role] = {
 
 PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
 
-# These change dtype, memory or dropout, never which probability stands where.
-SAME_MAP_NAMES = {
-    "dropout",
-    "dropout_",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "contiguous",
-    "clone",
-}
+# These change dtype, memory or dropout, and leave every probability where it is.
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+SAME_MAP_NAMES = {"dropout", "dropout_", "contiguous", "clone", *_CASTS}
 
-# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
+# These rearrange rows and leave what a row holds, as long as the last axis keeps its length.
 SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
 
-_SUMS_QUERIES = "a product that sums over the queries, not over the keys: no attention of queries to keys"
+_SUMS_QUERIES = "no attention of queries to keys: the product with the values sums over the queries"
 
 body = cache(body_of)
 
@@ -96,14 +85,14 @@ def sdpa_arguments(
 
 
 def dropout_of(args: Any, kwargs: Any) -> float:
-    """p of an active F.dropout(input, p=0.5, training=True, inplace=False)."""
+    """p of an active F.dropout(input, p=0.5, training=True), or torch.dropout(input, p, train)."""
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return float(p) if training else 0.0
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
+    """Whether both are one tensor, or equal views of one: nn.MultiheadAttention transposes each argument."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
@@ -119,7 +108,7 @@ def is_transposed(result: Tensor, alias: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ValueProduct:
-    """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them, and why it is no A V if so."""
+    """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them; ``refusal``: why it is not A V."""
 
     value: Tensor | None = None
     output: Tensor | None = None
@@ -129,21 +118,19 @@ class ValueProduct:
 def value_product(
     equation: str | None, position: int, transposed: bool, operands: list[Tensor], output: Tensor
 ) -> ValueProduct:
-    """What becomes of the map, operand number ``position`` (0 or 1), in a product with values.
+    """The product of the map, operand number ``position`` (0 or 1), with the values.
 
-    A V is written as A @ V, as V^T @ A^T where channels come first (``transposed`` says the map was), or as an
-    einsum ``equation`` (which torch also makes of the spelling with lists of numbers).
+    It is written A @ V, or V^T @ A^T where channels come first (``transposed``: the map was), or as an einsum
+    ``equation`` (torch turns the spelling with lists of numbers into one).
     """
     values = operands[1 - position]
     if equation is not None:
         return _einsum(equation, position, transposed, values, output)
-    if position == 0:
-        return ValueProduct(refusal=_SUMS_QUERIES) if transposed else ValueProduct(values, output)
-    return (
-        ValueProduct(values.transpose(-2, -1), output.transpose(-2, -1))
-        if transposed
-        else ValueProduct(refusal=_SUMS_QUERIES)
-    )
+    if transposed == (position == 0):
+        return ValueProduct(refusal=_SUMS_QUERIES)
+    if transposed:
+        values, output = values.transpose(-2, -1), output.transpose(-2, -1)
+    return ValueProduct(values, output)
 
 
 def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> ValueProduct:
@@ -169,7 +156,7 @@ def _einsum(equation: str, position: int, transposed: bool, values: Tensor, outp
 
 
 def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where the way it is written shows them."""
+    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where its spelling shows them."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
     query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
@@ -178,6 +165,7 @@ def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor,
 
 
 def laid_out(value: Tensor | None) -> tuple[int | None, bool]:
+    """The length of a value's last axis, and whether neighbours along the last axis but one are so in memory."""
     if value is None:
         return None, False
     return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)

@@ -1,8 +1,8 @@
-"""Sees the attention that a model computes: a TorchFunctionMode that turns kernels and softmaxes into attention calls.
+"""Follows the scores of attention to the map that meets V, and reports every attention call of a model.
 
-While the mode is entered, F.scaled_dot_product_attention is seen with its factors. Elsewhere scores are followed from
-the product of queries and keys through bias and mask to the softmax, and the probability through dropout, casts and
-mixing to the matmul where it meets V. Nothing is computed twice, replaced or stored on modules.
+While the mode is entered, it sees F.scaled_dot_product_attention with its factors. Elsewhere it follows scores from the
+product of queries and keys through bias and mask to the softmax, and probabilities through dropout, casts and mixing to
+the product with V. It computes nothing twice, replaces nothing and stores nothing on modules.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from acr_reg.capture.kernels import ROLES, Role, learn_role
 
 @dataclass(frozen=True, eq=False)
 class _Followed:
-    """What is known of a tensor on the way from the scores to V. ``probability`` is None before the softmax.
+    """A tensor on the way from the scores to V. ``probability`` is None before the softmax.
 
-    ``alias`` is the tensor itself, weakly: traces are found by id(), which is used again once a tensor is gone.
+    ``alias`` refers to the tensor weakly: traces are found by id(), which Python uses again once a tensor is gone.
     """
 
     alias: weakref.ref[Tensor]
@@ -44,7 +44,7 @@ class _Followed:
 
 
 class _MultiHead(threading.local):
-    """What nn.MultiheadAttention says of its products; shared, since only the innermost mode sees its call."""
+    """What nn.MultiheadAttention knows of its products; shared, since only the innermost mode sees its call."""
 
     heads: int | None = None
     refusal: str | None = None
@@ -56,8 +56,8 @@ _inside = _MultiHead()
 class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
-    ``starts_graph`` is asked whether a layer that carries no gradient shall become the first of a graph.
-    ``record_products`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
+    ``starts_graph`` decides whether a layer without gradient becomes the first of a graph. ``record_products`` also
+    keeps query, key and A V of unfused layers, which only a check needs.
     """
 
     def __init__(
@@ -79,9 +79,7 @@ class AttentionMode(TorchFunctionMode):
         self._met: set[int] = set()
 
     def forget(self) -> list[str]:
-        """Drops the softmaxes being followed and says which met no V."""
-        if not self._traces and not self._unmet:
-            return []
+        """Stops following and returns the softmaxes that met no V, in words."""
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._traces.clear()
         self._unmet.clear()
@@ -114,8 +112,7 @@ class AttentionMode(TorchFunctionMode):
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
-        if self._starts_graph is not None:
-            self._start_graph(output)
+        self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
@@ -127,16 +124,14 @@ class AttentionMode(TorchFunctionMode):
             tensor.requires_grad_()
 
     def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
-        """Runs the function's own body with the mode on: by itself it dispatches once and hides what it does.
+        """Runs the function's own body under the mode, because the function dispatches once and hides its kernels.
 
-        The weights it returns are a view off the path to its output, so they could not be used for a gradient.
+        The weights that it returns lie off the path to its output and carry no gradient of it.
         """
         query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
-        _inside.refusal = (
-            None if kernels.is_same(query, key) else "cross-attention: queries and keys are not the same tokens"
-        )
+        _inside.refusal = None if kernels.is_same(query, key) else "cross-attention: the keys are of other tokens"
         try:
             with self:
                 return kernels.body(func)(*args, **kwargs)
@@ -154,16 +149,15 @@ class AttentionMode(TorchFunctionMode):
             return
         refusal = None
         if scores is None:  # a gate over channels or classes, or the weights of linear attention
-            refusal = f"a softmax over {shape} of what is no product of queries and keys: linear attention, or a gate"
+            refusal = f"linear attention or a gate: a softmax over {shape} of no product of queries and keys"
         elif len(shape) < 3:
-            refusal = f"a softmax over {shape}, between images and not their tokens"
+            refusal = f"attention between images, not their tokens: a softmax over {shape}"
         elif dim not in (-1, len(shape) - 1):
-            refusal = f"a softmax over axis {dim} of {shape}, not over the last"
+            refusal = f"no attention over keys: a softmax over axis {dim} of {shape}, not the last"
         else:
             self._start_graph(probability)
         self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
-        factors = None if scores is None else scores.factors
-        sources = frozenset([id(probability)])
+        factors, sources = scores.factors if scores else None, frozenset([id(probability)])
         self._traces[id(probability)] = _Followed(
             weakref.ref(probability), factors, probability, sources, refusal=refusal
         )
@@ -175,14 +169,15 @@ class AttentionMode(TorchFunctionMode):
         operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
         traces = [self._trace_of(operand) for operand in operands]
         if name in kernels.PRODUCT_NAMES:
+            equation = args[0] if name == "einsum" else None
             probable = [t is not None and t.probability is not None for t in traces]
             if not any(probable):
-                self._start_scores(args[0] if name == "einsum" else None, operands, result)
+                self._start_scores(equation, operands, result)
                 return
             if sum(probable) > 1 or len(traces) != 2:
                 return
             if not isinstance(operands[probable.index(False)], nn.Parameter):
-                self._met_values(name, args, operands, traces, result)
+                self._met_values(equation, operands, traces, result)
                 return
             # else heads are mixed by a matrix of weights, which are no values
         found = [t for t in traces if t is not None]
@@ -197,8 +192,6 @@ class AttentionMode(TorchFunctionMode):
         assert alias is not None
         same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
         turned = not same_rows and kernels.is_transposed(result, alias)
-        # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
-        # otherwise.
         dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0
         overwritten = dropped > 0 and any(result is operand for operand in operands)
         same = name in kernels.SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
@@ -217,10 +210,10 @@ class AttentionMode(TorchFunctionMode):
             factors = kernels.score_factors(equation, operands) if self._record_products else None
             self._traces[id(result)] = _Followed(weakref.ref(result), factors)
 
-    def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
-        """The operand that meets V is the effective attention; before dropout where nothing else changed it.
+    def _met_values(self, equation: str | None, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
+        """The operand that meets V is the attention, taken before dropout where nothing else changed it.
 
-        Its first product is that with V: a later one (a refinement of class maps) is no other layer.
+        Its first product is the one with V; a later one (a refinement of class maps) is not another layer.
         """
         position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
         trace: _Followed = traces[position]
@@ -231,9 +224,7 @@ class AttentionMode(TorchFunctionMode):
             self._unmet.pop(source, None)
         alias, probability = trace.alias(), trace.probability
         assert alias is not None and probability is not None
-        found = kernels.value_product(
-            args[0] if name == "einsum" else None, position, trace.transposed, operands, output
-        )
+        found = kernels.value_product(equation, position, trace.transposed, operands, output)
         changed = trace.mixed or trace.reshaped
         attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
         if changed and trace.transposed:

@@ -24,13 +24,7 @@ class Recorder:
     """Watches the modules of one model and sorts their attention calls into runs."""
 
     def __init__(
-        self,
-        placer: Placer,
-        keep: Keep,
-        no_grad: bool,
-        double_backward: bool,
-        graph_from: int | None,
-        record_products: bool,
+        self, placer: Placer, keep: Keep, no_grad: bool, double_backward: bool, graph_from: int | None, products: bool
     ) -> None:
         self.placer = placer
         self.index = placer.index
@@ -40,13 +34,13 @@ class Recorder:
         self._no_grad = no_grad
         self._double_backward = double_backward
         self._graph_from = graph_from
-        self._record_products = record_products
-        self._unknown_modules: set[nn.Module] = set()  # with kernels that leave nothing to record
+        self._record_products = products
+        self._unknown_modules: set[nn.Module] = set()  # whose kernels cannot be recorded
         self._alike: set[nn.Module] = set()  # modules that attend, and those that look like them
-        self._narrowed = False  # whether only those are watched, the model itself and what reads its images
+        self._narrowed = False  # to those, the model and what reads its images
         self._state = ThreadState()
         self._hooks = HookSet(self)
-        # Until the first run is taken every module is watched; then only those that turned out to matter.
+        # Every module, until the first run is taken and shows which ones matter.
         self._hooks.watch_only(self.index.names)
 
     # ---- called by the hooks
@@ -60,7 +54,7 @@ class Recorder:
         if not torch.is_grad_enabled() and not self._no_grad:
             self._pass_over(state, module)
             return
-        if in_backward():  # checkpointing recomputes what the first pass has already shown
+        if in_backward():  # checkpointing repeats a pass that was already seen
             if self._double_backward:  # by the kernel of the first pass
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
@@ -94,7 +88,7 @@ class Recorder:
         self._close(state, entry)
 
     def _pass_over(self, state: ThreadState, module: nn.Module) -> None:
-        """What runs without a graph, where such runs are not recorded."""
+        """Ignores a call under torch.no_grad, unless such calls are recorded."""
         self.log.without_grad += 1
         if state.entries and in_reentrant_checkpoint() and self.index.counts(module):
             state.current.reentrant.add(module)
@@ -110,7 +104,8 @@ class Recorder:
         module, is_root = entry.module, entry.module is self.index.model
         if self._narrowed and not is_root and module not in self.images.modules:
             return  # the input of an attention module may look like an image of few rows
-        if self.images.note(module, entry.args, entry.kwargs, state.images, outermost, is_root):
+        first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
+        if self.images.note(module, first, state.images, outermost, is_root):
             state.end_run()
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
@@ -119,14 +114,14 @@ class Recorder:
             mode = AttentionMode(
                 self._report, self._report_unknown, self._double_backward, graph, self._record_products
             )
-            mode.__enter__()
+            mode.__enter__()  # type: ignore[no-untyped-call]
             state.mode = mode
             entry.opened_mode = True
         state.entries.append(entry)
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         if entry.visit is not None:
-            entry.visit.frame = None
+            entry.visit.clear()
         if not entry.opened_mode or state.mode is None:
             return
         mode, state.mode = state.mode, None
@@ -141,8 +136,7 @@ class Recorder:
             self.log.outside += [f"{name}: {what}" for what in unmet]
 
     def _drop_interrupted(self, state: ThreadState) -> None:
-        """Clears what a KeyboardInterrupt or SystemExit left behind: entries whose forward is no longer on the
-        stack."""
+        """Closes entries that a KeyboardInterrupt or SystemExit left behind, whose forward is not on the stack."""
         while state.entries and not is_running(state.entries[-1].frame):
             state.fail()
             self._close(state, state.entries.pop())
@@ -184,13 +178,13 @@ class Recorder:
             self._state.current.unknown.append((self.index.names[entry.module], kernel))
 
     def _starts_graph(self) -> bool:
-        """Whether the coming layer is high enough to be the first on a graph."""
+        """Whether the coming layer is at ``graph_from`` or above."""
         assert self._graph_from is not None
         first = self._graph_from if self._graph_from >= 0 else self.last_count + self._graph_from
         return torch.is_grad_enabled() and self._state.innermost is not None and len(self._state.current.calls) >= first
 
     def _run_of(self, state: ThreadState, module: nn.Module) -> Run:
-        """The run this call belongs to: a new one once a module has fired as often as it is registered."""
+        """The run of this call: a new one once the module has fired as often as it is registered."""
         run = state.run
         if run is not None and not run.closed and not run.failed and run.fired[module] < self.index.registered[module]:
             return run
@@ -205,7 +199,7 @@ class Recorder:
     # ---- called by the handle
 
     def finish(self) -> list[Run]:
-        """The runs since the last call; from now on only attention modules are watched."""
+        """The runs since the last call; from then on only attention modules are watched."""
         self._drop_interrupted(self._state)
         runs = self.log.take()
         if not self._narrowed:
@@ -215,7 +209,7 @@ class Recorder:
         return runs
 
     def _narrow(self, runs: list[Run]) -> None:
-        # Checkpointing is to be refused in later steps too, by all that is watched.
+        # Reentrant checkpointing must be refused in later steps too, so all modules stay watched.
         if self.index.attending and not self._state.entries and not any(run.reentrant for run in runs):
             self._alike = self.index.alike() | self._unknown_modules
             self._hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])

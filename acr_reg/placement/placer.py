@@ -12,12 +12,12 @@ from torch import nn
 from acr_reg.attention.call import AttentionCall
 from acr_reg.errors import LayoutError
 from acr_reg.placement.grids import LayoutHints, ModelFields, infer_layout, read_fields
-from acr_reg.placement.kinds import Placement, place, unordered_tokens
+from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace
 from acr_reg.tokens import Lattice, TokenLayout
 
-_NEAREST = 4  # modules around an attention module that may say its window
+_NEAREST = 4  # modules around attention that may know its window
 
 
 class Placer:
@@ -34,8 +34,8 @@ class Placer:
     def _fields(self) -> ModelFields:
         return read_fields(self.index.model)
 
-    def placement(self, call: AttentionCall, images: tuple[int, int, int] | None, is_pyramid: bool) -> Placement:
-        """The place of a call; each sort of call is looked at once. ``images`` is (B, height, width)."""
+    def placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
+        """The place of a call; each sort of call is looked at once."""
         known = (call.sort, images, is_pyramid)
         if known not in self._placements:
             around = self.index.lineage(call.module)[:_NEAREST] or [call.module]
@@ -54,13 +54,10 @@ class Placer:
         return self._placements[known]
 
     def trace(
-        self,
-        ops: Mapping[str, WindowedOp],
-        images: tuple[int, int, int] | None,
-        preceded: Mapping[nn.Module, tuple[int, int]],
+        self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]
     ) -> None:
-        """Remembers what a run shows of windows: its ops by name, in order, and how many of them came before the first
-        and the last call of every module that attends. A run that shows less than one before it is passed over."""
+        """Remembers the windows of a run, unless an earlier one showed more: its ops by name, in order, and how many
+        came before the first and last call of each module that attends."""
         if images is not None and len(ops) >= len(self._trace.ops):
             calls: dict[str, tuple[int, int]] = {}
             for module, (first, last) in preceded.items():
@@ -69,9 +66,9 @@ class Placer:
             self._trace = WindowTrace(tuple(ops.values()), images, calls)
 
     def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
-        """A layout whose lattices stand where the model's windows put their tokens, on images of ``size``. Only the
-        windows of the attention itself can have made the smaller of two lattices."""
-        if self._hints.patch_size is not None:  # the user says where they stand
+        """The layout with its lattices where the model's windows put the tokens, on images of ``size``. Only windows of
+        the attention itself can have made the smaller of two lattices."""
+        if self._hints.patch_size is not None:  # the user places them
             return layout
         part, trace = self.index.part(call.module), self._trace
         shape = call.input_shape or ()

@@ -221,7 +221,7 @@ def _reason(refusal: str) -> str:
     """What the message says in brackets after what it found."""
     if not refusal:
         return ""
-    given = refusal.partition("since the last take")[2].partition("; expected at least")[0]
+    given = refusal.partition("since the last take()")[2].partition(". Run this model,")[0]
     return given.removeprefix(" (").removesuffix(")") or "nothing like attention ran"
 
 

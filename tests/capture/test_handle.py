@@ -175,7 +175,7 @@ def test_a_forward_on_both_views_at_once_chunks() -> None:
     torch.testing.assert_close(a[1].weights(), alone[1].weights())
     quarters = [part.weights()[0] for half in (a, b) for part in half.chunk(2)]
     assert torch.equal(torch.cat(quarters), both.weights()[0])
-    with pytest.raises(ValueError, match="found a batch of 4; expected a multiple of 3"):
+    with pytest.raises(ValueError, match="batch of 4 .* multiple of 3"):
         both.chunk(3)
 
 
@@ -187,13 +187,11 @@ def test_only_one_untaken_run_is_allowed_and_its_tensors_are_released() -> None:
         model(images(3))
         gc.collect()
         assert first() is None
-        with pytest.raises(
-            CaptureError, match=r"found 2 encoder runs.*\(2, 4, 25, 25\).*\(3, 4, 25, 25\).*expected one"
-        ):
+        with pytest.raises(CaptureError, match=r"2 encoder runs.*\(2, 4, 25, 25\).*\(3, 4, 25, 25\).*keep=\"first\""):
             attention.take()
         model(images(1))
         assert attention.take().batch_size == 1
-        with pytest.raises(CaptureError, match=r"found no token-to-token attention.*since the last take"):
+        with pytest.raises(CaptureError, match=r"No token-to-token attention.*since the last take\(\)"):
             attention.take()
         model(images(2))
         attention.clear()
@@ -221,7 +219,7 @@ def test_all_runs() -> None:
         assert [maps.batch_size for maps in attention.take_all()] == [1, 2, 3]
         for batch in (1, 2, 3):
             model(images(batch))
-        with pytest.raises(CaptureError, match=r"found 3 encoder runs.*call take\(0\) to take\(2\)"):
+        with pytest.raises(CaptureError, match=r"3 encoder runs.*take\(0\) to take\(2\)"):
             attention.take()
         model(images(4)), model(images(5))
         assert attention.take(1).batch_size == 5
@@ -254,11 +252,11 @@ def test_layers_and_modules_choose() -> None:
         model(images())
         (layer,) = attention.take()
         assert layer.name == "encoder.1.attention"
-    with pytest.raises(ValueError, match=r"found 'encoder.9', which is no module.*expected names"):
+    with pytest.raises(ValueError, match=r"'encoder.9' is no module of .*modules=.*'encoder'"):
         capture_attention(model, modules=["encoder.9"])
     with capture_attention(model, layers=[7]) as attention:
         model(images())
-        with pytest.raises(IndexError, match=r"found no layer \[7\]; expected some of \[0, 1, 2\]"):
+        with pytest.raises(IndexError, match=r"\[7\].*layers= among \[0, 1, 2\]"):
             attention.take()
 
 
@@ -349,9 +347,7 @@ def test_nothing_captured_says_what_to_check() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with capture_attention(model) as attention:
         model(images())
-        with pytest.raises(
-            CaptureError, match=r"found no token-to-token attention of Sequential.*expected.*run this model"
-        ):
+        with pytest.raises(CaptureError, match=r"No token-to-token attention of Sequential.*Run this model"):
             attention.take()
 
 
@@ -360,7 +356,7 @@ def test_runs_under_no_grad_are_recorded_only_when_asked() -> None:
     with capture_attention(model) as attention, torch.no_grad():
         model(images())
         assert modes() == 0
-        with pytest.raises(CaptureError, match=r"ran under torch.no_grad \(capture with no_grad=True"):
+        with pytest.raises(CaptureError, match=r"ran under torch.no_grad: capture with no_grad=True"):
             attention.take()
     with capture_attention(model, no_grad=True) as attention, torch.no_grad():
         model(images())
@@ -383,19 +379,19 @@ def test_a_grid_that_cannot_be_known_is_an_error_where_it_is_needed() -> None:
         model(torch.randn(2, 25, 32))
         maps = attention.take()
         assert maps[0].weights().shape == (2, 4, 25, 25)
-        with pytest.raises(LayoutError, match=r"found 25 tokens and no image.*expected one.*with_layout"):
+        with pytest.raises(LayoutError, match=r"25 tokens.*no module was given an image.*with_layout"):
             AllPairsConsistencyLoss(HorizontalFlip())(maps, maps)
         placed = maps.with_layout(grid=(4, 6), num_prefix_tokens=1)
         assert AllPairsConsistencyLoss(HorizontalFlip())(placed, placed) > 0
-        with pytest.raises(LayoutError, match=r"found 25 queries and 25 keys; expected 24"):
+        with pytest.raises(LayoutError, match=r"25 queries and 25 keys.*for 24 "):
             maps.with_layout(grid=(4, 6), num_prefix_tokens=0)
 
 
 def test_bad_arguments_leave_no_hook_behind() -> None:
     model = explicit_vit()
-    with pytest.raises(ValueError, match=r"found keep='some'; expected .only., .first."):
+    with pytest.raises(ValueError, match=r"keep='some'.*.only., .first."):
         capture_attention(model, keep="some")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"found a str; expected a torch\.nn\.Module"):
+    with pytest.raises(TypeError, match=r"model is a str.*torch\.nn\.Module"):
         capture_attention("vit")  # type: ignore[arg-type]
     assert hooks(model) == 0
 
@@ -410,7 +406,7 @@ def test_every_end_of_a_capture_restores_the_model() -> None:
         assert hooks(model) > 0
     assert hooks(model) == 0
     attention.remove()
-    with pytest.raises(CaptureError, match="found a capture that was removed"):
+    with pytest.raises(CaptureError, match=r"removed.*capture_attention\(model\) again"):
         attention.take()
     with contextlib.suppress(ZeroDivisionError), capture_attention(model):
         model(images())
@@ -640,7 +636,7 @@ def test_runs_that_nobody_takes_do_not_pile_up() -> None:
                 model(images(1))
             assert len(attention._recorder.log.runs) <= 8
             if keep == "only":
-                with pytest.raises(CaptureError, match="found 8 or more encoder runs"):
+                with pytest.raises(CaptureError, match="8 or more encoder runs"):
                     attention.take()
             else:
                 assert len(attention.take()) == 1
@@ -657,7 +653,7 @@ def test_images_padded_by_the_model_are_warned_of_once() -> None:
         attention.take()
     with capture_attention(model) as attention:
         model(images(size=(26, 42)))
-        with pytest.warns(UserWarning, match=r"found images of 26 x 42 px that the model pads to 32 x 48.*up to 6 px"):
+        with pytest.warns(UserWarning, match=r"26 x 42 px to 32 x 48.*up to 6 px"):
             attention.take()
         model(images(size=(26, 42)))
         attention.take()

@@ -43,7 +43,7 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_without_attention_is_a_problem_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "torchvision:resnet18", "--size", "32")
     assert (code, err) == (1, "")
-    assert "problem: found no token-to-token attention of ResNet" in out
+    assert "problem: No token-to-token attention of ResNet" in out
     assert out.splitlines()[-1] == "problems: 1"
 
 

@@ -192,7 +192,7 @@ def grids(layer) -> tuple[tuple[int, int], tuple[int, int]]:
 def nothing_captured(model: nn.Module, x: Tensor) -> pytest.ExceptionInfo[CaptureError]:
     with capture_attention(model) as attention:
         model(x)
-        with pytest.raises(CaptureError, match="found no token-to-token attention") as error:
+        with pytest.raises(CaptureError, match="No token-to-token attention") as error:
             attention.take()
     assert says(error, type(model).__name__)
     return error
@@ -331,14 +331,14 @@ def test_the_loss_refuses_windows_by_name_and_lists_the_layers_to_use() -> None:
     maps, _ = captured(windows_and_global(), images())
     assert kinds(maps) == ["window", "global", "window", "global"]
     error = refusal_of_the_loss(maps)
-    assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3 (6 tokens each)", "choose layers=[1, 3]")
+    assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3 (6 tokens each)", "Choose layers=[1, 3]")
     error = refusal_of_the_loss(maps, layers=[1, 2])
-    assert says(error, "layer 2 (blocks.2.attn)", "shifted by 1 x 1", "choose layers=[1, 3]")
+    assert says(error, "layer 2 (blocks.2.attn)", "shifted by 1 x 1", "Choose layers=[1, 3]")
 
 
 def test_where_every_layer_is_of_windows_the_message_does_not_send_in_circles() -> None:
     maps, _ = captured(only_windows(), images())
-    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", "no layer here does")
+    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", "No layer here does")
 
 
 def test_labels_and_class_maps_do_not_hide_why_windows_are_refused() -> None:
@@ -356,7 +356,7 @@ def test_layers_without_a_grid_are_not_among_those_to_use_instead() -> None:
     """Windows are beside the point for tokens in the order of mask units: a global layer is of no use either."""
     maps, _ = captured(Tokens(Windows(), Unroll(), Attention()), images())
     assert kinds(maps) == ["window", "global"]
-    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "no layer here does")
+    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "No layer here does")
 
 
 @pytest.mark.parametrize("query", ["class", "all"])
@@ -368,7 +368,7 @@ def test_a_gradient_class_map_refuses_windows_by_name(build: Callable[[], nn.Mod
         maps = attention.take()
         with pytest.raises(LayoutError) as error:
             class_token_gradient_cam(logits, maps, start_layer=0, query=query)
-        advice = "choose layers=[1, 3]" if build is windows_and_global else "no layer here does"
+        advice = "Choose layers=[1, 3]" if build is windows_and_global else "No layer here does"
         assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", advice)
 
 
@@ -546,7 +546,7 @@ class PoolingOfFour(Attention):
 def test_queries_that_are_not_the_modules_tokens_are_no_grid() -> None:
     maps, skipped = captured(Tokens(Attention(), PoolingOfFour(6)), images())
     assert kinds(maps) == ["global"]
-    assert "6 queries, 24 keys, of which the queries are not the module's tokens" in skipped["blocks.1"]
+    assert "the 6 queries to 24 keys are not the module's tokens" in skipped["blocks.1"]
 
 
 class MoreKeys(ReducedKeys):
@@ -571,7 +571,7 @@ def test_keys_that_fit_no_grid_like_that_of_the_queries_are_other_tokens() -> No
 
     maps, skipped = captured(Tokens(Attention(), Others()), images())
     assert kinds(maps) == ["global"]
-    assert "24 queries, 7 keys that fit no two grids of the image" in skipped["blocks.1"]
+    assert "24 queries and 7 keys fit no two grids of the image" in skipped["blocks.1"]
 
 
 class PooledAlongTheSequence(ReducedKeys):
@@ -609,7 +609,7 @@ def test_tokens_in_the_order_of_mask_units_are_captured_and_their_layout_refused
     assert kinds(maps) == ["global", "reduced keys"]
     for layers in ([0], [1]):
         error = refusal_of_the_loss(maps, layers=layers)
-        assert says(error, "order of mask units (Unroll)", "rows of a grid", "from_tensors")
+        assert says(error, "order of mask units (Unroll)", "row by row", "from_tensors")
     in_order = AttentionMaps.from_tensors(maps.weights()[:1], num_prefix_tokens=0, grid=GRID)
     assert affinity_loss()(in_order, in_order) > 0
 
@@ -639,9 +639,9 @@ def test_channel_attention_is_skipped_by_name(build: Callable[[], nn.Module], sq
     x = images(size=(32, 16) if square else SIZE)
     maps, skipped = captured(Tokens(Attention(), build()), x)
     assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "8 channels attend to 8 channels over all tokens: channel attention"
+    assert skipped["blocks.1"] == "channel attention: 8 channels attend to 8 channels over all tokens"
     error = nothing_captured(Tokens(build()), x)
-    assert "blocks.0: 8 channels attend to 8 channels over all tokens: channel attention" in str(error.value)
+    assert "blocks.0: channel attention: 8 channels attend to 8 channels over all tokens" in str(error.value)
 
 
 class ByConvolution(nn.Module):
@@ -725,7 +725,7 @@ class ClassAttention(Attention):
 def test_class_attention_with_one_query_is_skipped_by_name(fused: bool) -> None:
     maps, skipped = captured(Tokens(Attention(), ClassAttention(fused=fused)), images())
     assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "1 query, 24 keys: pooling or class attention"
+    assert skipped["blocks.1"] == "pooling or class attention: 1 query attends to 24 keys"
 
 
 class Looking(Attention):
@@ -772,7 +772,7 @@ class Decoder(nn.Module):
 def test_cross_attention_is_told_by_names_or_by_two_tensors(call, count: int) -> None:
     maps, skipped = captured(Tokens(Decoder(call, count)), images())
     assert [layer.name for layer in maps] == ["blocks.0.own"]
-    assert skipped["blocks.0.second"] == f"24 queries, {count} keys of other tokens: cross-attention"
+    assert skipped["blocks.0.second"] == f"cross-attention: 24 queries attend to {count} keys of other tokens"
 
 
 @pytest.mark.parametrize(
@@ -833,7 +833,7 @@ def test_a_batch_that_is_no_multiple_of_the_images_is_of_something_else() -> Non
 
     maps, skipped = captured(Tokens(Attention(), Merged()), images())
     assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "a batch of 1 for 2 images: tokens of something else"
+    assert skipped["blocks.1"] == "not the tokens of the images: a batch of 1 for 2 images"
 
 
 # ---- softmaxes that make no attention of tokens
@@ -896,14 +896,14 @@ class BetweenImages(Attention):
 
 
 NO_MAP = [
-    (LinearAttention, "of what is no product of queries and keys: linear attention, or a gate"),
-    (LinearOverTheLastAxis, "of what is no product of queries and keys: linear attention, or a gate"),
-    (Gate, "a softmax over (2, 24, 2) of what is no product of queries and keys: linear attention, or a gate"),
-    (OverTheQueries, "a softmax over axis -2 of (2, 4, 24, 24), not over the last"),
-    (OverTheHeads, "a softmax over axis 1 of (2, 4, 24, 24), not over the last"),
+    (LinearAttention, "linear attention or a gate: a softmax over (2, 4, 24, 8) of no product of queries and keys"),
+    (LinearOverTheLastAxis, "linear attention or a gate: a softmax over (2, 4, 8, 24) of no product of queries"),
+    (Gate, "linear attention or a gate: a softmax over (2, 24, 2) of no product of queries and keys"),
+    (OverTheQueries, "no attention over keys: a softmax over axis -2 of (2, 4, 24, 24), not the last"),
+    (OverTheHeads, "no attention over keys: a softmax over axis 1 of (2, 4, 24, 24), not the last"),
     (WithoutValues, "a softmax over (2, 4, 24, 24) that met no values"),
-    (SumsTheQueries, "a product that sums over the queries, not over the keys: no attention of queries to keys"),
-    (BetweenImages, "a softmax over (2, 2), between images and not their tokens"),
+    (SumsTheQueries, "no attention of queries to keys: the product with the values sums over the queries"),
+    (BetweenImages, "attention between images, not their tokens: a softmax over (2, 2)"),
 ]
 
 
@@ -1247,7 +1247,7 @@ def test_modules_of_the_same_class_that_run_another_kernel_are_named(kernel: str
             model(images())
             with pytest.raises(CaptureError, match="none that can be captured") as error:
                 attention.take()
-            assert says(error, "found attention in 2 modules", "blocks.1", "blocks.3", "modules=")
+            assert says(error, "Attention was seen in 2 modules", "blocks.1", "blocks.3", "modules=")
             assert "blocks.0" not in str(error.value)
     with capture_attention(model, modules=["blocks.0", "blocks.2"]) as attention:
         model(images())
@@ -1476,7 +1476,7 @@ MODELS = {
         timm_model("cait_xxs24_224", **TINY),
         (64, 64),
         ["4 x 4, mixed", "4 x 4, mixed"],
-        {f"blocks_token_only.{i}.attn": "1 query, 17 keys: pooling or class attention" for i in range(2)},
+        {f"blocks_token_only.{i}.attn": "pooling or class attention: 1 query attends to 17 keys" for i in range(2)},
     ),
     "timm convit": (
         timm_model("convit_tiny", img_size=64, depth=3, local_up_to_layer=2),
@@ -1564,8 +1564,8 @@ def test_a_model_of_channel_attention_alone_is_refused_by_name() -> None:
     build = timm_model("xcit_nano_12_p16_224", img_size=64, depth=2)
     for size in ((64, 64), (64, 128)):  # 16 tokens, and 32, as many as a head has channels
         message = str(nothing_captured(build(), images(size=size)).value)
-        assert "blocks.1.attn: 32 channels attend to 32 channels over all tokens: channel attention" in message
-        assert "cls_attn_blocks.0.attn: 1 query" in message
+        assert "blocks.1.attn: channel attention: 32 channels attend to 32 channels over all tokens" in message
+        assert "cls_attn_blocks.0.attn: pooling or class attention: 1 query" in message
 
 
 def test_the_last_stage_of_swin_is_regularised_and_gives_class_maps() -> None:
@@ -1577,7 +1577,7 @@ def test_the_last_stage_of_swin_is_regularised_and_gives_class_maps() -> None:
         b = attention.take()
     with pytest.raises(LayoutError) as error:
         affinity_loss(view)(a, b)
-    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "choose layers=[3, 4]")
+    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "Choose layers=[3, 4]")
     assert affinity_loss(view, layers=[3, 4])(a, b) > 0
     last = a.select([3, 4])
     cam = class_token_gradient_cam(logits, last, query="all")

@@ -117,7 +117,7 @@ def test_forgotten_take_is_refused():
     with mctformer.capture(model) as host:
         model(images())
         model(images())
-        with pytest.raises(acr_reg.CaptureError, match="found 2 encoder runs since the last take"):
+        with pytest.raises(acr_reg.CaptureError, match="2 encoder runs happened since the last take"):
             host.take()
 
 
