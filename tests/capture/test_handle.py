@@ -175,7 +175,7 @@ def test_a_forward_on_both_views_at_once_chunks() -> None:
     torch.testing.assert_close(a[1].weights(), alone[1].weights())
     quarters = [part.weights()[0] for half in (a, b) for part in half.chunk(2)]
     assert torch.equal(torch.cat(quarters), both.weights()[0])
-    with pytest.raises(ValueError, match="batch of 4 .* multiple of 3"):
+    with pytest.raises(ValueError, match=r"batch of 4 .* multiple of 3"):
         both.chunk(3)
 
 
