@@ -12,11 +12,11 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def select(values: Tensor, dim: int, index: Tensor | None) -> Tensor:
-    """Entries along one dimension: those of ``index`` (n,) or (1, n), or those of each image by (B, n); None is all."""
+    """Entries along one dimension by ``index`` (n,) or (1, n), or (B, n) for each image; None means all."""
     if index is None:
         return values
     if index.ndim == 1 or index.shape[0] == 1:
         return values.index_select(dim, index.flatten())
     images = torch.arange(len(index), device=index.device)[:, None]
-    # Two small indices side by side: expanding one to the shape of an N x N map would be as large as the map.
+    # Two small indices, because one expanded to the shape of an N x N map would be as large as the map.
     return values.movedim(dim, 1)[images, index].movedim(1, dim)

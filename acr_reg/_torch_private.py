@@ -1,6 +1,6 @@
-"""Everything that is private in torch and used here, in one place: nothing public serves. Seen on torch 2.1 to 2.14.
+"""The only file that uses private names of torch, where no public one serves. Seen on torch 2.1 to 2.14.
 
-``tests/project/test_torch_private.py`` fails by name where a new torch has changed one of them.
+``tests/project/test_torch_private.py`` fails by name if a new torch changes one of them.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_func
 
 
 def dispatches(function: Any) -> bool:
-    """Whether this is a function written in Python that hands itself to modes once, as many of torch's own do."""
+    """Whether this Python function hands itself to modes once, as many of torch's own do."""
     return isinstance(function, types.FunctionType) and not set(_DISPATCHES).isdisjoint(function.__code__.co_names)
 
 
 def body_of(function: types.FunctionType) -> Callable[..., Any]:
-    """A copy of a function that skips its one dispatch to modes, after which it would run unseen."""
+    """A copy of a function without its one dispatch to modes, after which its kernels would run unseen."""
     never = dict.fromkeys(_DISPATCHES, lambda *_: False)
     body = types.FunctionType(
         function.__code__,
@@ -47,7 +47,7 @@ def in_backward() -> bool:
 
 
 def in_reentrant_checkpoint() -> bool:
-    """Whether torch.utils.checkpoint(use_reentrant=True) is running the calling code, without a graph."""
+    """Whether torch.utils.checkpoint(use_reentrant=True) runs the calling code, without a graph."""
     code = checkpoint.CheckpointFunction.forward.__code__
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not code:
@@ -56,7 +56,7 @@ def in_reentrant_checkpoint() -> bool:
 
 
 def remove_mode(mode: TorchFunctionMode) -> None:
-    """Takes a mode off this thread's stack, wherever it stands: after an interruption others may lie above it."""
+    """Removes a mode from this thread's stack; after an interruption others may lie above it."""
     above = []
     while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
         top = overrides._pop_mode()
@@ -68,7 +68,7 @@ def remove_mode(mode: TorchFunctionMode) -> None:
 
 
 def math_kernel() -> AbstractContextManager[Any]:
-    """The SDPA kernel whose backward is itself differentiable."""
+    """Selects the SDPA kernel that can be differentiated twice."""
     try:
         from torch.nn.attention import SDPBackend, sdpa_kernel
     except ImportError:  # torch < 2.3
@@ -77,13 +77,13 @@ def math_kernel() -> AbstractContextManager[Any]:
 
 
 def is_compiling() -> bool:
-    """Whether torch.compile or torch.export is tracing this very line."""
+    """Whether torch.compile or torch.export is tracing this line."""
     public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the other
     return bool(public() if public is not None else torch._utils.is_compiling())
 
 
 def is_faked() -> bool:
-    """Whether torch.compile runs this code on tensors without data, as torch 2.1 does under a function mode."""
+    """Whether torch.compile runs this code on tensors without data (torch 2.1, under a function mode)."""
     if torch._C._len_torch_dispatch_stack() == 0:
         return False
     stack = _python_dispatch._get_current_dispatch_mode_stack()
@@ -91,7 +91,7 @@ def is_faked() -> bool:
 
 
 def never_traced(function: Any) -> Any:
-    """Keeps torch.compile from tracing a function mode's handler, at which it may stumble."""
+    """Keeps torch.compile from tracing a function mode's handler, which may fail."""
     function._torchdynamo_disable = True
     return function
 
@@ -108,18 +108,17 @@ def break_graph(why: str) -> None:
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile(module), module.compile() or a compiled forward made this module run what hooks do not
-    see."""
+    """Whether torch.compile(module), module.compile() or a compiled forward hides this module's kernels from hooks."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    forward = module.forward  # one that torch.compiler.disable made bears the same mark, and another
+    forward = module.forward  # torch.compiler.disable sets the same mark, and another
     if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
         return True
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
 
 
 def children_of(module: nn.Module) -> tuple[nn.Module | None, ...]:
-    """The children as they are registered: nn.Module.children() is far slower, and this is asked in each step."""
+    """The registered children. nn.Module.children() is far slower, and this runs in each step."""
     return tuple(module._modules.values())
 
 
@@ -129,17 +128,17 @@ def is_replica(module: nn.Module) -> bool:
 
 
 def is_exported(module: nn.Module) -> bool:
-    """Whether torch.export left this module, whose kernels are ATen operators that no function mode can tell apart."""
+    """Whether torch.export made this module, whose kernels are ATen operators that no function mode tells apart."""
     if not isinstance(module, torch.fx.GraphModule):
         return False
     return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether a backward has freed the graph that made this tensor, as its nearest nodes that saved anything tell.
+    """Whether a backward freed the graph of this tensor, by the nearest nodes that saved anything.
 
-    Nothing is unpacked or recomputed: hooks of checkpointing and of offloading are kept from running. Within such
-    hooks, of which torch then lets none be disabled, the answer is no.
+    Nothing is unpacked or recomputed: hooks of checkpointing and offloading do not run. Within such hooks, which torch
+    does not let us disable, the answer is no.
     """
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):

@@ -1,8 +1,8 @@
 """Where the tokens of an attention layer sit on the image, and which of them are class tokens.
 
 A transformer's tokens are a few prefix tokens (class, distillation, register) followed by the patches of an image in
-row-major order. A :class:`Lattice` places those patches in pixels; a :class:`TokenLayout` joins the lattices of queries
-and keys with the prefix. ``_inference`` reads both off the input size and the model.
+row-major order. A :class:`Lattice` places the patches in pixels; a :class:`TokenLayout` joins the lattices of queries
+and keys with the prefix.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from acr_reg.errors import LayoutError
 class Lattice:
     """A grid of tokens, row-major, laid over an image.
 
-    ``height`` x ``width`` tokens; ``stride`` (y, x) is the distance between neighbouring centres and ``offset`` (y, x)
-    how far the first centre lies beyond half a stride, both in pixels; ``extent`` (height, width) is the image's size
-    in pixels. The centre of token (i, j) is at ``offset + (i + 1/2, j + 1/2) * stride``. By default a token is one unit
-    and the grid covers the image. ``offset_known`` is False where windows overlap and nothing tells where the centres
-    are: the loss then warns.
+    It has ``height`` x ``width`` tokens. In pixels, ``stride`` (y, x) is the distance between neighbouring centres,
+    ``offset`` (y, x) the distance of the first centre from half a stride, and ``extent`` (height, width) the size of
+    the image. The centre of token (i, j) is at ``offset + (i + 1/2, j + 1/2) * stride``. By default a token is one unit
+    and the grid covers the image. ``offset_known`` is False if windows overlap and nothing tells where the centres are;
+    the loss then warns.
 
     >>> Lattice(2, 3, stride=(16.0, 16.0)).extent
     (32.0, 48.0)
@@ -38,8 +38,7 @@ class Lattice:
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
             raise LayoutError(
-                f"found a token grid of {self.height} x {self.width}; expected at least 1 x 1; pass the grid as "
-                "(height, width)"
+                f"A token grid of {self.height} x {self.width} is empty. Pass (height, width) of at least 1 x 1."
             )
         if self.extent == (0.0, 0.0):
             object.__setattr__(self, "extent", (self.height * self.stride[0], self.width * self.stride[1]))
@@ -49,7 +48,7 @@ class Lattice:
 
     @property
     def is_unit(self) -> bool:
-        """Whether it is counted in tokens, since nothing told of pixels."""
+        """Whether it is measured in tokens, because the size in pixels is unknown."""
         return self.stride == (1.0, 1.0)
 
     def __str__(self) -> str:
@@ -58,9 +57,9 @@ class Lattice:
 
 @dataclass(frozen=True)
 class Window:
-    """The windows that a layer's attention is confined to: (height, width) in tokens, and how far they are shifted.
+    """The windows that a layer's attention is confined to: ``size`` and ``shift`` (height, width) in tokens.
 
-    ``size`` is None where the model does not say it; ``per_image`` counts the windows of one image.
+    ``size`` is None if the model does not say it; ``per_image`` counts the windows of one image.
     """
 
     size: tuple[int, int] | None
@@ -78,8 +77,7 @@ class TokenLayout:
     """Queries (N = prefix + query lattice) and keys (M = prefix + key lattice) of one attention layer.
 
     ``class_tokens`` are positions within the prefix. One class token serves all classes; with C > 1 of them, position c
-    of the tuple is the token of class c. ``()`` says the layer has none, ``None`` that it is not known which prefix
-    tokens they are.
+    of the tuple is the token of class c. ``()`` means none; ``None`` means that the positions are unknown.
     """
 
     query: Lattice
@@ -91,8 +89,8 @@ class TokenLayout:
         outside = [c for c in self.class_tokens or () if not 0 <= c < self.num_prefix_tokens]
         if self.num_prefix_tokens < 0 or outside:
             raise LayoutError(
-                f"found class tokens at {outside or self.class_tokens} of {self.num_prefix_tokens} prefix tokens; "
-                "expected positions within the prefix, counted from 0; correct num_prefix_tokens= or class_tokens="
+                f"Class tokens at {outside or self.class_tokens} are not within {self.num_prefix_tokens} prefix "
+                "tokens, counted from 0. Correct num_prefix_tokens= or class_tokens=."
             )
 
     @property
@@ -107,19 +105,17 @@ class TokenLayout:
         return self.query if side == "query" else self.key
 
     def known_class_tokens(self) -> tuple[int, ...]:
-        """The class tokens, or a :class:`LayoutError` where it is not known which prefix tokens they are."""
+        """The class tokens. Raises :class:`~acr_reg.LayoutError` if it is unknown which prefix tokens they are."""
         if self.class_tokens is None:
             raise LayoutError(
-                f"found {self.num_prefix_tokens} prefix tokens and nothing that says which are class tokens; expected "
-                "to know; pass class_tokens= (1 for one class token followed by registers, 20 for one token for each "
-                "of 20 classes)"
+                f"It is unknown which of the {self.num_prefix_tokens} prefix tokens are class tokens. Pass "
+                "class_tokens=, such as 1, or 20 for 20 classes."
             )
         return self.class_tokens
 
 
 def class_token_positions(class_tokens: int | Sequence[int] | None, num_prefix_tokens: int) -> tuple[int, ...] | None:
-    """``class_tokens`` as users give it, as positions: an int counts them from the first; None is known for 0 or 1
-    prefix tokens."""
+    """``class_tokens`` of a user as positions: an int counts from the first, None is clear for up to 1 prefix token."""
     if class_tokens is None:
         return tuple(range(num_prefix_tokens)) if num_prefix_tokens <= 1 else None
     return tuple(range(class_tokens)) if isinstance(class_tokens, int) else tuple(class_tokens)

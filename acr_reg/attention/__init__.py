@@ -1,1 +1,1 @@
-"""What attention leaves behind when a model runs: one call, one layer, and the maps of one encoder run."""
+"""Attention that a model computed: one call, one layer, and the maps of one encoder run."""

@@ -1,8 +1,8 @@
-"""One record of an attention call: what a kernel left behind, where, and what its module was given."""
+"""One record of an attention call: its tensors, and where in the model it happened."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,10 +13,11 @@ from acr_reg.attention.layer import RecordedTensors
 
 @dataclass(eq=False, slots=True)
 class AttentionCall:
-    """One use of attention. ``refusal`` says why it is not token-to-token self-attention; None where it may be.
+    """One use of attention. The mode that sees the kernel makes it, and the recorder adds its module and shapes.
 
-    ``value_width`` is the length of a value's last axis, ``value_in_columns`` says that its last axis but one is the
-    one of neighbours in memory.
+    ``refusal``: why it is no token-to-token self-attention, or None. ``value_width``: the length of a value's last
+    axis; ``value_in_columns``: neighbours along its last axis but one are neighbours in memory. ``cross``: the module
+    was given keys of other tokens.
     """
 
     recorded: RecordedTensors
@@ -25,28 +26,17 @@ class AttentionCall:
     dropout: float = 0.0
     stochastic: bool = True
     refusal: str | None = None
-
-    @property
-    def key_count(self) -> int:
-        recorded = self.recorded
-        return recorded.seen.shape[-1] if recorded.key is None or recorded.map is not None else recorded.key.shape[-2]
-
-
-@dataclass(eq=False, slots=True)
-class SeenCall:
-    """An attention call, where it was made and what its module took in and gave out."""
-
-    name: str
-    module: nn.Module
-    call: AttentionCall
-    cross: bool
-    input_shape: torch.Size | None
+    name: str = field(init=False)
+    module: nn.Module = field(init=False)
+    cross: bool = False
+    input_shape: torch.Size | None = None
     output_shape: torch.Size | None = None
 
     @property
     def sort(self) -> tuple[Any, ...]:
         """Calls of one sort have their tokens in the same places."""
-        call, recorded = self.call, self.call.recorded
-        value = call.value_width, call.value_in_columns
-        shapes = recorded.seen.shape, call.key_count, self.input_shape, self.output_shape
-        return self.name, self.cross, call.refusal, recorded.heads, recorded.map is None, value, shapes
+        recorded = self.recorded
+        keys = recorded.seen.shape[-1] if recorded.key is None or recorded.map is not None else recorded.key.shape[-2]
+        value = self.value_width, self.value_in_columns
+        shapes = recorded.seen.shape, keys, self.input_shape, self.output_shape
+        return self.name, self.cross, self.refusal, recorded.heads, recorded.map is None, value, shapes

@@ -1,4 +1,4 @@
-"""The attention of one encoder run, as the factors or the maps that the model itself computed, on its autograd graph.
+"""The attention of one layer: the factors or the map that the model itself computed, on its autograd graph.
 
 With queries Q, keys K, values V (B, H, N | M, d), a layer's map is A = softmax(scale Q K^T + bias), (B, H, N, M), and
 its output O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V and O; an unfused layer leaves A.
@@ -19,20 +19,19 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.errors import LayoutError
 from acr_reg.tokens import TokenLayout, Window
 
-_BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32, of which a few times as many are alive in a block
+_BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32; a block holds a few times as many
 
-# At least, however many images and heads there are: every block forms a gradient to all keys, which is as large as d
-# rows of the maps, 64 in most models. Blocks of 3 rows took six times as long as blocks of 32.
+# At least so many rows: each block forms a gradient to all keys, as large as d rows of the maps, 64 in most models.
+# Blocks of 3 rows took six times as long as blocks of 32.
 _BLOCK_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False)
 class RecordedTensors:
-    """What a layer left behind, in the model's own shapes and on its graph: (B, H, N, d), (B, N, d) or, flattened, (B
-    H, N, M).
+    """The tensors of one layer on their graph, in the model's own shapes: (B, H, N, d), (B, N, d) or (B H, N, M).
 
-    Either ``query`` and ``key`` (a fused kernel) or ``map`` (an unfused layer) is there; checks see both. ``heads``
-    unflattens (B H, ...); ``mask`` is the kernel's own: additive, or boolean with True for keys that take part.
+    A fused kernel leaves ``query`` and ``key``, an unfused layer its ``map``; checks see both. ``heads`` unflattens
+    (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part.
     """
 
     query: Tensor | None = None
@@ -47,7 +46,7 @@ class RecordedTensors:
 
     @property
     def seen(self) -> Tensor:
-        """The map, or where a fused kernel left none the query: what is always there."""
+        """The map, or the query of a fused kernel: one of them is always there."""
         tensor = self.map if self.map is not None else self.query
         assert tensor is not None
         return tensor
@@ -61,19 +60,18 @@ class RecordedTensors:
 
 @dataclass(frozen=True, eq=False)
 class LayerAttention:
-    """Self-attention of one layer: its ``factors`` (query, key, ...) or its explicit map, and where its tokens sit.
+    """Self-attention of one layer: its factors (query, key, ...) or its explicit map, and where its tokens sit.
 
-    ``index`` counts the run's captured layers from 0, ``name`` is the module's. ``stochastic`` says the rows of the
-    map are probabilities; ``dropout`` is the attention dropout that was active after them. ``images`` selects a part of
-    the batch: the recorded tensors stay whole, because a gradient can only be asked for with respect to what lies on
-    the graph.
+    ``index`` counts the captured layers of the run from 0; ``name`` is the module's. ``stochastic``: the rows of the
+    map are probabilities. ``dropout``: the attention dropout that was active after them. ``images`` selects a part of
+    the batch; the recorded tensors stay whole, because only tensors on the graph have a gradient.
     """
 
     index: int
     name: str
     recorded: RecordedTensors
     placed: TokenLayout | None
-    """Where its tokens sit; None where that is not known, of which ``why_unplaced`` is the reason."""
+    """Where its tokens sit, or None, with the reason in ``why_unplaced``."""
     dropout: float = 0.0
     stochastic: bool = True
     images: slice = field(default_factory=lambda: slice(None))
@@ -82,7 +80,7 @@ class LayerAttention:
 
     @property
     def kind(self) -> Literal["global", "window", "reduced keys", "reduced queries"]:
-        """Whether every token looks at all others, only at its window, or one side has a grid of its own."""
+        """Whether tokens attend to all others, to their window, or to a coarser or finer grid."""
         if self.window is not None:
             return "window"
         queries, keys = self.shape[2:]
@@ -90,7 +88,7 @@ class LayerAttention:
 
     @property
     def layout(self) -> TokenLayout:
-        """The :class:`TokenLayout`; a :class:`LayoutError` that says why where it is not known."""
+        """The :class:`~acr_reg.TokenLayout`. Raises :class:`~acr_reg.LayoutError` with the reason if unknown."""
         if self.placed is None:
             raise LayoutError(f"layer {self.index} ({self.name}): {self.why_unplaced}")
         return self.placed
@@ -120,7 +118,7 @@ class LayerAttention:
 
     @property
     def output(self) -> Tensor | None:
-        """A V, (B, H, N, d), of a fused kernel; None for an explicit map, whose output no graph keeps."""
+        """A V, (B, H, N, d), of a fused kernel; None for an explicit map."""
         return self.batched(self.recorded.output)
 
     @property
@@ -140,7 +138,7 @@ class LayerAttention:
         return batch, heads, queries, keys
 
     def of_images(self, images: Tensor) -> LayerAttention:
-        """The layer of these images (n,), in this order, with tensors of their own."""
+        """The layer of these images (n,), in this order, as tensors of its own."""
         recorded = self.recorded
         mask = None if recorded.causal else self.batched_mask()
         mask = mask[images] if mask is not None and mask.shape[0] > 1 else mask
@@ -155,13 +153,11 @@ class LayerAttention:
 
     @property
     def requires_grad(self) -> bool:
-        return any(
-            t is not None and t.requires_grad for t in (self.recorded.map, self.recorded.query, self.recorded.key)
-        )
+        recorded = self.recorded
+        return any(t is not None and t.requires_grad for t in (recorded.map, recorded.query, recorded.key))
 
     def batched(self, tensor: Tensor | None) -> Tensor | None:
-        """A tensor of the recorded shapes (one of them, or a gradient of one) as (B, H, ...), for this part of the
-        batch."""
+        """A recorded tensor, or a gradient of one, as (B, H, ...), for this part of the batch."""
         if tensor is None:
             return None
         if tensor.ndim == 3:
@@ -181,9 +177,9 @@ class LayerAttention:
     def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
         """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
 
-        ``queries`` and ``keys``, token indices (n,) or, for each image, (B, n), select and reorder its rows and
-        columns; from factors they do so before any product is formed, so softmax(Q K^T) permuted on both axes costs
-        softmax((PQ)(PK)^T). ``keys`` must then name every key once, since a softmax needs all of them.
+        ``queries`` and ``keys``, token indices (n,) or (B, n), select and reorder rows and columns. With factors they
+        do so before any product, so a permuted softmax(Q K^T) costs softmax((PQ)(PK)^T); ``keys`` must then name every
+        key once, because a softmax needs all of them.
         """
         if (explicit := self.explicit) is not None:
             return select(select(at_least_float32(explicit), -2, queries), -1, keys)
@@ -202,7 +198,7 @@ class LayerAttention:
             return scores.softmax(-1)
 
     def batched_mask(self) -> Tensor | None:
-        """The kernel's mask for this part of the batch, with four axes, to be broadcast over (B, H, N, M), or None."""
+        """The kernel's mask for this part of the batch, of four axes that broadcast to (B, H, N, M), or None."""
         mask = self.recorded.mask
         if self.recorded.causal:
             _, _, queries, keys = self.shape
@@ -212,13 +208,11 @@ class LayerAttention:
             return None
         if mask.ndim < 3:
             return mask.reshape(*[1] * (4 - mask.ndim), *mask.shape)
+        assert self.recorded.query is not None
         if mask.ndim > 4:
-            assert self.recorded.query is not None
             return mask.expand(*self.recorded.query.shape[:-2], *mask.shape[-2:]).flatten(1, -3)[self.images]
         if mask.ndim == 3:
-            assert self.recorded.query is not None
-            # Masks broadcast from the right: over heads beside (B, H, N, d), over the flattened batch beside (B H, N,
-            # d).
+            # Masks broadcast from the right: over heads with (B, H, N, d), over the flattened batch with (B H, N, d).
             if self.recorded.query.ndim == 4 or mask.shape[0] == 1:
                 return mask[None]
             mask = rearrange(mask, "(b h) n m -> b h n m", h=self.recorded.heads or 1)

@@ -1,4 +1,4 @@
-"""The attention of one encoder run, layer by layer; captured, or given as the tensors of a repository."""
+"""The attention maps of one encoder run, captured or brought by the user."""
 
 from __future__ import annotations
 
@@ -18,26 +18,21 @@ Grid = tuple[int, int] | Lattice
 
 
 def grid_layout(
-    grid: Grid,
-    num_prefix_tokens: int,
-    class_tokens: int | Sequence[int] | None,
-    key_grid: Grid | None = None,
+    grid: Grid, num_prefix_tokens: int, class_tokens: int | Sequence[int] | None, key_grid: Grid | None = None
 ) -> TokenLayout:
-    query = _lattice(grid)
-    key = query if key_grid is None else _lattice(key_grid)
+    query = _lattice(grid, "grid")
+    key = query if key_grid is None else _lattice(key_grid, "key_grid")
     if key_grid is not None and not isinstance(key_grid, Lattice):  # over the same image
         stride = (query.extent[0] / key.height, query.extent[1] / key.width)
         key = replace(key, stride=stride, extent=query.extent)
     return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
 
 
-def _lattice(grid: Grid) -> Lattice:
+def _lattice(grid: Grid, name: str) -> Lattice:
     if isinstance(grid, Lattice):
         return grid
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise LayoutError(
-            f"found grid={grid!r}; expected (height, width) in tokens, or a Lattice; pass grid=(14, 14) for 196"
-        )
+        raise LayoutError(f"{name}={grid!r} is neither (height, width) in tokens nor a Lattice. Pass (14, 14) for 196.")
     return Lattice(*grid)
 
 
@@ -46,37 +41,35 @@ def check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
         prefix, query, key = layout.num_prefix_tokens, layout.query, layout.key
         keys = f" and {layout.num_keys} keys ({prefix} prefix + {key})" if key != query else ""
         raise LayoutError(
-            f"layer {index}: found {shape[-2]} queries and {shape[-1]} keys; expected {layout.num_queries} "
-            f"({prefix} prefix + {query}){keys}; correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}"
+            f"layer {index} has {shape[-2]} queries and {shape[-1]} keys. The grid is for {layout.num_queries} "
+            f"({prefix} prefix + {query}){keys}. Correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}."
         )
 
 
 def check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(
-            f"layer {index}: found a {maps.dtype} tensor of shape {tuple(maps.shape)}; expected floating point of (B, "
-            "H, N, M) or (B, N, M); give the probabilities, not stacked or flattened"
+            f"layer {index}: a {maps.dtype} tensor of shape {tuple(maps.shape)} is no attention map. Pass floating "
+            "point probabilities (B, H, N, M) or (B, N, M)."
         )
     check_tokens(maps.shape, index, layout)
     rows = at_least_float32(maps.detach())
     off = (rows.sum(-1) - 1).abs().max().item()
     allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
     if math.isnan(off) or math.isinf(off):
-        raise ValueError(
-            f"layer {index}: found NaN or infinite values; expected probabilities; look for the step that made them"
-        )
+        raise ValueError(f"layer {index}: the map holds NaN or infinite values. Find the step that made them.")
     if off > allowed or rows.min().item() < 0:
         raise ValueError(
-            f"layer {index}: found rows that sum to 1 only within {off:.2g} (smallest value {rows.min().item():.2g}); "
-            f"expected probabilities, within {allowed:g}; apply softmax(-1) to logits, and take the maps before dropout"
+            f"layer {index}: rows do not sum to 1 within {allowed:g} (off by {off:.2g}, smallest value "
+            f"{rows.min().item():.2g}). Apply softmax(-1) to logits and take maps before dropout."
         )
 
 
 class AttentionMaps(Sequence[LayerAttention]):
     """The attention layers of one encoder run, in the model's order.
 
-    ``batch_norms`` names the BatchNorm modules that were in training mode: they couple the images of the batch.
-    ``run`` counts the encoder runs before this one since the last take; None where the caller chose it.
+    ``batch_norms`` names the BatchNorm modules in training mode, which couple the images of the batch. ``run`` counts
+    the encoder runs before this one since the last take; None if the caller chose it.
 
     >>> import torch
     >>> maps = [torch.rand(2, 3, 1 + 4 * 6, 1 + 4 * 6).softmax(-1) for _ in range(2)]
@@ -94,7 +87,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         self.batch_norms = tuple(batch_norms)
         self.run = run
         if not self._layers:
-            raise ValueError("found no attention layer; expected at least one; give the maps of at least one layer")
+            raise ValueError("There is no attention layer. Pass the maps of at least one layer.")
 
     @classmethod
     def from_tensors(
@@ -105,33 +98,32 @@ class AttentionMaps(Sequence[LayerAttention]):
         class_tokens: int | Sequence[int] | None = None,
         key_grid: Grid | None = None,
     ) -> AttentionMaps:
-        """Attention probabilities that a repository returns, one tensor (B, H, N, M) or (B, N, M) per layer.
+        """Attention probabilities of your own code, one tensor (B, H, N, M) or (B, N, M) per layer.
 
-        ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width; ``key_grid`` the same for M,
-        where keys are fewer; a :class:`~acr_reg.Lattice` in their place also tells stride and offset of an
-        overlapping stem. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; it may be
-        left out with one prefix token or none.
-        Raises ValueError where shapes disagree, a row does not sum to 1 (by 1e-4; 5e-3 in half precision) or a value is
-        not finite: those are logits, or not attention.
+        ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width, and ``key_grid`` the same for
+        M if keys are fewer; a :class:`~acr_reg.Lattice` in their place also gives stride and offset.
+        ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; optional with one prefix
+        token or none. Raises ValueError where shapes disagree, a value is not finite, or a row does not sum to 1
+        within 1e-4 (5e-3 in half precision), as logits do not.
         """
         if isinstance(tensors, Tensor):
             raise TypeError(
-                "found one tensor; expected a list with one tensor per layer; stacked maps: list(maps.unbind(dim))"
+                "tensors= is one tensor. Pass a list, one tensor per layer: list(maps.unbind(dim)) if stacked."
             )
         layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         layers = []
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"layer {index}: found a {type(tensor).__name__}; expected a tensor; convert it by torch.as_tensor"
+                    f"layer {index}: a {type(tensor).__name__} is no tensor. Convert it with torch.as_tensor."
                 )
             probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
             check_probabilities(probabilities, index, layout)
             layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
         if len({layer.shape[0] for layer in layers}) > 1:
             raise ValueError(
-                f"found batches of {[layer.shape[0] for layer in layers]} images in the layers; expected one batch "
-                "size; give maps of the same images"
+                f"The layers hold batches of {[layer.shape[0] for layer in layers]} images. Pass maps of the same "
+                "images, so of one batch size."
             )
         return cls(layers)
 
@@ -157,11 +149,11 @@ class AttentionMaps(Sequence[LayerAttention]):
 
     @property
     def batch_size(self) -> int:
-        """Images; a layer of windows holds several maps an image."""
+        """Images; a layer of windows holds several maps per image."""
         return min(layer.shape[0] for layer in self)
 
     def weights(self) -> list[Tensor]:
-        """The map of every layer, (B, H, N, M) in [0, 1]: all of them at once."""
+        """The map of every layer, (B, H, N, M) in [0, 1], all at once."""
         return [layer.weights() for layer in self]
 
     def select(self, layers: Iterable[int]) -> AttentionMaps:
@@ -170,23 +162,19 @@ class AttentionMaps(Sequence[LayerAttention]):
         wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
         missing = [i for i in wanted if i not in by_index]
         if missing:
-            raise IndexError(
-                f"found no layer {missing}; expected some of {list(self.layers)}; choose layers= among those"
-            )
+            raise IndexError(f"There are no layers {missing}. Choose layers= among {list(self.layers)}.")
         return self._with_layers(by_index[i] for i in wanted)
 
     def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:
-        """The maps of ``chunks`` equal parts of the batch, as for a forward on ``torch.cat([images,
-        view(images)])``."""
+        """The maps of ``chunks`` equal parts of the batch, such as 2 of ``torch.cat([images, view(images)])``."""
         if chunks < 1 or self.batch_size % chunks:
             raise ValueError(
-                f"found a batch of {self.batch_size}; expected a multiple of {chunks}; chunk into as many parts as "
-                "were concatenated"
+                f"A batch of {self.batch_size} is not a multiple of {chunks}. Chunk it into the parts you concatenated."
             )
         return tuple(self._with_layers(_part(layer, i, chunks) for layer in self) for i in range(chunks))
 
     def detach(self) -> AttentionMaps:
-        """The same maps without a graph, as the fixed side of a teacher and student pair."""
+        """The same maps without a graph, such as those of a teacher."""
         return self._with_layers(replace(layer, recorded=layer.recorded.detach()) for layer in self)
 
     def with_layout(
@@ -196,8 +184,8 @@ class AttentionMaps(Sequence[LayerAttention]):
         class_tokens: int | Sequence[int] | None = None,
         key_grid: Grid | None = None,
     ) -> AttentionMaps:
-        """The same maps on the ``grid`` given, (height, width) or a :class:`~acr_reg.Lattice`, where the capture
-        could not tell it. ``key_grid`` is that of the keys, over the same image, where it is another."""
+        """The same maps on a ``grid``, (height, width) or a :class:`~acr_reg.Lattice`, that the capture cannot tell.
+        ``key_grid`` is the grid of the keys over the same image, if it is another."""
         layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         for layer in self:
             check_tokens(layer.shape, layer.index, layout)

@@ -1,8 +1,4 @@
-"""Captures the self-attention of any forward pass, on its graph, without changing the model or its outputs.
-
-:func:`capture_attention` hooks the model's modules; while an attention module runs, a torch function mode sees the
-kernel it calls (see ``_interception``). Every encoder run becomes one :class:`~acr_reg.AttentionMaps`.
-"""
+"""The handle of a capture: :func:`capture_attention` starts one, :class:`AttentionCapture` hands out the maps."""
 
 from __future__ import annotations
 
@@ -13,11 +9,15 @@ from torch import nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.capture.recorder import Keep, Recorder
+from acr_reg.capture.recorder import Recorder
+from acr_reg.capture.refusals import nothing_captured, one_of, refuse_partial
 from acr_reg.capture.removable import Removable
-from acr_reg.capture.runs import Run
+from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
+from acr_reg.placement.grids import LayoutHints
 from acr_reg.placement.kinds import explain_windows, is_pyramid
+from acr_reg.placement.modules import ModuleIndex
+from acr_reg.placement.placer import Placer
 
 
 def capture_attention(
@@ -37,25 +37,24 @@ def capture_attention(
     """Captures the self-attention of every forward pass of ``model`` from now on, whichever method starts it.
 
     Args:
-        model: any module; its kernels, outputs, parameters, modes and state dict stay as they are.
-        layers: indices of the attention layers to keep, in the order they run (negative: from the last); None keeps
-            all.
-        modules: names (or modules) within which attention counts, e.g. one of two encoders; None means anywhere.
-        patch_size, num_prefix_tokens, class_tokens: where the model's own fields do not say, or say it wrongly.
-            ``class_tokens`` is a count from the first prefix token, or their positions; token c belongs to class c.
-        keep: what :meth:`AttentionCapture.take` does with several encoder runs since the last take: "only" refuses
-            them, "first" and "last" keep one of them, "all" keeps all for ``take(i)``. Tensors of the others are
-            released at once.
-        no_grad: also record runs under ``torch.no_grad``, which cost nothing otherwise.
-        double_backward: run the attention kernel whose gradient is itself differentiable, for a CAM inside the loss.
-        graph_from: start the autograd graph at this layer (negative: from the last) where none reaches it, as with a
-            frozen backbone, so that a class map by gradient works; layers below stay without a graph.
-        record_products: also keep the query, key, value and output of unfused layers, which only checks of a capture
-            need (:func:`~acr_reg.check` does); they take memory.
+        model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
+        layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
+        modules: names (or modules) within which attention counts, such as one of two encoders; None means anywhere.
+        patch_size, num_prefix_tokens, class_tokens: the tokens, where the model's own fields are missing or wrong.
+            ``class_tokens`` is a count from the first prefix token, or positions; token c belongs to class c.
+        keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
+            times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
+            once, "all" keeps all for ``take(i)``.
+        no_grad: also record runs under ``torch.no_grad``; off, so that validation costs nothing.
+        double_backward: use the attention kernel that can be differentiated twice, for a CAM inside the loss.
+        graph_from: start the autograd graph at this layer (negative: from the last) if the backbone is frozen, so that
+            class maps by gradient work; layers below stay without a graph.
+        record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
+            :func:`~acr_reg.check`.
 
-    Returns an :class:`AttentionCapture`: ``take()`` the maps after each forward, ``remove()`` (or leave its ``with``
-    block) when done. Dropping it also ends the capture. Raises :class:`CaptureError` for modules whose kernels cannot
-    be seen: compiled, scripted, traced or exported.
+    Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
+    leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
+    scripted, traced or exported, because their kernels cannot be seen.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
@@ -66,123 +65,85 @@ def capture_attention(
     AttentionMaps(layers 0; 2 images; 4 heads; 25 tokens: 1 prefix + 4 x 6)
     """
     if keep not in ("only", "first", "last", "all"):
-        raise ValueError(f'found keep={keep!r}; expected "only", "first", "last" or "all"; choose one of these')
-    hints = (patch_size, num_prefix_tokens, class_tokens)
-    recorder = Recorder(model, modules, keep, hints, no_grad, double_backward, graph_from, record_products)
+        raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
+    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens))
+    recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 
 
 class AttentionCapture(Removable):
-    """The handle of a running capture. Made by :func:`capture_attention`."""
+    """A running capture, made by :func:`~acr_reg.capture_attention`."""
 
     def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
         self._recorder: Recorder | None = recorder
         self._layers = None if layers is None else tuple(layers)
         self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) of what the last taken run used that is not token-to-token self-attention."""
+        """(module name, reason) of all that is no token-to-token self-attention in the run taken last."""
 
     def remove(self) -> None:
-        """Removes every hook and forgets every run. Maps already taken stay valid. May be called again."""
+        """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
         if self._recorder is not None:
             self._recorder.stop()
         self._recorder = None
 
     def clear(self) -> None:
-        """Forgets the runs not taken so far, for instance after an exception in a training step."""
-        self._running().clear()
+        """Forgets the runs not yet taken, for instance after an exception in a training step."""
+        self._running().log.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
-        """The maps of the encoder run since the last take, which are then the caller's alone; delete them after
-        ``backward``.
+        """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
 
-        ``run`` picks one of several with ``keep="all"``, 0 the first; the runs not picked are forgotten too. Raises
-        :class:`CaptureError` where there was no run, or more than ``keep`` allows.
+        With ``keep="all"``, ``run`` picks one of several, 0 the first; the others are forgotten too. Raises
+        :class:`~acr_reg.CaptureError` where there was no run, or more than ``keep`` allows.
         """
         recorder = self._running()
-        position = recorder.runs_started - 1
-        runs, refused = recorder.finish()
-        if not runs:
-            raise CaptureError(recorder.nothing_captured(refused))
-        keep = recorder.keep
-        if keep == "only" and len(runs) > 1:
-            listed = "; ".join(each.summary() for each in runs)
-            raise CaptureError(
-                f"found {recorder.counted(runs)} encoder runs since the last take: {listed}; expected one; take() "
-                'after each forward, or choose keep="first", "last" or "all" (then take(i))'
-            )
-        if keep == "all" and run is None and len(runs) > 1:
-            raise CaptureError(
-                f"found {len(runs)} encoder runs; expected to be told which; call take(0) to take({len(runs) - 1})"
-            )
-        chosen = {"first": 0, "last": -1}.get(keep, run or 0)
-        if not -len(runs) <= chosen < len(runs):
-            raise CaptureError(
-                f"found {len(runs)} encoder runs; expected run {run} among them; call take(0) to take({len(runs) - 1})"
-            )
-        return self._maps(recorder, runs[chosen], {"last": position, "all": None}.get(keep, 0))
+        position = recorder.log.started - 1
+        runs = self._finished(recorder)
+        chosen = one_of(runs, recorder.log.keep, run)
+        return self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
 
     def take_all(self) -> list[AttentionMaps]:
         """The maps of every encoder run since the last take, with ``keep="all"``; at least one, or a
-        :class:`CaptureError`."""
+        :class:`~acr_reg.CaptureError`."""
         recorder = self._running()
-        if recorder.keep != "all":
+        if recorder.log.keep != "all":
             raise CaptureError(
-                f'found keep="{recorder.keep}"; expected keep="all"; capture with keep="all" to take every run'
+                f'This capture has keep="{recorder.log.keep}". Capture with keep="all" to take every run.'
             )
-        runs, refused = recorder.finish()
-        if not runs:
-            raise CaptureError(recorder.nothing_captured(refused))
-        return [self._maps(recorder, run) for run in runs]
+        return [self._maps(recorder, run) for run in self._finished(recorder)]
 
     def _running(self) -> Recorder:
         if self._recorder is None:
-            raise CaptureError(
-                "found a capture that was removed; expected a running one; call capture_attention(model) again"
-            )
+            raise CaptureError("This capture was removed. Call capture_attention(model) again.")
         return self._recorder
 
+    @staticmethod
+    def _finished(recorder: Recorder) -> list[Run]:
+        runs = recorder.finish()
+        if not runs:
+            raise nothing_captured(recorder.index, recorder.log)
+        return runs
+
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
-        _refuse_partial(recorder, run)
+        index = recorder.index
+        refuse_partial(index, run)
         layers: list[LayerAttention] = []
-        skipped = [*run.skipped, *recorder.beside(run)]
+        beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
+        skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
         pyramid = is_pyramid(run.calls)
-        for seen in run.calls:
-            placement = recorder.index.placement(seen, run.images, pyramid)
-            if isinstance(placement, str):
-                skipped.append((seen.name, placement))
+        for call in run.calls:
+            placement = recorder.placer.placement(call, run.images, pyramid)
+            if placement.refusal is None:
+                layers.append(placement.layer(len(layers), call))
             else:
-                layers.append(placement.layer(len(layers), seen))
+                skipped.append((call.name, placement.refusal))
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
-            raise CaptureError(recorder.nothing_captured(self.skipped))
+            raise nothing_captured(index, recorder.log, self.skipped)
         if recorder.images.padding is not None and not self._warned:
             self._warned = True
             warnings.warn(recorder.images.padding, stacklevel=3)
         recorder.last_count = len(layers)
-        maps = AttentionMaps(explain_windows(layers), recorder.index.training_batch_norms(), position)
+        maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
-
-
-def _refuse_partial(recorder: Recorder, run: Run) -> None:
-    """Layers that are missing from a run would be missing from the loss without a word."""
-    joined = recorder.joined()
-    if joined:
-        raise CaptureError(
-            f"found {', '.join(joined[:4])}, which joined the model since the capture began; expected the modules "
-            "that were there then; capture again after the change"
-        )
-    checkpointed = recorder.checkpointed(run)
-    if checkpointed:
-        raise CaptureError(
-            f"found reentrant checkpointing around {', '.join(sorted(checkpointed)[:4])}, which runs without a "
-            "graph; expected every layer on the graph; checkpoint with use_reentrant=False"
-        )
-    unseen = recorder.unseen(run)
-    if unseen:
-        raise CaptureError(
-            f"found attention in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
-            f"{' and more' if len(unseen) > 4 else ''}; expected all that ran to go through "
-            "F.scaled_dot_product_attention, softmax and matmul, or nn.MultiheadAttention; switch other kernels "
-            "(xformers, flash_attn, flex_attention) off, or name the part to capture by modules="
-        )

@@ -1,7 +1,7 @@
-"""Hooks that tell a watcher which module of a model is running, on any thread, and leave nothing behind.
+"""Hooks that tell a watcher which module of a model is running, on any thread.
 
-The hooks themselves hold only a number: a copy or a pickle of the model carries hooks that do nothing, and a watcher
-that is gone is never called.
+A hook holds only a number: a copy or pickle of the model carries hooks that do nothing, and a watcher that is gone is
+never called.
 """
 
 from __future__ import annotations
@@ -27,12 +27,9 @@ class Watcher(Protocol):
 
 
 _WATCHERS: dict[int, weakref.ref[Watcher]] = {}
-
 _NUMBERS = count()
-
 _TRACED = (
-    "found {} tracing a captured model; expected the model itself to run, since hooks and maps are no part of a traced "
-    "graph; run the captured model uncompiled, or end the capture before tracing"
+    "{} is tracing a captured model, which cannot be traced. Run it uncompiled, or remove the capture before tracing."
 )
 
 
@@ -42,11 +39,11 @@ def _watcher(number: int) -> Watcher | None:
 
 
 class _ScriptingError(CaptureError, AttributeError):
-    """To whoever only asks whether a hook has a name, it has none."""
+    """Also an AttributeError, so that hasattr(hook, "__name__") is False."""
 
 
 class _Hook:
-    """Stateless but for its watcher's number, which copies and pickles do not inherit."""
+    """Holds its watcher's number, which copies and pickles do not inherit."""
 
     def __init__(self, number: int = -1) -> None:
         self.number = number
@@ -54,12 +51,6 @@ class _Hook:
     @property
     def __name__(self) -> str:  # torch.jit.script alone needs it
         raise _ScriptingError(_TRACED.format("torch.jit.script"))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Hook:
-        return type(self)()
-
-    def __copy__(self) -> _Hook:
-        return type(self)()
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
         return type(self), ()
@@ -74,7 +65,7 @@ class _EnterHook(_Hook):
         watcher = _watcher(self.number)
         if watcher is None:
             return
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise CaptureError(_TRACED.format("torch.jit.trace"))
         watcher.entered(module, args, kwargs, sys._getframe(1))
 
@@ -88,8 +79,7 @@ class _LeaveHook(_Hook):
 
 
 class HookSet:
-    """The hooks of one watcher on any number of modules. They go when :meth:`remove` is called or the watcher is
-    collected."""
+    """The hooks of one watcher; they end with :meth:`remove` or with the watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
         self._number = next(_NUMBERS)
@@ -125,7 +115,7 @@ def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
 
 
 def is_running(frame: FrameType) -> bool:
-    """Whether this frame is still on the calling thread's stack: a KeyboardInterrupt skips even always-called hooks."""
+    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
     current: FrameType | None = sys._getframe(1)
     while current is not None:
         if current is frame:
@@ -135,5 +125,5 @@ def is_running(frame: FrameType) -> bool:
 
 
 def is_recomputing() -> bool:
-    """Whether what runs on this thread is checkpointing's repetition of a pass, within a backward."""
+    """Whether this thread is in a backward, where checkpointing repeats a pass."""
     return in_backward()

@@ -1,17 +1,114 @@
-"""The two products of attention that is not fused: of queries and keys, and of the map and its values."""
+"""How torch spells attention: the functions that take part, their arguments, and the two products.
+
+A kernel that is spelled in another way is added here.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from functools import cache
+from types import FunctionType
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-_SUMS_QUERIES = "a product that sums over the queries, not over the keys: no attention of queries to keys"
+from acr_reg._torch_private import body_of, dispatches
+
+
+class Role(Enum):
+    """What a function may do to attention."""
+
+    OTHER = 0
+    FUSED = 1
+    MULTI_HEAD = 2
+    SOFTMAX = 3
+    PRODUCT = 4
+    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
+
+
+ROLES: dict[Any, Role] = {
+    F.scaled_dot_product_attention: Role.FUSED,
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), Role.SOFTMAX),
+}
+
+PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+
+# These change dtype, memory or dropout, and leave every probability where it is.
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+SAME_MAP_NAMES = {"dropout", "dropout_", "contiguous", "clone", *_CASTS}
+
+# These rearrange rows and leave what a row holds, as long as the last axis keeps its length.
+SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
+
+_SUMS_QUERIES = "no attention of queries to keys: the product with the values sums over the queries"
+
+body = cache(body_of)
+
+
+def learn_role(func: Any) -> Role:
+    """The role of a function that is not in ``ROLES`` so far."""
+    name = name_of(func)
+    role = Role.PRODUCT if name in PRODUCT_NAMES else Role.UNKNOWN_KERNEL if "attention" in name else Role.OTHER
+    if dispatches(func) and {"query", "key", "num_heads"} <= set(_parameters(func)):
+        role = Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
+    ROLES[func] = role
+    return role
+
+
+def name_of(func: Any) -> str:
+    return str(getattr(func, "__name__", ""))
+
+
+def _parameters(func: FunctionType) -> tuple[str, ...]:
+    return func.__code__.co_varnames[: func.__code__.co_argcount]
+
+
+def argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
+    position = _parameters(func).index(name)
+    return args[position] if position < len(args) else kwargs[name]
+
+
+def sdpa_arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
+    return query, key, value, attn_mask, dropout_p, is_causal, scale
+
+
+def dropout_of(args: Any, kwargs: Any) -> float:
+    """p of an active F.dropout(input, p=0.5, training=True), or torch.dropout(input, p, train)."""
+    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
+    return float(p) if training else 0.0
+
+
+def is_same(a: Tensor, b: Tensor) -> bool:
+    """Whether both are one tensor, or equal views of one: nn.MultiheadAttention transposes each argument."""
+    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
+
+
+def is_transposed(result: Tensor, alias: Tensor) -> bool:
+    """Whether one is the other with its last two axes exchanged, on the same memory."""
+    return (
+        result.ndim == alias.ndim >= 2
+        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
+        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
+        and result.data_ptr() == alias.data_ptr()
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class ValueProduct:
-    """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them, and why it is no A V if so."""
+    """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them; ``refusal``: why it is not A V."""
 
     value: Tensor | None = None
     output: Tensor | None = None
@@ -21,21 +118,19 @@ class ValueProduct:
 def value_product(
     equation: str | None, position: int, transposed: bool, operands: list[Tensor], output: Tensor
 ) -> ValueProduct:
-    """What becomes of the map, operand number ``position`` (0 or 1), in a product with values.
+    """The product of the map, operand number ``position`` (0 or 1), with the values.
 
-    A V is written as A @ V, as V^T @ A^T where channels come first (``transposed`` says the map was), or as an
-    einsum ``equation`` (which torch also makes of the spelling with lists of numbers).
+    It is written A @ V, or V^T @ A^T where channels come first (``transposed``: the map was), or as an einsum
+    ``equation`` (torch turns the spelling with lists of numbers into one).
     """
     values = operands[1 - position]
     if equation is not None:
         return _einsum(equation, position, transposed, values, output)
-    if position == 0:
-        return ValueProduct(refusal=_SUMS_QUERIES) if transposed else ValueProduct(values, output)
-    return (
-        ValueProduct(values.transpose(-2, -1), output.transpose(-2, -1))
-        if transposed
-        else ValueProduct(refusal=_SUMS_QUERIES)
-    )
+    if transposed == (position == 0):
+        return ValueProduct(refusal=_SUMS_QUERIES)
+    if transposed:
+        values, output = values.transpose(-2, -1), output.transpose(-2, -1)
+    return ValueProduct(values, output)
 
 
 def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> ValueProduct:
@@ -61,9 +156,16 @@ def _einsum(equation: str, position: int, transposed: bool, values: Tensor, outp
 
 
 def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where the way it is written shows them."""
+    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where its spelling shows them."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
     query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
     alike = query[:-2] == key[:-2] and query[-1:] == key[-1:]
     return (operands[0], operands[1]) if alike and len(operands) == 2 else None
+
+
+def laid_out(value: Tensor | None) -> tuple[int | None, bool]:
+    """The length of a value's last axis, and whether neighbours along the last axis but one are so in memory."""
+    if value is None:
+        return None, False
+    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)

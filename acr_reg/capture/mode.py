@@ -1,8 +1,8 @@
-"""Sees the attention that a model computes: a TorchFunctionMode that turns kernels and softmaxes into attention calls.
+"""Follows the scores of attention to the map that meets V, and reports every attention call of a model.
 
-While the mode is entered, F.scaled_dot_product_attention is seen with its factors. Elsewhere scores are followed from
-the product of queries and keys through bias and mask to the softmax, and the probability through dropout, casts and
-mixing to the matmul where it meets V. Nothing is computed twice, replaced or stored on modules.
+While the mode is entered, it sees F.scaled_dot_product_attention with its factors. Elsewhere it follows scores from the
+product of queries and keys through bias and mask to the softmax, and probabilities through dropout, casts and mixing to
+the product with V. It computes nothing twice, replaces nothing and stores nothing on modules.
 """
 
 from __future__ import annotations
@@ -11,27 +11,25 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
-from functools import cache
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from acr_reg._torch_private import body_of, dispatches, math_kernel, never_traced
+from acr_reg._torch_private import math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
-from acr_reg.capture.kernels import score_factors, value_product
+from acr_reg.capture import kernels
+from acr_reg.capture.kernels import ROLES, Role, learn_role
 
 
 @dataclass(frozen=True, eq=False)
 class _Followed:
-    """What is known of a tensor on the way from the scores to V. ``probability`` is None before the softmax.
+    """A tensor on the way from the scores to V. ``probability`` is None before the softmax.
 
-    ``alias`` is the tensor itself, weakly: traces are found by id(), which is used again once a tensor is gone.
+    ``alias`` refers to the tensor weakly: traces are found by id(), which Python uses again once a tensor is gone.
     """
 
     alias: weakref.ref[Tensor]
@@ -45,45 +43,8 @@ class _Followed:
     refusal: str | None = None
 
 
-class _Role(Enum):
-    """What a function may do to attention."""
-
-    OTHER = 0
-    FUSED = 1
-    MULTI_HEAD = 2
-    SOFTMAX = 3
-    PRODUCT = 4
-    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
-
-
-_ROLES: dict[Any, _Role] = {
-    F.scaled_dot_product_attention: _Role.FUSED,
-    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, torch.special.softmax), _Role.SOFTMAX),
-}
-
-_PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
-
-# These change dtype, memory or dropout, never which probability stands where.
-_SAME_MAP_NAMES = {
-    "dropout",
-    "dropout_",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "contiguous",
-    "clone",
-}
-
-# These change how rows are arranged, never what a row holds, as long as the last axis stays as long as it was.
-_SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
-
-
 class _MultiHead(threading.local):
-    """What nn.MultiheadAttention says of its products; shared, since only the innermost mode sees its call."""
+    """What nn.MultiheadAttention knows of its products; shared, since only the innermost mode sees its call."""
 
     heads: int | None = None
     refusal: str | None = None
@@ -95,8 +56,8 @@ _inside = _MultiHead()
 class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
-    ``starts_graph`` is asked whether a layer that carries no gradient shall become the first of a graph.
-    ``record_products`` also keeps query, key and A V of unfused layers, which nothing but a check needs.
+    ``starts_graph`` decides whether a layer without gradient becomes the first of a graph. ``record_products`` also
+    keeps query, key and A V of unfused layers, which only a check needs.
     """
 
     def __init__(
@@ -118,9 +79,7 @@ class AttentionMode(TorchFunctionMode):
         self._met: set[int] = set()
 
     def forget(self) -> list[str]:
-        """Drops the softmaxes being followed and says which met no V."""
-        if not self._traces and not self._unmet:
-            return []
+        """Stops following and returns the softmaxes that met no V, in words."""
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._traces.clear()
         self._unmet.clear()
@@ -129,21 +88,21 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        role = _ROLES.get(func) or _learn_role(func)
-        if role is _Role.OTHER and not self._traces:
+        role = ROLES.get(func) or learn_role(func)
+        if role is Role.OTHER and not self._traces:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if role is _Role.FUSED:
+        if role is Role.FUSED:
             return self._fused(args, kwargs)
-        if role is _Role.MULTI_HEAD:
+        if role is Role.MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
-        if role is _Role.SOFTMAX:
+        if role is Role.SOFTMAX:
             self._softmax(result, *args, **kwargs)
-        elif role is _Role.UNKNOWN_KERNEL:
-            self._report_unknown(_name_of(func))
+        elif role is Role.UNKNOWN_KERNEL:
+            self._report_unknown(kernels.name_of(func))
         else:
-            self._follow(_name_of(func), args, kwargs, result)
+            self._follow(kernels.name_of(func), args, kwargs, result)
         return result
 
     def _fused(self, args: Any, kwargs: Any) -> Tensor:
@@ -152,13 +111,12 @@ class AttentionMode(TorchFunctionMode):
                 output: Tensor = F.scaled_dot_product_attention(*args, **kwargs)
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
-        query, key, value, mask, dropout, causal, scale = _sdpa_arguments(*args, **kwargs)
-        if self._starts_graph is not None:
-            self._start_graph(output)
+        query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
+        self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
-        self._report(AttentionCall(recorded, *_laid_out(value), dropout, True, _inside.refusal))
+        self._report(AttentionCall(recorded, *kernels.laid_out(value), dropout, True, _inside.refusal))
         return output
 
     def _start_graph(self, tensor: Tensor) -> None:
@@ -166,17 +124,17 @@ class AttentionMode(TorchFunctionMode):
             tensor.requires_grad_()
 
     def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
-        """Runs the function's own body with the mode on: by itself it dispatches once and hides what it does.
+        """Runs the function's own body under the mode, because the function dispatches once and hides its kernels.
 
-        The weights it returns are a view off the path to its output, so they could not be used for a gradient.
+        The weights that it returns lie off the path to its output and carry no gradient of it.
         """
-        query, key, heads = (_argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
+        query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
-        _inside.refusal = None if _same(query, key) else "cross-attention: queries and keys are not the same tokens"
+        _inside.refusal = None if kernels.is_same(query, key) else "cross-attention: the keys are of other tokens"
         try:
             with self:
-                return _body(func)(*args, **kwargs)
+                return kernels.body(func)(*args, **kwargs)
         finally:
             _inside.heads, _inside.refusal = before
 
@@ -191,16 +149,15 @@ class AttentionMode(TorchFunctionMode):
             return
         refusal = None
         if scores is None:  # a gate over channels or classes, or the weights of linear attention
-            refusal = f"a softmax over {shape} of what is no product of queries and keys: linear attention, or a gate"
+            refusal = f"linear attention or a gate: a softmax over {shape} of no product of queries and keys"
         elif len(shape) < 3:
-            refusal = f"a softmax over {shape}, between images and not their tokens"
+            refusal = f"attention between images, not their tokens: a softmax over {shape}"
         elif dim not in (-1, len(shape) - 1):
-            refusal = f"a softmax over axis {dim} of {shape}, not over the last"
+            refusal = f"no attention over keys: a softmax over axis {dim} of {shape}, not the last"
         else:
             self._start_graph(probability)
         self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
-        factors = None if scores is None else scores.factors
-        sources = frozenset([id(probability)])
+        factors, sources = scores.factors if scores else None, frozenset([id(probability)])
         self._traces[id(probability)] = _Followed(
             weakref.ref(probability), factors, probability, sources, refusal=refusal
         )
@@ -211,15 +168,16 @@ class AttentionMode(TorchFunctionMode):
         ]
         operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
         traces = [self._trace_of(operand) for operand in operands]
-        if name in _PRODUCT_NAMES:
+        if name in kernels.PRODUCT_NAMES:
+            equation = args[0] if name == "einsum" else None
             probable = [t is not None and t.probability is not None for t in traces]
             if not any(probable):
-                self._start_scores(args[0] if name == "einsum" else None, operands, result)
+                self._start_scores(equation, operands, result)
                 return
             if sum(probable) > 1 or len(traces) != 2:
                 return
             if not isinstance(operands[probable.index(False)], nn.Parameter):
-                self._met_values(name, args, operands, traces, result)
+                self._met_values(equation, operands, traces, result)
                 return
             # else heads are mixed by a matrix of weights, which are no values
         found = [t for t in traces if t is not None]
@@ -232,13 +190,11 @@ class AttentionMode(TorchFunctionMode):
             return
         alias = trace.alias()
         assert alias is not None
-        same_rows = name in _SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
-        turned = not same_rows and _is_transposed(result, alias)
-        # torch.dropout and Tensor.dropout take p as second argument, F.dropout as p=; its place does not matter
-        # otherwise.
-        dropped = _dropout_of(args, kwargs) if "dropout" in name else 0.0
+        same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
+        turned = not same_rows and kernels.is_transposed(result, alias)
+        dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0
         overwritten = dropped > 0 and any(result is operand for operand in operands)
-        same = name in _SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
+        same = name in kernels.SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
         self._traces[id(result)] = replace(
             trace,
             alias=weakref.ref(result),
@@ -251,13 +207,13 @@ class AttentionMode(TorchFunctionMode):
 
     def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
         if isinstance(result, Tensor):
-            factors = score_factors(equation, operands) if self._record_products else None
+            factors = kernels.score_factors(equation, operands) if self._record_products else None
             self._traces[id(result)] = _Followed(weakref.ref(result), factors)
 
-    def _met_values(self, name: str, args: Any, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
-        """The operand that meets V is the effective attention; before dropout where nothing else changed it.
+    def _met_values(self, equation: str | None, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
+        """The operand that meets V is the attention, taken before dropout where nothing else changed it.
 
-        Its first product is that with V: a later one (a refinement of class maps) is no other layer.
+        Its first product is the one with V; a later one (a refinement of class maps) is not another layer.
         """
         position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
         trace: _Followed = traces[position]
@@ -268,7 +224,7 @@ class AttentionMode(TorchFunctionMode):
             self._unmet.pop(source, None)
         alias, probability = trace.alias(), trace.probability
         assert alias is not None and probability is not None
-        found = value_product(args[0] if name == "einsum" else None, position, trace.transposed, operands, output)
+        found = kernels.value_product(equation, position, trace.transposed, operands, output)
         changed = trace.mixed or trace.reshaped
         attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
         if changed and trace.transposed:
@@ -281,70 +237,4 @@ class AttentionMode(TorchFunctionMode):
         recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
         stochastic = not trace.mixed and not (trace.reshaped and trace.dropout > 0)
         refusal = _inside.refusal or trace.refusal or found.refusal
-        self._report(AttentionCall(recorded, *_laid_out(found.value), trace.dropout, stochastic, refusal))
-
-
-def _laid_out(value: Tensor | None) -> tuple[int | None, bool]:
-    if value is None:
-        return None, False
-    return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)
-
-
-def _name_of(func: Any) -> str:
-    return str(getattr(func, "__name__", ""))
-
-
-_body = cache(body_of)
-
-
-def _names(func: FunctionType) -> tuple[str, ...]:
-    return func.__code__.co_varnames[: func.__code__.co_argcount]
-
-
-def _argument(func: FunctionType, name: str, args: Any, kwargs: Any) -> Any:
-    position = _names(func).index(name)
-    return args[position] if position < len(args) else kwargs[name]
-
-
-def _learn_role(func: Any) -> _Role:
-    name = _name_of(func)
-    role = _Role.PRODUCT if name in _PRODUCT_NAMES else _Role.UNKNOWN_KERNEL if "attention" in name else _Role.OTHER
-    if dispatches(func) and {"query", "key", "num_heads"} <= set(_names(func)):
-        role = _Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
-    _ROLES[func] = role
-    return role
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, or views alike of one: nn.MultiheadAttention turns each of its arguments."""
-    return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
-
-
-def _is_transposed(result: Tensor, alias: Tensor) -> bool:
-    """Whether one is the other with its last two axes exchanged, on the same memory."""
-    return (
-        result.ndim == alias.ndim >= 2
-        and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
-        and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
-        and result.data_ptr() == alias.data_ptr()
-    )
-
-
-def _dropout_of(args: Any, kwargs: Any) -> float:
-    """p of an active F.dropout(input, p=0.5, training=True, inplace=False)."""
-    p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-    training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
-    return float(p) if training else 0.0
-
-
-def _sdpa_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float, bool, float | None]:
-    return query, key, value, attn_mask, dropout_p, is_causal, scale
+        self._report(AttentionCall(recorded, *kernels.laid_out(found.value), trace.dropout, stochastic, refusal))

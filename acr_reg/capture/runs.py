@@ -1,63 +1,90 @@
-"""What is remembered while a captured model runs: the modules that are running, and the encoder runs they make."""
+"""Records of the encoder runs of a captured model, and of the modules that are running."""
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
-from acr_reg.attention.call import SeenCall
+from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import is_running
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.placement.images import ImageState
 from acr_reg.placement.windows import WindowedOp
 
+Keep = Literal["only", "first", "last", "all"]
 
-@dataclass(eq=False)
-class Visit:
-    """One call of the whole model. ``frame`` is that of the call, until it returns."""
-
-    frame: FrameType | None
-
-    @property
-    def was_interrupted(self) -> bool:
-        return self.frame is not None and not is_running(self.frame)
+REMEMBERED = 8  # runs that nobody has taken: as many as an error about them lists
 
 
 @dataclass(eq=False)
 class Run:
-    """One pass through an encoder: its calls, until it ends or its tensors are released."""
+    """One pass through an encoder, and what it computed."""
 
     images: tuple[int, int, int] | None = None
-    calls: list[SeenCall] = field(default_factory=list)
+    calls: list[AttentionCall] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     fired: Counter[nn.Module] = field(default_factory=Counter)
     shapes: list[Sequence[int]] = field(default_factory=list)
-    unknown: list[tuple[str, str]] = field(default_factory=list)  # modules with kernels that leave nothing to record
-    silent: set[nn.Module] = field(default_factory=set)  # modules that ran without any attention seen in them
-    reentrant: set[nn.Module] = field(default_factory=set)  # modules that reentrant checkpointing ran without a graph
-    windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by module name, in order; until hooks are narrowed
-    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # by how many, first and last call
-    visit: Visit | None = None
+    unknown: list[tuple[str, str]] = field(default_factory=list)  # (module, kernel) with nothing to record
+    silent: set[nn.Module] = field(default_factory=set)  # modules that ran without attention
+    reentrant: set[nn.Module] = field(default_factory=set)  # checkpointed by use_reentrant=True
+    windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by name, in order, while all is watched
+    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # by how many, at the first and last call
+    visit: list[FrameType] = field(default_factory=list)  # the frame of the whole model's call, until it returns
     kept: bool = True
     failed: bool = False
     closed: bool = False
 
     @property
     def is_whole(self) -> bool:
-        return not self.failed and not (self.visit is not None and self.visit.was_interrupted)
-
-    def summary(self) -> str:
-        return f"{len(self.shapes)} attention calls, the first on {tuple(self.shapes[0])}" if self.shapes else "none"
+        return not self.failed and all(is_running(frame) for frame in self.visit)
 
     def release(self) -> None:
         self.kept = False
         self.calls.clear()
+
+
+class RunLog:
+    """The runs since the last take; only those that ``keep`` asks for hold tensors."""
+
+    def __init__(self, keep: Keep) -> None:
+        self.keep = keep
+        self.runs: list[Run] = []
+        self.started = 0
+        self.outside: list[str] = []  # softmaxes of passes without attention, in words
+        self.without_grad = 0  # module calls under torch.no_grad that were not recorded
+
+    def add(self, run: Run) -> None:
+        self.started += 1
+        finished = [r for r in self.runs if not r.failed]
+        if self.keep in ("only", "last"):
+            for earlier in finished:
+                earlier.release()
+            finished = finished[-(REMEMBERED - 1) :]  # warm-up steps that nobody takes must not pile up
+        if self.keep == "first" and finished:
+            run.release()
+        else:
+            self.runs = [*finished, run]
+
+    def take(self) -> list[Run]:
+        """The whole runs, which the log then forgets."""
+        # Copies, because a thread still refers to its last run, and must not keep its tensors.
+        runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole]
+        self.clear()
+        return runs
+
+    def clear(self) -> None:
+        for run in self.runs:
+            run.closed = True
+            run.release()
+        self.runs = []
+        self.started = 0
 
 
 @dataclass(eq=False, slots=True)
@@ -70,14 +97,14 @@ class Entry:
     frame: FrameType
     opened_mode: bool = False
     recomputes: bool = False  # in a backward, what checkpointing threw away
-    visit: Visit | None = None
+    visit: list[FrameType] | None = None  # of a call of the whole model: shared with its runs
     run: Run | None = None
     reported: bool = False
-    calls: list[SeenCall] | None = None
+    calls: list[AttentionCall] | None = None
 
 
 class ThreadState(threading.local):
-    """The hooked modules now running on this thread, innermost last, and the run they belong to."""
+    """The hooked modules that run on this thread, innermost last, and the run they belong to."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
@@ -88,5 +115,31 @@ class ThreadState(threading.local):
 
     @property
     def current(self) -> Run:
-        """The run that what is seen now belongs to."""
+        """The run that a call now belongs to."""
         return self.coming if self.run is None or self.run.closed else self.run
+
+    @property
+    def innermost(self) -> Entry | None:
+        """The innermost running module; None in a recomputation or under a mode that an interruption left behind."""
+        entry = self.entries[-1] if self.entries else None
+        return entry if entry is not None and is_running(entry.frame) and not entry.recomputes else None
+
+    def begin_visit(self, entry: Entry) -> None:
+        """A call of the whole model begins a run, whatever became of the one before."""
+        self.end_run()
+        entry.visit = [entry.frame]
+        self.coming = Run(visit=entry.visit)
+
+    def begin_run(self) -> Run:
+        self.end_run()
+        self.run, self.coming = self.coming, Run(visit=self.coming.visit)
+        return self.run
+
+    def fail(self) -> None:
+        if self.run is not None and not self.run.closed:
+            self.run.failed = True
+        self.coming = Run()
+
+    def end_run(self) -> None:
+        if self.run is not None:
+            self.run.closed = True

@@ -1,1 +1,1 @@
-"""Finds which grid of the image, if any, the tokens of a captured attention call lie on."""
+"""Finds the grid of the image on which the tokens of a captured attention call lie."""

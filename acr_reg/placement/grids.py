@@ -1,7 +1,6 @@
-"""Reads off a model and its input where the tokens of a layer sit, or says why it cannot.
+"""The grid of a layer's tokens, from what the model says of them and from their number.
 
-:func:`read_fields` gathers what a model says about its tokens; :func:`infer_layout` finds the one grid and prefix that
-fit a number of tokens.
+:func:`read_fields` gathers what a model says; :func:`infer_layout` finds the one grid and prefix that fit.
 """
 
 from __future__ import annotations
@@ -12,24 +11,18 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from acr_reg.errors import LayoutError
+from acr_reg.placement.windows import pair
 from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
 
-# Longer prefixes exist (prompt tuning), but beyond this a guess is more often a wrong grid than a long prefix.
+# Longer prefixes exist (prompt tuning), but a longer guess is more often a wrong grid.
 MAX_GUESSED_PREFIX = 24
 _LARGEST_GUESSED_PATCH = 32  # px; above, the channels of channel attention begin to look like a few huge patches
-# Where the patch size is to be guessed: those that divide the image, and these, under which a margin may be left over.
+# Guesses of a patch size: those that divide the image, and these, which may leave a margin.
 _COMMON_PATCHES = (8, 14, 16, 32)
 
 _CLASS_TOKEN_NAMES = ("cls_token", "cls_tokens", "class_token", "class_tokens", "class_embedding")
-_OTHER_PREFIX_NAMES = (
-    "dist_token",
-    "distillation_token",
-    "reg_token",
-    "reg_tokens",
-    "register_tokens",
-    "storage_tokens",
-)
-# A parameter of such a name may hold prefix tokens; a model without any has none.
+_REGISTER_NAMES = ("dist_token", "distillation_token", "reg_token", "reg_tokens", "register_tokens", "storage_tokens")
+# A parameter of such a name may hold prefix tokens.
 _TOKEN_LIKE = ("token", "cls", "class_emb", "prompt", "register", "query", "latent")
 _STAGES = 6  # of a pyramid, each on a grid of half the size
 _STEM_STRIDES = (4, 8, 16)  # of several convolutions before the first attention
@@ -50,11 +43,10 @@ class Stem:
 
 @dataclass(frozen=True)
 class ModelFields:
-    """What a model says about its own tokens; ``None`` where it says nothing (or more than one thing).
+    """What a model says about its own tokens; ``None`` where it says nothing, or more than one thing.
 
-    ``reads_patches`` says that a convolution cuts the images into the patches stated. A quarter as many tokens are then
-    a later stage only where the run ``is_pyramid``, with ever fewer tokens; else masking or patch dropout left them,
-    and they are on no grid.
+    ``reads_patches``: a convolution cuts the images into these patches. A quarter as many tokens are then a later stage
+    only if the run ``is_pyramid`` (ever fewer tokens); else masking or patch dropout left them, and they have no grid.
     """
 
     patch_size: tuple[int, int] | None = None
@@ -65,24 +57,33 @@ class ModelFields:
     is_pyramid: bool = False
 
 
+@dataclass(frozen=True)
+class LayoutHints:
+    """What the user says of the tokens, which wins over the model's fields; None where they say nothing."""
+
+    patch_size: int | Sequence[int] | None = None
+    num_prefix_tokens: int | None = None
+    class_tokens: int | Sequence[int] | None = None
+
+
 def read_fields(model: nn.Module) -> ModelFields:
-    """Reads patch size and prefix tokens off the names and shapes that timm, torchvision, transformers and WSSS hosts
-    use."""
+    """Reads patch size and prefix tokens by the names that timm, torchvision, transformers and WSSS hosts use."""
     class_tokens = _count_parameters(model, _CLASS_TOKEN_NAMES)
-    others = _count_parameters(model, _OTHER_PREFIX_NAMES)
+    others = _count_parameters(model, _REGISTER_NAMES)
     stated = {n for m in model.modules() if isinstance(n := getattr(m, "num_prefix_tokens", None), int)}
     prefix = stated.pop() if len(stated) == 1 else (class_tokens + others if class_tokens + others else None)
     if prefix is None and not stated and _image_convolutions(model) and not _may_hold_tokens(model):
         prefix = 0
     known = prefix is not None and class_tokens <= prefix and (class_tokens > 0 or bool(others) or prefix == 0)
     patches = _patches_cut(model)
-    patch = _the_only(patches or _patches_stated(model))
-    return ModelFields(patch, prefix, class_tokens if known else None, _stem(model), bool(patches))
+    reads_patches = bool(patches)
+    patches = patches or _patches_stated(model)
+    patch = patches.pop() if len(patches) == 1 else None
+    return ModelFields(patch, prefix, class_tokens if known else None, _stem(model), reads_patches)
 
 
 def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
-    """Tokens held by parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one; a name counts once (its
-    largest)."""
+    """Tokens in parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
     counts: dict[str, int] = {}
     for full_name, parameter in model.named_parameters():
         name = full_name.rpartition(".")[2]
@@ -101,7 +102,7 @@ def _stem(model: nn.Module) -> Stem | None:
         return None
     (conv,) = convolutions
     padding = conv.padding if isinstance(conv.padding, tuple) else (0, 0)
-    stem = Stem(_pair(conv.kernel_size), _pair(conv.stride), _pair(padding))
+    stem = Stem(pair(conv.kernel_size), pair(conv.stride), pair(padding))
     return None if stem.kernel == stem.stride or stem.stride == (1, 1) else stem
 
 
@@ -112,7 +113,7 @@ def _may_hold_tokens(model: nn.Module) -> bool:
 
 def _patches_cut(model: nn.Module) -> set[tuple[int, int]]:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels <= 4]
-    return {_pair(m.stride) for m in convolutions if m.kernel_size == m.stride and m.stride[0] > 1}
+    return {pair(m.stride) for m in convolutions if m.kernel_size == m.stride and m.stride[0] > 1}
 
 
 def _patches_stated(model: nn.Module) -> set[tuple[int, int]]:
@@ -122,15 +123,7 @@ def _patches_stated(model: nn.Module) -> set[tuple[int, int]]:
         for value in (getattr(module, "patch_size", None), getattr(getattr(module, "config", None), "patch_size", None))
     ]
     pairs = [v for v in values if isinstance(v, (tuple, list)) and len(v) == 2 and isinstance(v[0], int)]
-    return {_pair(value) for value in [*pairs, *(v for v in values if isinstance(v, int))]}
-
-
-def _the_only(found: set[tuple[int, int]]) -> tuple[int, int] | None:
-    return next(iter(found)) if len(found) == 1 else None
-
-
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
+    return {pair(value) for value in [*pairs, *(v for v in values if isinstance(v, int))]}
 
 
 def infer_layout(
@@ -145,10 +138,10 @@ def infer_layout(
     """The one layout of ``num_tokens`` queries and ``num_keys`` keys (None: as many) that fits an image of
     ``image_size`` (height, width) in pixels.
 
-    What the user gives (``patch_size``, ``num_prefix_tokens``, ``class_tokens``) goes before what the model's
-    ``fields`` say; in later stages of a pyramid the stated patch is doubled, and the prefix may be missing. Where keys
-    and queries are not as many, the smaller lattice is the larger one reduced. Raises :class:`LayoutError` where
-    nothing fits, or where more than one layout does, and lists those.
+    What the user gives (``patch_size``, ``num_prefix_tokens``, ``class_tokens``) wins over the model's ``fields``. In
+    later stages of a pyramid the patch is doubled and the prefix may be missing. If keys and queries differ in number,
+    the smaller lattice is the larger one reduced. Raises :class:`~acr_reg.LayoutError` where no layout fits, or where
+    several do, and lists them.
 
     >>> infer_layout(25, (64, 96), ModelFields(patch_size=(16, 16))).query
     Lattice(height=4, width=6, stride=(16.0, 16.0), offset=(0.0, 0.0), extent=(64.0, 96.0))
@@ -158,12 +151,11 @@ def infer_layout(
     num_keys = num_tokens if num_keys is None else num_keys
     if image_size is None:
         raise LayoutError(
-            f"found {num_tokens} tokens and no image on their way (no module of the model was given a (B, C, H, W) "
-            "tensor of at most 4 channels); expected one, to tell the grid; call "
-            "attention.take().with_layout(grid=(h, w), num_prefix_tokens=)"
+            f"The grid of {num_tokens} tokens is unknown, as no module was given an image (B, C <= 4, H, W). Call "
+            "take().with_layout(grid=(h, w), num_prefix_tokens=)."
         )
     if patch_size is not None:
-        fields = replace(fields, patch_size=_pair(patch_size), stem=None)
+        fields = replace(fields, patch_size=pair(patch_size), stem=None)
     prefix = num_prefix_tokens if num_prefix_tokens is not None else fields.num_prefix_tokens
     # A class token may join in the last stage only; one that the user states is there.
     prefixes = [prefix, 0] if prefix and num_prefix_tokens is None else [prefix]
@@ -189,7 +181,7 @@ _Fit = tuple[int, Lattice]
 def _first_fits(
     num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefixes: Sequence[int | None]
 ) -> list[_Fit]:
-    """What fits first: the stated patch, the stem, their later stages; where nothing is stated, common patches."""
+    """What fits first: the stated patch, the stem, their later stages; common patches if nothing is stated."""
     for prefix in prefixes:
         fits = _patch_fits(num_tokens, image_size, fields.patch_size, prefix)
         if not fits and prefix is not None:
@@ -220,8 +212,8 @@ def _patch_fits(
 
 
 def _stage_fits(num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefix: int) -> list[_Fit]:
-    """The fit on the stem's own grid, or on that of a later stage of a pyramid: half the rows and columns, rounded
-    either way, of the stage before."""
+    """The fit on the stem's grid or a later stage of a pyramid, each with half the rows and columns of the one before,
+    rounded either way."""
     height, width = image_size
     bases: list[tuple[tuple[int, int], tuple[int, int], bool]] = []  # grid, stride, whether it is centred on the image
     if fields.stem is not None:
@@ -241,12 +233,8 @@ def _stage_fits(num_tokens: int, image_size: tuple[int, int], fields: ModelField
                 if min(grid) > 0 and grid[0] * grid[1] + prefix == num_tokens and grid not in fits:
                     stride = (patch[0] << stage, patch[1] << stage)
                     fits[grid] = (prefix, _lattice(grid, stride, image_size, centred))
-            grids = {half for grid in grids for half in ((grid[0] // 2, grid[1] // 2), _halved_up(grid))}
+            grids = {(n, m) for h, w in grids for n, m in ((h // 2, w // 2), (-(-h // 2), -(-w // 2)))}
     return list(fits.values())
-
-
-def _halved_up(grid: tuple[int, int]) -> tuple[int, int]:
-    return -(-grid[0] // 2), -(-grid[1] // 2)
 
 
 def _lattice(
@@ -258,7 +246,7 @@ def _lattice(
 
 
 def _in_proportion(lattice: Lattice, count: int) -> Lattice:
-    """The lattice of ``count`` tokens with the proportions of another, over the same image."""
+    """The lattice of ``count`` tokens over the same image, with the proportions of ``lattice``."""
     height, width = lattice.height, lattice.width
     grids = [
         (rows, count // rows)
@@ -266,10 +254,10 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
         if count % rows == 0 and abs(rows * width - count // rows * height) < max(height, width, rows, count // rows)
     ]
     if len(grids) != 1:
+        listed = " or ".join(f"{rows} x {columns}" for rows, columns in grids) or "no grid"
         raise LayoutError(
-            f"found {count} patches beside a grid of {lattice}, which "
-            f"{'fit ' + ' or '.join(f'{h} x {w}' for h, w in grids) if grids else 'fit no grid like it'}; expected one "
-            "grid of the same proportions; name it by with_layout(grid=, key_grid=, num_prefix_tokens=)"
+            f"{count} patches beside a grid of {lattice} fit {listed} of its proportions. Name both grids by "
+            "with_layout(grid=, key_grid=, num_prefix_tokens=)."
         )
     rows, columns = grids[0]
     fits = [r for r in range(1, height + 1) if height // r == rows and width // r == columns]
@@ -280,26 +268,17 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
 
 
 def _misfit(
-    num_tokens: int,
-    image_size: tuple[int, int],
-    patch: tuple[int, int] | None,
-    prefix: int | None,
-    fits: list[_Fit],
+    num_tokens: int, image_size: tuple[int, int], patch: tuple[int, int] | None, prefix: int | None, fits: list[_Fit]
 ) -> str:
-    seen = f"found {num_tokens} tokens for an image of {image_size[0]} x {image_size[1]} px"
+    seen = f"{num_tokens} tokens for an image of {image_size[0]} x {image_size[1]} px"
     if fits:
         listed = " or ".join(f"{left} prefix + {lattice}" for left, lattice in fits)
-        return (
-            f"{seen}, which fit {listed}; expected one fit; pass patch_size= or num_prefix_tokens= to capture_attention"
-        )
-    said = (
-        [f"patch size {patch[0]} x {patch[1]}, so a grid of {image_size[0] // patch[0]} x {image_size[1] // patch[1]}"]
-        if patch
-        else []
-    )
-    said += [f"{prefix} prefix tokens"] if prefix is not None else []
+        return f"{seen} fit {listed}. Pass patch_size= or num_prefix_tokens= to capture_attention."
+    known = [] if prefix is None else [f"{prefix} prefix tokens"]
+    if patch:
+        grid = f"{image_size[0] // patch[0]} x {image_size[1] // patch[1]}"
+        known.append(f"patches of {patch[0]} x {patch[1]} px (a grid of {grid})")
     return (
-        f"{seen}; expected prefix tokens + grid to add up to that "
-        f"({' and '.join(said) or 'nothing is known of patch or prefix'}); pass patch_size= and num_prefix_tokens= to "
-        "capture_attention, or name the layout by with_layout(grid=, num_prefix_tokens=)"
+        f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size= and num_prefix_tokens= "
+        "to capture_attention, or call with_layout(grid=, num_prefix_tokens=)."
     )

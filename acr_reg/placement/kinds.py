@@ -1,7 +1,7 @@
-"""What kind of attention a call was: of all tokens, within windows, with reduced keys, or none between tokens at all.
+"""The kind of an attention call: of all tokens, within windows, with reduced keys, or none between tokens.
 
-A map alone does not say what its axes stand for. What the module was given and returned, and how many images there
-were, do: see :func:`place`.
+A map alone does not say what its axes are. What the module was given and returned, and the number of images, do: see
+:func:`place`.
 """
 
 from __future__ import annotations
@@ -12,53 +12,52 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from acr_reg.attention.call import SeenCall
+from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import TokenLayout, Window
 
+Images = tuple[int, int, int]  # (B, height, width)
 Locate = Callable[[int, int, "tuple[int, int] | None"], "tuple[TokenLayout | None, str | None]"]
 
+_CROSS = "cross-attention: {} queries attend to {} keys of other tokens"
+
 _OTHER_TOKENS = {"key_value_states", "encoder_hidden_states", "memory", "context", "kv", "key", "k"}
-
 _HEAD_NAMES = ("num_heads", "heads", "num_attention_heads", "n_heads")
-
 _WINDOW_NAMES = ("window_size", "partition_size", "win_size", "ws")
 
 
 @dataclass(frozen=True)
 class Placement:
-    """What a layer's map is made of: its heads where they are flattened into the batch, its windows, its tokens."""
+    """Where the tokens of a call sit, or the ``refusal``: why it is no token-to-token self-attention.
 
-    heads: int | None
-    window: Window | None
+    ``heads`` are those flattened into the batch. ``why_unplaced`` is the reason if there is no ``layout``.
+    """
+
+    heads: int | None = None
+    window: Window | None = None
     layout: TokenLayout | None = None
     why_unplaced: str | None = None
+    refusal: str | None = None
 
-    def layer(self, index: int, seen: SeenCall) -> LayerAttention:
-        recorded = seen.call.recorded if self.heads is None else replace(seen.call.recorded, heads=self.heads)
+    def layer(self, index: int, call: AttentionCall) -> LayerAttention:
+        recorded = call.recorded if self.heads is None else replace(call.recorded, heads=self.heads)
         return LayerAttention(
             index,
-            seen.name,
+            call.name,
             recorded,
             self.layout,
-            seen.call.dropout,
-            seen.call.stochastic,
+            call.dropout,
+            call.stochastic,
             window=self.window,
             why_unplaced=self.why_unplaced,
         )
 
 
 def first_tensor(*values: Any) -> Tensor | None:
-    """The first tensor among values, of which some may be tuples or dicts of tensors."""
+    """The first tensor among values, which may be tuples or dicts of tensors."""
     for value in values:
-        if isinstance(value, Tensor):
-            return value
-        if isinstance(value, (tuple, list)):
-            found = first_tensor(*value)
-        elif isinstance(value, Mapping):
-            found = first_tensor(*value.values())
-        else:
-            continue
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+        found = value if isinstance(value, Tensor) else first_tensor(*inner) if inner else None
         if found is not None:
             return found
     return None
@@ -74,15 +73,14 @@ def token_counts(shape: Sequence[int] | None) -> frozenset[int]:
 
 
 def holds_rows(shape: Sequence[int] | None, module: nn.Module) -> bool:
-    """Whether a module's input holds tokens as rows of channels: (B, N, C), or (B, h, w, C) that its linear maps
-    take."""
+    """Whether a module's input holds tokens as rows of channels: (B, N, C), or (B, h, w, C) of its linear maps."""
     if shape is None or len(shape) not in (3, 4):
         return False
     return len(shape) == 3 or shape[-1] in {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}
 
 
 def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether a module was given other tokens to look at than those that look: two tensors, by name or in order."""
+    """Whether a module was given keys of other tokens than its queries: two tensors, by name or in order."""
     second = args[1] if len(args) > 1 else None
     if second is None and _OTHER_TOKENS.isdisjoint(kwargs):
         return False
@@ -97,108 +95,106 @@ def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 
 
 def place(
-    seen: SeenCall,
-    around: Sequence[nn.Module],
-    images: tuple[int, int, int] | None,
-    locate: Locate,
-    unordered: str | None = None,
-) -> Placement | str:
-    """Where the tokens of a call sit, or why it is not token-to-token self-attention.
+    call: AttentionCall, around: Sequence[nn.Module], images: Images | None, locate: Locate, unordered: str | None
+) -> Placement:
+    """Where the tokens of a call sit, or why it is no token-to-token self-attention.
 
-    ``around`` is the attention module and what it lies in, the innermost first; ``images`` is (B, height, width);
-    ``unordered`` says why the model's tokens, if so, are on no grid.
+    ``around``: the attention module and those that hold it, the innermost first. ``unordered``: why the
+    model's tokens are on no grid, or None.
     """
-    recorded = seen.call.recorded
-    if seen.call.refusal is not None:
-        return seen.call.refusal
-    layer = LayerAttention(0, seen.name, recorded, None)
-    heads = None
-    if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and layer.shape[0] % images[0] == 0:
-        heads = layer.shape[0] // images[0]  # (B H, N, M) or (B, N, M), without a word about H
-        layer = replace(layer, recorded=replace(recorded, heads=heads))
-    batch, _, queries, keys = layer.shape
-    if seen.cross and (queries != keys or images is None):
-        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
-    if queries == 1:
-        return f"1 query, {keys} keys: pooling or class attention"
-    if images is not None and batch % images[0]:
-        return f"a batch of {batch} for {images[0]} images: tokens of something else"
-    if is_channels(layer, seen):
-        return f"{queries} channels attend to {keys} channels over all tokens: channel attention"
-    window = _window(layer, seen, around, images)
+    recorded, heads = call.recorded, None
+    batch = recorded.seen.shape[0]
+    if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and batch % images[0] == 0:
+        heads = batch // images[0]  # (B H, N, M) or (B, N, M), without a word about H
+    layer = Placement(heads).layer(0, call)
+    refusal = call.refusal or _refusal(layer, call, images)
+    if refusal is not None:
+        return Placement(refusal=refusal)
+    queries, keys = layer.shape[2:]
+    window = _window(layer, call, around, images)
     if window is not None:
         return Placement(heads, window)
-    if seen.cross:
-        return f"{queries} queries, {keys} keys of other tokens: cross-attention"
+    if call.cross:
+        return Placement(refusal=_CROSS.format(queries, keys))
     layout, why_unplaced = (None, unordered) if unordered else locate(queries, keys, images and images[1:])
     size = _first_attribute(around, _WINDOW_NAMES)
     if layout is None and size is not None and size[0] * size[1] == keys:  # one window, padded
         return Placement(heads, Window(size, _shift(around), 1))
     if queries != keys:
-        refusal = _not_reduced(layer, seen, images)
+        refusal = _not_reduced(layer, call, images)
         if refusal is not None:
-            return refusal
-        if _pools_along_the_sequence(seen.module):
+            return Placement(refusal=refusal)
+        if any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in call.module.modules()):
             layout = None
             why_unplaced = (
-                f"found {keys} keys pooled along the sequence of {queries} tokens, which lie on no grid; expected keys "
-                "on a grid; leave the layer out: choose layers= among the others"
+                f"The {keys} keys pooled along the sequence of {queries} tokens lie on no grid. Leave this layer out: "
+                "choose layers= among the others."
             )
         elif layout is None and not unordered:
-            return f"{queries} queries, {keys} keys that fit no two grids of the image: pooling or cross-attention"
+            refusal = f"pooling or cross-attention: {queries} queries and {keys} keys fit no two grids of the image"
+            return Placement(refusal=refusal)
     return Placement(heads, None, layout, why_unplaced)
 
 
-def is_channels(layer: LayerAttention, seen: SeenCall) -> bool:
-    """Whether the map's axes are channels: then what stands where a head's width should is the number of tokens.
+def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None) -> str | None:
+    """Why a call is no token-to-token self-attention, as its shapes tell."""
+    batch, _, queries, keys = layer.shape
+    if call.cross and (queries != keys or images is None):
+        return _CROSS.format(queries, keys)
+    if queries == 1:
+        return f"pooling or class attention: 1 query attends to {keys} keys"
+    if images is not None and batch % images[0]:
+        return f"not the tokens of the images: a batch of {batch} for {images[0]} images"
+    if is_channels(layer, call):
+        return f"channel attention: {queries} channels attend to {keys} channels over all tokens"
+    return None
 
-    Where channels are as many as tokens, the order in memory tells: of (B, N, C), channels lie side by side.
+
+def is_channels(layer: LayerAttention, call: AttentionCall) -> bool:
+    """Whether the map's axes are channels: the number of tokens then stands in the place of a head's width.
+
+    If there are as many channels as tokens, the order in memory tells: in (B, N, C) channels are neighbours.
     """
     queries, keys = layer.shape[2:]
-    width, inputs = seen.call.value_width, token_counts(seen.input_shape)
+    width, inputs = call.value_width, token_counts(call.input_shape)
     if width not in inputs:
         return False
     if queries not in inputs and keys not in inputs:
         return True
-    in_rows = holds_rows(seen.input_shape, seen.module)
-    return queries == keys == width and in_rows and seen.call.value_in_columns
+    in_rows = holds_rows(call.input_shape, call.module)
+    return queries == keys == width and in_rows and call.value_in_columns
 
 
-def is_pyramid(calls: Sequence[SeenCall]) -> bool:
-    """Whether the calls show ever fewer tokens, windows counted together."""
-    shapes = [seen.call.recorded.seen.shape for seen in calls if seen.call.recorded.seen.ndim == 4]
+def is_pyramid(calls: Sequence[AttentionCall]) -> bool:
+    """Whether the calls have ever fewer tokens, counting windows together."""
+    shapes = [call.recorded.seen.shape for call in calls if call.recorded.seen.ndim == 4]
     tokens = [shape[0] * shape[2] for shape in shapes if shape[2] > 1]
     return len(set(tokens)) > 1 and tokens == sorted(tokens, reverse=True)
 
 
-def _not_reduced(layer: LayerAttention, seen: SeenCall, images: tuple[int, int, int] | None) -> str | None:
-    """Why a layer with fewer keys than queries, or fewer queries than keys, is neither one with reduced keys (PVT,
-    SegFormer) nor one between two stages (LeViT)."""
+def _not_reduced(layer: LayerAttention, call: AttentionCall, images: Images | None) -> str | None:
+    """Why a layer with unlike numbers of queries and keys is neither one with reduced keys (PVT, SegFormer) nor one
+    between two stages (LeViT)."""
     queries, keys = layer.shape[2:]
-    counted = f"{queries} queries, {keys} keys"
     if images is None:
-        return f"{counted} and no image that would tell their grids: reduced keys, pooling or cross-attention"
-    outputs = token_counts(seen.output_shape)
+        return f"reduced keys or cross-attention: no image tells the grids of {queries} queries and {keys} keys"
+    outputs = token_counts(call.output_shape)
     if queries < keys and outputs and queries not in outputs:
-        return f"{counted}, of which the queries are not the module's tokens: pooling or cross-attention"
+        return f"pooling or cross-attention: the {queries} queries to {keys} keys are not the module's tokens"
     return None
 
 
-def _pools_along_the_sequence(module: nn.Module) -> bool:
-    return any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in module.modules())
-
-
 def _window(
-    layer: LayerAttention, seen: SeenCall, around: Sequence[nn.Module], images: tuple[int, int, int] | None
+    layer: LayerAttention, call: AttentionCall, around: Sequence[nn.Module], images: Images | None
 ) -> Window | None:
-    """The windows of a layer, told by a batch that holds several groups of tokens an image, or by a fifth axis."""
+    """The windows of a layer: its batch holds several groups of tokens per image, or it has a fifth axis."""
     groups = 1 if images is None else layer.shape[0] // images[0]
     if layer.recorded.seen.ndim > 4:
-        groups *= _groups_beside_heads(layer, seen)
+        groups *= _groups_beside_heads(layer, call)
     if groups == 1:
         return None
     size = _first_attribute(around, _WINDOW_NAMES)
-    if size is not None and size[0] * size[1] != layer.shape[3]:  # a number of tokens, or something else altogether
+    if size is not None and size[0] * size[1] != layer.shape[3]:  # a number of tokens, or something else
         size = None
     return Window(size, _shift(around), groups)
 
@@ -207,17 +203,17 @@ def _shift(around: Sequence[nn.Module]) -> tuple[int, int]:
     return _first_attribute(around, ("shift_size",)) or (0, 0)
 
 
-def _groups_beside_heads(layer: LayerAttention, seen: SeenCall) -> int:
-    """Of (B, windows, heads, N, .) or (B, heads, windows, N, .), how many windows."""
+def _groups_beside_heads(layer: LayerAttention, call: AttentionCall) -> int:
+    """The number of windows in (B, windows, heads, N, .) or (B, heads, windows, N, .)."""
     beside = layer.shape[1]
-    heads = next((n for name in _HEAD_NAMES if isinstance(n := getattr(seen.module, name, None), int)), None)
+    heads = next((n for name in _HEAD_NAMES if isinstance(n := getattr(call.module, name, None), int)), None)
     if heads and beside % heads == 0:
         return beside // heads
-    return 1 if layer.shape[2] in token_counts(seen.input_shape) else max(layer.recorded.seen.shape[1:-2])
+    return 1 if layer.shape[2] in token_counts(call.input_shape) else max(layer.recorded.seen.shape[1:-2])
 
 
 def _first_attribute(modules: Sequence[nn.Module], names: Sequence[str]) -> tuple[int, int] | None:
-    """The first pair of numbers, or number, that one of the modules holds under one of the names."""
+    """The first number, or pair of numbers, under one of the names in one of the modules."""
     return next((pair for m in modules for name in names if (pair := _pair_or_none(getattr(m, name, None)))), None)
 
 
@@ -230,10 +226,10 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 
 
 def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
-    """The same layers; those within windows with the reason in place of a layout, and the layers to use instead."""
+    """The layers, where those of windows say why they have no layout, and which layers to use instead."""
     usable = [layer.index for layer in layers if layer.window is None and layer.placed is not None]
-    advice = f"choose layers={usable}, which see all of it" if usable else "no layer here does; take another model"
-    reason = "found attention within {} ({} tokens each); expected every token to attend to the whole image; {}"
+    advice = f"Choose layers={usable}, which see all of it." if usable else "No layer here does; use another model."
+    reason = "Tokens attend within {} ({} tokens each), not to the whole image. {}"
     return [
         replace(layer, placed=None, why_unplaced=reason.format(layer.window, layer.shape[2], advice))
         if layer.window
@@ -243,11 +239,11 @@ def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
 
 
 def unordered_tokens(model: nn.Module) -> str | None:
-    """Why the tokens of this model do not stand in rows over the image, where it is known to arrange them otherwise."""
+    """Why the tokens of this model do not stand in rows over the image, or None."""
     names = [type(m).__name__ for m in model.modules() if type(m).__name__ == "Unroll" or hasattr(m, "unroll_schedule")]
     if not names:
         return None
     return (
-        f"found tokens in the order of mask units ({names[0]}), not row by row; expected rows of a grid; bring them "
-        "into order yourself and use AttentionMaps.from_tensors(list, num_prefix_tokens=, grid=)"
+        f"The tokens stand in the order of mask units ({names[0]}), not row by row. Reorder their maps and call "
+        "AttentionMaps.from_tensors."
     )

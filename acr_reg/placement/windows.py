@@ -1,8 +1,7 @@
-"""Where convolutions and pooling put the tokens made from them: the centres of their windows, exact, in pixels.
+"""Where convolutions and pooling put tokens: the centres of their windows, exact, in pixels.
 
-While a model runs for the first time, :func:`windowed_op` notes what every module with windows did; a
-:class:`WindowTrace` of them then finds the chain of windows that leads from the images to a layer's grid, for images
-of any size.
+:func:`windowed_op` notes what each module with windows does in the first run of a model. A :class:`WindowTrace` finds
+the chain of windows that leads from the images to a layer's grid, for images of any size.
 """
 
 from __future__ import annotations
@@ -25,12 +24,11 @@ _DYNAMIC = None  # padding as TensorFlow's "same", which depends on the size
 
 @dataclass(frozen=True)
 class WindowedOp:
-    """One module whose outputs are each made from a window of its input: (y, x) of its attributes, and the shapes that
-    it was first seen with.
+    """A module that makes each output from a window of its input: (y, x) of its attributes, and its first shapes.
 
-    ``padding`` is (before, after) along y and x, or None where the size decides it (timm's ``Conv2dSame`` and the
-    like). ``fixed`` is the output size of adaptive pooling, 0 along an axis that it keeps. What is not ``explained``
-    made another size than its attributes say. ``batch`` is that of its input: patches or heads may be apart in it.
+    ``padding`` is (before, after) along y and x, or None where the size decides it (timm's ``Conv2dSame``). ``fixed``
+    is the output size of adaptive pooling, 0 along an axis that it keeps. An op that is not ``explained`` made another
+    size than its attributes say. ``batch`` is that of its input, which may hold patches or heads.
     """
 
     name: str
@@ -46,8 +44,8 @@ class WindowedOp:
     explained: bool = True
 
     def along(self, axis: int, size: int) -> tuple[int, float, float]:
-        """Of ``size`` inputs along an axis: the number of outputs, the step between their centres, and how far the
-        first lies beyond the centre of the first input, both in inputs."""
+        """For ``size`` inputs along an axis: the number of outputs, the step between their centres, and the distance of
+        the first from the centre of the first input, both in inputs."""
         if self.fixed is not None:
             count = self.fixed[axis] or size
             return count, size / count, (size / count - 1) / 2
@@ -64,22 +62,22 @@ class WindowedOp:
         return count, stride, reach / 2 - before
 
     def explains(self) -> bool:
-        """Whether the shapes seen are what the attributes say."""
+        """Whether the attributes explain the shapes."""
         return all(self.along(axis, self.source[1 + axis])[0] == self.target[1 + axis] for axis in (0, 1))
 
     def displaces(self) -> bool:
-        """Whether the windows are centred elsewhere than pieces of the input side by side would be."""
+        """Whether the windows are centred elsewhere than pieces of the input side by side."""
         along = [self.along(axis, self.source[1 + axis]) for axis in (0, 1)]
         return not self.explained or any(first != (step - 1) / 2 for _, step, first in along)
 
     def matters(self) -> bool:
-        """Whether a chain can lead through it to anything but what it came from."""
+        """Whether it changes shape or place, so that a chain can lead through it."""
         return self.source != self.target or self.displaces()
 
 
 def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Sequence[int]) -> WindowedOp | None:
-    """What a module among ``WINDOWED`` did that was given a tensor of shape ``source``, (B, C, H, W) or (C, H, W), and
-    returned one of ``target``; None where tokens stay where they are."""
+    """What a module among ``WINDOWED`` did to a tensor of shape ``source``, (B, C, H, W) or (C, H, W), to make one of
+    ``target``; None where tokens stay where they are."""
     if len(source) not in (3, 4) or not isinstance(module, WINDOWED):
         return None
     given = (int(source[-3]), int(source[-2]), int(source[-1]))
@@ -92,8 +90,8 @@ def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Seq
         left, right, top, bottom = module.padding
         op = WindowedOp(name, given, given, batch, padding=((top, bottom), (left, right)))
     else:
-        kernel, stride = _pair(module.kernel_size), _pair(module.stride)
-        dilation = _pair(getattr(module, "dilation", 1))
+        kernel, stride = pair(module.kernel_size), pair(module.stride)
+        dilation = pair(getattr(module, "dilation", 1))
         padding = _padding(module.padding, kernel, dilation)
         ceil_mode = bool(getattr(module, "ceil_mode", False))
         op = WindowedOp(name, given, given, batch, kernel, stride, dilation, padding, ceil_mode)
@@ -109,7 +107,7 @@ def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Seq
     return op if op.matters() and made[1:] != (1, 1) else None
 
 
-def _pair(value: int | Sequence[int]) -> Grid:
+def pair(value: int | Sequence[int]) -> Grid:
     return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
 
 
@@ -117,14 +115,14 @@ def _padding(value: str | int | Sequence[int], kernel: Grid, dilation: Grid) -> 
     if isinstance(value, str):  # of a stride of 1: the odd one out goes behind
         total = [dilation[i] * (kernel[i] - 1) if value == "same" else 0 for i in (0, 1)]
         return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
-    y, x = _pair(value)
+    y, x = pair(value)
     return (y, y), (x, x)
 
 
 @dataclass(frozen=True)
 class Spot:
     """Where a grid of ``size`` stands: pixels between its centres, and from the image's edge to the first centre.
-    ``inside`` says whether the last window belonged to the attention that was asked about."""
+    ``inside``: the last window belonged to the attention in question."""
 
     stride: Pixels
     centre: Pixels
@@ -132,7 +130,7 @@ class Spot:
     inside: bool = False
 
     def through(self, op: WindowedOp, inside: bool) -> Spot | None:
-        """Where the outputs of an op on this grid stand; None where that cannot be told."""
+        """Where the outputs of an op on this grid stand, or None if unknown."""
         (rows, step_y, first_y), (columns, step_x, first_x) = (op.along(i, self.size[i]) for i in (0, 1))
         if not op.explained or min(rows, columns) < 1:
             return None
@@ -142,16 +140,16 @@ class Spot:
 
     @property
     def offset(self) -> Pixels:
-        """As a Lattice counts it: how far the first centre lies beyond half a stride."""
+        """The offset of a :class:`~acr_reg.Lattice`: the first centre minus half a stride."""
         return self.centre[0] - self.stride[0] / 2, self.centre[1] - self.stride[1] / 2
 
 
 def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid) -> dict[Shape, set[Spot | None]]:
-    """Every shape that chains of the ops lead to from images ``seen`` as (batch, height, width), and where it stands on
-    images of ``size``: in more than one place where chains disagree, and None among them where one is not known.
+    """Every shape that chains of ops lead to from images ``seen``, (batch, height, width), and its places on images of
+    ``size``: several where chains disagree, with None among them where one is unknown.
 
-    An op (op, inside, loose) follows those before it that made its input, or, ``loose``, a grid of its input's size.
-    Where none made such a grid, something unseen did, or it is that of a part of an image alone.
+    An op (op, inside, loose) follows those that made its input, or, ``loose``, a grid of its input's size. A grid that
+    none made comes from something unseen, or belongs to a part of an image.
     """
     start = Spot((1.0, 1.0), (0.5, 0.5), size)
     reached: dict[Grid, dict[int, set[Spot | None]]] = {seen[1:]: {c: {start} for c in range(1, _IMAGE_CHANNELS + 1)}}
@@ -166,8 +164,8 @@ def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid)
 
 @dataclass(frozen=True)
 class WindowTrace:
-    """The windowed ops of a model's first run, in order, on images ``seen`` as (batch, height, width); and for every
-    part of it that attends, by name ("" is all of it), how many of them ran before its first call and its last."""
+    """The windowed ops of a model's first run, in order, on images ``seen``, (batch, height, width); and for each part
+    that attends, by name ("" is the model), how many ops ran before its first and its last call."""
 
     ops: tuple[WindowedOp, ...] = ()
     seen: Shape = (0, 0, 0)
@@ -177,9 +175,9 @@ class WindowTrace:
         """Where a ``grid`` of tokens that attend in ``part`` stands on images of ``size``; None where no chain leads
         there, or chains disagree. ``inside``: windows within the part made it.
 
-        The first of ever weaker links that leads there decides: over channels as many as before, up to one of the
-        ``widths`` of the tokens; over channels in between that linear maps or heads may have changed. Windows within
-        other attention make its own keys or queries, and are no way elsewhere unless there is no other.
+        The strongest kind of link that leads there decides: over equal channels up to one of the ``widths`` of the
+        tokens, then over channels that linear maps or heads may have changed. Windows within other attention make its
+        own keys or queries, and count only if nothing else leads there.
         """
         widths = frozenset(widths)
         for only_trunk in (True, False):
@@ -197,7 +195,7 @@ class WindowTrace:
         return None
 
     def displaces(self, part: str) -> bool:
-        """Whether any windows before this attention put tokens elsewhere than pieces of the image side by side."""
+        """Whether windows before this attention put tokens elsewhere than pieces of the image side by side."""
         return any(op.displaces() for op, _ in self._before(part, True) if op.batch == self.seen[0])
 
     def _before(self, part: str, only_trunk: bool) -> Iterator[tuple[WindowedOp, bool]]:
@@ -215,7 +213,7 @@ _LINKS = ((True, False, False), (False, False, False), (False, True, False), (Fa
 
 
 def _the_one(found: set[Spot | None]) -> Spot | None:
-    """What all agree on, outside the attention if some are."""
+    """The spot that all agree on, preferably outside the attention."""
     places = {spot and (spot.stride, spot.centre) for spot in found}
     return min((spot for spot in found if spot), key=lambda spot: spot.inside) if len(places) == 1 else None
 

@@ -286,7 +286,7 @@ def test_a_traced_scripted_or_exported_module_is_refused(
     whole, block = make(model, x), make(model.encoder[1], torch.randn(2, 25, 32))
     nested = copy.deepcopy(model)
     nested.encoder[1] = block
-    for found, name in ((whole, "a model ("), (nn.Sequential(nn.Identity(), whole), "1 ("), (nested, "encoder.1 (")):
+    for found, name in ((whole, "The model ("), (nn.Sequential(nn.Identity(), whole), "1 ("), (nested, "encoder.1 (")):
         before = hooks(found)
         with pytest.raises(CaptureError) as error:
             capture_attention(found)

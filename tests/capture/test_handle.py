@@ -81,7 +81,7 @@ def test_nothing_captured_names_the_modules_that_look_like_attention(warm: bool)
             with pytest.raises(CaptureError) as error:
                 attention.take()
             named = [f"encoder.{i} (PooledAttention)" for i in range(3)]
-            assert says(error, "no token-to-token attention of PlainEncoder", ", ".join(named), "and more", "softmax")
+            assert says(error, "No token-to-token attention of PlainEncoder", ", ".join(named), "and more", "softmax")
 
 
 def test_nothing_captured_says_that_nothing_ran() -> None:
@@ -89,11 +89,11 @@ def test_nothing_captured_says_that_nothing_ran() -> None:
     with capture_attention(model) as attention:
         with pytest.raises(CaptureError) as error:
             attention.take()
-        assert says(error, "since the last take", "run this model (not a copy, nor a compiled or traced one)")
+        assert says(error, "since the last take()", "Run this model, not a copy")
         copy.deepcopy(model)(images())
         with pytest.raises(CaptureError) as error:
             attention.take()
-        assert says(error, "since the last take", "run this model (not a copy")
+        assert says(error, "since the last take()", "Run this model, not a copy")
 
 
 def test_a_pass_is_taken_once() -> None:
@@ -104,4 +104,4 @@ def test_a_pass_is_taken_once() -> None:
             attention.take()
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "since the last take", "take() once per forward")
+            assert says(error, "since the last take()", "before take()")

@@ -48,7 +48,7 @@ def test_replicas_of_data_parallel_are_refused(build: Builder, warm: bool, captu
         for _ in range(2):
             assert torch.equal(model(x), output)
             assert all(torch.equal(a, b) for a, b in zip(attention.take().weights(), maps.weights(), strict=True))
-    for found, name in ((replica_of(model), "a model ("), (nn.Sequential(replica_of(model)), "0 (")):
+    for found, name in ((replica_of(model), "The model ("), (nn.Sequential(replica_of(model)), "0 (")):
         with pytest.raises(CaptureError) as error:
             capture_attention(found)
         assert says(error, name, "replica", "nn.DataParallel")

@@ -207,7 +207,7 @@ def test_more_than_one_fit_is_an_error_that_lists_them():
         (500, (64, 96), ModelFields((16, 16)), {"num_prefix_tokens": 3}, ["500 tokens", "3 prefix"]),
         (26, (64, 96), ModelFields((16, 16), 1), {"patch_size": 14}, ["26 tokens", "14 x 14", "4 x 6"]),
         (37, (64, 96), ModelFields(), {"patch_size": (32, 16)}, ["37 tokens", "32 x 16", "2 x 6"]),
-        (1000, (64, 96), UNKNOWN, {}, ["1000 tokens", "nothing is known"]),
+        (1000, (64, 96), UNKNOWN, {}, ["1000 tokens", "any common patch size"]),
         (3, (8, 12), ModelFields((16, 16)), {}, ["3 tokens", "8 x 12 px", "0 x 0"]),
     ],
 )
@@ -220,7 +220,7 @@ def test_a_misfit_says_what_was_counted(num_tokens, image, fields, given, fragme
 def test_no_image():
     with pytest.raises(LayoutError, match="25 tokens") as error:
         infer_layout(25, None, ModelFields((16, 16), 1))
-    assert says(error, "no image", "with_layout(grid=(h, w), num_prefix_tokens=)")
+    assert says(error, "an image", "with_layout(grid=(h, w), num_prefix_tokens=)")
 
 
 def test_too_long_a_prefix_is_given_and_not_guessed():
@@ -279,7 +279,7 @@ def test_a_grid_without_tokens(grid):
     ("prefix", "class_tokens", "found"), [(1, (1,), "[1]"), (2, (0, 2, 5), "[2, 5]"), (1, (-1,), "[-1]")]
 )
 def test_class_tokens_outside_the_prefix(prefix, class_tokens, found):
-    with pytest.raises(LayoutError, match="class tokens") as error:
+    with pytest.raises(LayoutError, match="Class tokens at") as error:
         TokenLayout(Lattice(4, 6), Lattice(4, 6), prefix, class_tokens)
     assert says(error, found, f"{prefix} prefix tokens", "class_tokens=")
 

@@ -26,9 +26,9 @@ def test_channel_attention_is_skipped_by_name(build: Callable[[], nn.Module], sq
     x = images(size=(32, 16) if square else SIZE)
     maps, skipped = captured(Tokens(Attention(), build()), x)
     assert [layer.name for layer in maps] == ["blocks.0"]
-    assert skipped["blocks.1"] == "8 channels attend to 8 channels over all tokens: channel attention"
+    assert skipped["blocks.1"] == "channel attention: 8 channels attend to 8 channels over all tokens"
     error = nothing_captured(Tokens(build()), x)
-    assert "blocks.0: 8 channels attend to 8 channels over all tokens: channel attention" in str(error.value)
+    assert "blocks.0: channel attention: 8 channels attend to 8 channels over all tokens" in str(error.value)
 
 
 @pytest.mark.parametrize("size", [(32, 16), (64, 32), SIZE], ids=["N = d", "N = C", "N > d"])
@@ -109,7 +109,7 @@ def test_attention_that_is_not_between_the_tokens_is_skipped_by_name(
 def test_cross_attention_is_told_by_names_or_by_two_tensors(call, count: int) -> None:
     maps, skipped = captured(Tokens(Decoder(call, count)), images())
     assert [layer.name for layer in maps] == ["blocks.0.own"]
-    assert skipped["blocks.0.second"] == f"24 queries, {count} keys of other tokens: cross-attention"
+    assert skipped["blocks.0.second"] == f"cross-attention: 24 queries attend to {count} keys of other tokens"
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ MODELS = {
         timm_model("cait_xxs24_224", **TINY),
         (64, 64),
         ["4 x 4, mixed", "4 x 4, mixed"],
-        {f"blocks_token_only.{i}.attn": "1 query, 17 keys: pooling or class attention" for i in range(2)},
+        {f"blocks_token_only.{i}.attn": "pooling or class attention: 1 query attends to 17 keys" for i in range(2)},
     ),
     "timm convit": (
         timm_model("convit_tiny", img_size=64, depth=3, local_up_to_layer=2),
@@ -131,8 +131,8 @@ def test_a_model_of_channel_attention_alone_is_refused_by_name() -> None:
     build = timm_model("xcit_nano_12_p16_224", img_size=64, depth=2)
     for size in ((64, 64), (64, 128)):  # 16 tokens, and 32, as many as a head has channels
         message = str(nothing_captured(build(), images(size=size)).value)
-        assert "blocks.1.attn: 32 channels attend to 32 channels over all tokens: channel attention" in message
-        assert "cls_attn_blocks.0.attn: 1 query" in message
+        assert "blocks.1.attn: channel attention: 32 channels attend to 32 channels over all tokens" in message
+        assert "cls_attn_blocks.0.attn: pooling or class attention: 1 query" in message
 
 
 def test_the_last_stage_of_swin_is_regularised_and_gives_class_maps() -> None:
@@ -144,7 +144,7 @@ def test_the_last_stage_of_swin_is_regularised_and_gives_class_maps() -> None:
         b = attention.take()
     with pytest.raises(LayoutError) as error:
         affinity_loss(view)(a, b)
-    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "choose layers=[3, 4]")
+    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "Choose layers=[3, 4]")
     assert affinity_loss(view, layers=[3, 4])(a, b) > 0
     last = a.select([3, 4])
     cam = class_token_gradient_cam(logits, last, query="all")

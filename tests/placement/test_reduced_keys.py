@@ -142,6 +142,6 @@ def test_tokens_in_the_order_of_mask_units_are_captured_and_their_layout_refused
     assert kinds(maps) == ["global", "reduced keys"]
     for layers in ([0], [1]):
         error = refusal_of_the_loss(maps, layers=layers)
-        assert says(error, "order of mask units (Unroll)", "rows of a grid", "from_tensors")
+        assert says(error, "order of mask units (Unroll)", "row by row", "from_tensors")
     in_order = AttentionMaps.from_tensors(maps.weights()[:1], num_prefix_tokens=0, grid=GRID)
     assert affinity_loss()(in_order, in_order) > 0

@@ -566,12 +566,12 @@ def test_nothing_is_kept_but_numbers_and_nothing_is_noted_once_few_modules_are_h
     with capture_attention(model) as attention:
         model(torch.randn(2, 3, 64, 96))
         attention.take()
-        trace = attention._recorder.index._trace
+        trace = attention._recorder.placer._trace
         assert len(trace.ops) == 7
         model(torch.randn(2, 3, 64, 64))
         assert not attention._recorder._state.run.windowed
         attention.take()
-        assert attention._recorder.index._trace is trace
+        assert attention._recorder.placer._trace is trace
 
     def numbers(value: Any) -> bool:
         return all(map(numbers, value)) if isinstance(value, tuple) else value is None or isinstance(value, (int, str))

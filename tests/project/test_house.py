@@ -10,9 +10,6 @@ from tests.support.paths import ROOT
 FILES_AT_MOST = 12  # of a folder, beside its face: what a reader takes in at a glance
 LINES_AT_MOST = 200  # of code in a class, without docstrings, comments and blank lines
 SHIPPED = [ROOT / "acr_reg", ROOT / "integrations"]
-# To be taken apart, or made public, in the commits that follow the move.
-WAITING = {
-           "acr_reg/capture/recorder.py"}  # fmt: skip
 CODE = [*SHIPPED, ROOT / "benchmarks"]
 
 
@@ -48,9 +45,7 @@ def test_every_folder_has_a_face_that_says_in_one_sentence_what_it_is_for(folder
 @pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
 def test_a_folder_holds_no_more_files_than_one_can_take_in(folder):
     files = [path.name for path in folder.glob("*.py") if path.name not in ("__init__.py", "__main__.py")]
-    assert len(files) <= FILES_AT_MOST or name_of(folder) in WAITING, (
-        f"{name_of(folder)} holds {len(files)} files: give some a folder of their own"
-    )
+    assert len(files) <= FILES_AT_MOST, f"{name_of(folder)} holds {len(files)} files: give some a folder of their own"
 
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
@@ -80,9 +75,7 @@ def test_integrations_and_benchmarks_import_public_names_only(file):
             parts = [*str(node.module).split("."), *(alias.name for alias in node.names)]
             private = [part for part in parts if is_private(part)]
             inner = str(node.module).startswith("acr_reg.integrations") and file.is_relative_to(ROOT / "integrations")
-            assert inner or not private or name_of(file) in WAITING, (
-                f"{name_of(file)} imports {private} of the core: make public what it needs"
-            )
+            assert inner or not private, f"{name_of(file)} imports {private} of the core: make public what it needs"
 
 
 @pytest.mark.parametrize("file", python_files(SHIPPED), ids=name_of)
@@ -90,9 +83,7 @@ def test_a_class_is_short_enough_to_be_read(file):
     for node in ast.walk(TREES[file]):
         if isinstance(node, ast.ClassDef):
             lines = lines_of_code(node, file.read_text(encoding="utf-8").splitlines())
-            assert lines <= LINES_AT_MOST or name_of(file) in WAITING, (
-                f"{name_of(file)}: {node.name} has {lines} lines of code: take it apart"
-            )
+            assert lines <= LINES_AT_MOST, f"{name_of(file)}: {node.name} has {lines} lines of code: take it apart"
 
 
 def lines_of_code(node, lines):

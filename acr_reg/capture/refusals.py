@@ -1,0 +1,85 @@
+"""Finds, words and raises every refusal of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from acr_reg._torch_private import is_replica
+from acr_reg.capture.runs import REMEMBERED, Keep, Run, RunLog
+from acr_reg.errors import CaptureError
+from acr_reg.placement.modules import ModuleIndex
+
+
+def unknown_module(module: nn.Module) -> CaptureError:
+    name = type(module).__name__
+    if is_replica(module):
+        return CaptureError(
+            f"nn.DataParallel runs replicas of a captured {name}, which are not captured. Use DistributedDataParallel."
+        )
+    return CaptureError(f"A {name} that runs joined the model after the capture began. Capture again after the change.")
+
+
+def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
+    """The run that ``take(run)`` asks for."""
+    if keep == "only" and len(runs) > 1:
+        listed = "; ".join(_summary(each) for each in runs)
+        more = " or more" if len(runs) >= REMEMBERED else ""  # earlier ones are no longer remembered
+        raise CaptureError(
+            f"{len(runs)}{more} encoder runs happened since the last take(): {listed}. Call take() after each forward, "
+            'or capture with keep="first", "last" or "all".'
+        )
+    if keep == "all" and run is None and len(runs) > 1:
+        raise CaptureError(f"{len(runs)} encoder runs happened. Choose one by take(0) to take({len(runs) - 1}).")
+    chosen = {"first": 0, "last": -1}.get(keep, run or 0)
+    if not -len(runs) <= chosen < len(runs):
+        raise CaptureError(
+            f"There is no run {run} among {len(runs)} encoder runs. Choose one by take(0) to take({len(runs) - 1})."
+        )
+    return runs[chosen]
+
+
+def _summary(run: Run) -> str:
+    return f"{len(run.shapes)} attention calls, the first on {tuple(run.shapes[0])}" if run.shapes else "none"
+
+
+def refuse_partial(index: ModuleIndex, run: Run) -> None:
+    """Raises where layers of a run are missing, as the loss would miss them without a word."""
+    joined = index.joined()
+    if joined:
+        raise CaptureError(
+            f"{', '.join(joined[:4])} joined the model after the capture began. Capture again after the change."
+        )
+    if run.reentrant:
+        checkpointed = sorted(index.names[m] for m in run.reentrant)
+        raise CaptureError(
+            f"Reentrant checkpointing runs {', '.join(checkpointed[:4])} without a graph. Use use_reentrant=False."
+        )
+    silent = (run.silent & index.alike()) - run.fired.keys() if run.silent else set()
+    unseen = [*dict.fromkeys(f"{name} ({kernel})" for name, kernel in run.unknown), *(index.names[m] for m in silent)]
+    if unseen:
+        raise CaptureError(
+            f"Attention was seen in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
+            f"{' and more' * (len(unseen) > 4)}. Switch off xformers, flash_attn and the like, or pass modules= "
+            "without them."
+        )
+
+
+def nothing_captured(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> CaptureError:
+    """The error where no layer was captured, with all that was seen instead."""
+    reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
+    if log.without_grad:
+        reasons.append(
+            f"{log.without_grad} module calls ran under torch.no_grad: capture with no_grad=True, or "
+            "use_reentrant=False if checkpointing made them"
+        )
+    log.without_grad, log.outside = 0, []
+    named = index.named_attention()
+    if named and not any(name.partition(" ")[0] in reason for name in named for reason in reasons):
+        reasons.append(f"none was seen in {', '.join(named[:3])}{' and more' * (len(named) > 3)}")
+    seen = f" ({'; '.join(reasons)})" if reasons else ""
+    return CaptureError(
+        f"No token-to-token attention of {type(index.model).__name__} ran since the last take(){seen}. Run this model, "
+        "not a copy, before take(), with softmax and matmul or F.scaled_dot_product_attention."
+    )

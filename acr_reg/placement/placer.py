@@ -1,0 +1,94 @@
+"""Where the tokens of a captured call sit on the image, or why that is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from acr_reg.attention.call import AttentionCall
+from acr_reg.errors import LayoutError
+from acr_reg.placement.grids import LayoutHints, ModelFields, infer_layout, read_fields
+from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
+from acr_reg.placement.modules import ModuleIndex
+from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace
+from acr_reg.tokens import Lattice, TokenLayout
+
+_NEAREST = 4  # modules around attention that may know its window
+
+
+class Placer:
+    """Places the attention calls of one model by its fields, its windows and what the user says."""
+
+    def __init__(self, index: ModuleIndex, hints: LayoutHints) -> None:
+        self.index = index
+        self._hints = hints
+        self._unordered = unordered_tokens(index.model)
+        self._trace = WindowTrace()
+        self._placements: dict[Any, Placement] = {}
+
+    @cached_property
+    def _fields(self) -> ModelFields:
+        return read_fields(self.index.model)
+
+    def placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
+        """The place of a call; each sort of call is looked at once."""
+        known = (call.sort, images, is_pyramid)
+        if known not in self._placements:
+            around = self.index.lineage(call.module)[:_NEAREST] or [call.module]
+            fields = replace(self._fields, is_pyramid=is_pyramid)
+
+            def locate(queries: int, keys: int, size: tuple[int, int] | None) -> tuple[TokenLayout | None, str | None]:
+                try:
+                    return infer_layout(queries, size, fields, **vars(self._hints), num_keys=keys), None
+                except LayoutError as error:
+                    return None, str(error)
+
+            placement = place(call, around, images, locate, self._unordered)
+            if placement.layout is not None and images is not None:
+                placement = replace(placement, layout=self._centred(placement.layout, call, images[1:]))
+            self._placements[known] = placement
+        return self._placements[known]
+
+    def trace(
+        self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]
+    ) -> None:
+        """Remembers the windows of a run, unless an earlier one showed more: its ops by name, in order, and how many
+        came before the first and last call of each module that attends."""
+        if images is not None and len(ops) >= len(self._trace.ops):
+            calls: dict[str, tuple[int, int]] = {}
+            for module, (first, last) in preceded.items():
+                known = calls.get(self.index.part(module), (first, last))
+                calls[self.index.part(module)] = min(first, known[0]), max(last, known[1])
+            self._trace = WindowTrace(tuple(ops.values()), images, calls)
+
+    def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
+        """The layout with its lattices where the model's windows put the tokens, on images of ``size``. Only windows of
+        the attention itself can have made the smaller of two lattices."""
+        if self._hints.patch_size is not None:  # the user places them
+            return layout
+        part, trace = self.index.part(call.module), self._trace
+        shape = call.input_shape or ()
+        widths = {*shape[-1:], *(shape[1:2] if len(shape) == 4 else ())}  # rows of channels, or a map of (B, C, h, w)
+
+        def centred(lattice: Lattice, spot: Spot | None) -> Lattice:
+            if spot is None:
+                return replace(lattice, offset_known=not trace.displaces(part))
+            return replace(lattice, stride=spot.stride, offset=spot.offset)
+
+        large, small = sorted((layout.query, layout.key), key=len, reverse=True)
+        at_large = trace.find(part, size, (large.height, large.width), widths)
+        at_small = at_large
+        if len(large) != len(small):
+            grid = small.height, small.width
+            at_small = trace.find(part, size, grid, widths, inside=True)
+            if at_small is None and at_large is not None and at_large.inside:  # the larger was made of the smaller
+                at_small = trace.find(part, size, grid, widths)
+        large, small = centred(large, at_large), centred(small, at_small)
+        if at_small is None:  # side by side, as far as is known
+            small = replace(small, offset=large.offset)
+        query, key = (large, small) if layout.num_queries >= layout.num_keys else (small, large)
+        return replace(layout, query=query, key=key)
