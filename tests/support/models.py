@@ -3,7 +3,6 @@ w."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -69,23 +68,6 @@ class MultiheadBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.attention(x, x, x, need_weights=self.need_weights)[0]
-
-
-def fused_copy(model: nn.Module) -> nn.Module:
-    """The same function of the same parameters through the fused kernel."""
-    fused = copy.deepcopy(model)
-    for index, block in enumerate(model.encoder):
-        other = MultiheadBlock(False)
-        other.attention.in_proj_weight.data, other.attention.in_proj_bias.data = (
-            block.qkv.weight.data,
-            block.qkv.bias.data,
-        )
-        other.attention.out_proj.weight.data, other.attention.out_proj.bias.data = (
-            block.proj.weight.data,
-            block.proj.bias.data,
-        )
-        fused.encoder[index] = other.to(block.qkv.weight.dtype)
-    return fused
 
 
 def _timm(name: str, fused: bool, patch: int = 16) -> Callable[[], nn.Module]:
