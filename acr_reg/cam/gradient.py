@@ -160,7 +160,7 @@ def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_g
     lost = [layer for layer, target in zip(layers, targets, strict=True) if not target.requires_grad]
     if lost:
         raise ValueError(
-            f"No graph reaches {_named(lost)}. Run the forward with gradients enabled; for a frozen model use "
+            f"There is no graph to {_named(lost)}. Enable gradients in the forward; for a frozen model use "
             "capture_attention(model, graph_from=)."
         )
     if not logits.requires_grad:

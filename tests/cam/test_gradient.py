@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from acr_reg import capture_attention, class_token_gradient_cam
 from tests.support.attention import says
-from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit, fused_copy, multihead_vit
+from tests.support.fused import fused_copy
+from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit, multihead_vit
 
 METHODS = ("grad", "grad_s", "cam_grad", "cam_grad_s")
 LABELS = torch.tensor([[1, 0, 0, 0, 1], [0, 1, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]])

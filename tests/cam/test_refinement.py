@@ -16,7 +16,8 @@ from acr_reg import (
     propagate_cam,
 )
 from tests.support.attention import explicit, layout_of, says
-from tests.support.models import explicit_vit, fused_copy
+from tests.support.fused import fused_copy
+from tests.support.models import explicit_vit
 
 
 @pytest.fixture(autouse=True)
