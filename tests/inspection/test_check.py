@@ -395,7 +395,7 @@ def test_a_model_that_cannot_be_captured_is_a_problem_that_says_why(kind: str) -
         torch._dynamo.reset()
     (problem,) = report.problems
     assert kind.split()[-1 if kind == "one block compiled" else 0] in problem.replace("torch.compile", "compiled")
-    assert "expected" in problem
+    assert "Capture the original model" in problem
     assert "remove() the capture" not in problem, "the user has none to remove"
 
 
