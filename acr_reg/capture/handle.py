@@ -108,9 +108,7 @@ class AttentionCapture(Removable):
         :class:`~acr_reg.CaptureError`."""
         recorder = self._running()
         if recorder.log.keep != "all":
-            raise CaptureError(
-                f'This capture has keep="{recorder.log.keep}". Capture with keep="all" to take every run.'
-            )
+            raise CaptureError(f'take_all() needs keep="all". This capture has keep="{recorder.log.keep}".')
         return [self._maps(recorder, run) for run in self._finished(recorder)]
 
     def _running(self) -> Recorder:
