@@ -61,7 +61,7 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
     if unseen:
         raise CaptureError(
             f"Attention was seen in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
-            f"{' and more' * (len(unseen) > 4)}. Switch off xformers, flash_attn and the like, or pass modules= "
+            f"{' and more' * (len(unseen) > 4)}. Switch off xformers, flash_attn or flex_attention, or pass modules= "
             "without them."
         )
 

@@ -169,7 +169,7 @@ def _warn_of_unknown_offsets(pairs: Sequence[LayerPair], view: View, warnings: d
         layer, side = layouts[0]
         warnings["offset"] = (
             f"layer {layer.index} ({layer.name}): overlapping windows hide where its {side} tokens are, so "
-            f"{view.brief} may misalign them. See acr_reg.check, then set layers= or, with_layout, a Lattice(offset=)."
+            f"{view.brief} may misalign them. Measure by acr_reg.check, and leave the layer out by layers=."
         )
 
 

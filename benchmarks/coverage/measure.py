@@ -201,9 +201,8 @@ def _judge(
 
 
 def _reason(refusal: str) -> str:
-    """What the message says in brackets of the first sentence: what ran in place of attention."""
+    """What the refusal lists in brackets: what ran in place of attention."""
     if not refusal:
         return ""
-    first = re.split(r"; expected |\. ", refusal, maxsplit=1)[0]
-    given = re.search(r"since the last take\S* \((.*)\)\.?$", first)
+    given = re.search(r"since the last take\(\) \((.*)\)\. Run this model", refusal)
     return given[1] if given else "nothing like attention ran"

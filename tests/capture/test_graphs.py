@@ -80,12 +80,12 @@ def test_maps_whose_graph_backward_has_freed_are_refused(
         expected = loss.item()
         (loss + logits if freed_by == "the loss" else logits).backward()
         for pair, side in (((maps_a, maps_b), "a"), ((maps_a.detach(), maps_b), "b"), ((maps_a, maps_b.detach()), "a")):
-            with pytest.raises(ValueError, match=rf"(view |attn_){side}\b.*already freed.*anew"):
+            with pytest.raises(ValueError, match=rf"already freed .* attn_{side}\b.*anew"):
                 acr(*pair)
         with torch.no_grad():
             torch.testing.assert_close(acr(maps_a, maps_b).item(), expected)  # the values can still be looked at
         _, fresh_a, fresh_b = views_of(model, attention, x)
-        with pytest.raises(ValueError, match=r"(view |attn_)b\b.*already freed"):
+        with pytest.raises(ValueError, match=r"already freed .* attn_b\b"):
             acr(fresh_a, maps_b)  # the maps of the step before
         acr(fresh_a, fresh_b).backward()
 
@@ -182,7 +182,7 @@ def test_graph_from_gives_the_cam_of_a_wholly_frozen_model(build: Builder, graph
         logits = model(x)
         with pytest.raises(ValueError, match="no graph") as error:
             class_token_gradient_cam(logits, attention.take(), start_layer=graph_from)
-        assert says(error, "logits", "graph_from=", "start_layer")
+        assert says(error, f"layer {graph_from % 4} (", "capture_attention(model, graph_from=)")
     with capture_attention(model, graph_from=graph_from) as attention:
         if graph_from < 0:  # counts from the last layer of a run that was taken
             assert torch.equal(model(x), output)

@@ -61,7 +61,7 @@ def test_nothing_captured_says_what_to_check() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with capture_attention(model) as attention:
         model(images())
-        with pytest.raises(CaptureError, match=r"no token-to-token attention.*Sequential.*run this model"):
+        with pytest.raises(CaptureError, match=r"No token-to-token attention.*Sequential.*Run this model"):
             attention.take()
 
 

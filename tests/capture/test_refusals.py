@@ -73,7 +73,7 @@ def test_an_attention_module_that_joins_a_captured_model_is_refused(
         with pytest.raises(CaptureError) as error:  # noqa: PT012  # either may be the one to notice
             model(x)
             attention.take()
-        assert says(error, "encoder.3" if change == "added" else "encoder.1", "capture again")
+        assert says(error, "encoder.3" if change == "added" else "encoder.1", "Capture again after the change")
         assert modes() == 0
     with capture_attention(model) as attention:
         model(x)
@@ -135,7 +135,7 @@ def test_a_block_whose_kernel_leaves_nothing_to_record_is_named(kernel: Any, oth
             model(x)
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "in 2 modules", f"encoder.{where}", "kernel", "modules=")
+            assert says(error, "in 2 modules", f"encoder.{where}", "Switch off xformers, flash_attn", "modules=")
             if kernel is _cpu_flash:
                 assert "_scaled_dot_product_flash_attention" in str(error.value)
             assert modes() == 0
@@ -165,7 +165,9 @@ def test_a_kernel_that_leaves_nothing_to_record_is_named_in_a_block_unlike_the_o
             model(x)
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, f"encoder.{where} (_scaled_dot_product_flash_attention", "kernel")
+            assert says(
+                error, f"encoder.{where} (_scaled_dot_product_flash_attention", "Switch off xformers, flash_attn"
+            )
 
 
 @pytest.mark.parametrize("kernel", [_cpu_flash, Opaque.apply], ids=["operator", "autograd.Function"])

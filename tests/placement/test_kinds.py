@@ -71,11 +71,11 @@ def test_as_many_tokens_as_a_head_is_wide_are_not_channels(
 @pytest.mark.parametrize(
     ("build", "reason"),
     [
-        (ClassAttention, "1 query, 24 keys: pooling or class attention"),
-        (lambda: ClassAttention(fused=True), "1 query, 24 keys: pooling or class attention"),
-        (lambda: PoolingOfFour(6), "6 queries, 24 keys, of which the queries are not the module's tokens"),
-        (other.SomeKeys, "24 queries, 7 keys that fit no two grids of the image"),
-        (other.MeanImage, "a batch of 1 for 2 images: tokens of something else"),
+        (ClassAttention, "pooling or class attention: 1 query attends to 24 keys"),
+        (lambda: ClassAttention(fused=True), "pooling or class attention: 1 query attends to 24 keys"),
+        (lambda: PoolingOfFour(6), "pooling or cross-attention: the 6 queries to 24 keys are not the module's tokens"),
+        (other.SomeKeys, "24 queries and 7 keys fit no two grids of the image"),
+        (other.MeanImage, "not the tokens of the images: a batch of 1 for 2 images"),
     ],
     ids=["one query by hand", "one query fused", "queries of its own", "keys of no grid", "another batch"],
 )
@@ -191,14 +191,14 @@ def test_other_attention_is_skipped_by_name_and_reason() -> None:
 
 
 NO_MAP = [
-    (other.LinearAttention, "of what is no product of queries and keys: linear attention, or a gate"),
-    (other.LinearOverTheLastAxis, "of what is no product of queries and keys: linear attention, or a gate"),
-    (other.Gate, "a softmax over (2, 24, 2) of what is no product of queries and keys: linear attention, or a gate"),
-    (other.OverTheQueries, "a softmax over axis -2 of (2, 4, 24, 24), not over the last"),
-    (other.OverTheHeads, "a softmax over axis 1 of (2, 4, 24, 24), not over the last"),
+    (other.LinearAttention, "linear attention or a gate: a softmax over (2, 4, 24, 8) of no product of queries"),
+    (other.LinearOverTheLastAxis, "linear attention or a gate: a softmax over (2, 4, 8, 24) of no product"),
+    (other.Gate, "linear attention or a gate: a softmax over (2, 24, 2) of no product of queries and keys"),
+    (other.OverTheQueries, "no attention over keys: a softmax over axis -2 of (2, 4, 24, 24), not the last"),
+    (other.OverTheHeads, "no attention over keys: a softmax over axis 1 of (2, 4, 24, 24), not the last"),
     (other.WithoutValues, "a softmax over (2, 4, 24, 24) that met no values"),
-    (other.SumsTheQueries, "a product that sums over the queries, not over the keys: no attention of queries to keys"),
-    (other.BetweenImages, "a softmax over (2, 2), between images and not their tokens"),
+    (other.SumsTheQueries, "no attention of queries to keys: the product with the values sums over the queries"),
+    (other.BetweenImages, "attention between images, not their tokens: a softmax over (2, 2)"),
 ]
 
 

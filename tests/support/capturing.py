@@ -129,7 +129,7 @@ def grids(layer: LayerAttention) -> tuple[tuple[int, int], tuple[int, int]]:
 def nothing_captured(model: nn.Module, x: Tensor) -> pytest.ExceptionInfo[CaptureError]:
     with capture_attention(model) as attention:
         model(x)
-        with pytest.raises(CaptureError, match="no token-to-token attention") as error:
+        with pytest.raises(CaptureError, match="No token-to-token attention") as error:
             attention.take()
     assert says(error, type(model).__name__)
     return error

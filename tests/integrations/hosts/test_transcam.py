@@ -209,7 +209,9 @@ def test_replicas_of_data_parallel_are_refused_by_name():
     with transcam.capture(nn.DataParallel(model)) as host:
         model("transcam", batch(2)[0])  # one device: the module itself
         host.take()
-        with pytest.raises(acr_reg.CaptureError, match=r"DataParallel runs replicas of it.*DistributedDataParallel"):
+        with pytest.raises(
+            acr_reg.CaptureError, match=r"DataParallel runs replicas of a captured.*DistributedDataParallel"
+        ):
             replica_of(model)("transcam", batch(2)[0])
 
 
