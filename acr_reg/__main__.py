@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "acr_reg"):
             raise
-        message = f'This command needs the package {package}. Install it with: pip install "acr-reg[demo]"'
+        message = f'This command needs the package {package}. Run pip install -e ".[demo]" in a checkout of acr_reg.'
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections import Counter
@@ -17,6 +16,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
+from acr_reg.demo.record import write_json
 from acr_reg.errors import CommandError
 from acr_reg.integrations.convert import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats import FORMATS, Format, load_cams
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     if args.json is not None:
-        write_json(args.json, scores, args, len(samples))
+        write_scores(args.json, scores, args, len(samples))
     return 0
 
 
@@ -202,7 +202,7 @@ def print_scores(scores: CamScores, images: int, background: bool) -> None:
     console.print(f"mIoU            {scores.best_miou:.4f} over {of}", highlight=False)
 
 
-def write_json(path: Path, scores: CamScores, args: argparse.Namespace, images: int) -> None:
+def write_scores(path: Path, scores: CamScores, args: argparse.Namespace, images: int) -> None:
     """All scores as JSON, with null for a class that the data does not have."""
     content = {
         "classes": args.classes,
@@ -217,7 +217,7 @@ def write_json(path: Path, scores: CamScores, args: argparse.Namespace, images: 
         "false_negative_rate": _numbers(scores.false_negative_rate),
     }
     try:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(path, content)
     except OSError as error:
         raise CommandError(f"--json {path} cannot be written: {error}") from error
 

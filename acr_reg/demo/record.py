@@ -65,8 +65,11 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path that replaces `path` at the end, so that a file with that name is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    yield unfinished
-    unfinished.replace(path)
+    try:
+        yield unfinished
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 class Meter:

@@ -1,4 +1,4 @@
-"""Messages are plain sentences: what happened, what was expected, what to do. ../shared/english.md says how they read."""
+"""Messages are plain sentences: what happened, what was expected, what to do; CONTRIBUTING.md has the rule."""
 
 import ast
 import re
