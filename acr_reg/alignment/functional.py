@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.maps import AlignmentMaps, check_lattices
+from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.view import View, map_between
 

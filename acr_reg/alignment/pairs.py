@@ -1,7 +1,7 @@
 """The rows of attention to compare, of a layer on images and of the same layer on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
-(:class:`~acr_reg.alignment.maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view shows
+(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view shows
 only part of the other, rows are compared on the tokens that both show.
 """
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.maps import AlignmentMaps, check_lattices, valid_tokens
+from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices, valid_tokens
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.view import View

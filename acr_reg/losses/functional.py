@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.maps import check_valid, valid_tokens
+from acr_reg.alignment.token_maps import check_valid, valid_tokens
 from acr_reg.cam.refinement import normalize_cam
 from acr_reg.tokens import Lattice
 from acr_reg.views.view import View, map_between

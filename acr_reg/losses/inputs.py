@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._torch_private import is_freed
-from acr_reg.alignment.maps import check_valid, valid_tokens
+from acr_reg.alignment.token_maps import check_valid, valid_tokens
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.tokens import Lattice

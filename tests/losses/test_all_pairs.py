@@ -22,8 +22,8 @@ from acr_reg import (
     VerticalFlip,
     normalize_cam,
 )
-from acr_reg.alignment.maps import valid_tokens
 from acr_reg.alignment.pairs import row_entropy
+from acr_reg.alignment.token_maps import valid_tokens
 from acr_reg.losses.all_pairs import DEFAULT_WEIGHT
 from acr_reg.losses.terms import sample_rows
 from acr_reg.tokens import Lattice, TokenLayout
