@@ -1,1 +1,1 @@
-"""Brings the tokens and the attention of a view back onto the image; a flip, like every view, goes through token_maps.py."""
+"""Brings the tokens and the attention of a view, a flip like any other, back onto the image that it was made from."""

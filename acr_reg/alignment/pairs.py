@@ -1,8 +1,8 @@
 """The rows of attention to compare, of a layer on images and of the same layer on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
-(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view shows
-only part of the other, rows are compared on the tokens that both show.
+(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view
+shows only part of the other, rows are compared on the tokens that both show.
 """
 
 from __future__ import annotations
