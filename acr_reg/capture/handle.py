@@ -10,7 +10,7 @@ from torch import nn
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import nothing_captured, one_of, refuse_partial
+from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial
 from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
@@ -120,7 +120,7 @@ class AttentionCapture(Removable):
     def _finished(recorder: Recorder) -> list[Run]:
         runs = recorder.finish()
         if not runs:
-            raise nothing_captured(recorder.index, recorder.log)
+            refuse_empty(recorder.index, recorder.log)
         return runs
 
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
@@ -138,7 +138,7 @@ class AttentionCapture(Removable):
                 skipped.append((call.name, placement.refusal))
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
-            raise nothing_captured(index, recorder.log, self.skipped)
+            refuse_empty(index, recorder.log, self.skipped)
         if recorder.images.padding is not None and not self._warned:
             self._warned = True
             warnings.warn(recorder.images.padding, stacklevel=3)

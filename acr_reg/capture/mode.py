@@ -29,7 +29,7 @@ from acr_reg.capture.kernels import ROLES, Role, learn_role
 class _Followed:
     """A tensor on the way from the scores to V. ``probability`` is None before the softmax.
 
-    ``alias`` refers to the tensor weakly: traces are found by id(), which Python uses again once a tensor is gone.
+    ``alias`` refers to the tensor weakly: followed are found by id(), which Python uses again once a tensor is gone.
     """
 
     alias: weakref.ref[Tensor]
@@ -74,14 +74,14 @@ class AttentionMode(TorchFunctionMode):
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
         self._record_products = record_products
-        self._traces: dict[int, _Followed] = {}
+        self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
 
     def forget(self) -> list[str]:
         """Stops following and returns the softmaxes that met no V, in words."""
         unmet = list(dict.fromkeys(self._unmet.values()))
-        self._traces.clear()
+        self._followed.clear()
         self._unmet.clear()
         self._met.clear()
         return unmet
@@ -89,7 +89,7 @@ class AttentionMode(TorchFunctionMode):
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         role = ROLES.get(func) or learn_role(func)
-        if role is Role.OTHER and not self._traces:
+        if role is Role.OTHER and not self._followed:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
@@ -138,13 +138,13 @@ class AttentionMode(TorchFunctionMode):
         finally:
             _inside.heads, _inside.refusal = before
 
-    def _trace_of(self, tensor: Any) -> _Followed | None:
-        trace = self._traces.get(id(tensor))
-        return trace if trace is not None and trace.alias() is tensor else None
+    def _followed_as(self, tensor: Any) -> _Followed | None:
+        known = self._followed.get(id(tensor))
+        return known if known is not None and known.alias() is tensor else None
 
     def _softmax(self, probability: Tensor, input: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
         dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
-        scores = self._trace_of(input)
+        scores = self._followed_as(input)
         if len(shape) < (2 if scores is not None else 3):  # probabilities of classes
             return
         refusal = None
@@ -158,7 +158,7 @@ class AttentionMode(TorchFunctionMode):
             self._start_graph(probability)
         self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
         factors, sources = scores.factors if scores else None, frozenset([id(probability)])
-        self._traces[id(probability)] = _Followed(
+        self._followed[id(probability)] = _Followed(
             weakref.ref(probability), factors, probability, sources, refusal=refusal
         )
 
@@ -167,74 +167,74 @@ class AttentionMode(TorchFunctionMode):
             a for arg in args for a in (arg if isinstance(arg, (tuple, list)) else (arg,)) if isinstance(a, Tensor)
         ]
         operands += [a for a in kwargs.values() if isinstance(a, Tensor)]
-        traces = [self._trace_of(operand) for operand in operands]
+        followed = [self._followed_as(operand) for operand in operands]
         if name in kernels.PRODUCT_NAMES:
             equation = args[0] if name == "einsum" else None
-            probable = [t is not None and t.probability is not None for t in traces]
+            probable = [t is not None and t.probability is not None for t in followed]
             if not any(probable):
                 self._start_scores(equation, operands, result)
                 return
-            if sum(probable) > 1 or len(traces) != 2:
+            if sum(probable) > 1 or len(followed) != 2:
                 return
             if not isinstance(operands[probable.index(False)], nn.Parameter):
-                self._met_values(equation, operands, traces, result)
+                self._met_values(equation, operands, followed, result)
                 return
             # else heads are mixed by a matrix of weights, which are no values
-        found = [t for t in traces if t is not None]
+        found = [t for t in followed if t is not None]
         if not found or not isinstance(result, Tensor) or not result.is_floating_point():
             return
         # Of several, the one most likely to be the attention: ConViT adds a softmax over positions.
-        trace = min(found, key=lambda t: (t.probability is None, t.refusal is not None))
-        if trace.probability is None:
-            self._traces[id(result)] = replace(trace, alias=weakref.ref(result))
+        known = min(found, key=lambda t: (t.probability is None, t.refusal is not None))
+        if known.probability is None:
+            self._followed[id(result)] = replace(known, alias=weakref.ref(result))
             return
-        alias = trace.alias()
+        alias = known.alias()
         assert alias is not None
         same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
         turned = not same_rows and kernels.is_transposed(result, alias)
         dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0
         overwritten = dropped > 0 and any(result is operand for operand in operands)
         same = name in kernels.SAME_MAP_NAMES and result.shape == alias.shape and not overwritten
-        self._traces[id(result)] = replace(
-            trace,
+        self._followed[id(result)] = replace(
+            known,
             alias=weakref.ref(result),
             sources=frozenset().union(*(t.sources for t in found)),
-            transposed=trace.transposed != turned,
-            reshaped=trace.reshaped or same_rows,
-            mixed=trace.mixed or not (same or same_rows or turned),
-            dropout=max(trace.dropout, dropped),
+            transposed=known.transposed != turned,
+            reshaped=known.reshaped or same_rows,
+            mixed=known.mixed or not (same or same_rows or turned),
+            dropout=max(known.dropout, dropped),
         )
 
     def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
         if isinstance(result, Tensor):
             factors = kernels.score_factors(equation, operands) if self._record_products else None
-            self._traces[id(result)] = _Followed(weakref.ref(result), factors)
+            self._followed[id(result)] = _Followed(weakref.ref(result), factors)
 
-    def _met_values(self, equation: str | None, operands: list[Tensor], traces: list[Any], output: Tensor) -> None:
+    def _met_values(self, equation: str | None, operands: list[Tensor], followed: list[Any], output: Tensor) -> None:
         """The operand that meets V is the attention, taken before dropout where nothing else changed it.
 
         Its first product is the one with V; a later one (a refinement of class maps) is not another layer.
         """
-        position = next(i for i, t in enumerate(traces) if t is not None and t.probability is not None)
-        trace: _Followed = traces[position]
-        if trace.sources <= self._met:
+        position = next(i for i, t in enumerate(followed) if t is not None and t.probability is not None)
+        known: _Followed = followed[position]
+        if known.sources <= self._met:
             return
-        self._met |= trace.sources
-        for source in trace.sources:
+        self._met |= known.sources
+        for source in known.sources:
             self._unmet.pop(source, None)
-        alias, probability = trace.alias(), trace.probability
+        alias, probability = known.alias(), known.probability
         assert alias is not None and probability is not None
-        found = kernels.value_product(equation, position, trace.transposed, operands, output)
-        changed = trace.mixed or trace.reshaped
-        attention = alias.transpose(-2, -1) if changed and trace.transposed else alias if changed else probability
-        if changed and trace.transposed:
+        found = kernels.value_product(equation, position, known.transposed, operands, output)
+        changed = known.mixed or known.reshaped
+        attention = alias.transpose(-2, -1) if changed and known.transposed else alias if changed else probability
+        if changed and known.transposed:
             found = replace(found, refusal="a mixed map that is transposed before it meets the values")
         # What only checks need is not kept: the product, and operands that may be views of larger tensors.
         kept: dict[str, Any] = {}
         if self._record_products:
-            query, key = trace.factors or (None, None)
+            query, key = known.factors or (None, None)
             kept = {"query": query, "key": key, "value": found.value, "output": found.output}
         recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
-        stochastic = not trace.mixed and not (trace.reshaped and trace.dropout > 0)
-        refusal = _inside.refusal or trace.refusal or found.refusal
-        self._report(AttentionCall(recorded, *kernels.laid_out(found.value), trace.dropout, stochastic, refusal))
+        stochastic = not known.mixed and not (known.reshaped and known.dropout > 0)
+        refusal = _inside.refusal or known.refusal or found.refusal
+        self._report(AttentionCall(recorded, *kernels.laid_out(found.value), known.dropout, stochastic, refusal))

@@ -12,7 +12,7 @@ from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_fake
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet, is_running
 from acr_reg.capture.mode import AttentionMode
-from acr_reg.capture.refusals import unknown_module
+from acr_reg.capture.refusals import refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
 from acr_reg.placement.images import ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
@@ -48,7 +48,7 @@ class Recorder:
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
         state = self._state
         if module not in self.index.names:
-            raise unknown_module(module)
+            refuse_unknown_module(module)
         if state.entries:
             self._drop_interrupted(state)
         if not torch.is_grad_enabled() and not self._no_grad:

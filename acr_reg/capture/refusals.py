@@ -1,8 +1,9 @@
-"""Finds, words and raises every refusal of a run."""
+"""Finds, words and raises what is wrong with the encoder runs of a capture."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NoReturn
 
 from torch import nn
 
@@ -12,13 +13,14 @@ from acr_reg.errors import CaptureError
 from acr_reg.placement.modules import ModuleIndex
 
 
-def unknown_module(module: nn.Module) -> CaptureError:
+def refuse_unknown_module(module: nn.Module) -> NoReturn:
+    """Raises for a module that the capture did not hook: a replica, or one that joined the model later."""
     name = type(module).__name__
     if is_replica(module):
-        return CaptureError(
+        raise CaptureError(
             f"nn.DataParallel runs replicas of a captured {name}, which are not captured. Use DistributedDataParallel."
         )
-    return CaptureError(f"A {name} that runs joined the model after the capture began. Capture again after the change.")
+    raise CaptureError(f"A {name} that runs joined the model after the capture began. Capture again after the change.")
 
 
 def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
@@ -66,8 +68,8 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
         )
 
 
-def nothing_captured(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> CaptureError:
-    """The error where no layer was captured, with all that was seen instead."""
+def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:
+    """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
     if log.without_grad:
         reasons.append(
@@ -79,7 +81,7 @@ def nothing_captured(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[st
     if named and not any(name.partition(" ")[0] in reason for name in named for reason in reasons):
         reasons.append(f"none was seen in {', '.join(named[:3])}{' and more' * (len(named) > 3)}")
     seen = f" ({'; '.join(reasons)})" if reasons else ""
-    return CaptureError(
+    raise CaptureError(
         f"No token-to-token attention of {type(index.model).__name__} ran since the last take(){seen}. Run this model, "
-        "not a copy, before take(), with softmax and matmul or F.scaled_dot_product_attention."
+        "not a copy, before take(), with softmax or F.scaled_dot_product_attention."
     )

@@ -135,20 +135,20 @@ def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: Vie
     if product_error is not None and product_error > allowed:
         problem = f"The map times V is {product_error:.1e} off the layer's own output. Please report this model."
     return LayerCheck(
-        layer.index,
-        layer.name,
-        layer.kind if layer.window is None else str(layer.window),
-        "fused" if layer.is_factored else "explicit" if layer.stochastic else "mixed",
-        layer.shape[1],
-        str(tokens[0]),
-        str(tokens[1]),
-        layout.num_prefix_tokens if layout else None,
-        layout.class_tokens if layout else None,
-        row_error,
-        product_error,
-        offsets["query"].under_view if "query" in offsets else None,
-        offsets["key"].under_view if "key" in offsets else None,
-        problem,
+        index=layer.index,
+        name=layer.name,
+        kind=layer.kind if layer.window is None else str(layer.window),
+        source="fused" if layer.is_factored else "explicit" if layer.stochastic else "mixed",
+        heads=layer.shape[1],
+        queries=str(tokens[0]),
+        keys=str(tokens[1]),
+        prefix=layout.num_prefix_tokens if layout else None,
+        class_tokens=layout.class_tokens if layout else None,
+        row_error=row_error,
+        product_error=product_error,
+        query_offset=offsets["query"].under_view if "query" in offsets else None,
+        key_offset=offsets["key"].under_view if "key" in offsets else None,
+        problem=problem,
     )
 
 

@@ -159,16 +159,16 @@ class AllPairsConsistencyLoss(nn.Module):
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale} is not a finite number. Look at the schedule that computed it.")
         given = check_inputs(
-            (attn_a, attn_b),
-            (cam_a, cam_b),
-            (view_a, self.view if view is None else view),
-            labels,
-            valid,
-            self.layers,
-            self.weights,
-            self._explicit_weights,
-            self.distance,
-            return_terms,
+            attention=(attn_a, attn_b),
+            cams=(cam_a, cam_b),
+            views=(view_a, self.view if view is None else view),
+            labels=labels,
+            valid=valid,
+            layers=self.layers,
+            weights=self.weights,
+            required=self._explicit_weights,
+            distance=self.distance,
+            report=return_terms,
         )
         for subject, message in given.warnings.items():
             if subject not in self._warned:

@@ -40,6 +40,7 @@ class LossInputs:
 
 
 def check_inputs(
+    *,
     attention: tuple[AttentionMaps, AttentionMaps],
     cams: tuple[Tensor | None, Tensor | None],
     views: tuple[View | None, View | None],
@@ -81,7 +82,16 @@ def check_inputs(
                 'probabilities that "js" needs. Choose distance="l1" or "l2".'
             )
     lattices = None if both_cams is None else _lattices(*attention, both_cams)
-    return LossInputs(pairs, both_cams, lattices, view, valid, labels, frozenset(terms), warnings)
+    return LossInputs(
+        pairs=pairs,
+        cams=both_cams,
+        lattices=lattices,
+        view=view,
+        valid=valid,
+        labels=labels,
+        terms=frozenset(terms),
+        warnings=warnings,
+    )
 
 
 def _relate(

@@ -130,18 +130,15 @@ def infer_layout(
     num_tokens: int,
     image_size: tuple[int, int] | None,
     fields: ModelFields,
-    patch_size: int | Sequence[int] | None = None,
-    num_prefix_tokens: int | None = None,
-    class_tokens: int | Sequence[int] | None = None,
+    hints: LayoutHints | None = None,
     num_keys: int | None = None,
 ) -> TokenLayout:
     """The one layout of ``num_tokens`` queries and ``num_keys`` keys (None: as many) that fits an image of
     ``image_size`` (height, width) in pixels.
 
-    What the user gives (``patch_size``, ``num_prefix_tokens``, ``class_tokens``) wins over the model's ``fields``. In
-    later stages of a pyramid the patch is doubled and the prefix may be missing. If keys and queries differ in number,
-    the smaller lattice is the larger one reduced. Raises :class:`~acr_reg.LayoutError` where no layout fits, or where
-    several do, and lists them.
+    What the user gives as ``hints`` wins over the model's ``fields``. In later stages of a pyramid the patch is doubled
+    and the prefix may be missing. If keys and queries differ in number, the smaller lattice is the larger one reduced.
+    Raises :class:`~acr_reg.LayoutError` where no layout fits, or where several do, and lists them.
 
     >>> infer_layout(25, (64, 96), ModelFields(patch_size=(16, 16))).query
     Lattice(height=4, width=6, stride=(16.0, 16.0), offset=(0.0, 0.0), extent=(64.0, 96.0))
@@ -149,13 +146,15 @@ def infer_layout(
     2 x 3
     """
     num_keys = num_tokens if num_keys is None else num_keys
+    hints = LayoutHints() if hints is None else hints
+    num_prefix_tokens, class_tokens = hints.num_prefix_tokens, hints.class_tokens
     if image_size is None:
         raise LayoutError(
             f"The grid of {num_tokens} tokens is unknown, as no module was given an image (B, C <= 4, H, W). Call "
             "take().with_layout(grid=(h, w), num_prefix_tokens=)."
         )
-    if patch_size is not None:
-        fields = replace(fields, patch_size=pair(patch_size), stem=None)
+    if hints.patch_size is not None:
+        fields = replace(fields, patch_size=pair(hints.patch_size), stem=None)
     prefix = num_prefix_tokens if num_prefix_tokens is not None else fields.num_prefix_tokens
     # A class token may join in the last stage only; one that the user states is there.
     prefixes = [prefix, 0] if prefix and num_prefix_tokens is None else [prefix]

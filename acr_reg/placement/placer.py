@@ -43,7 +43,7 @@ class Placer:
 
             def locate(queries: int, keys: int, size: tuple[int, int] | None) -> tuple[TokenLayout | None, str | None]:
                 try:
-                    return infer_layout(queries, size, fields, **vars(self._hints), num_keys=keys), None
+                    return infer_layout(queries, size, fields, self._hints, keys), None
                 except LayoutError as error:
                     return None, str(error)
 

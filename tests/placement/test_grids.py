@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from acr_reg import AttentionMaps, Lattice, LayoutError, TokenLayout
-from acr_reg.placement.grids import ModelFields, infer_layout, read_fields
+from acr_reg.placement.grids import LayoutHints, ModelFields, infer_layout, read_fields
 from acr_reg.tokens import class_token_positions
 from tests.support.attention import random_maps, says, wrap
 
@@ -141,24 +141,24 @@ def test_stride_and_extent_are_in_pixels():
 
 
 def test_a_patch_that_divides_the_image_goes_before_one_that_leaves_a_margin():
-    assert infer_layout(6, (30, 45), UNKNOWN, num_prefix_tokens=0).query.stride == (
+    assert infer_layout(6, (30, 45), UNKNOWN, LayoutHints(num_prefix_tokens=0)).query.stride == (
         15.0,
         15.0,
     )  # not 14, whose grid is 2 x 3 too
-    assert infer_layout(6, (29, 43), UNKNOWN, num_prefix_tokens=0).query.stride == (14.0, 14.0)
+    assert infer_layout(6, (29, 43), UNKNOWN, LayoutHints(num_prefix_tokens=0)).query.stride == (14.0, 14.0)
 
 
 def test_what_is_given_goes_before_the_fields():
     fields = ModelFields((16, 16), 1, 1)
-    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2).num_prefix_tokens == 2
-    assert infer_layout(97, (64, 96), fields, patch_size=8).query == Lattice(8, 12, (8.0, 8.0))
-    assert infer_layout(25, (64, 48), fields, patch_size=(16, 8)).query.stride == (16.0, 8.0)
-    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=2).class_tokens == (0, 1)
-    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=[1]).class_tokens == (1,)
-    assert infer_layout(26, (64, 96), fields, num_prefix_tokens=2, class_tokens=0).class_tokens == ()
-    assert infer_layout(84, (128, 128), UNKNOWN, patch_size=16).num_prefix_tokens == 20
-    assert infer_layout(84, (128, 128), UNKNOWN, patch_size=14).num_prefix_tokens == 3
-    assert infer_layout(84, (128, 128), UNKNOWN, num_prefix_tokens=3).query.height == 9
+    assert infer_layout(26, (64, 96), fields, LayoutHints(num_prefix_tokens=2)).num_prefix_tokens == 2
+    assert infer_layout(97, (64, 96), fields, LayoutHints(patch_size=8)).query == Lattice(8, 12, (8.0, 8.0))
+    assert infer_layout(25, (64, 48), fields, LayoutHints(patch_size=(16, 8))).query.stride == (16.0, 8.0)
+    assert infer_layout(26, (64, 96), fields, LayoutHints(num_prefix_tokens=2, class_tokens=2)).class_tokens == (0, 1)
+    assert infer_layout(26, (64, 96), fields, LayoutHints(num_prefix_tokens=2, class_tokens=[1])).class_tokens == (1,)
+    assert infer_layout(26, (64, 96), fields, LayoutHints(num_prefix_tokens=2, class_tokens=0)).class_tokens == ()
+    assert infer_layout(84, (128, 128), UNKNOWN, LayoutHints(patch_size=16)).num_prefix_tokens == 20
+    assert infer_layout(84, (128, 128), UNKNOWN, LayoutHints(patch_size=14)).num_prefix_tokens == 3
+    assert infer_layout(84, (128, 128), UNKNOWN, LayoutHints(num_prefix_tokens=3)).query.height == 9
 
 
 @pytest.mark.parametrize(
@@ -177,17 +177,17 @@ def test_what_is_given_goes_before_the_fields():
     ],
 )
 def test_class_tokens(fields, prefix, given, expected):
-    layout = infer_layout(prefix + 24, (64, 96), fields, 16, prefix, given)
+    layout = infer_layout(prefix + 24, (64, 96), fields, LayoutHints(16, prefix, given))
     assert layout.class_tokens == expected
 
 
 def test_class_tokens_that_nobody_knows_raise_when_they_are_needed():
-    layout = infer_layout(28, (64, 96), UNKNOWN, patch_size=16)
+    layout = infer_layout(28, (64, 96), UNKNOWN, LayoutHints(patch_size=16))
     assert layout.num_prefix_tokens == 4
     with pytest.raises(LayoutError, match="4 prefix tokens") as error:
         layout.known_class_tokens()
     assert says(error, "class_tokens=")
-    assert infer_layout(25, (64, 96), UNKNOWN, patch_size=16).known_class_tokens() == (0,)
+    assert infer_layout(25, (64, 96), UNKNOWN, LayoutHints(patch_size=16)).known_class_tokens() == (0,)
 
 
 def test_more_than_one_fit_is_an_error_that_lists_them():
@@ -213,7 +213,7 @@ def test_more_than_one_fit_is_an_error_that_lists_them():
 )
 def test_a_misfit_says_what_was_counted(num_tokens, image, fields, given, fragments):
     with pytest.raises(LayoutError, match="tokens") as error:
-        infer_layout(num_tokens, image, fields, **given)
+        infer_layout(num_tokens, image, fields, LayoutHints(**given))
     assert says(error, *fragments, "patch_size=", "num_prefix_tokens=")
 
 
@@ -226,7 +226,10 @@ def test_no_image():
 def test_too_long_a_prefix_is_given_and_not_guessed():
     with pytest.raises(LayoutError):
         infer_layout(24 + 25, (64, 96), ModelFields((16, 16)))
-    assert infer_layout(24 + 25, (64, 96), ModelFields((16, 16)), num_prefix_tokens=25).num_prefix_tokens == 25
+    assert (
+        infer_layout(24 + 25, (64, 96), ModelFields((16, 16)), LayoutHints(num_prefix_tokens=25)).num_prefix_tokens
+        == 25
+    )
     assert infer_layout(24 + 24, (64, 96), ModelFields((16, 16))).num_prefix_tokens == 24
 
 
