@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class CaptureError(RuntimeError):
     """The attention that was asked for was not, or cannot be, captured."""
@@ -13,3 +15,8 @@ class LayoutError(ValueError):
 
 class CommandError(Exception):
     """An error that the user of a command can put right, shown as one message without a traceback."""
+
+
+def some(names: Sequence[str], limit: int = 3) -> str:
+    """The first names, for a message that cannot show all of them, and how many more there are."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from acr_reg.demo.record import replacing
+from acr_reg.integrations.formats.write import replacing
 
 END = "<!-- end of table -->"
 
@@ -28,5 +28,6 @@ def fill(page: Path, marker: str, block: str) -> None:
 
 
 def write_page(page: Path, text: str) -> None:
+    page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from acr_reg.demo.record import write_json
-from acr_reg.errors import CommandError
+from acr_reg.errors import CommandError, some
 from acr_reg.integrations.convert import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats import FORMATS, Format, load_cams
 from acr_reg.integrations.progress import show_progress
@@ -115,7 +115,7 @@ def read_list(path: Path) -> list[tuple[str, str]]:
         raise CommandError(f"--list {path} is empty. Write one image a line.")
     repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
     if repeated:
-        raise CommandError(f"--list {path} names {_some(repeated)} more than once. Remove the repetitions.")
+        raise CommandError(f"--list {path} names {some(repeated)} more than once. Remove the repetitions.")
     return entries
 
 
@@ -134,7 +134,7 @@ def find_samples(entries: Sequence[tuple[str, str]], cams: Path, masks: Path) ->
         if missing:
             folder = cams if option == "--cams" else masks
             raise CommandError(
-                f"{option} {folder}: {len(missing)} of {len(samples)} files are missing: {_some(missing)}. "
+                f"{option} {folder}: {len(missing)} of {len(samples)} files are missing: {some(missing)}. "
                 "Give the folder that holds these files, and the list they were made from."
             )
     return samples
@@ -230,7 +230,3 @@ def _stem(path: str) -> str:
     """The id in a path: its file name without an image's ending. Other dots belong to the id."""
     name = Path(path).name
     return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

@@ -8,8 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from acr_reg import __version__
+from acr_reg.integrations.formats.write import replacing
 
 _PACKAGES = ("torch", "numpy", "einops", "timm", "scikit-image", "scikit-learn", "matplotlib", "pillow")
 
@@ -47,29 +47,29 @@ def machine() -> dict[str, Any]:
     }
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Write plain values and dataclasses. NaN and infinity raise ValueError, because JSON cannot hold them."""
-    text = json.dumps(content, indent=1, default=_plain, allow_nan=False)
+def write_json(path: Path, content: Any, *, lines: bool = False) -> None:
+    """Write plain values and dataclasses. NaN and infinity raise ValueError, because JSON cannot hold them.
+
+    ``lines``: one line for each entry of a mapping, long lists included, which keeps thousands of figures readable.
+    """
+    if lines:
+        entries = [f"{json.dumps(name)}: {_json(value)}" for name, value in content.items()]
+        text = "{\n" + ",\n".join(entries) + "\n}\n"
+    else:
+        text = _json(content, indent=1) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        unfinished.write_text(text + "\n", encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _json(value: object, indent: int | None = None) -> str:
+    return json.dumps(value, indent=indent, default=_plain, allow_nan=False)
 
 
 def _plain(value: object) -> object:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     raise TypeError(f"A record cannot hold a {type(value).__name__}. Use plain values or dataclasses.")
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path that replaces `path` at the end, so that a file with that name is always complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        yield unfinished
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 class Meter:

@@ -27,6 +27,7 @@ import torch
 
 from acr_reg.__main__ import main as acr_reg_command
 from acr_reg.demo.record import write_json
+from acr_reg.errors import some
 from acr_reg.integrations import mctformer
 from acr_reg.integrations.added_lines import add_lines, added_lines
 from benchmarks.recipe.results import STAGES, RecipeError, collect, table, write_page
@@ -105,7 +106,7 @@ def check_checkout(place: Place) -> None:
     changed = git("status", "--porcelain", "--untracked-files=no")
     if changed:
         raise RecipeError(
-            f"Files in {place.checkout} differ from commit {COMMIT}: {_some(changed.splitlines())}. The recipe changes "
+            f"Files in {place.checkout} differ from commit {COMMIT}: {some(changed.splitlines())}. The recipe changes "
             "copies only. Run git stash there, or clone again."
         )
     if not (place.checkout / "voc12" / "cls_labels.npy").is_file():
@@ -128,7 +129,7 @@ def check_data(place: Place, settings: Settings) -> dict[str, list[str]]:
         if missing:
             raise RecipeError(
                 f"{place.voc / folder} has {len(ids) - len(missing)} of the {len(ids)} files in the host's lists; "
-                f"{_some(missing)} are missing. docs/recipe_mctformer_plus.md says how to get the data."
+                f"{some(missing)} are missing. docs/recipe_mctformer_plus.md says how to get the data."
             )
     return listed
 
@@ -252,10 +253,6 @@ def run_all(place: Place, settings: Settings, arms: Sequence[str], seeds: Sequen
             score(place, arm, seed)
             results = collect(place.out, asdict(settings), f"{HOST} at {COMMIT}", place.masks)
     return results
-
-
-def _some(names: Sequence[str], limit: int = 3) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> int:

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from acr_reg.demo.record import write_json
 from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
@@ -48,7 +49,7 @@ from benchmarks.study.settings import (
     StudyError,
     base,
 )
-from benchmarks.study.store import BASELINES, FROZEN, all_cells, claimed, frozen_entries, load, write_json
+from benchmarks.study.store import BASELINES, FROZEN, all_cells, claimed, frozen_entries, load
 from benchmarks.study.views import VIEWS
 
 HERE = Path(__file__).resolve().parent
@@ -233,7 +234,7 @@ def run_freeze(args: argparse.Namespace) -> int:
             "first."
         )
     added = entries(choose(all_cells(args.results), args.photos, before), args.plan)
-    write_json(path, {"commit": commit(), "cells": [*before, *added]})
+    write_json(path, {"commit": commit(), "cells": [*before, *added]}, lines=True)
     print(f"Written: {path}. Commit it before you run the plan {args.plan}.")
     return 0
 

@@ -9,13 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from acr_reg.demo.record import Meter, machine, versions
+from acr_reg.demo.record import Meter, machine, versions, write_json
 from benchmarks.study.baselines import baselines
 from benchmarks.study.counts import multi_label
 from benchmarks.study.photos import Photos, Places
 from benchmarks.study.scoring import RAW, Key, figures, score
 from benchmarks.study.settings import Cell, StudyError
-from benchmarks.study.store import BASELINES, check_test, frozen, load, write_json
+from benchmarks.study.store import BASELINES, check_test, frozen, load
 from benchmarks.study.train import trained
 
 Say = Callable[[str], None]
@@ -74,7 +74,7 @@ class Bench:
         record["training"] = asdict(result.record)
         record["scoring"] = {"seconds": meter.seconds, "cpu_seconds": meter.cpu_seconds}
         record |= {"versions": versions(), "machine": machine(), "commit": commit()}
-        write_json(self.results / cell.file, record)
+        write_json(self.results / cell.file, record, lines=True)
         self.say(
             f"{cell.file}: mAP {record['mean_ap']:.3f}, raw {record['raw']['miou']:.3f}, propagated "
             f"{record['propagated']['miou']:.3f}; trained in {result.record.cpu_seconds:.0f} s, scored in "
@@ -100,7 +100,7 @@ class Bench:
         photos = self.photos(name, size, frozen_blocks)
         rows = baselines(photos, split)
         content = {"photos": name, "split": split, "size": size, "weights": photos.origin, "rows": rows}
-        write_json(path, content | {"commit": commit()})
+        write_json(path, content | {"commit": commit()}, lines=True)
         return content
 
 

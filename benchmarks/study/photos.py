@@ -19,9 +19,10 @@ from acr_reg import HorizontalFlip, View
 from acr_reg.demo.photo_folder import PhotoFolder, open_folder
 from acr_reg.demo.photo_task import load_photos
 from acr_reg.demo.pretrained import NAME, PATCH, LowerHalf, UpperHalf, build, describe
-from acr_reg.demo.record import replacing, write_json
+from acr_reg.demo.record import write_json
 from acr_reg.demo.train import shuffled
 from acr_reg.errors import CommandError
+from acr_reg.integrations.formats.write import replacing
 from benchmarks.study.settings import SETS, Setting, StudyError
 from benchmarks.study.views import draws_views
 
@@ -131,7 +132,7 @@ class Photos:
         for part in parts:
             images = self.images(split, part)
             found.append(torch.stack([self.encode(images), self.encode(flip(images))]).half().numpy())
-        write_json(path.with_suffix(".json"), key)
+        write_json(path.with_suffix(".json"), key)  # makes the folder
         with replacing(path) as unfinished, unfinished.open("wb") as file:
             np.save(file, np.concatenate(found, axis=1))
 

@@ -9,24 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from acr_reg.demo.record import replacing
 from benchmarks.study.settings import Cell, Reading, Setting, StudyError
 
 FROZEN = "frozen.json"
 BASELINES = "baselines"
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write one line for each entry, long lists included, which keeps thousands of figures readable."""
-    lines = [f"{json.dumps(name)}: {json.dumps(value, allow_nan=False)}" for name, value in content.items()]
-    with replacing(path) as unfinished:
-        unfinished.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, Any]:

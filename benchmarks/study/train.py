@@ -17,8 +17,9 @@ from torch.overrides import TorchFunctionMode
 from acr_reg import AttentionCapture, capture_attention
 from acr_reg.demo.photo_task import make_optimizer
 from acr_reg.demo.pretrained import UpperHalf
-from acr_reg.demo.record import Meter, replacing
+from acr_reg.demo.record import Meter
 from acr_reg.demo.train import with_grid
+from acr_reg.integrations.formats.write import replacing
 from benchmarks.study.objective import Objective, Run
 from benchmarks.study.photos import Batch, Photos
 from benchmarks.study.settings import CONDITIONS, Setting
@@ -84,6 +85,7 @@ def _keep(path: Path, result: Trained) -> None:
         "record": asdict(result.record),
         "entropies": result.entropies,
     }
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
         torch.save(stored, unfinished)
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from acr_reg.integrations.formats.files import Format, Maps, check_format, checked_maps, kind_of
-from acr_reg.integrations.formats.write import write_object, write_whole
+from acr_reg.integrations.formats.write import replacing, write_object
 
 ALPHAS = (4.0, 32.0)  # PSA's own
 ROUNDING = 1e-5  # how far resized maps may leave [0, 1]
@@ -68,7 +68,8 @@ def save_cams(
             write_object(content, {"keys": keys, "cam": strided, "high_res": high_res.numpy()})
         else:
             write_object(content, {"keys": keys, "attn_highres": stacked.numpy().astype(np.float16)})
-    write_whole(path, content.getvalue())
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(content.getvalue())
 
 
 def save_crf_pair(
@@ -117,7 +118,8 @@ def save_crf_pair(
         contents.append(content.getvalue())
     # Both are made before one is written, so that no half of a pair stays behind if `refine` fails.
     for path, data in zip((low, high), contents, strict=True):
-        write_whole(Path(path), data)
+        with replacing(Path(path)) as unfinished:
+            unfinished.write_bytes(data)
 
 
 def check_alphas(alphas: tuple[float, float]) -> None:

@@ -1,9 +1,11 @@
-"""Writes a numpy file that holds a pickle, so that old versions open it and nobody sees it unfinished."""
+"""Writes files that nobody sees unfinished, and numpy files that hold a pickle, so that old versions open them."""
 
 from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
@@ -21,11 +23,13 @@ def write_object(file: BinaryIO, content: dict[Any, Any]) -> None:
     file.write(data.replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes the file whole or not at all. An old file stays until the new one is whole."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``, which replaces it at the end: an old file stays until the new one is
+    whole. On an error no new file stays. The folder must exist."""
     unfinished = path.with_name(f".{path.name}.{uuid4().hex}")
     try:
-        unfinished.write_bytes(content)
+        yield unfinished
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)

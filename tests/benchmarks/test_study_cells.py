@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 
+from acr_reg.demo.record import write_json
 from benchmarks.study import __main__ as study
 from benchmarks.study import cells as study_cells
 from benchmarks.study.cells import Bench
@@ -15,7 +16,7 @@ from benchmarks.study.counts import ImageCounts
 from benchmarks.study.photos import Places
 from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import SETS, Cell, Reading, StudyError
-from benchmarks.study.store import claimed, load, write_json
+from benchmarks.study.store import claimed, load
 from tests.support.study import SIZE, freeze, git, made_record, make_places, tiny, tiny_vit
 
 
@@ -40,6 +41,7 @@ def test_a_cell_that_is_done_is_not_computed_again(bench: Bench, monkeypatch: py
     path = bench.results / cell.file
     text = path.read_text(encoding="utf-8")
     assert first["raw"]["miou"] == pytest.approx(ImageCounts.unpack(first["raw"]["counts"]).miou())
+    assert len(text.splitlines()) == len(first) + 2  # one for each entry
     assert 0 < first["mean_ap"] <= 1
     monkeypatch.setattr(study_cells, "trained", lambda *_: pytest.fail("trained again"))
     assert bench.run(cell)["raw"] == first["raw"]
@@ -59,7 +61,7 @@ def test_an_interrupted_cell_leaves_no_result_and_keeps_its_network(bench: Bench
     assert load(bench.results, cell) is None
     path = bench.results / cell.file
     path.parent.mkdir(parents=True)
-    path.with_suffix(".99.partial").write_text("{")  # what a kill in the middle of writing leaves
+    path.with_name(f".{path.name}.99").write_text("{")  # what a kill in the middle of writing leaves
     assert load(bench.results, cell) is None
     monkeypatch.setattr("benchmarks.study.train.train", lambda *_: pytest.fail("trained again"))
     assert bench.run(cell)["seed"] == 12

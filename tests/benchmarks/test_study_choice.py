@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 
+from acr_reg.demo.record import write_json
 from benchmarks.study import __main__ as study
 from benchmarks.study.choice import PRIMARY, choose
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
-from benchmarks.study.store import FROZEN, frozen_entries, write_json
+from benchmarks.study.store import FROZEN, frozen_entries
 from tests.support.study import made_record, made_results
 
 

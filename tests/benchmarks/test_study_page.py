@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 
+from acr_reg.demo.record import write_json
 from benchmarks.marked_page import filled
 from benchmarks.study import __main__ as study
 from benchmarks.study.counts import Difference
@@ -20,7 +21,7 @@ from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged
 from benchmarks.study.page.report import report
 from benchmarks.study.page.tables import WEIGHTS_NOTE, groups, paired_mean, raw_of, reference_of
 from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, SEEDS, SETS, Cell, Reading, base
-from benchmarks.study.store import FROZEN, write_json
+from benchmarks.study.store import FROZEN
 from benchmarks.study.views import VIEWS
 from tests.support.study import made_counts, made_record, made_results
 
@@ -30,12 +31,12 @@ def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
     made_results(tmp_path, "test")
     other = Cell(base("voc", "affinity", 0.5), 0, "test")
     write_json(tmp_path / other.file, made_record(other, 0.5))
-    text = ["Both is to be above two."]
+    text = ["Both is to be above two.", "The rule is in benchmarks/study_choice.py."]
     write_json(tmp_path / "primary.json", {"text": text, "contrasts": [["two", "both"], ["misreported", "both"]]})
     baseline = {"rows": [{"name": "best centred ellipse", "miou": 0.359}]}
     write_json(tmp_path / "voc" / "dev" / "baselines.json", baseline)
     page = report(tmp_path)
-    assert text[0] in page
+    assert "\n".join(text) + "\n\n(Today benchmarks/study_choice.py is benchmarks/study/choice.py.)\n\n###" in page
     assert "the demo scored test.txt of both\nsets once before" in page
     assert "67.3 mIoU on VOC is not reproduced" in page
     headings = [line for line in page.splitlines() if line.startswith("### ")]

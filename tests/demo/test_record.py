@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from acr_reg.demo.record import Meter, peak_memory, replacing, run_details, write_json
+from acr_reg.demo.record import Meter, peak_memory, run_details, write_json
+from acr_reg.integrations.formats.write import replacing
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,15 @@ def test_dataclasses_are_written_as_plain_values(tmp_path: Path):
     text = path.read_text(encoding="utf-8")
     assert json.loads(text) == {"figures": [{"name": "mIoU", "value": 0.5}], "size": [2, 3]}
     assert text.startswith('{\n "figures"') and text.endswith("}\n")
+
+
+def test_one_line_for_each_entry(tmp_path: Path):
+    path = tmp_path / "run.json"
+    write_json(path, {"figure": Figure("mIoU", 0.5), "curve": [0.1, 0.2]}, lines=True)
+    assert path.read_text(encoding="utf-8") == '{\n"figure": {"name": "mIoU", "value": 0.5},\n"curve": [0.1, 0.2]\n}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"figure": float("nan")}, lines=True)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(("value", "error"), [(float("nan"), "not JSON compliant"), (Path("x"), "hold a PosixPath")])
@@ -49,6 +59,7 @@ def test_an_interrupted_write_leaves_the_file_as_it_was(tmp_path: Path):
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert path.read_text() == "whole"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_details_name_the_versions_and_the_machine():

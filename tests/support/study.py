@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
+from acr_reg.demo.record import write_json
 from benchmarks.study.counts import ImageCounts
 from benchmarks.study.photos import Places
 from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import PROPAGATIONS, SETS, STARTS, Cell, Reading, Setting, base
-from benchmarks.study.store import write_json
 from tests.support.photo_folder import write_photo_folder
 
 SIZE = 56  # 4 x 4 patches

@@ -28,6 +28,7 @@ from benchmarks.study.settings import SEEDS, SETS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
+MOVED = {"benchmarks/study_choice.py": "benchmarks/study/choice.py"}  # primary.json is frozen, files are not
 EXCLUDING = 3  # so many of the seeds' intervals must exclude zero
 TRADED = 0.01  # mAP that a gain may lose
 STUDENT = 2.776  # the 97.5 % point of Student's t with four degrees of freedom (five seeds)
@@ -111,6 +112,7 @@ def primary(results: Path, found: Sequence[Group]) -> str:
         return "## Primary contrast\n\nNot written down yet.\n"
     plan = read_json(path)
     lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
+    lines += [f"(Today {old} is {new}.)\n" for old, new in MOVED.items() if old in "\n".join(plan["text"])]
     for photos, about in SETS.items():
         scored = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
         own = [group for group in scored if group.setting.condition in PRIMARY]

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT
+from acr_reg.demo.record import write_json
 from benchmarks.study.page.tables import moments, number, spread, table
 from benchmarks.study.settings import StudyError
-from benchmarks.study.store import read_json, write_json
+from benchmarks.study.store import read_json
 
 FILE = "scenes.json"
 TRAINED = (WITHOUT, WITH, CONTROL)
@@ -35,7 +36,7 @@ def keep(demo: Path, results: Path) -> None:
             f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on "
             "test scenes with --controls."
         )
-    write_json(results / FILE, kept | {"seeds": seeds})
+    write_json(results / FILE, kept | {"seeds": seeds}, lines=True)
 
 
 def _without_output(command: list[str]) -> list[str]:
