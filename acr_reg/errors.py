@@ -1,10 +1,10 @@
-"""Errors that users of the library can put right."""
+"""The errors that users of the library can correct."""
 
 from __future__ import annotations
 
 
 class CaptureError(RuntimeError):
-    """The attention that was asked for was not, or cannot be, captured."""
+    """The requested attention was not captured, or cannot be."""
 
 
 class LayoutError(ValueError):
@@ -12,4 +12,4 @@ class LayoutError(ValueError):
 
 
 class CommandError(Exception):
-    """An error that the user of a command can put right, shown as one message without a traceback."""
+    """An error that the user of a command can correct, shown as one message without a traceback."""
