@@ -162,7 +162,7 @@ def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> 
     if offset.under_view > allowed * min(lattice.stride):
         return (
             f"{view.brief} matches {side} tokens of {min(lattice.stride):g} px that lie {offset.under_view:.1f} px "
-            "apart. If the model pads, use whole patches; else leave the layer out by layers=."
+            "apart. If the model pads, use whole patches; else leave the layer out (layers=)."
         )
     return None
 
