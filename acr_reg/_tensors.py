@@ -1,4 +1,4 @@
-"""Small operations on tensors that several rooms share."""
+"""The tensor operations that every room must do alike: raising half precision, and picking tokens by an index."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precisions as float32; float32 and float64 as they are."""
+    """Converts half precisions to float32; leaves float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def select(values: Tensor, dim: int, index: Tensor | None) -> Tensor:
-    """Entries along one dimension by ``index`` (n,) or (1, n), or (B, n) for each image; None means all."""
+    """Picks entries along one dimension by ``index``: (n,), (1, n), or (B, n) for each image; None means all."""
     if index is None:
         return values
     if index.ndim == 1 or index.shape[0] == 1:
         return values.index_select(dim, index.flatten())
     images = torch.arange(len(index), device=index.device)[:, None]
-    # Two small indices, because one expanded to the shape of an N x N map would be as large as the map.
+    # Two small indices: a single one, expanded to the shape of an N x N map, would be as large as the map.
     return values.movedim(dim, 1)[images, index].movedim(1, dim)

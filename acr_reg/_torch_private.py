@@ -1,4 +1,4 @@
-"""The only file that uses private names of torch, where no public one serves. Seen on torch 2.1 to 2.14.
+"""The only file that uses private names of torch, because no public name serves. Tested on torch 2.1 to 2.14.
 
 ``tests/project/test_torch_private.py`` fails by name if a new torch changes one of them.
 """
@@ -23,12 +23,12 @@ _DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_func
 
 
 def dispatches(function: Any) -> bool:
-    """Whether this Python function hands itself to modes once, as many of torch's own do."""
+    """Whether this Python function dispatches itself to modes once, as many of torch's own do."""
     return isinstance(function, types.FunctionType) and not set(_DISPATCHES).isdisjoint(function.__code__.co_names)
 
 
 def body_of(function: types.FunctionType) -> Callable[..., Any]:
-    """A copy of a function without its one dispatch to modes, after which its kernels would run unseen."""
+    """A copy of a function without its dispatch to modes, which would hide the function's kernels from them."""
     never = dict.fromkeys(_DISPATCHES, lambda *_: False)
     body = types.FunctionType(
         function.__code__,
@@ -78,7 +78,7 @@ def math_kernel() -> AbstractContextManager[Any]:
 
 def is_compiling() -> bool:
     """Whether torch.compile or torch.export is tracing this line."""
-    public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the other
+    public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the private one
     return bool(public() if public is not None else torch._utils.is_compiling())
 
 
@@ -97,9 +97,9 @@ def never_traced(function: Any) -> Any:
 
 
 def break_graph(why: str) -> None:
-    """Ends the graph that is being traced: an exception raised while tracing is swallowed, one after it is not.
+    """Ends the graph that is being traced, because torch swallows exceptions raised during tracing.
 
-    Where no graph may be broken, torch's own error repeats ``why``.
+    If torch may not break the graph, its own error repeats ``why``.
     """
     if "msg" in torch._dynamo.graph_break.__code__.co_varnames:  # not in torch 2.1
         torch._dynamo.graph_break(msg=why)
@@ -111,7 +111,7 @@ def is_compiled(module: nn.Module) -> bool:
     """Whether torch.compile(module), module.compile() or a compiled forward hides this module's kernels from hooks."""
     if getattr(module, "_compiled_call_impl", None) is not None:
         return True
-    forward = module.forward  # torch.compiler.disable sets the same mark, and another
+    forward = module.forward  # torch.compiler.disable sets the same mark, and one more
     if hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False):
         return True
     return "torch._dynamo" in sys.modules and isinstance(module, torch._dynamo.OptimizedModule)
@@ -135,10 +135,10 @@ def is_exported(module: nn.Module) -> bool:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether a backward freed the graph of this tensor, by the nearest nodes that saved anything.
+    """Whether a backward freed this tensor's graph, judged by the nearest nodes that saved anything.
 
     Nothing is unpacked or recomputed: hooks of checkpointing and offloading do not run. Within such hooks, which torch
-    does not let us disable, the answer is no.
+    does not let us disable, the answer is False.
     """
     try:
         with torch.autograd.graph.disable_saved_tensors_hooks("only looking whether the graph is alive"):
@@ -163,7 +163,7 @@ def _any_freed(node: Any) -> bool:
 
 
 def _saved(node: Any) -> tuple[bool, bool]:
-    """(whether what a node saved is freed, whether it saved anything)."""
+    """(whether a node's saved tensors are freed, whether it saved any)."""
     for name in dir(node):
         if not name.startswith("_raw_saved_"):
             continue

@@ -1,7 +1,7 @@
 """Refuses a Python or a torch that is too old for this package.
 
-acr_reg/__init__.py calls this before it imports anything else, so that an old environment gets this message and no
-error about syntax or functions that it does not know. Both files are therefore written in the language of Python 3.7;
+acr_reg/__init__.py calls this before it imports anything else, so that an old environment gets this message instead
+of an error about unknown syntax or functions. Both files are therefore written for Python 3.7;
 tests/project/test_versions.py checks that.
 """
 
@@ -23,8 +23,8 @@ def require_supported_versions(python: Optional[Tuple[int, ...]] = None, torch_v
     python = tuple(sys.version_info[:2]) if python is None else python[:2]
     if python < OLDEST_PYTHON:
         raise ImportError(
-            "acr_reg needs Python {} or newer, and this is Python {} ({}). Make an environment by `python3.11 -m "
-            "venv` and install it there.".format(_dotted(OLDEST_PYTHON), _dotted(python), sys.executable)
+            "acr_reg needs Python {} or newer, and this is Python {} ({}). Install it in an environment made by "
+            "`python3.11 -m venv`.".format(_dotted(OLDEST_PYTHON), _dotted(python), sys.executable)
         )
     if torch_version is None:
         import torch  # only here: an old interpreter may lack torch, and needs the message about Python
@@ -33,8 +33,8 @@ def require_supported_versions(python: Optional[Tuple[int, ...]] = None, torch_v
     numbers = re.match(r"(\d+)\.(\d+)", torch_version)
     if numbers and (int(numbers.group(1)), int(numbers.group(2))) < OLDEST_TORCH:
         raise ImportError(
-            "acr_reg needs torch {0} or newer, and this is torch {1}. Run `pip install 'torch>={0}'`, in an "
-            "environment of its own if need be.".format(_dotted(OLDEST_TORCH), torch_version)
+            "acr_reg needs torch {0} or newer, and this is torch {1}. Run `pip install 'torch>={0}'`, in a "
+            "new environment if need be.".format(_dotted(OLDEST_TORCH), torch_version)
         )
 
 

@@ -1,4 +1,4 @@
-"""Errors that users of the library can put right."""
+"""The errors that users of the library can correct."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 class CaptureError(RuntimeError):
-    """The attention that was asked for was not, or cannot be, captured."""
+    """The requested attention was not captured, or cannot be."""
 
 
 class LayoutError(ValueError):
@@ -14,7 +14,7 @@ class LayoutError(ValueError):
 
 
 class CommandError(Exception):
-    """An error that the user of a command can put right, shown as one message without a traceback."""
+    """An error that the user of a command can correct, shown as one message without a traceback."""
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

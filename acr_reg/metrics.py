@@ -1,9 +1,9 @@
-"""How well class maps segment: mIoU for every background threshold, in one pass over the pixels.
+"""Scores how well class maps segment: mIoU for every background threshold, in one pass over the pixels.
 
-Class maps are scored as segmentation seeds: a pixel takes the class of the highest map, or background (id 0) where no
-map exceeds a threshold, and a sweep finds the best threshold. In place of an argmax and a confusion matrix for each
-threshold, every pixel is counted once, by the number of thresholds that its highest value exceeds. Cumulative sums of
-these histograms give the counts at all thresholds.
+Class maps are scored as segmentation seeds: a pixel takes the class of the highest map, or background (id 0) if no map
+exceeds a threshold, and a sweep finds the best threshold. Instead of an argmax and a confusion matrix per threshold,
+every pixel is counted once, by the number of thresholds that its highest value exceeds. Cumulative sums of these
+histograms give the counts at all thresholds.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class CamMeanIoU:
         return total
 
     def counts(self) -> CamCounts:
-        """Pixels predicted as each class, of these the correct ones, and pixels in the masks, of all images so far."""
+        """Pixels predicted as each class, the correct ones among them, and pixels in the masks, over all images."""
         if not self.background:
             return CamCounts(self._predicted.copy(), self._correct.copy(), self._truth.copy())
         # A pixel belongs to a class at threshold j if its value exceeds more than j thresholds (columns j + 1 on),

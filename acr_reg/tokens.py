@@ -21,8 +21,8 @@ class Lattice:
     It has ``height`` x ``width`` tokens. In pixels, ``stride`` (y, x) is the distance between neighbouring centres,
     ``offset`` (y, x) the distance of the first centre from half a stride, and ``extent`` (height, width) the size of
     the image. The centre of token (i, j) is at ``offset + (i + 1/2, j + 1/2) * stride``. By default a token is one unit
-    and the grid covers the image. ``offset_known`` is False if windows overlap and nothing tells where the centres are;
-    the loss then warns.
+    and the grid covers the image. ``offset_known`` is False if windows overlap and the centres are unknown; the loss
+    then warns.
 
     >>> Lattice(2, 3, stride=(16.0, 16.0)).extent
     (32.0, 48.0)
@@ -115,7 +115,7 @@ class TokenLayout:
 
 
 def class_token_positions(class_tokens: int | Sequence[int] | None, num_prefix_tokens: int) -> tuple[int, ...] | None:
-    """``class_tokens`` of a user as positions: an int counts from the first, None is clear for up to 1 prefix token."""
+    """Converts ``class_tokens`` to positions: an int counts from the first; None is clear for 0 or 1 prefix tokens."""
     if class_tokens is None:
         return tuple(range(num_prefix_tokens)) if num_prefix_tokens <= 1 else None
     return tuple(range(class_tokens)) if isinstance(class_tokens, int) else tuple(class_tokens)

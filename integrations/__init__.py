@@ -1,1 +1,1 @@
-"""Host codebases, the file formats of their class maps, and folders of such files."""
+"""Adds the loss to host codebases, and reads and writes their class maps."""

@@ -20,15 +20,15 @@ MakeMaps = Callable[[str], tuple[Mapping[int, npt.ArrayLike], tuple[int, int] | 
 
 
 class StopRun(RuntimeError):
-    """Raised when it makes no sense to go on with the next image."""
+    """Raised when the next image would fail in the same way."""
 
 
 @dataclass(frozen=True)
 class FolderReport:
-    """What a run over many images did, by their IDs.
+    """The result of a run over many images, by their IDs.
 
-    ``failed`` maps each image that was skipped to what was wrong with it. If it is empty, the run is complete. Running
-    again makes what is missing.
+    ``failed`` maps each skipped image to its error. If it is empty, the run is complete. Running again makes missing
+    files.
     """
 
     written: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class CamFolder:
 def fill(
     target: CamFolder, names: Sequence[str], make: MakeMaps, what: str, overwrite: bool, progress: bool
 ) -> FolderReport:
-    """Makes and saves the maps of every ID whose files are not all there.
+    """Makes and saves the maps of every ID whose files are incomplete.
 
     If ``make`` raises, or its maps cannot be saved as they are, that ID alone fails. An error of the disk ends the run,
     and so does a :class:`StopRun`. Failures and the summary are written to standard error.
@@ -119,7 +119,7 @@ def fill(
 
 
 def _one(target: CamFolder, name: str, make: MakeMaps) -> None:
-    """Raises ValueError for what is wrong with this image alone."""
+    """Raises ValueError for an error of this image alone."""
     try:
         maps, size = make(name)
     except StopRun:

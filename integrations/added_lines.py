@@ -40,7 +40,7 @@ _PLACE = re.compile(r"        (\S+\.py), (?:before line (\d+)|in place of lines 
 def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = False) -> Lines:
     """What to add to each file of ``owner/name`` at a commit of seven digits.
 
-    With ``today``: the edits that the host itself needs on today's versions, {} if it needs none. Raises ValueError for
+    With ``today``: the edits that the host itself needs on current versions, {} if it needs none. Raises ValueError for
     a host that the docstring does not name.
     """
     named = False

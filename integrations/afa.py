@@ -117,7 +117,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
     if height % _MULTIPLE or width % _MULTIPLE:
         raise ValueError(
             f"The view is {height} x {width} px. Its sides must be multiples of {_MULTIPLE}: use flips, quarter turns, "
-            "Scale(..., keep_size=True), or such a crop."
+            "Scale(..., keep_size=True) or a crop."
         )
     encoder = part(host.network, "encoder", "AFA")
     return host.run(lambda: encoder(images))

@@ -21,7 +21,7 @@ from acr_reg.integrations.formats.save import ALPHAS
 
 __all__ = ["FolderReport", "write_cams"]
 
-_TRIES = 3  # so many images must fail, and none succeed, before `cam` itself is taken to be wrong
+_TRIES = 3  # this many images must fail, and none succeed, before the run blames `cam` itself
 
 
 def write_cams(
@@ -42,14 +42,14 @@ def write_cams(
     """Write the class maps of every image, at its own size and in [0, 1], to ``folder/ID.npy``. ID is the image's file
     name without its ending.
 
-    A run that was interrupted can be started again: images whose files exist are passed over, and a file is either
+    An interrupted run can be started again: images whose files exist are passed over, and a file is either
     whole or absent. An image is skipped, and named on standard error, if it cannot be read, or if its maps cannot be
     made or hold NaN. The run ends with a summary there, and the report names the skipped images. Progress is a bar if
     standard error is a terminal and rich is installed, else a line every ten seconds.
 
     Args:
         cam: takes an image (1, 3, h, w) and its labels (1, C), both on the transform's device, and returns the maps
-            (1, C, h', w'), not normalised: a :class:`~acr_reg.GradientCam`, or a function of yours. Maps of absent
+            (1, C, h', w'), not normalised: a :class:`~acr_reg.GradientCam` or your own function. Maps of absent
             classes are left out.
         images: paths of the photos.
         labels: from each ID to its (C,) labels, > 0 for the classes present, as in PSA's ``cls_labels.npy``.

@@ -1,4 +1,4 @@
-"""What the files of all host codebases share: the host runs the first view itself, and the second runs beside it.
+"""The code that all host files share: the host runs the first view itself, and the second view runs beside it.
 
 Each file serves a family of hosts, with the same three functions:
 
@@ -31,7 +31,7 @@ Keep = Literal["only", "first", "last", "all"]
 
 @dataclass(frozen=True)
 class HostView:
-    """What the forward pass of one view left. Delete it after ``backward``: it holds the graph.
+    """The results of one view's forward pass. Delete it after ``backward``: it holds the graph.
 
     ``features`` is the tensor from which the host computes its class maps, on the graph, or None if there is no such
     tensor. ``output`` is what the forward pass returned (None for the first view). ``network`` is the host's model
@@ -45,7 +45,7 @@ class HostView:
 
 
 class HostCapture(Removable):
-    """A running capture of a host's encoder and of one more tensor. ``capture`` of a host's file makes it."""
+    """A running capture of a host's encoder and of one more tensor, made by ``capture`` in a host's file."""
 
     def __init__(self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None) -> None:
         self.model = model
@@ -53,19 +53,19 @@ class HostCapture(Removable):
         self.network = unwrap(model)
         self._attention = attention
         self._features = features
-        # The second view's dropout has a generator of its own: the host's would be moved on for every later step.
+        # The second view's dropout has its own generator: drawing from the host's would change every later step.
         self._seeds = torch.Generator().manual_seed(torch.initial_seed() % 2**62 + _rank())
 
     def take(self, run: int | None = None) -> HostView:
-        """What the host's forward pass left since the last take, on its graph. With ``keep="all"``, ``run`` picks one
-        of several passes. Raises ``CaptureError`` if there was no pass, if it ran under ``torch.no_grad``, or if it did
-        not reach the host's class maps."""
+        """The results of the host's forward pass since the last take, on its graph. With ``keep="all"``, ``run`` picks
+        one of several passes. Raises ``CaptureError`` if there was no pass, if it ran under ``torch.no_grad``, or if it
+        did not reach the host's class maps."""
         return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
-        """The view that ``forward()`` computes. Dropout and stochastic depth draw from a generator of their own, so the
-        host's random numbers go on as if nothing had run. Pass ``features(output)`` if the pass ends below the module
-        whose tensor is recorded."""
+        """Runs ``forward()`` and returns its view. Dropout and stochastic depth draw from a separate generator, so the
+        host's random numbers continue as if nothing had run. Pass ``features(output)`` if the pass ends below the
+        module whose tensor is recorded."""
         self.clear()
         with self._numbers_of_its_own():
             output = forward()
@@ -103,7 +103,7 @@ class HostCapture(Removable):
 class FeatureRecorder:
     """Records the tensor that ``module`` returns (``what="input"``: its first argument) in a pass with a graph.
 
-    ``keep`` is as for :func:`~acr_reg.capture_attention`. ``pick`` takes the tensor out of a result that is no tensor.
+    ``keep`` is as for :func:`~acr_reg.capture_attention`. ``pick`` takes the tensor out of a result that is not one.
     """
 
     def __init__(
@@ -139,8 +139,8 @@ class FeatureRecorder:
             self._found = [tensor]
 
     def take(self, run: int | None = None) -> Tensor:
-        """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every run
-        of the encoder has to."""
+        """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every
+        encoder run must reach it."""
         found, self._found = self._found, []
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
@@ -172,8 +172,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inside(boxes: Tensor, images: Tensor) -> Tensor:
-    """(B, H, W), True inside ``boxes`` (B, 4) of top, bottom, left, right: the ``valid`` of the loss. Data sets give
-    such boxes if they pad small photos to the crop (AFA, ToCo and their heirs)."""
+    """(B, H, W), True inside ``boxes`` (B, 4) of top, bottom, left, right: the loss's ``valid``. Data sets that pad
+    small photos to the crop give such boxes (AFA, ToCo and their heirs)."""
     sides = boxes.to(images.device).unflatten(1, (2, 2))
     held = []
     for axis, size in enumerate(images.shape[-2:]):

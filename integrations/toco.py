@@ -152,7 +152,7 @@ def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
     network = unwrap(model)
     if hasattr(network, "branch1"):
         raise ValueError(
-            f"{type(network).__name__} has two branches. Capture each of them: "
+            f"{type(network).__name__} has two branches. Use "
             "[toco.capture(branch, keep='all') for branch in (model.module.branch1, model.module.branch2)]."
         )
     encoder, classifier = part(network, "encoder", "ToCo"), part(network, "classifier", "ToCo")

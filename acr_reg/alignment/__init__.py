@@ -1,1 +1,1 @@
-"""Brings the tokens and the attention of a view, a flip like any other, back onto the image that it was made from."""
+"""Carries the tokens and the attention of a view back onto the image that the view was made from."""

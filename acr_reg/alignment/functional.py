@@ -1,4 +1,4 @@
-"""Carries tokens, and attention between tokens, from a view back onto the image's tokens, as pure functions."""
+"""Carries tokens and attention maps from a view back onto the image's tokens, as pure functions."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
 
 
 def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
-    """(1 or B, target tokens) bool: which tokens of the image the view shows, judged by their centres.
+    """(1 or B, target tokens) bool: True for image tokens whose centre the view shows.
 
     >>> from acr_reg import Crop, Lattice
     >>> view = Crop(0, 16, 16, 32, image_size=(16, 64))  # tokens of 16 px

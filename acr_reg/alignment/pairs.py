@@ -1,4 +1,4 @@
-"""The rows of attention to compare, of a layer on images and of the same layer on a view of them.
+"""Picks and aligns the attention rows to compare, of one layer on images and on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
 (:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view
@@ -21,11 +21,11 @@ from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.view import View
 
-_NO_MASS = 1e-30  # on what both views show: the row counts for nothing, and its gradient must stay finite
+_NO_MASS = 1e-30  # a row with less mass on tokens visible in both views counts nothing; its gradient stays finite
 
 
 def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
-    """Raises ValueError if the two layers cannot be of images and of this view of them."""
+    """Raises ValueError if the second layer cannot come from this view of the first layer's images."""
     name = f"layer {a.index} ({a.name})"
     if a.shape[:2] != b.shape[:2]:
         raise ValueError(
@@ -54,8 +54,8 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
 
 
 def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
-    """Whether the view turns the size of the image under one grid into that under the other. The grids themselves may
-    be out of proportion, since patches may leave a margin."""
+    """Whether the view maps the first image size to the second. The grids themselves may be out of proportion, because
+    patches may leave a margin."""
     if grid_a.is_unit or grid_b.is_unit:
         return False
     size_a, size_b = ((round(grid.extent[0]), round(grid.extent[1])) for grid in (grid_a, grid_b))
@@ -64,8 +64,8 @@ def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows of both views over the first view's keys: ``full_a`` and ``full_b``, (B, H, R, prefix + M), with ``prefix``
-    of each. Both views show the prefix tokens.
+    """Rows of both views over the first view's keys: ``full_a`` and ``full_b``, (B, H, R, prefix + M).
+    ``prefix`` counts the prefix tokens of each; both views show these.
 
     ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding, ``shown`` (1 or B, R) for rows of
     tokens visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
@@ -90,7 +90,7 @@ class AlignedRows:
 
     @property
     def b(self) -> Tensor:
-        """(B, H, R, M) the second view's."""
+        """The same for the second view."""
         return self._patches(self.full_b, self.prefix[1])
 
     def _patches(self, rows: Tensor, prefix: int) -> Tensor:
@@ -104,8 +104,8 @@ class AlignedRows:
         Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap makes
         rows conditional: each head's row is divided by its own mass on what both views show, prefix and valid keys,
         which equals a softmax over logits with the other keys masked. Only conditional rows are invariant: a softmax
-        over a crop knows nothing of the keys beyond it, and each head looks beyond it by another share. Rows, and heads
-        in their mean, are weighted by the smaller mass of both views, so that rows that look elsewhere count little.
+        over a crop does not know the keys beyond it, and the share of attention beyond it differs by head. Rows, and
+        heads in their mean, are weighted by the smaller mass of both views: rows that look elsewhere count little.
         """
         if not self.is_partial:
             full = self.full_a, self.full_b
@@ -130,7 +130,7 @@ class AlignedRows:
 
 
 class RowSource(Protocol):
-    """Where rows come from: a :class:`~acr_reg.LayerAttention`, or one that is evaluated in blocks."""
+    """A source of attention rows: a :class:`~acr_reg.LayerAttention`, or one evaluated in blocks."""
 
     @property
     def layout(self) -> TokenLayout: ...
@@ -142,9 +142,9 @@ class RowSource(Protocol):
 
 
 class AlignedPair:
-    """Layer ``a`` on ``images`` and the same layer ``b`` on ``view(images)``; rows are aligned when they are asked for.
+    """Layer ``a`` on ``images`` and the same layer ``b`` on ``view(images)``. Aligns rows on demand.
 
-    Where lattices fall on each other (flips, quarter turns), tokens of query and key are permuted before any product.
+    Where the lattices coincide (flips, quarter turns), query and key tokens are permuted before any product.
     Elsewhere both axes are resampled by the same weights, and each row keeps the mass it gave to patches. ``valid``
     (B, H, W) is False where the images are padding. ``with_entropy`` also computes the entropy of rows.
     """
@@ -176,18 +176,18 @@ class AlignedPair:
             self.is_partial = True
 
     def of(self, a: RowSource, b: RowSource) -> AlignedPair:
-        """The same alignment, of rows from other sources whose tokens are in the same places."""
+        """This alignment applied to other row sources with the same layout."""
         pair = copy(self)
         pair.a, pair.b = a, b
         return pair
 
     def activation(self) -> AlignedRows:
-        """The rows of the class tokens, of which there may be none."""
+        """The aligned rows of the class tokens; none if there is no class token."""
         always = torch.ones(1, len(self.classes[0]), dtype=torch.bool, device=self.keys_valid.device)
         return self._aligned(self.classes[0], self.classes[1], None, always, always)
 
     def affinity(self, tokens: Tensor) -> AlignedRows:
-        """The rows of these patch tokens (R,) of the images."""
+        """The aligned rows of these patch tokens (R,) of the images."""
         rows_b, mixed = self.maps.rows(tokens, self.dtype)
         shown = self.maps.queries.valid[:, tokens]
         rows_a = self.a.layout.num_prefix_tokens + tokens
@@ -196,7 +196,7 @@ class AlignedPair:
     def _aligned(
         self, rows_a: Tensor, rows_b: Tensor, mixed: Tensor | None, shown: Tensor, counted: Tensor
     ) -> AlignedRows:
-        """Rows of both maps; ``mixed`` (S, R, rows of the view) are weights that mix the view's rows to the image's."""
+        """Aligns rows of both maps. ``mixed`` (S, R, view rows) are the weights that mix view rows into image rows."""
         map_a, map_b = self.a.weights(rows_a), self.b.weights(rows_b, self.maps.permuted_keys)
         entropies, stochastic = None, self.a.stochastic and self.b.stochastic
         if self.with_entropy and stochastic:

@@ -1,4 +1,4 @@
-"""The map P from the tokens of a view back to those of its image, and which tokens are image.
+"""The map P from the tokens of a view back to the tokens of its image, and which tokens are not padding.
 
 Attention A of a view is carried back as P^T A P. A flip, a quarter turn or a crop of whole tokens permutes or picks
 tokens: P is an index, and is applied to queries and keys before any product. Any other view resamples rows and columns.
@@ -17,9 +17,9 @@ from acr_reg.views.view import View, map_between
 class AlignmentMaps:
     """P for queries and for keys, from the layout ``source`` of a view to the layout ``target`` of its image.
 
-    ``image`` (B, N), (B, M) says which queries and keys of the image are not padding; None means all.
+    ``image`` (B, N), (B, M) marks the image's queries and keys that are not padding; None means all.
     ``permuted_keys`` (1 or B, prefix + M) are the view's keys in the image's order, where P permutes keys; else None.
-    ``keys_shown`` maps the other way: its ``valid`` says which keys of the view the image has.
+    ``keys_shown`` maps the other way: its ``valid`` marks the view's keys that the image contains.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class AlignmentMaps:
         self.keys = map_between(view.inverse, source.key, target.key, device)
         self.keys_shown = map_between(view, target.key, source.key, device)
         self.prefix = source.num_prefix_tokens
-        # Resampling would mix the padding beside the image into it: neither its keys nor its rows are read.
+        # Resampling would mix padding into the image, so neither the keys nor the rows of padding are read.
         self.image_keys = self.image_rows = None
         if image is not None and not (self.keys.is_exact and self.queries.is_exact):
             there = map_between(view, target.query, source.query, device), self.keys_shown
@@ -43,8 +43,8 @@ class AlignmentMaps:
             self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """The view's rows (1 or B, R') from which those of the image's ``tokens`` (R,) are made, and the weights
-        (1 or B, R, R') that mix them; None where each row is one of the view's."""
+        """View rows (1 or B, R') that make up these image tokens (R,), and their mixing weights (1 or B, R, R'), None
+        if the rows map one to one."""
         if self.queries.is_exact:
             return self.prefix + self.queries.index()[:, tokens], None
         rows, weights = self.queries.sources(tokens, dtype)
@@ -55,20 +55,20 @@ class AlignmentMaps:
         return self.prefix + rows, weights
 
     def carry_keys(self, rows: Tensor, stochastic: bool) -> Tensor:
-        """Rows (..., keys of the view) over the image's keys; prefix tokens stay in front."""
+        """Carries rows (..., view keys) onto the image's keys; prefix tokens stay in front."""
         if self.permuted_keys is not None:  # the rows were made of permuted keys
             return rows
         prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
         return torch.cat([prefix, self.carry_patches(patches, stochastic)], -1)
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
-        """Resamples where rows look (..., M'), and gives each row back the mass it had on what both views show."""
+        """Resamples rows (..., M') over keys, then restores each row's mass on the keys visible in both views."""
         if self.keys.is_exact:
             return self.keys.tokens(patches)
         if self.image_keys is not None:
             patches = patches * self.image_keys[:, None, None]
         moved = self.keys.tokens(patches)
-        if not stochastic:  # the sum of mixed rows, of either sign, says nothing: keep their mass per area
+        if not stochastic:  # mixed rows have either sign, so their sum means nothing: keep their mass per area
             return moved * self.keys.area.to(moved)[:, None, None, None]
         if not self.keys_shown.is_complete:
             patches = patches * self.keys_shown.valid[:, None, None]
@@ -77,7 +77,7 @@ class AlignmentMaps:
 
 
 def check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:
-    """A view bound to one image size needs tokens of such images. A grid in units of tokens tells no pixels."""
+    """A view bound to one image size needs tokens of such images. A grid without a pixel size cannot be checked."""
     for which, grid, size in (("first", target, view.input_size), ("second", source, view.fixed_size)):
         if size is not None and not grid.is_unit and grid.extent != (float(size[0]), float(size[1])):
             raise ValueError(
@@ -94,7 +94,7 @@ def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
 
 
 def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
-    """(tokens, pixels): how much of the part of a token's cell that lies on the image each pixel covers."""
+    """(tokens, pixels): the share of a token's cell that each pixel covers, of the part that lies on the image."""
     line = Line(lattice, axis)
     centres, half = line.places()[:, None] * pixels, line.stride / line.extent * pixels / 2
     edges = torch.arange(pixels, dtype=torch.float64)

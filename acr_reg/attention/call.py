@@ -15,9 +15,9 @@ from acr_reg.attention.layer import RecordedTensors
 class AttentionCall:
     """One use of attention. The mode that sees the kernel makes it, and the recorder adds its module and shapes.
 
-    ``refusal``: why it is no token-to-token self-attention, or None. ``value_width``: the length of a value's last
-    axis; ``value_in_columns``: neighbours along its last axis but one are neighbours in memory. ``cross``: the module
-    was given keys of other tokens.
+    ``refusal``: why it is not token-to-token self-attention, or None. ``value_width``: the length of the value's last
+    axis. ``value_in_columns``: whether its second-last axis is contiguous in memory. ``cross``: whether the module was
+    given keys of other tokens.
     """
 
     recorded: RecordedTensors
@@ -34,7 +34,7 @@ class AttentionCall:
 
     @property
     def sort(self) -> tuple[Any, ...]:
-        """Calls of one sort have their tokens in the same places."""
+        """Two calls of the same sort have their tokens in the same places."""
         recorded = self.recorded
         keys = recorded.seen.shape[-1] if recorded.key is None or recorded.map is not None else recorded.key.shape[-2]
         value = self.value_width, self.value_in_columns

@@ -21,7 +21,7 @@ from acr_reg.tokens import TokenLayout, Window
 
 _BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32; a block holds a few times as many
 
-# At least so many rows: each block forms a gradient to all keys, as large as d rows of the maps, 64 in most models.
+# The minimum: each block forms a gradient with respect to all keys, as large as d rows of the maps (64 in most models).
 # Blocks of 3 rows took six times as long as blocks of 32.
 _BLOCK_ROWS = 64
 
@@ -62,8 +62,8 @@ class RecordedTensors:
 class LayerAttention:
     """Self-attention of one layer: its factors (query, key, ...) or its explicit map, and where its tokens sit.
 
-    ``index`` counts the captured layers of the run from 0; ``name`` is the module's. ``stochastic``: the rows of the
-    map are probabilities. ``dropout``: the attention dropout that was active after them. ``images`` selects a part of
+    ``index`` counts the captured layers of the run from 0; ``name`` is the module's. ``stochastic``: whether the map's
+    rows are probabilities. ``dropout``: the attention dropout that was active on them. ``images`` selects a part of
     the batch; the recorded tensors stay whole, because only tensors on the graph have a gradient.
     """
 
@@ -71,7 +71,7 @@ class LayerAttention:
     name: str
     recorded: RecordedTensors
     placed: TokenLayout | None
-    """Where its tokens sit, or None, with the reason in ``why_unplaced``."""
+    """The layout of its tokens; None if unknown, with the reason in ``why_unplaced``."""
     dropout: float = 0.0
     stochastic: bool = True
     images: slice = field(default_factory=lambda: slice(None))
@@ -138,7 +138,7 @@ class LayerAttention:
         return batch, heads, queries, keys
 
     def of_images(self, images: Tensor) -> LayerAttention:
-        """The layer of these images (n,), in this order, as tensors of its own."""
+        """This layer for these images (n,), in this order, with tensors of its own."""
         recorded = self.recorded
         mask = None if recorded.causal else self.batched_mask()
         mask = mask[images] if mask is not None and mask.shape[0] > 1 else mask
@@ -220,7 +220,7 @@ class LayerAttention:
 
 
 def rows_of_block(layers: Sequence[LayerAttention]) -> int:
-    """How many query rows of the layers' maps, all images and heads, are formed at a time."""
+    """The number of query rows to form at a time, of the layers' maps of all images and heads."""
     share = _BLOCK_ELEMENTS // len(layers)
     shapes = [layer.shape for layer in layers]
     return min(min(n, max(_BLOCK_ROWS, share // (batch * heads * m))) for batch, heads, n, m in shapes)

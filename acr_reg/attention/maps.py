@@ -49,8 +49,8 @@ def check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
 def check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if maps.ndim != 4 or not maps.is_floating_point():
         raise ValueError(
-            f"layer {index}: a {maps.dtype} tensor of shape {tuple(maps.shape)} is no attention map. Pass floating "
-            "point probabilities (B, H, N, M) or (B, N, M)."
+            f"layer {index}: a {maps.dtype} tensor of shape {tuple(maps.shape)} cannot be an attention map. Pass "
+            "floating point probabilities (B, H, N, M) or (B, N, M)."
         )
     check_tokens(maps.shape, index, layout)
     rows = at_least_float32(maps.detach())
@@ -61,15 +61,15 @@ def check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
     if off > allowed or rows.min().item() < 0:
         raise ValueError(
             f"layer {index}: rows do not sum to 1 within {allowed:g} (off by {off:.2g}, smallest value "
-            f"{rows.min().item():.2g}). Apply softmax(-1) to logits and take maps before dropout."
+            f"{rows.min().item():.2g}). Pass maps after softmax(-1) and before dropout."
         )
 
 
 class AttentionMaps(Sequence[LayerAttention]):
     """The attention layers of one encoder run, in the model's order.
 
-    ``batch_norms`` names the BatchNorm modules in training mode, which couple the images of the batch. ``run`` counts
-    the encoder runs before this one since the last take; None if the caller chose it.
+    ``batch_norms`` names the BatchNorm modules in training mode, which couple the images of the batch. ``run`` is the
+    number of encoder runs between the last take and this one; None if the caller chose the run.
 
     >>> import torch
     >>> maps = [torch.rand(2, 3, 1 + 4 * 6, 1 + 4 * 6).softmax(-1) for _ in range(2)]
@@ -101,10 +101,10 @@ class AttentionMaps(Sequence[LayerAttention]):
         """Attention probabilities of your own code, one tensor (B, H, N, M) or (B, N, M) per layer.
 
         ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width, and ``key_grid`` the same for
-        M if keys are fewer; a :class:`~acr_reg.Lattice` in their place also gives stride and offset.
-        ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; optional with one prefix
-        token or none. Raises ValueError where shapes disagree, a value is not finite, or a row does not sum to 1
-        within 1e-4 (5e-3 in half precision), as logits do not.
+        M where a layer has fewer keys than queries, as in PVT and SegFormer; a :class:`~acr_reg.Lattice` also gives
+        stride and offset. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; optional
+        with one prefix token or none. Raises ValueError if shapes disagree, a value is not finite, or a row does not
+        sum to 1 within 1e-4 (5e-3 in half precision), as logits do not.
         """
         if isinstance(tensors, Tensor):
             raise TypeError(
@@ -115,7 +115,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
-                    f"layer {index}: a {type(tensor).__name__} is no tensor. Convert it with torch.as_tensor."
+                    f"layer {index}: a {type(tensor).__name__} is not a tensor. Convert it with torch.as_tensor."
                 )
             probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
             check_probabilities(probabilities, index, layout)
@@ -149,7 +149,7 @@ class AttentionMaps(Sequence[LayerAttention]):
 
     @property
     def batch_size(self) -> int:
-        """Images; a layer of windows holds several maps per image."""
+        """The number of images; a window layer holds several maps per image."""
         return min(layer.shape[0] for layer in self)
 
     def weights(self) -> list[Tensor]:
@@ -157,7 +157,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         return [layer.weights() for layer in self]
 
     def select(self, layers: Iterable[int]) -> AttentionMaps:
-        """The layers of these model indices; negative ones count from the last recorded layer."""
+        """The layers with these model indices; negative ones count from the last recorded layer."""
         by_index = {layer.index: layer for layer in self}
         wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
         missing = [i for i in wanted if i not in by_index]
@@ -184,8 +184,8 @@ class AttentionMaps(Sequence[LayerAttention]):
         class_tokens: int | Sequence[int] | None = None,
         key_grid: Grid | None = None,
     ) -> AttentionMaps:
-        """The same maps on a ``grid``, (height, width) or a :class:`~acr_reg.Lattice`, that the capture cannot tell.
-        ``key_grid`` is the grid of the keys over the same image, if it is another."""
+        """The same maps on a ``grid``, (height, width) or a :class:`~acr_reg.Lattice`, that the capture cannot infer.
+        ``key_grid`` is the keys' grid over the same image where a layer reduces keys, as PVT and SegFormer do."""
         layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
         for layer in self:
             check_tokens(layer.shape, layer.index, layout)

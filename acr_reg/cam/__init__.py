@@ -1,1 +1,1 @@
-"""Class activation maps: made from attention gradients, refined, and computed for whole models."""
+"""Makes class activation maps from attention gradients, refines them, and computes them for whole models."""

@@ -1,7 +1,7 @@
-"""Class maps from the gradient of a class score by the class token's attention.
+"""Class maps from the gradient of a class score with respect to the class token's attention.
 
-The map of class c sums, over layers l from ``start_layer`` up, the positive part of the gradient of the class score y_c
-by the class token's attention (GETAM, Sun et al., arXiv 2112.02841; ACR, arXiv 2308.04321):
+The map of class c sums, over layers l from ``start_layer`` up, the positive part of the gradient of class score y_c
+with respect to the class token's attention (GETAM, Sun et al., arXiv 2112.02841; ACR, arXiv 2308.04321):
 
     M_c = sum_l mean_h relu(dy_c / dA_l^h)[class row, patches]
 
@@ -34,7 +34,7 @@ def class_token_gradient_cam(
     query: Literal["class", "all"] = "class",
     create_graph: bool = False,
 ) -> Tensor:
-    """Class maps (B, C, h, w) >= 0, not normalised, from the gradient of ``logits`` (B, C) by ``attention``.
+    """Class maps (B, C, h, w) >= 0, not normalised: the gradient of ``logits`` (B, C) with respect to ``attention``.
 
     With G = dy_c / dA of the class row, a layer contributes
 
@@ -66,7 +66,7 @@ def class_token_gradient_cam(
     torch.Size([1, 4, 2, 3])
     """
     layers = _layers_from(attention, start_layer)
-    grids = [layer.layout.key for layer in layers]  # raises for a layer on no grid, before anything counts images
+    grids = [layer.layout.key for layer in layers]  # raises for a layer without a grid, before anything counts images
     wanted = _check_cam_inputs(logits, attention, layers, labels, method, query)
     grid = grids[0]
     batch, classes = logits.shape
@@ -168,7 +168,7 @@ def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_g
     fused = [layer for layer in layers if layer.is_factored and not _has_second_derivative(layer)]
     if create_graph and fused:
         raise ValueError(
-            f"create_graph=True needs a second derivative, and the fused {_named(fused)} has none. Use "
+            f"create_graph=True needs a second derivative, which the fused {_named(fused)} lacks. Use "
             "capture_attention(model, double_backward=True)."
         )
 
@@ -178,7 +178,7 @@ def _named(layers: list[LayerAttention]) -> str:
 
 
 def _has_second_derivative(layer: LayerAttention) -> bool:
-    """The math kernel leaves ordinary operations on the graph, a fused one a node that bears its name."""
+    """The math kernel leaves ordinary operations on the graph; a fused kernel leaves a node with its own name."""
     output = layer.recorded.output
     return output is not None and "ScaledDotProduct" not in type(output.grad_fn).__name__
 
@@ -205,7 +205,7 @@ def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) 
     except RuntimeError as error:
         if "second time" in str(error) or "freed" in str(error):
             raise RuntimeError(
-                "backward() has already freed the graph. Compute the class maps before loss.backward(), or call "
+                "backward() has already freed the graph. Compute class maps before loss.backward(), or call "
                 "backward(retain_graph=True)."
             ) from error
         raise
@@ -217,7 +217,7 @@ def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) 
 def _contribution(
     layer: LayerAttention, gradient: Tensor, image: Tensor, label: Tensor, method: Method, query: str
 ) -> Tensor:
-    """(pairs, patches): the contribution of one layer to the maps of the (image, label) pairs of one pass."""
+    """(pairs, patches): one layer's contribution to the maps of the (image, label) pairs of one pass."""
     gradient = gradient[image]
     value = None if layer.value is None else layer.value[image]
     part = layer.of_images(image) if method.startswith("cam_grad") else None
@@ -226,7 +226,7 @@ def _contribution(
         tokens = torch.tensor(layer.layout.known_class_tokens(), device=gradient.device)
         rows = tokens[label] if len(tokens) > 1 else tokens.expand(len(label))
         return _row_maps(gradient, value, part, prefix, rows[:, None], method).mean(1)
-    # The gradient to all rows at once would be an N x N map of every head.
+    # The gradient with respect to all rows at once would be an N x N map of every head.
     blocks = torch.arange(gradient.shape[2], device=gradient.device).split(rows_of_block([layer]))
     sums = [_row_maps(gradient, value, part, prefix, rows, method).sum(1) for rows in blocks]
     return torch.stack(sums).sum(0) / gradient.shape[2]
@@ -235,8 +235,8 @@ def _contribution(
 def _row_maps(
     gradient: Tensor, value: Tensor | None, layer: LayerAttention | None, prefix: int, rows: Tensor, method: Method
 ) -> Tensor:
-    """(pairs, R, patches): the contributions of query ``rows``, (R,) or (pairs, R). ``gradient`` is by the output of a
-    fused layer, together with its ``value``, or by the map. ``layer`` gives the weights to methods that need them."""
+    """(pairs, R, patches): the contributions of query ``rows``, (R,) or (pairs, R). ``gradient`` is dy/dO (fused, needs
+    ``value``) or dy/dA. ``layer`` gives the attention weights to methods that need them."""
     grads = at_least_float32(select(gradient, 2, rows))
     if value is not None:
         grads = grads @ at_least_float32(value).transpose(-2, -1)

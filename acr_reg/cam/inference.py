@@ -1,4 +1,4 @@
-"""Class maps of a model for inference, over several views, in one call that runs the forward passes itself."""
+"""Computes a model's class maps for inference, over several views, in one call that runs the forward passes."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ class GradientCam(Removable):
     This is the inference that ACR publishes (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`, one step of
     :func:`~acr_reg.propagate_cam` over all layers, summed over the image and its flip. The model runs in eval mode, no
     parameter needs a gradient, and layers below ``start_layer`` run without a graph; if it is negative, the first call
-    runs one more image to count the layers. Afterwards the model's modes and flags are as before.
+    runs one more image to count the layers. The model's modes and flags are restored afterwards.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`.
         start_layer, method, query: as for :func:`~acr_reg.class_token_gradient_cam`.
-        steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`; 0 steps leave propagation out.
-        views, merge: as for :func:`~acr_reg.multi_view_cam`.
+        steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`, which needs layers on one grid, so the last
+            stage of a pyramid; 0 steps leave propagation out.
+        views, merge: as for :func:`~acr_reg.multi_view_cam`; merge by "mean" if the views are crops.
         forward: returns the logits (B, C) of images, if ``model(images)`` does not.
         modules, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
 
@@ -113,14 +114,14 @@ class GradientCam(Removable):
             return multi_view_cam(one_view, images, self.views, self.merge, size)
 
     def _running(self, images: Tensor) -> AttentionCapture:
-        """The capture, which needs the number of the first layer with a graph."""
+        """The capture. It needs the index of the first layer with a graph."""
         if self._removed:
             raise CaptureError("This GradientCam was removed. Make another one.")
         if self._attention is None:
             first = self.start_layer
             if first < 0:
-                # No parameter needs a gradient, so no graph is made. Under no_grad, layers that the model itself runs
-                # under no_grad would count too, and the capture does not record them later.
+                # No parameter needs a gradient, so no graph is made. Under no_grad, the count would include layers that
+                # the model itself runs under no_grad, which the capture does not record later.
                 with capture_attention(self.model, keep="all", **self._hints) as attention:
                     first = max(0, len(self._run(attention, images[:1])[1]) + first)
             self._attention = capture_attention(self.model, keep="all", graph_from=first, **self._hints)
@@ -141,7 +142,7 @@ class GradientCam(Removable):
 
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside the block; afterwards the same ones do as before."""
+    """Freezes every parameter inside the block and restores it afterwards."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in learning:

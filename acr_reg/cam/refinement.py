@@ -1,4 +1,4 @@
-"""Refines class maps: normalises them, propagates them over the affinity, merges them over views."""
+"""Refines class maps: normalises them, propagates them over the affinity, and merges them over views."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def attend_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     if mask is not None:
         mask = mask.expand(-1, -1, layer.shape[2], -1)[:, :, prefix:]
         mask = mask if mask.dtype == torch.bool else mask.to(query)
-    # Kernels are fast for values as wide as the heads; other widths fall back to one that forms the map. Prefix tokens
-    # carry 0.
+    # Kernels are fast if values are as wide as the heads; other widths fall back to a kernel that forms the map. Prefix
+    # tokens carry 0.
     width = query.shape[-1]
     attended = []
     for chunk in values.to(query.dtype).split(width, -1):
@@ -49,7 +49,7 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
         M' = ( sum_l mean_h A_l[patches, patches] ) M
 
     ``layers`` chooses the layers in the sum (negative: from the last); None takes all, as published. The result is
-    differentiable by both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
+    differentiable in both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
     """
     chosen = attention if layers is None else attention.select(layers)
     grid = chosen[-1].layout.key
@@ -92,9 +92,9 @@ def multi_view_cam(
 ) -> Tensor:
     """Merges the class maps of several views of ``images`` (B, 3, H, W), carried back onto the images: (B, C, h, w).
 
-    ``cam_fn`` returns the maps (B, C, h', w') of the images it is given, or these and the :class:`~acr_reg.Lattice` on
-    which they lie (the lattice of the tokens if a stem's windows overlap). Maps without a lattice divide their image
-    evenly, as the result does. ``size`` (h, w) is by default the size of the first view's maps carried back. "sum" adds
+    ``cam_fn`` returns the maps (B, C, h', w') of the images it is given, alone or with the :class:`~acr_reg.Lattice`
+    on which they lie (the tokens' lattice if a stem's windows overlap). Maps without a lattice divide their image
+    evenly, as the result does. ``size`` (h, w) defaults to the size of the first view's maps carried back. "sum" adds
     the maps, as published for the flip; "max" keeps the largest value; "mean" averages over the views that show a
     pixel, for crops. A map is 0 where its view shows nothing.
 
@@ -134,8 +134,8 @@ def multi_view_cam(
 
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max", valid: Tensor | None = None) -> Tensor:
     """Normalises class maps (B, C, h, w) to [0, 1], per image and class: relu(cam) over its maximum, or min-max. An
-    empty map stays 0. Minimum and maximum are taken over the pixels ``valid`` (B or 1, h, w), by default all; other
-    pixels are clamped to [0, 1]."""
+    empty map stays 0. The minimum and maximum cover the ``valid`` pixels (B or 1, h, w), by default all; other pixels
+    are clamped to [0, 1]."""
     cam = at_least_float32(cam)
     outside = None if valid is None else ~valid[:, None]
 

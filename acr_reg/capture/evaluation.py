@@ -1,4 +1,4 @@
-"""Keeps the modes of a model's modules while it runs in eval mode."""
+"""Runs a model in eval mode and restores each module's own mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module has the mode that it had before."""
+    """Sets eval mode inside the block, and restores every module's mode afterwards."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()

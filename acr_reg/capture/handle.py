@@ -1,4 +1,4 @@
-"""The handle of a capture: :func:`capture_attention` starts one, :class:`AttentionCapture` hands out the maps."""
+"""The handle of a capture: :func:`capture_attention` starts it, :class:`AttentionCapture` hands out the maps."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def capture_attention(
     Args:
         model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
         layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
-        modules: names (or modules) within which attention counts, such as one of two encoders; None means anywhere.
-        patch_size, num_prefix_tokens, class_tokens: the tokens, where the model's own fields are missing or wrong.
+        modules: capture only attention within these modules or names, such as one of two encoders; None means all.
+        patch_size, num_prefix_tokens, class_tokens: describe the tokens if the model's own fields are missing or wrong.
             ``class_tokens`` is a count from the first prefix token, or positions; token c belongs to class c.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
             once, "all" keeps all for ``take(i)``.
-        no_grad: also record runs under ``torch.no_grad``; off, so that validation costs nothing.
+        no_grad: also record runs under ``torch.no_grad``; off by default, so that validation costs nothing.
         double_backward: use the attention kernel that can be differentiated twice, for a CAM inside the loss.
         graph_from: start the autograd graph at this layer (negative: from the last) if the backbone is frozen, so that
             class maps by gradient work; layers below stay without a graph.
@@ -79,7 +79,7 @@ class AttentionCapture(Removable):
         self._layers = None if layers is None else tuple(layers)
         self._warned = False
         self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) of all that is no token-to-token self-attention in the run taken last."""
+        """(module name, reason) for everything in the last run taken that is not token-to-token self-attention."""
 
     def remove(self) -> None:
         """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
@@ -94,8 +94,8 @@ class AttentionCapture(Removable):
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
 
-        With ``keep="all"``, ``run`` picks one of several, 0 the first; the others are forgotten too. Raises
-        :class:`~acr_reg.CaptureError` where there was no run, or more than ``keep`` allows.
+        With ``keep="all"``, ``run`` picks one of several, counted from 0; the others are forgotten too. Raises
+        :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows.
         """
         recorder = self._running()
         position = recorder.log.started - 1
@@ -104,8 +104,8 @@ class AttentionCapture(Removable):
         return self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
 
     def take_all(self) -> list[AttentionMaps]:
-        """The maps of every encoder run since the last take, with ``keep="all"``; at least one, or a
-        :class:`~acr_reg.CaptureError`."""
+        """The maps of every encoder run since the last take, with ``keep="all"``. Raises :class:`~acr_reg.CaptureError`
+        if there was none."""
         recorder = self._running()
         if recorder.log.keep != "all":
             raise CaptureError(f'take_all() needs keep="all". This capture has keep="{recorder.log.keep}".')

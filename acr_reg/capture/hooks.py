@@ -1,7 +1,7 @@
 """Hooks that tell a watcher which module of a model is running, on any thread.
 
-A hook holds only a number: a copy or pickle of the model carries hooks that do nothing, and a watcher that is gone is
-never called.
+A hook holds only a number. Hooks in a copy or pickle of the model therefore do nothing, and a deleted watcher is never
+called.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class _Hook:
         self.number = number
 
     @property
-    def __name__(self) -> str:  # torch.jit.script alone needs it
+    def __name__(self) -> str:  # only torch.jit.script reads it
         raise _ScriptingError(_TRACED.format("torch.jit.script"))
 
     def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
@@ -74,7 +74,7 @@ class _LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         watcher = None if self.number >= 0 and is_compiling() else _watcher(self.number)
         if watcher is not None:
-            # Where the forward raised, torch calls this while it handles the exception, with None in place of a result.
+            # If the forward raised, torch calls this while it handles the exception, with None as the result.
             watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)
 
 

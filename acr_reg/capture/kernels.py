@@ -1,6 +1,6 @@
-"""How torch spells attention: the functions that take part, their arguments, and the two products.
+"""Knows how torch spells attention: the functions that take part, their arguments, and the two products.
 
-A kernel that is spelled in another way is added here.
+A new spelling is added here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Role(Enum):
     MULTI_HEAD = 2
     SOFTMAX = 3
     PRODUCT = 4
-    UNKNOWN_KERNEL = 5  # an operator called past the public functions, or flex_attention
+    UNKNOWN_KERNEL = 5  # an operator called without its public function, or flex_attention
 
 
 ROLES: dict[Any, Role] = {
@@ -40,7 +40,7 @@ PRODUCT_NAMES = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsu
 _CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
 SAME_MAP_NAMES = {"dropout", "dropout_", "contiguous", "clone", *_CASTS}
 
-# These rearrange rows and leave what a row holds, as long as the last axis keeps its length.
+# These rearrange rows and keep each row's content, as long as the last axis keeps its length.
 SAME_ROWS_NAMES = {"view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "expand"}
 
 _SUMS_QUERIES = "no attention of queries to keys: the product with the values sums over the queries"
@@ -49,11 +49,11 @@ body = cache(body_of)
 
 
 def learn_role(func: Any) -> Role:
-    """The role of a function that is not in ``ROLES`` so far."""
+    """Finds the role of a function that is not in ``ROLES`` yet, and adds it."""
     name = name_of(func)
     role = Role.PRODUCT if name in PRODUCT_NAMES else Role.UNKNOWN_KERNEL if "attention" in name else Role.OTHER
     if dispatches(func) and {"query", "key", "num_heads"} <= set(_parameters(func)):
-        role = Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy as repositories around CLIP have it
+        role = Role.MULTI_HEAD  # torch's multi_head_attention_forward, or a copy of it, as in repositories around CLIP
     ROLES[func] = role
     return role
 
@@ -92,12 +92,12 @@ def dropout_of(args: Any, kwargs: Any) -> float:
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
-    """Whether both are one tensor, or equal views of one: nn.MultiheadAttention transposes each argument."""
+    """Whether both are the same tensor, or equal views of it: nn.MultiheadAttention transposes each argument."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride())
 
 
 def is_transposed(result: Tensor, alias: Tensor) -> bool:
-    """Whether one is the other with its last two axes exchanged, on the same memory."""
+    """Whether one is the other with its last two axes swapped, on the same memory."""
     return (
         result.ndim == alias.ndim >= 2
         and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
@@ -108,7 +108,7 @@ def is_transposed(result: Tensor, alias: Tensor) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ValueProduct:
-    """``value`` (..., M, d) and ``output`` (..., N, d) where the product shows them; ``refusal``: why it is not A V."""
+    """``value`` (..., M, d) and ``output`` (..., N, d) if the product shows them; ``refusal``: why it is not A V."""
 
     value: Tensor | None = None
     output: Tensor | None = None
@@ -120,8 +120,8 @@ def value_product(
 ) -> ValueProduct:
     """The product of the map, operand number ``position`` (0 or 1), with the values.
 
-    It is written A @ V, or V^T @ A^T where channels come first (``transposed``: the map was), or as an einsum
-    ``equation`` (torch turns the spelling with lists of numbers into one).
+    It is written A @ V, or V^T @ A^T if channels come first (``transposed``: the map was), or as an einsum
+    ``equation`` (torch rewrites the list form of einsum as an equation).
     """
     values = operands[1 - position]
     if equation is not None:
@@ -151,12 +151,12 @@ def _einsum(equation: str, position: int, transposed: bool, values: Tensor, outp
             values.permute([of_values.index(letter) for letter in f"{batch}{key}{rest[0]}"]),
             output.permute([summed_to.index(letter) for letter in f"{batch}{query}{rest[0]}"]),
         )
-    except (ValueError, RuntimeError):  # a batch axis that one of them does not have
+    except (ValueError, RuntimeError):  # one of them lacks a batch axis
         return ValueProduct()
 
 
 def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), where its spelling shows them."""
+    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), if its spelling shows them."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
     query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
@@ -165,7 +165,7 @@ def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor,
 
 
 def laid_out(value: Tensor | None) -> tuple[int | None, bool]:
-    """The length of a value's last axis, and whether neighbours along the last axis but one are so in memory."""
+    """The length of a value's last axis, and whether the second-last axis is contiguous in memory."""
     if value is None:
         return None, False
     return value.shape[-1], value.stride(-2) == 1 != value.stride(-1)

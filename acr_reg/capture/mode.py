@@ -44,7 +44,7 @@ class _Followed:
 
 
 class _MultiHead(threading.local):
-    """What nn.MultiheadAttention knows of its products; shared, since only the innermost mode sees its call."""
+    """What nn.MultiheadAttention knows about its products. Shared: only the innermost mode sees its call."""
 
     heads: int | None = None
     refusal: str | None = None
@@ -79,7 +79,7 @@ class AttentionMode(TorchFunctionMode):
         self._met: set[int] = set()
 
     def forget(self) -> list[str]:
-        """Stops following and returns the softmaxes that met no V, in words."""
+        """Stops following and returns descriptions of the softmaxes that met no V."""
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._followed.clear()
         self._unmet.clear()
@@ -126,7 +126,7 @@ class AttentionMode(TorchFunctionMode):
     def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:
         """Runs the function's own body under the mode, because the function dispatches once and hides its kernels.
 
-        The weights that it returns lie off the path to its output and carry no gradient of it.
+        The weights that it returns are not on the path to its output, so the output's gradient does not reach them.
         """
         query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
         before = _inside.heads, _inside.refusal
@@ -179,11 +179,11 @@ class AttentionMode(TorchFunctionMode):
             if not isinstance(operands[probable.index(False)], nn.Parameter):
                 self._met_values(equation, operands, followed, result)
                 return
-            # else heads are mixed by a matrix of weights, which are no values
+            # else a matrix of weights mixes the heads: not values
         found = [t for t in followed if t is not None]
         if not found or not isinstance(result, Tensor) or not result.is_floating_point():
             return
-        # Of several, the one most likely to be the attention: ConViT adds a softmax over positions.
+        # If there are several, follow the likeliest attention: ConViT adds a softmax over positions.
         known = min(found, key=lambda t: (t.probability is None, t.refusal is not None))
         if known.probability is None:
             self._followed[id(result)] = replace(known, alias=weakref.ref(result))
@@ -211,9 +211,9 @@ class AttentionMode(TorchFunctionMode):
             self._followed[id(result)] = _Followed(weakref.ref(result), factors)
 
     def _met_values(self, equation: str | None, operands: list[Tensor], followed: list[Any], output: Tensor) -> None:
-        """The operand that meets V is the attention, taken before dropout where nothing else changed it.
+        """Reports the operand that meets V as the attention, before dropout if nothing else changed it.
 
-        Its first product is the one with V; a later one (a refinement of class maps) is not another layer.
+        Its first product is with V. A later product (a refinement of class maps) is not another layer.
         """
         position = next(i for i, t in enumerate(followed) if t is not None and t.probability is not None)
         known: _Followed = followed[position]
@@ -229,7 +229,7 @@ class AttentionMode(TorchFunctionMode):
         attention = alias.transpose(-2, -1) if changed and known.transposed else alias if changed else probability
         if changed and known.transposed:
             found = replace(found, refusal="a mixed map that is transposed before it meets the values")
-        # What only checks need is not kept: the product, and operands that may be views of larger tensors.
+        # The product, and operands that may be views of larger tensors, are kept only for checks.
         kept: dict[str, Any] = {}
         if self._record_products:
             query, key = known.factors or (None, None)

@@ -1,4 +1,4 @@
-"""Sorts what the hooks and the mode see of one model into encoder runs."""
+"""Sorts everything that the hooks and the mode see of one model into encoder runs."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Recorder:
         self._double_backward = double_backward
         self._graph_from = graph_from
         self._record_products = products
-        self._unknown_modules: set[nn.Module] = set()  # whose kernels cannot be recorded
-        self._alike: set[nn.Module] = set()  # modules that attend, and those that look like them
-        self._narrowed = False  # to those, the model and what reads its images
+        self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
+        self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
+        self._narrowed = False  # to these, the model, and modules that read its images
         self._state = ThreadState()
         self._hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
@@ -55,7 +55,7 @@ class Recorder:
             self._pass_over(state, module)
             return
         if in_backward():  # checkpointing repeats a pass that was already seen
-            if self._double_backward:  # by the kernel of the first pass
+            if self._double_backward:  # with the kernel of the first pass
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
         outermost = not state.entries
@@ -136,7 +136,7 @@ class Recorder:
             self.log.outside += [f"{name}: {what}" for what in unmet]
 
     def _drop_interrupted(self, state: ThreadState) -> None:
-        """Closes entries that a KeyboardInterrupt or SystemExit left behind, whose forward is not on the stack."""
+        """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
         while state.entries and not is_running(state.entries[-1].frame):
             state.fail()
             self._close(state, state.entries.pop())

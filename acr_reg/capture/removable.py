@@ -1,4 +1,4 @@
-"""What every handle on a hooked model shares: it is removed once, by hand or by leaving its ``with`` block."""
+"""The base of every handle on a hooked model: it is removed once, by hand or by leaving its ``with`` block."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Self = TypeVar("Self", bound="Removable")
 
 
 class Removable(ABC):
-    """Something that hooks a model until :meth:`remove` is called, or its ``with`` block is left."""
+    """Hooks a model until :meth:`remove` is called or its ``with`` block is left."""
 
     @abstractmethod
     def remove(self) -> None:

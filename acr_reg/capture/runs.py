@@ -1,4 +1,4 @@
-"""Records of the encoder runs of a captured model, and of the modules that are running."""
+"""Keeps the encoder runs of a captured model, and the modules that are running."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from acr_reg.placement.windows import WindowedOp
 
 Keep = Literal["only", "first", "last", "all"]
 
-REMEMBERED = 8  # runs that nobody has taken: as many as an error about them lists
+REMEMBERED = 8  # runs not yet taken: an error lists this many
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class Run:
     silent: set[nn.Module] = field(default_factory=set)  # modules that ran without attention
     reentrant: set[nn.Module] = field(default_factory=set)  # checkpointed by use_reentrant=True
     windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by name, in order, while all is watched
-    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # by how many, at the first and last call
+    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # ops before the first and last call
     visit: list[FrameType] = field(default_factory=list)  # the frame of the whole model's call, until it returns
     kept: bool = True
     failed: bool = False
@@ -73,8 +73,8 @@ class RunLog:
             self.runs = [*finished, run]
 
     def take(self) -> list[Run]:
-        """The whole runs, which the log then forgets."""
-        # Copies, because a thread still refers to its last run, and must not keep its tensors.
+        """Returns the complete runs and forgets them."""
+        # Copies, because a thread still refers to its last run but must not keep the tensors.
         runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole]
         self.clear()
         return runs
@@ -96,21 +96,21 @@ class Entry:
     kwargs: dict[str, Any]
     frame: FrameType
     opened_mode: bool = False
-    recomputes: bool = False  # in a backward, what checkpointing threw away
-    visit: list[FrameType] | None = None  # of a call of the whole model: shared with its runs
+    recomputes: bool = False  # in a backward, a forward that checkpointing discarded
+    visit: list[FrameType] | None = None  # for a call of the whole model; shared with its runs
     run: Run | None = None
     reported: bool = False
     calls: list[AttentionCall] | None = None
 
 
 class ThreadState(threading.local):
-    """The hooked modules that run on this thread, innermost last, and the run they belong to."""
+    """The hooked modules running on this thread, innermost last, and their run."""
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.mode: AttentionMode | None = None
         self.run: Run | None = None
-        self.coming = Run()  # what is seen before the first attention of the next run
+        self.coming = Run()  # holds what comes before the next run's first attention
         self.images = ImageState()
 
     @property
@@ -125,7 +125,7 @@ class ThreadState(threading.local):
         return entry if entry is not None and is_running(entry.frame) and not entry.recomputes else None
 
     def begin_visit(self, entry: Entry) -> None:
-        """A call of the whole model begins a run, whatever became of the one before."""
+        """Begins a run with a call of the whole model, whether or not the run before it finished."""
         self.end_run()
         entry.visit = [entry.frame]
         self.coming = Run(visit=entry.visit)

@@ -20,7 +20,7 @@ from acr_reg.integrations.progress import show_progress
 
 PHOTO_OPTIONS = ("weights", "classes", "size", "epochs", "train_images", "frozen")
 
-TEXT_WIDTH = 100  # columns, if the output is no terminal
+TEXT_WIDTH = 100  # columns, if the output is not a terminal
 
 _Settings = TypeVar("_Settings")
 

@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     print_scores(scores, len(samples), background)
     if not np.nansum(scores.per_class_iou[int(background) :]):
         print(
-            "warning: No class has a single right pixel. The maps may be of other images, or have other keys: "
+            "warning: No class has a correct pixel. Maps may be of other images or have other keys: "
             f"class k (0-based) is mask id k{' + 1' if background else ''}.",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Runs a model, captured, on images and on a view of them, and checks every layer: see :func:`~acr_reg.check`."""
+"""Runs a captured model on images and on a view of them, and checks every layer: see :func:`~acr_reg.check`."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ def check(
 ) -> Check:
     """Runs a model on images (B, C, H, W) and on a view of them, and reports what a capture would give to the loss.
 
-    The report says for every layer what was captured, on which grids, how far the rows of the map are from sum 1, how
-    far the map's product with the values is off the layer's own result, and how far apart on the image the tokens are
-    that the view matches. This distance is measured by the gradient of a token by the pixels; it reveals an overlapping
-    stem, padding, or another order of tokens.
+    For every layer the report says what was captured and on which grids, how far the map's rows are from sum 1, how far
+    the map's product with the values is off the layer's own output, and how far apart on the image matched tokens lie.
+    This distance is measured by the gradient of a token with respect to the pixels. It reveals an overlapping stem,
+    padding, or another order of tokens.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`. It runs in eval mode and is left as it was.
-        images: pass two or more to see whether the batch is kept apart; a few take seconds.
+        images: two or more also show whether the images of a batch stay separate; a few take seconds.
         view: the view that training will use; by default HorizontalFlip().
         forward: runs the model, if ``model(images)`` does not, e.g. ``model.forward_features``.
         modules, layers, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
@@ -162,13 +162,13 @@ def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> 
     if offset.under_view > allowed * min(lattice.stride):
         return (
             f"{view.brief} matches {side} tokens of {min(lattice.stride):g} px that lie {offset.under_view:.1f} px "
-            "apart. Windows overlap or the model pads: resize to whole patches, or leave the layer out (layers=)."
+            "apart. If the model pads, use whole patches; else leave the layer out (layers=)."
         )
     return None
 
 
 def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | None]:
-    """How far rows are from sum 1, and A V from the layer's own output (relative); None where it cannot be known."""
+    """How far rows are from sum 1, and A V from the layer's own output (relative); None if unknown."""
     with torch.no_grad():
         weights = layer.weights()
         rows = (weights.sum(-1) - 1).abs().max().item() if layer.stochastic else None

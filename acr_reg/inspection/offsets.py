@@ -1,8 +1,8 @@
 """Measures where on the image the tokens of a layer lie, by the gradient that reaches the pixels.
 
-The gradient of one token's query (or of one row of an unfused layer's map) lies around the pixels that the token was
-made from; the centroid of its strongest part is the token's position. The tokens that a lattice matches under a view
-should lie at the same place of the image. The offset is the distance between them.
+The gradient of one token's query (or of one row of an unfused layer's map) surrounds the pixels that the token was made
+from. The centroid of its strongest part is the token's position. Tokens that a lattice matches under a view should lie
+at the same place on the image; the offset is the distance between them.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
 
 @dataclass(frozen=True)
 class Offset:
-    """How far matched tokens are apart under a view, and how far a token lies from its centre on the lattice: the
-    largest distance of the tokens probed, in pixels of the images as the model reads them."""
+    """How far apart matched tokens lie under a view, and how far a token lies from its centre on the lattice. Each is
+    the largest distance among the probed tokens, in pixels of the images as the model reads them."""
 
     under_view: float
     from_lattice: float
 
 
 def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[TokenSide, Offset]]:
-    """The offsets of the first layer on each layout, by the layer's position in the maps that ``observe`` returns. They
-    are measured at five tokens, on noise of the size of ``images``: an image of one colour would show nothing."""
+    """The offsets of the first layer on each layout, by the layer's position in the maps that ``observe`` returns.
+    Measured at five tokens, on noise of the size of ``images``: an image of one colour would show nothing."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
@@ -60,7 +60,7 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
             tokens_b, centres_b = tokens_b[on_image], centres_b[on_image]
             tokens_a = torch.cdist(centres_b, _centres(lattice_a)).argmin(1)
             nominal_a = _centres(lattice_a)[tokens_a]
-            missed = centres_b - nominal_a  # where the view does not map one lattice onto the other
+            missed = centres_b - nominal_a  # not 0 if the view does not map one lattice onto the other
             found_a = probe_a.positions(position, side, tokens_a)
             found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
             pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
@@ -108,7 +108,7 @@ def _carried_back(points: Tensor, view: View) -> Tensor:
 
 
 def _of_token(layer: LayerAttention, side: TokenSide) -> Tensor:
-    """(B, H, tokens, anything): values that depend on one token more than on the others."""
+    """(B, H, tokens, any): values dominated by one token each."""
     tensor = layer.query if side == "query" else layer.key
     if tensor is None:
         tensor = layer.explicit if side == "query" or layer.explicit is None else layer.explicit.transpose(-2, -1)

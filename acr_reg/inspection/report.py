@@ -1,4 +1,4 @@
-"""The report of a check, and the table that it prints."""
+"""Holds the report of a check, and prints its table."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Check:
     """The report of :func:`~acr_reg.check`. Print it to see the table; ``ok`` says whether a loss on all its layers
     would be right.
 
-    ``dense_bytes`` is the memory of the maps of all layers and heads if a loss forms them, ``factor_bytes`` that of
-    query, key, value and output if they outlive the graph, both for two views.
+    ``dense_bytes`` is the memory of all layers' maps if a loss forms them. ``factor_bytes`` is the memory of query,
+    key, value and output if they outlive the graph. Both count two views.
     """
 
     model: str

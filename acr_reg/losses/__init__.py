@@ -1,1 +1,1 @@
-"""The all-pairs consistency loss, its terms as pure functions, and how they are evaluated."""
+"""Computes the all-pairs consistency loss: its terms as pure functions, evaluated at once or in blocks of rows."""

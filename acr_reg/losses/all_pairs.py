@@ -37,19 +37,19 @@ class AllPairsConsistencyLoss(nn.Module):
         view: the view that was applied to the images of the second maps; may be given per call instead.
         activation_weight, affinity_weight: 0.17 per row by default, which is the paper's 100 at 576 tokens.
         cam_weight: 0.1 by default, used when class maps are passed; per pixel of maps in [0, 1].
-        distance: "l1", "l2", "js", or a callable that takes two (..., M) tensors of rows and reduces the last axis.
-        normalize: "row" uses the distance per query row, which does not depend on the number of tokens; "mean" the
+        distance: "l1", "l2", "js", or a callable that reduces the last axis of two tensors of rows (..., M).
+        normalize: "row" uses the distance per query row, which does not depend on the number of tokens; "mean" uses the
             paper's mean over pairs.
         layers: indices of the layers to use (negative counts from the last); None uses all. Frozen layers are skipped
             unless all are frozen (under ``torch.no_grad`` they cannot be told apart).
         heads: "mean" compares the average over heads, as published; "each" compares head by head.
         rows: the share in (0, 1] of patch query rows to compare, sampled anew in each call. Class rows are always
             compared.
-        cam_normalize: "max" (relu, then divide by the maximum per image and class), "minmax" or None.
+        cam_normalize: as you score class maps: "max" (relu over the maximum per image and class), "minmax", or None.
         blockwise: None or True never forms an N x N map of fused layers; False forms it, which second derivatives need.
             Explicit maps are compared at once.
-        block_rows: query rows per block, of all images and heads; None chooses them from the shapes: maps of 4 MB, at
-            least 64 rows.
+        block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 4 MB of maps
+            per block, at least 64 rows.
 
     A term without inputs (no class token, no class maps) raises if you set its weight; otherwise it is skipped, with
     one warning for the class token.
@@ -189,8 +189,8 @@ class AllPairsConsistencyLoss(nn.Module):
         return (loss, {name: term.detach().float() for name, term in terms.items()}) if return_terms else loss
 
     def _attention_terms(self, given: LossInputs, with_entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Means over layers: activation_weight * activation + affinity_weight * affinity, and each term and the
-        entropy, detached. The weights are applied within a layer, whose terms share one gradient to query and key."""
+        """Means over layers: activation_weight * activation + affinity_weight * affinity, then each term and entropy,
+        detached. Weights apply within a layer, because its terms share one gradient of query and key."""
         names: tuple[Term, ...] = ("activation", "affinity")
         weights = {name: self.weights[name] for name in names if name in given.terms}
         weighted, reports = [], []

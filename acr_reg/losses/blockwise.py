@@ -1,6 +1,6 @@
-"""Both attention terms of one layer in blocks of query rows, without ever holding an N x N map of all heads.
+"""Evaluates one layer's attention terms in blocks of query rows, without ever holding an N x N map of all heads.
 
-Autograd runs inside each block, in the forward pass, and the gradients to query and key are added up in float32 at
+Autograd runs inside each block, in the forward pass, and the gradients of query and key are added up in float32 at
 least. Memory thus grows with N. The upstream gradient, loss scale included, is applied before anything is cast to half
 precision.
 """
@@ -26,8 +26,8 @@ class BlockedLayer:
     """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
 
     ``inputs`` make its map, on the graph: query, key and an additive bias; or the map itself. A block copies the rows
-    it needs of them into ``leaves``, in float32 at least. :meth:`add` puts the gradients of the leaves where they
-    belong, and ``gradients`` are those of the inputs, of all terms so far.
+    it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places, and
+    ``gradients`` holds the gradients of the inputs, over all terms so far.
     """
 
     def __init__(self, layer: LayerAttention) -> None:
@@ -76,7 +76,7 @@ class BlockedLayer:
         return tensor
 
     def _key_leaf(self, order: Tensor | None) -> Tensor:
-        """Every block needs all keys: they are put in order once, and their gradient is put back once."""
+        """Every block needs all keys, so they are put in order once, and their gradient is put back once."""
         if self._key is None or self._key[0] is not order:
             self._settle_key()
             self._key = (order, select(self._held[1], 2, order))
@@ -110,7 +110,7 @@ class BlockedLayer:
                 _add_rows(found, self._rows, gradient)
 
     def scale(self, factor: Tensor) -> None:
-        """Closes a term: adds ``factor`` times its gradient to that of the terms so far."""
+        """Closes a term: adds ``factor`` times its gradient to the gradient of the terms so far."""
         self._settle_key()
         for number, found in enumerate(self._found):
             if found is not None:
@@ -125,7 +125,7 @@ class BlockedLayer:
 
 
 def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:
-    """Entries that were selected by ``index`` where they came from, among ``count``; 0 elsewhere."""
+    """Puts entries that ``index`` selected back into their places among ``count``; 0 elsewhere."""
     if index is None:
         return values
     whole = values.new_zeros([*values.shape[:dim], count, *values.shape[dim + 1 :]])
@@ -134,7 +134,7 @@ def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Ten
 
 
 def _add_rows(whole: Tensor, index: Tensor | None, rows: Tensor) -> None:
-    """Adds rows (B, H, R, ...) to those of ``index``, (R,), (1, R) or (B, R), in place."""
+    """Adds rows (B, H, R, ...) in place to the rows at ``index``, (R,), (1, R) or (B, R)."""
     assert index is not None
     if index.ndim == 1 or len(index) == 1:
         whole.index_add_(2, index.flatten(), rows)
@@ -188,7 +188,7 @@ def _in_blocks(
 
 
 class _Blockwise(torch.autograd.Function):
-    """Hands the gradients that the forward pass found to autograd, times the upstream gradient."""
+    """Passes the gradients found in the forward pass to autograd, times the upstream gradient."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,8 @@
-"""The terms of the loss as pure functions: the distance of rows, its mean over rows, and the term of class maps.
+"""The mathematics of the loss, as pure functions: the distance of two rows, its mean over rows, and the CAM term.
 
-After "All-pairs Consistency Learning for Weakly Supervised Semantic Segmentation" (Sun et al., ICCV 2023 workshop,
-arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al., CVPR 2020, arXiv 2004.04581).
+Formulas change here and nowhere else. They follow "All-pairs Consistency Learning for Weakly Supervised Semantic
+Segmentation" (Sun et al., ICCV 2023 workshop, arXiv 2308.04321), and SEAM's equivariance of class maps (Wang et al.,
+CVPR 2020, arXiv 2004.04581).
 
 With attention maps A1, A2 of an image and of its view, and P the view's permutation of patch tokens:
 
@@ -31,7 +32,7 @@ Distance = Literal["l1", "l2", "js"] | Callable[[Tensor, Tensor], Tensor]
 
 Normalize = Literal["row", "mean"]
 
-# Below this share of rows and mass that both views show, a term fades out instead of growing ever noisier.
+# If both views show less than this share of rows and mass, a term fades out instead of growing noisier.
 OVERLAP_FLOOR = 0.25
 
 
@@ -52,7 +53,7 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
         tiny = torch.finfo(a.dtype).tiny
         log_middle = middle.clamp_min(tiny).log()
         pairs = a * (a.clamp_min(tiny).log() - log_middle) + b * (b.clamp_min(tiny).log() - log_middle)
-        # Each pair's share is >= 0, except by rounding where a and b nearly agree.
+        # Each pair's share is >= 0, except for rounding if a and b nearly agree.
         return 0.5 * pairs.clamp_min(0).sum(-1)
     if not callable(distance):
         raise ValueError(f'distance={distance!r} is unknown. Choose "l1", "l2", "js" or a callable.')
@@ -67,8 +68,8 @@ def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class RowSum:
-    """Sums over rows: ``total`` of distances times weights, ``weight`` of the weights, and the ``count`` of rows
-    compared. Sums of several blocks of rows add up."""
+    """Sums over rows: ``total`` sums distances times weights, ``weight`` sums the weights, ``count`` counts the rows
+    compared. The sums of several blocks add up."""
 
     total: Tensor
     weight: Tensor
@@ -78,8 +79,8 @@ class RowSum:
         return RowSum(self.total + other.total, self.weight + other.weight, self.count + other.count)
 
     def norm(self) -> Tensor:
-        """What ``total`` is divided by: the weight of the rows, but at least OVERLAP_FLOOR of their count, so that
-        images with little overlap count little."""
+        """The divisor of ``total``: the weight of the rows, but at least OVERLAP_FLOOR of their count, so that images
+        with little overlap count little."""
         tiny = torch.finfo(self.count.dtype).tiny
         return self.weight.maximum(OVERLAP_FLOOR * self.count).clamp_min(tiny)
 
@@ -134,9 +135,9 @@ def row_consistency(
         L_act = 1/(B C M) sum |a - b|    of the rows of C class tokens, region activation consistency
         L_aff = 1/(B N M) sum |a - b|    of the rows of N patches, region affinity consistency
 
-    "row" gives M times that, the distance per row, which does not depend on the number of tokens. ``keys_valid``
+    "row" gives M times as much: the distance per row, which does not depend on the number of tokens. ``keys_valid``
     (B or 1, M) and ``rows_valid`` (B or 1, R) leave out padding and, in L_act, absent classes. ``overlap`` (B, H, R) in
-    [0, 1] weights rows by what both views show; :meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` computes it.
+    [0, 1] weights rows by overlap; :meth:`~acr_reg.alignment.pairs.AlignedRows.comparable` computes it.
 
     >>> import torch
     >>> a, b = torch.tensor([[[[0.5, 0.25]]]]), torch.tensor([[[[0.25, 0.5]]]])
@@ -198,6 +199,6 @@ def cam_consistency(
     else:
         cam_b = back(cam_b)
     present = None if labels is None else labels > 0
-    # Classes are the rows and pixels the keys of the other terms; per pixel, since maps are not distributions.
+    # Classes play the rows and pixels the keys of the other terms. Per pixel, because maps are not distributions.
     rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]
     return row_consistency(rows_a, rows_b, distance, "mean", keys_valid, present, overlap)

@@ -1,4 +1,4 @@
-"""Everything that the loss is given in a call, checked once into one value, and every refusal of it."""
+"""Checks everything that the loss is given in a call, turns it into one value, and holds every refusal."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ LayerPair = tuple[LayerAttention, LayerAttention]
 
 @dataclass(frozen=True, eq=False)
 class LossInputs:
-    """What the loss compares: ``pairs`` of layers and, if given, class maps ``cams``, whose pixels are on ``lattices``.
+    """The inputs of the loss: ``pairs`` of layers and, if given, class maps ``cams`` whose pixels lie on ``lattices``.
 
-    ``view`` leads from the images of the first of each pair to those of the second. ``valid`` (B, H, W) is False where
-    the first images are padding, ``labels`` (B, C) are > 0 for the classes present. ``terms`` are to be computed;
-    ``warnings`` are to be given once for each subject.
+    ``view`` maps the images of each pair's first layer to the images of the second. ``valid`` (B, H, W) is False where
+    the first images are padding, ``labels`` (B, C) are > 0 for the classes present. ``terms`` names the terms to
+    compute; ``warnings`` holds one warning for each subject.
     """
 
     pairs: Sequence[LayerPair]
@@ -63,7 +63,7 @@ def check_inputs(
     warnings: dict[str, str] = {}
     pairs = _layers_to_compare(*attention, layers, any(weights[name] for name in ("activation", "affinity")))
     for layer in (layer for pair in pairs for layer in pair):
-        _ = layer.layout  # says why a layer is on no grid before its images are counted: a window is one of several
+        _ = layer.layout  # says why a layer has no grid, before its images are counted: windows are several per image
     batch = pairs[0][0].shape[0]
     if valid is not None:
         check_valid(valid, batch)
@@ -78,8 +78,8 @@ def check_inputs(
     for a, b in pairs:
         if terms - {"cam"} and distance == "js" and not (a.stochastic and b.stochastic):
             raise ValueError(
-                f"layer {a.index} ({a.name}): its map was mixed after softmax, so its rows are not the "
-                'probabilities that "js" needs. Choose distance="l1" or "l2".'
+                f'layer {a.index} ({a.name}): "js" needs probabilities, but this map was mixed after softmax. Choose '
+                'distance="l1" or "l2".'
             )
     lattices = None if both_cams is None else _lattices(*attention, both_cams)
     return LossInputs(
@@ -97,7 +97,7 @@ def check_inputs(
 def _relate(
     view_a: View | None, view: View | None, valid: Tensor | None, warnings: dict[str, str]
 ) -> tuple[View, Tensor | None]:
-    """The view that leads from the first maps' images to the second's, and ``valid`` of the first maps' images."""
+    """The view from the first maps' images to the second maps' images, and ``valid`` for the first maps' images."""
     if view is None:
         raise ValueError(
             "The loss has no view. Pass the one applied to the second images, as view=HorizontalFlip(), to the loss or "
@@ -110,8 +110,7 @@ def _relate(
     relation = Compose([view_a.inverse, view])
     if not relation.shows_anything:
         warnings["apart"] = (
-            f"The views {view_a.brief} and {view.brief} show nothing in common, so what they compare is 0. Draw larger "
-            "crops."
+            f"The views {view_a.brief} and {view.brief} show nothing in common, so the loss is 0. Draw larger crops."
         )
     if valid is not None:
         if (size := view_a.input_size) is not None:  # at any resolution, as without view_a
@@ -132,13 +131,13 @@ def _layers_to_compare(
         return pairs
     learning = [(a, b) for a, b in pairs if a.requires_grad or b.requires_grad]
     if not trained:
-        return learning or pairs  # a report is of the same layers as where they are trained
+        return learning or pairs  # a report covers the same layers as training
     if not learning:
         raise ValueError(
-            f"There is no gradient in layers {attn_a.layers} of either view. Run the model with trainable queries and "
-            "keys, or the loss under torch.no_grad."
+            f"There is no gradient in layers {attn_a.layers} of either view. Unfreeze their queries and keys, or run "
+            "the loss under torch.no_grad."
         )
-    for side, layer in zip("ab", learning[0], strict=True):  # which tells for all of its forward
+    for side, layer in zip("ab", learning[0], strict=True):  # one layer tells for its whole forward
         tensor = layer.recorded.output if layer.recorded.output is not None else layer.recorded.seen
         if tensor.grad_fn is not None and is_freed(tensor):
             raise ValueError(
@@ -163,7 +162,7 @@ def _check_same_modules(attn_a: AttentionMaps, attn_b: AttentionMaps) -> None:
         )
     if None not in (attn_a.run, attn_b.run) and attn_a.run != attn_b.run:
         raise ValueError(
-            f"attn_a is from encoder run {attn_a.run} since take(), attn_b from encoder run {attn_b.run}. Capture with "
+            f"attn_a is from encoder run {attn_a.run} since take(), attn_b from run {attn_b.run}. Capture with "
             'keep="first", or keep="all" and take(i).'
         )
 
@@ -178,8 +177,8 @@ def _warn_of_unknown_offsets(pairs: Sequence[LayerPair], view: View, warnings: d
     if layouts and view != Identity():
         layer, side = layouts[0]
         warnings["offset"] = (
-            f"layer {layer.index} ({layer.name}): overlapping windows hide where its {side} tokens are, so "
-            f"{view.brief} may misalign them. Measure by acr_reg.check, and leave the layer out by layers=."
+            f"layer {layer.index} ({layer.name}): overlapping windows hide where its {side} tokens are: "
+            f"{view.brief} may misalign them. Run acr_reg.check, or omit it by layers=."
         )
 
 
@@ -241,7 +240,7 @@ def _terms_with_inputs(
 def _lattices(
     attn_a: AttentionMaps, attn_b: AttentionMaps, cams: tuple[Tensor, Tensor]
 ) -> tuple[Lattice, Lattice] | None:
-    """Where class maps lie on the images: where the tokens of a grid of their size do, of the last layer with such."""
+    """Where class maps lie on the images, taken from the last layer whose grid has the maps' size."""
     for a, b in zip(reversed(attn_a), reversed(attn_b), strict=True):
         if a.placed is not None and b.placed is not None:
             grids = a.placed.query, b.placed.query
@@ -262,7 +261,7 @@ def check_finite(loss: Tensor, inputs: LossInputs) -> None:
     with torch.no_grad():
         places = ", ".join(_not_finite(inputs)) or "the distance"
     raise ValueError(
-        f"There are NaN or infinite values in {places}. Look for half-precision overflow, fully masked rows, or a "
+        f"There are NaN or infinite values in {places}. Look for half-precision overflow, fully masked rows, or "
         "division by 0 in distance."
     )
 

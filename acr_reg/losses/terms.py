@@ -1,4 +1,4 @@
-"""Both attention terms of one layer, with its maps formed at once."""
+"""One layer's attention terms: which rows are compared (LayerTerms, sampling), and their value from whole maps."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, eq=False)
 class LayerTerms:
-    """What is compared in one layer, and how; :class:`~acr_reg.AllPairsConsistencyLoss` describes the options.
+    """The rows to compare in one layer, and how; :class:`~acr_reg.AllPairsConsistencyLoss` describes the options.
 
     ``weights`` names the terms to compute. ``tokens`` (R,) are the patch rows to compare. ``labels`` (B, C) are > 0 for
     the classes whose class-token rows are compared.
@@ -34,8 +34,8 @@ class LayerTerms:
     heads: Literal["mean", "each"]
 
     def compare(self, term: Term, tokens: Tensor, by: Callable[..., Result]) -> tuple[Result, Tensor | None]:
-        """Compares the rows of a term, those of ``tokens`` in affinity, ``by`` row_consistency or, for a block of rows,
-        sum_rows; and gives their entropy."""
+        """Applies ``by`` (row_consistency, or sum_rows for a block) to a term's rows, and returns their entropy too.
+        ``tokens`` selects patch rows."""
         rows = self.pair.activation() if term == "activation" else self.pair.affinity(tokens)
         a, b, overlap = rows.comparable(self.heads)
         keys_valid, counted = (rows.keys_valid, rows.counted) if rows.is_partial else (None, None)
@@ -56,7 +56,7 @@ def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def sample_rows(count: int, share: float, device: str) -> Tensor:
-    """Which of ``count`` tokens are compared: a ``share`` of them, drawn anew in each call, in their order."""
+    """Draws a ``share`` of ``count`` tokens to compare, anew in each call, in ascending order."""
     if share == 1:
         return torch.arange(count, device=device)
     return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
@@ -69,5 +69,5 @@ def mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
 
 
 def can_be_blockwise(pair: AlignedPair) -> bool:
-    """Whether what carries gradient is there as factors. The gradient to an explicit map is as large as the map."""
+    """Whether every layer with a gradient has query and key. An explicit map's gradient is as large as the map."""
     return all(layer.is_factored or not layer.requires_grad for layer in pair.layers)

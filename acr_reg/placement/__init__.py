@@ -1,1 +1,1 @@
-"""Finds the grid of the image on which the tokens of a captured attention call lie."""
+"""Finds where on the image the tokens of a captured attention call lie."""

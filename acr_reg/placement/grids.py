@@ -1,6 +1,6 @@
-"""The grid of a layer's tokens, from what the model says of them and from their number.
+"""Infers the grid of a layer's tokens from the model's fields and from the number of tokens.
 
-:func:`read_fields` gathers what a model says; :func:`infer_layout` finds the one grid and prefix that fit.
+:func:`read_fields` gathers the fields; :func:`infer_layout` finds the one grid and prefix that fit.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
 # Longer prefixes exist (prompt tuning), but a longer guess is more often a wrong grid.
 MAX_GUESSED_PREFIX = 24
 _LARGEST_GUESSED_PATCH = 32  # px; above, the channels of channel attention begin to look like a few huge patches
-# Guesses of a patch size: those that divide the image, and these, which may leave a margin.
+# Guesses of a patch size: sizes that divide the image, and these, which may leave a margin.
 _COMMON_PATCHES = (8, 14, 16, 32)
 
 _CLASS_TOKEN_NAMES = ("cls_token", "cls_tokens", "class_token", "class_tokens", "class_embedding")
 _REGISTER_NAMES = ("dist_token", "distillation_token", "reg_token", "reg_tokens", "register_tokens", "storage_tokens")
 # A parameter of such a name may hold prefix tokens.
 _TOKEN_LIKE = ("token", "cls", "class_emb", "prompt", "register", "query", "latent")
-_STAGES = 6  # of a pyramid, each on a grid of half the size
+_STAGES = 6  # of a pyramid; each stage halves the grid
 _STEM_STRIDES = (4, 8, 16)  # of several convolutions before the first attention
 
 
@@ -43,11 +43,11 @@ class Stem:
 
 @dataclass(frozen=True)
 class ModelFields:
-    """What a model says about its own tokens; ``None`` where it says nothing, or more than one thing.
+    """What a model states about its own tokens; ``None`` if it states nothing, or contradicts itself.
 
-    ``reads_patches``: a convolution cuts the images into these patches. A quarter as many tokens are then a later stage
-    only if the run ``is_pyramid`` (ever fewer tokens); else masking or patch dropout left them, and they have no grid.
-    """
+    ``reads_patches``: whether a convolution cuts the images into these patches. A quarter of the tokens is then a later
+    stage only if the run ``is_pyramid`` (ever fewer tokens); otherwise masking or patch dropout removed the rest, and
+    no grid is left."""
 
     patch_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
@@ -59,7 +59,7 @@ class ModelFields:
 
 @dataclass(frozen=True)
 class LayoutHints:
-    """What the user says of the tokens, which wins over the model's fields; None where they say nothing."""
+    """What the user states about the tokens, which wins over the model's fields; None if not stated."""
 
     patch_size: int | Sequence[int] | None = None
     num_prefix_tokens: int | None = None
@@ -83,7 +83,7 @@ def read_fields(model: nn.Module) -> ModelFields:
 
 
 def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
-    """Tokens in parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
+    """Counts tokens in parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
     counts: dict[str, int] = {}
     for full_name, parameter in model.named_parameters():
         name = full_name.rpartition(".")[2]
@@ -137,8 +137,8 @@ def infer_layout(
     ``image_size`` (height, width) in pixels.
 
     What the user gives as ``hints`` wins over the model's ``fields``. In later stages of a pyramid the patch is doubled
-    and the prefix may be missing. If keys and queries differ in number, the smaller lattice is the larger one reduced.
-    Raises :class:`~acr_reg.LayoutError` where no layout fits, or where several do, and lists them.
+    and the prefix may be missing. If the numbers of queries and keys differ, the smaller lattice is the larger one
+    reduced. Raises :class:`~acr_reg.LayoutError` if no layout fits, or if several do; the error lists them.
 
     >>> infer_layout(25, (64, 96), ModelFields(patch_size=(16, 16))).query
     Lattice(height=4, width=6, stride=(16.0, 16.0), offset=(0.0, 0.0), extent=(64.0, 96.0))
@@ -150,8 +150,8 @@ def infer_layout(
     num_prefix_tokens, class_tokens = hints.num_prefix_tokens, hints.class_tokens
     if image_size is None:
         raise LayoutError(
-            f"The grid of {num_tokens} tokens is unknown, as no module was given an image (B, C <= 4, H, W). Call "
-            "take().with_layout(grid=(h, w), num_prefix_tokens=)."
+            f"{num_tokens} tokens lack a grid: no module was given an image (B, C <= 4, H, W). Call "
+            "with_layout(grid=(h, w), num_prefix_tokens=)."
         )
     if hints.patch_size is not None:
         fields = replace(fields, patch_size=pair(hints.patch_size), stem=None)
@@ -180,7 +180,7 @@ _Fit = tuple[int, Lattice]
 def _first_fits(
     num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefixes: Sequence[int | None]
 ) -> list[_Fit]:
-    """What fits first: the stated patch, the stem, their later stages; common patches if nothing is stated."""
+    """The first fits among the stated patch, the stem and their later stages; common patches if nothing is stated."""
     for prefix in prefixes:
         fits = _patch_fits(num_tokens, image_size, fields.patch_size, prefix)
         if not fits and prefix is not None:
@@ -200,7 +200,7 @@ def _patch_fits(
     else:
         largest = min(height, width, _LARGEST_GUESSED_PATCH)
         dividing = [p for p in range(1, largest + 1) if height % p == 0 and width % p == 0]
-        patches = [(p, p) for p in (*_COMMON_PATCHES, *dividing)]  # of patches with the same grid, a dividing one stays
+        patches = [(p, p) for p in (*_COMMON_PATCHES, *dividing)]  # for one grid, a dividing patch wins
     fits: dict[tuple[int, int], _Fit] = {}
     for size in patches:
         grid = (height // size[0], width // size[1])
@@ -211,8 +211,8 @@ def _patch_fits(
 
 
 def _stage_fits(num_tokens: int, image_size: tuple[int, int], fields: ModelFields, prefix: int) -> list[_Fit]:
-    """The fit on the stem's grid or a later stage of a pyramid, each with half the rows and columns of the one before,
-    rounded either way."""
+    """The fit on the stem's grid or on a later stage of a pyramid. Each stage halves the rows and columns of the one
+    before, rounded either way."""
     height, width = image_size
     bases: list[tuple[tuple[int, int], tuple[int, int], bool]] = []  # grid, stride, whether it is centred on the image
     if fields.stem is not None:
@@ -255,8 +255,8 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
     if len(grids) != 1:
         listed = " or ".join(f"{rows} x {columns}" for rows, columns in grids) or "no grid"
         raise LayoutError(
-            f"{count} patches beside a grid of {lattice} fit {listed} of its proportions. Name both grids by "
-            "with_layout(grid=, key_grid=, num_prefix_tokens=)."
+            f"{count} patch tokens fit {listed} with the proportions of the {lattice} grid. Name both grids by "
+            "with_layout(grid=, key_grid=)."
         )
     rows, columns = grids[0]
     fits = [r for r in range(1, height + 1) if height // r == rows and width // r == columns]
@@ -278,6 +278,6 @@ def _misfit(
         grid = f"{image_size[0] // patch[0]} x {image_size[1] // patch[1]}"
         known.append(f"patches of {patch[0]} x {patch[1]} px (a grid of {grid})")
     return (
-        f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size= and num_prefix_tokens= "
-        "to capture_attention, or call with_layout(grid=, num_prefix_tokens=)."
+        f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size= and "
+        "num_prefix_tokens=, or name the grid by with_layout(grid=)."
     )

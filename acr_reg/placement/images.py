@@ -1,4 +1,4 @@
-"""Finds the images that an encoder run reads, whose size tells the grid of its tokens."""
+"""Finds the images that an encoder run reads: their size determines the grid of its tokens."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-_PADDED_AT_MOST = 64  # pixels, no patch is larger
-_SHRUNK_AT_MOST = 4  # times, by a model that resizes its images
+_PADDED_AT_MOST = 64  # pixels: no patch is larger
+_SHRUNK_AT_MOST = 4  # the factor by which a model may shrink its images
 
 
 class ImageState:
@@ -26,17 +26,17 @@ class ImageState:
 
 
 class ImageWatch:
-    """Tells images from other tensors among what modules are given."""
+    """Tells images from other tensors among the arguments of modules."""
 
     def __init__(self) -> None:
         self.modules: set[nn.Module] = set()
-        self.padding: str | None = None  # the warning that is due where the model pads its images
+        self.padding: str | None = None  # the warning to give if the model pads its images
 
     def note(self, module: nn.Module, first: Any, state: ImageState, outermost: bool, is_root: bool) -> bool:
-        """Notes the images that ``module`` is given as its ``first`` argument, and returns whether it is given any.
+        """Notes the images if ``module`` is given any as its ``first`` argument, and returns whether it is.
 
-        The outermost module reads images, and so do those inside that are given the same, and a convolution over as
-        many channels. Elsewhere a (B, C, H, W) tensor may be the queries of three heads.
+        The outermost module reads images. So do inner modules that are given the same tensor, and a convolution over
+        as many channels. Elsewhere a (B, C, H, W) tensor may be the queries of three heads.
         """
         if not isinstance(first, Tensor) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
             return False
@@ -54,23 +54,23 @@ class ImageWatch:
         return True
 
     def _note_padding(self, given: Sequence[int], read: Sequence[int]) -> None:
-        """Padding to whole patches moves the tokens of a flip; resizing changes more pixels and moves none."""
+        """Notes padding to whole patches, which moves a flip's tokens. Resizing changes more pixels and moves none."""
         added = [read[i] - given[i] for i in (2, 3)]
         if min(added) >= 0 < max(added) < _PADDED_AT_MOST:
             self.padding = (
                 f"The model pads images of {given[2]} x {given[3]} px to {read[2]} x {read[3]}, which moves tokens of "
-                f"a flip up to {max(added)} px apart. Resize or crop the images to whole patches."
+                f"a flip up to {max(added)} px apart. Resize or crop to whole patches."
             )
 
 
 def _reads(module: nn.Module, channels: int, state: ImageState) -> bool:
-    """Whether a part of the model, called by itself, has a convolution for images of so many channels."""
+    """Whether a part of the model, called on its own, has a convolution for images with this many channels."""
     if state.size is not None and state.given is not None and channels != state.given[1]:
         return False
     return any(isinstance(m, nn.Conv2d) and m.in_channels == channels for m in module.modules())
 
 
 def _may_be_resized(images: Sequence[int], maps: Sequence[int]) -> bool:
-    """Whether maps (B, C, H, W) are the images resized, and not feature maps of a narrow stem."""
+    """Whether maps (B, C, H, W) are resized images rather than feature maps of a narrow stem."""
     shrunk = [_SHRUNK_AT_MOST * maps[i] < images[i] for i in (2, 3)]
     return maps[0] == images[0] and maps[1] == images[1] and not any(shrunk)

@@ -1,6 +1,6 @@
-"""The kind of an attention call: of all tokens, within windows, with reduced keys, or none between tokens.
+"""Tells the kind of an attention call: among all tokens, within windows, with reduced keys, or not between tokens.
 
-A map alone does not say what its axes are. What the module was given and returned, and the number of images, do: see
+A map alone does not say what its axes are. The module's input and output and the number of images do: see
 :func:`place`.
 """
 
@@ -28,9 +28,9 @@ _WINDOW_NAMES = ("window_size", "partition_size", "win_size", "ws")
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the tokens of a call sit, or the ``refusal``: why it is no token-to-token self-attention.
+    """Where the tokens of a call sit, or the ``refusal``: why it is not token-to-token self-attention.
 
-    ``heads`` are those flattened into the batch. ``why_unplaced`` is the reason if there is no ``layout``.
+    ``heads`` counts heads flattened into the batch. ``why_unplaced`` is the reason if there is no ``layout``.
     """
 
     heads: int | None = None
@@ -64,7 +64,7 @@ def first_tensor(*values: Any) -> Tensor | None:
 
 
 def token_counts(shape: Sequence[int] | None) -> frozenset[int]:
-    """How many tokens a tensor may hold: of (N, C), (B, N, C) or (N, B, C), (B, h, w, C) or (B, C, h, w)."""
+    """The numbers of tokens that a tensor may hold: (N, C), (B, N, C) or (N, B, C), (B, h, w, C) or (B, C, h, w)."""
     if shape is None or not 2 <= len(shape) <= 4:
         return frozenset()
     if len(shape) == 4:
@@ -73,7 +73,7 @@ def token_counts(shape: Sequence[int] | None) -> frozenset[int]:
 
 
 def holds_rows(shape: Sequence[int] | None, module: nn.Module) -> bool:
-    """Whether a module's input holds tokens as rows of channels: (B, N, C), or (B, h, w, C) of its linear maps."""
+    """Whether a module's input holds tokens as rows of channels: (B, N, C), or (B, h, w, C) for its linear maps."""
     if shape is None or len(shape) not in (3, 4):
         return False
     return len(shape) == 3 or shape[-1] in {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}
@@ -97,15 +97,15 @@ def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
 def place(
     call: AttentionCall, around: Sequence[nn.Module], images: Images | None, locate: Locate, unordered: str | None
 ) -> Placement:
-    """Where the tokens of a call sit, or why it is no token-to-token self-attention.
+    """Finds where the tokens of a call sit, or why it is not token-to-token self-attention.
 
-    ``around``: the attention module and those that hold it, the innermost first. ``unordered``: why the
-    model's tokens are on no grid, or None.
+    ``around``: the attention module and the modules that hold it, innermost first. ``unordered``: why the
+    model's tokens lie on no grid, or None.
     """
     recorded, heads = call.recorded, None
     batch = recorded.seen.shape[0]
     if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and batch % images[0] == 0:
-        heads = batch // images[0]  # (B H, N, M) or (B, N, M), without a word about H
+        heads = batch // images[0]  # (B H, N, M) or (B, N, M): H is not stated
     layer = Placement(heads).layer(0, call)
     refusal = call.refusal or _refusal(layer, call, images)
     if refusal is not None:
@@ -137,7 +137,7 @@ def place(
 
 
 def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None) -> str | None:
-    """Why a call is no token-to-token self-attention, as its shapes tell."""
+    """Why a call is not token-to-token self-attention, judged by its shapes."""
     batch, _, queries, keys = layer.shape
     if call.cross and (queries != keys or images is None):
         return _CROSS.format(queries, keys)
@@ -151,9 +151,9 @@ def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None) 
 
 
 def is_channels(layer: LayerAttention, call: AttentionCall) -> bool:
-    """Whether the map's axes are channels: the number of tokens then stands in the place of a head's width.
+    """Whether the map's axes are channels: a head's width is then the number of tokens.
 
-    If there are as many channels as tokens, the order in memory tells: in (B, N, C) channels are neighbours.
+    If there are as many channels as tokens, the order in memory decides: in (B, N, C) channels are contiguous.
     """
     queries, keys = layer.shape[2:]
     width, inputs = call.value_width, token_counts(call.input_shape)
@@ -173,8 +173,8 @@ def is_pyramid(calls: Sequence[AttentionCall]) -> bool:
 
 
 def _not_reduced(layer: LayerAttention, call: AttentionCall, images: Images | None) -> str | None:
-    """Why a layer with unlike numbers of queries and keys is neither one with reduced keys (PVT, SegFormer) nor one
-    between two stages (LeViT)."""
+    """Why a layer whose numbers of queries and keys differ neither reduces its keys (PVT, SegFormer) nor connects
+    two stages (LeViT)."""
     queries, keys = layer.shape[2:]
     if images is None:
         return f"reduced keys or cross-attention: no image tells the grids of {queries} queries and {keys} keys"
@@ -187,7 +187,7 @@ def _not_reduced(layer: LayerAttention, call: AttentionCall, images: Images | No
 def _window(
     layer: LayerAttention, call: AttentionCall, around: Sequence[nn.Module], images: Images | None
 ) -> Window | None:
-    """The windows of a layer: its batch holds several groups of tokens per image, or it has a fifth axis."""
+    """The windows of a layer whose batch holds several groups of tokens per image, or that has a fifth axis."""
     groups = 1 if images is None else layer.shape[0] // images[0]
     if layer.recorded.seen.ndim > 4:
         groups *= _groups_beside_heads(layer, call)
@@ -226,7 +226,7 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 
 
 def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
-    """The layers, where those of windows say why they have no layout, and which layers to use instead."""
+    """The layers; each window layer says why it has no layout, and which layers to use instead."""
     usable = [layer.index for layer in layers if layer.window is None and layer.placed is not None]
     advice = f"Choose layers={usable}, which see all of it." if usable else "No layer here does; use another model."
     reason = "Tokens attend within {} ({} tokens each), not to the whole image. {}"

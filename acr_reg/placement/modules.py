@@ -19,7 +19,7 @@ def batch_norms(model: nn.Module) -> list[BatchNorm]:
 
 
 def refuse_traced(model: nn.Module) -> None:
-    """Raises for modules whose kernels hooks do not see: their layers would be missing without a word."""
+    """Raises for modules whose kernels hooks do not see: their layers would be missing silently."""
     kinds = {
         "compiled": is_compiled,
         "scripted or traced by torch.jit": lambda module: isinstance(module, torch.jit.ScriptModule),
@@ -40,18 +40,18 @@ def _named(model: nn.Module, module: str | nn.Module) -> nn.Module:
     found = known.get(module) if isinstance(module, str) else module
     if found is None or not any(found is m for m in known.values()):
         raise ValueError(
-            f"{module!r} is no module of {type(model).__name__}. Pass modules= by names of model.named_modules(), such "
-            f"as {[name for name in known if name][:4]}."
+            f"{module!r} is not a module of {type(model).__name__}. Pass modules= by names of model.named_modules(), "
+            f"such as {[name for name in known if name][:4]}."
         )
     return found
 
 
 class ModuleIndex:
-    """The modules of one model when the capture began, and those in which attention was seen since."""
+    """The modules of one model when the capture began, and the modules in which attention was seen since."""
 
     def __init__(self, model: nn.Module, within: Iterable[str | nn.Module] | None = None) -> None:
         if not isinstance(model, nn.Module):
-            raise TypeError(f"model is a {type(model).__name__}, no torch.nn.Module. Pass the model itself.")
+            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass the model itself.")
         refuse_traced(model)
         self.model = model
         self.names = {module: name or type(model).__name__ for name, module in model.named_modules()}
@@ -75,7 +75,7 @@ class ModuleIndex:
         return [self.names[m] for m in self._batch_norms if m.training]
 
     def alike(self) -> set[nn.Module]:
-        """The modules that look like those that attend: of their class, or of such a name in another block."""
+        """The modules that resemble an attending one: same class, or same name in another block."""
         if self._alike is None or not self.attending <= self._alike:
             kinds = {type(m) for m in self.attending}
             places = {_name_pattern(self.names[m]) for m in self.attending}
@@ -88,8 +88,8 @@ class ModuleIndex:
         return self._alike
 
     def joined(self) -> list[str]:
-        """Modules that may be attention and came after the capture began, so without hooks. They are looked for where
-        attention is: among the children of what holds it."""
+        """Modules that may be attention and joined after the capture began, so without hooks. Only the children of the
+        modules that hold attention are searched."""
         if len(self.attending) != self._attending_before:
             self._attending_before = len(self.attending)
             self._parents = {self.model, *(above for m in self.attending for above in self.lineage(m)[1:])}
@@ -103,7 +103,7 @@ class ModuleIndex:
         ]
 
     def beside(self, silent: set[nn.Module], fired: Iterable[nn.Module]) -> list[str]:
-        """The ``silent`` modules that may be attention by name and are no part of one that ``fired``."""
+        """The ``silent`` modules that may be attention by name and are not part of one that ``fired``."""
         seen = [f"{self.names[m]}." for m in fired]
         names = [self.names[m] for m in silent & self.likely]
         return [name for name in names if not any(name.startswith(other) for other in seen)]
@@ -112,8 +112,8 @@ class ModuleIndex:
         return [f"{n} ({type(m).__name__})" for m, n in self.names.items() if _is_named_attention(n, m)]
 
     def part(self, module: nn.Module) -> str:
-        """The name of the part that makes the keys and queries of a module: itself, or what directly holds it, if that
-        is named attention too. "" is the whole model."""
+        """The name of the part that makes a module's queries and keys: the module, or its parent if that is named
+        attention too. "" is the whole model."""
         name = "" if module is self.model else self.names[module]
         above = name.rpartition(".")[0]
         around = self._modules.get(above)
@@ -122,14 +122,14 @@ class ModuleIndex:
         return above if _is_named_attention(above, around) else name
 
     def lineage(self, module: nn.Module) -> list[nn.Module]:
-        """The module and those that hold it, the innermost first, up to the children of the model."""
+        """The module and the modules that hold it, innermost first, up to the children of the model."""
         parts = self.names[module].split(".")
         names = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
         return [self._modules[name] for name in names if name in self._modules]
 
 
 def _name_pattern(name: str) -> str:
-    """A module's name without the number of its block: blocks.3.attn is like blocks.0.attn."""
+    """A module's name without its block number, so that blocks.3.attn equals blocks.0.attn."""
     head, number, tail = re.match(r"(.*?)(\d*)(\D*)$", name, re.DOTALL).groups()  # type: ignore[union-attr]
     return f"{head}#{tail}" if number else name
 
@@ -140,6 +140,6 @@ def _is_named_attention(name: str, module: nn.Module) -> bool:
 
 
 def _may_attend(name: str, module: nn.Module) -> bool:
-    """Whether a module is named attention and holds linear maps, unlike pooling in its place."""
+    """Whether a module is named attention and holds linear maps; pooling in its place holds none."""
     projects = any(isinstance(m, (nn.Linear, nn.MultiheadAttention)) for m in module.modules())
     return projects and _is_named_attention(name, module)

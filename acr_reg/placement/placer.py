@@ -1,4 +1,4 @@
-"""Where the tokens of a captured call sit on the image, or why that is not known."""
+"""Finds where the tokens of a captured call sit on the image, or why that is unknown."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Placer:
         return read_fields(self.index.model)
 
     def placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
-        """The place of a call; each sort of call is looked at once."""
+        """The placement of a call, computed once for each sort of call."""
         known = (call.sort, images, is_pyramid)
         if known not in self._placements:
             around = self.index.lineage(call.module)[:_NEAREST] or [call.module]
@@ -56,8 +56,8 @@ class Placer:
     def trace(
         self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]
     ) -> None:
-        """Remembers the windows of a run, unless an earlier one showed more: its ops by name, in order, and how many
-        came before the first and last call of each module that attends."""
+        """Remembers the windows of a run, unless an earlier run showed more: its ops by name, in order, and how many
+        ran before the first and the last call of each module that attends."""
         if images is not None and len(ops) >= len(self._trace.ops):
             calls: dict[str, tuple[int, int]] = {}
             for module, (first, last) in preceded.items():
@@ -66,8 +66,8 @@ class Placer:
             self._trace = WindowTrace(tuple(ops.values()), images, calls)
 
     def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
-        """The layout with its lattices where the model's windows put the tokens, on images of ``size``. Only windows of
-        the attention itself can have made the smaller of two lattices."""
+        """The layout with its lattices moved to where the model's windows put the tokens, on images of ``size``. Only
+        windows within the attention can have made the smaller of two lattices."""
         if self._hints.patch_size is not None:  # the user places them
             return layout
         part, trace = self.index.part(call.module), self._trace

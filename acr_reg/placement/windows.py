@@ -1,6 +1,6 @@
-"""Where convolutions and pooling put tokens: the centres of their windows, exact, in pixels.
+"""Finds where convolutions and pooling put tokens: the exact centres of their windows, in pixels.
 
-:func:`windowed_op` notes what each module with windows does in the first run of a model. A :class:`WindowTrace` finds
+:func:`windowed_op` notes what each module with windows does in a model's first run. A :class:`WindowTrace` finds
 the chain of windows that leads from the images to a layer's grid, for images of any size.
 """
 
@@ -24,11 +24,11 @@ _DYNAMIC = None  # padding as TensorFlow's "same", which depends on the size
 
 @dataclass(frozen=True)
 class WindowedOp:
-    """A module that makes each output from a window of its input: (y, x) of its attributes, and its first shapes.
+    """A module that makes each output from a window of its input: its attributes as (y, x), and its first shapes.
 
-    ``padding`` is (before, after) along y and x, or None where the size decides it (timm's ``Conv2dSame``). ``fixed``
-    is the output size of adaptive pooling, 0 along an axis that it keeps. An op that is not ``explained`` made another
-    size than its attributes say. ``batch`` is that of its input, which may hold patches or heads.
+    ``padding`` is (before, after) along y and x, or None if it depends on the size (timm's ``Conv2dSame``). ``fixed``
+    is the output size of adaptive pooling, 0 along an axis that it keeps. An op is not ``explained`` if its output size
+    differs from what its attributes say. ``batch`` is its input's batch size, which may count patches or heads.
     """
 
     name: str
@@ -44,8 +44,8 @@ class WindowedOp:
     explained: bool = True
 
     def along(self, axis: int, size: int) -> tuple[int, float, float]:
-        """For ``size`` inputs along an axis: the number of outputs, the step between their centres, and the distance of
-        the first from the centre of the first input, both in inputs."""
+        """For ``size`` inputs along an axis: the number of outputs, the step between their centres, and the distance
+        from the first input's centre to the first output's; both distances count inputs."""
         if self.fixed is not None:
             count = self.fixed[axis] or size
             return count, size / count, (size / count - 1) / 2
@@ -66,18 +66,18 @@ class WindowedOp:
         return all(self.along(axis, self.source[1 + axis])[0] == self.target[1 + axis] for axis in (0, 1))
 
     def displaces(self) -> bool:
-        """Whether the windows are centred elsewhere than pieces of the input side by side."""
+        """Whether the windows' centres differ from the centres of equal pieces of the input."""
         along = [self.along(axis, self.source[1 + axis]) for axis in (0, 1)]
         return not self.explained or any(first != (step - 1) / 2 for _, step, first in along)
 
     def matters(self) -> bool:
-        """Whether it changes shape or place, so that a chain can lead through it."""
+        """Whether it changes shape or position, so that it belongs in a chain."""
         return self.source != self.target or self.displaces()
 
 
 def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Sequence[int]) -> WindowedOp | None:
-    """What a module among ``WINDOWED`` did to a tensor of shape ``source``, (B, C, H, W) or (C, H, W), to make one of
-    ``target``; None where tokens stay where they are."""
+    """What a ``WINDOWED`` module did to turn a tensor of shape ``source``, (B, C, H, W) or (C, H, W), into one of shape
+    ``target``; None if tokens stay where they are."""
     if len(source) not in (3, 4) or not isinstance(module, WINDOWED):
         return None
     given = (int(source[-3]), int(source[-2]), int(source[-1]))
@@ -112,7 +112,7 @@ def pair(value: int | Sequence[int]) -> Grid:
 
 
 def _padding(value: str | int | Sequence[int], kernel: Grid, dilation: Grid) -> tuple[Grid, Grid]:
-    if isinstance(value, str):  # of a stride of 1: the odd one out goes behind
+    if isinstance(value, str):  # with a stride of 1; an odd pixel goes behind
         total = [dilation[i] * (kernel[i] - 1) if value == "same" else 0 for i in (0, 1)]
         return (total[0] // 2, total[0] - total[0] // 2), (total[1] // 2, total[1] - total[1] // 2)
     y, x = pair(value)
@@ -121,8 +121,8 @@ def _padding(value: str | int | Sequence[int], kernel: Grid, dilation: Grid) -> 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a grid of ``size`` stands: pixels between its centres, and from the image's edge to the first centre.
-    ``inside``: the last window belonged to the attention in question."""
+    """Where a grid of ``size`` lies: the pixels between its centres, and from the image's edge to the first centre.
+    ``inside``: whether the last window belonged to the attention in question."""
 
     stride: Pixels
     centre: Pixels
@@ -130,7 +130,7 @@ class Spot:
     inside: bool = False
 
     def through(self, op: WindowedOp, inside: bool) -> Spot | None:
-        """Where the outputs of an op on this grid stand, or None if unknown."""
+        """Where the outputs of an op on this grid lie, or None if unknown."""
         (rows, step_y, first_y), (columns, step_x, first_x) = (op.along(i, self.size[i]) for i in (0, 1))
         if not op.explained or min(rows, columns) < 1:
             return None
@@ -145,12 +145,11 @@ class Spot:
 
 
 def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid) -> dict[Shape, set[Spot | None]]:
-    """Every shape that chains of ops lead to from images ``seen``, (batch, height, width), and its places on images of
-    ``size``: several where chains disagree, with None among them where one is unknown.
+    """Where each grid lies on images of ``size``, for the chains of ops that start at images ``seen``, (batch, height,
+    width). Several entries if chains disagree; None is among them if one is unknown.
 
-    An op (op, inside, loose) follows those that made its input, or, ``loose``, a grid of its input's size. A grid that
-    none made comes from something unseen, or belongs to a part of an image.
-    """
+    An op (op, inside, loose) follows the ops that made its input or, if ``loose``, a grid of its input's size. A grid
+    that no op made comes from an unseen operation, or belongs to part of an image."""
     start = Spot((1.0, 1.0), (0.5, 0.5), size)
     reached: dict[Grid, dict[int, set[Spot | None]]] = {seen[1:]: {c: {start} for c in range(1, _IMAGE_CHANNELS + 1)}}
     for op, inside, loose in ops:
@@ -164,20 +163,20 @@ def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid)
 
 @dataclass(frozen=True)
 class WindowTrace:
-    """The windowed ops of a model's first run, in order, on images ``seen``, (batch, height, width); and for each part
-    that attends, by name ("" is the model), how many ops ran before its first and its last call."""
+    """The windowed ops of a model's first run, in order, on images ``seen``, (batch, height, width). ``calls`` counts
+    the ops before the first and the last call of each part that attends ("" is the model)."""
 
     ops: tuple[WindowedOp, ...] = ()
     seen: Shape = (0, 0, 0)
     calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def find(self, part: str, size: Grid, grid: Grid, widths: Iterable[int], inside: bool = False) -> Spot | None:
-        """Where a ``grid`` of tokens that attend in ``part`` stands on images of ``size``; None where no chain leads
-        there, or chains disagree. ``inside``: windows within the part made it.
+        """Where a ``grid`` of tokens that attend in ``part`` lies on images of ``size``; None if no chain leads to it
+        or chains disagree. ``inside``: windows within the part made it.
 
-        The strongest kind of link that leads there decides: over equal channels up to one of the ``widths`` of the
-        tokens, then over channels that linear maps or heads may have changed. Windows within other attention make its
-        own keys or queries, and count only if nothing else leads there.
+        The strongest kind of link decides: equal channels up to one of the tokens' ``widths``, then channels that
+        linear maps or heads may have changed. Windows within other attention make that attention's own keys or
+        queries, and count only if nothing else leads to the grid.
         """
         widths = frozenset(widths)
         for only_trunk in (True, False):
@@ -195,7 +194,7 @@ class WindowTrace:
         return None
 
     def displaces(self, part: str) -> bool:
-        """Whether windows before this attention put tokens elsewhere than pieces of the image side by side."""
+        """Whether windows before this attention move tokens away from the centres of equal pieces of the image."""
         return any(op.displaces() for op, _ in self._before(part, True) if op.batch == self.seen[0])
 
     def _before(self, part: str, only_trunk: bool) -> Iterator[tuple[WindowedOp, bool]]:
@@ -208,7 +207,7 @@ class WindowTrace:
                 yield op, inside
 
 
-# Whether the tokens' width counts, and which links may join any channels: those within the attention, or all.
+# Whether the tokens' width counts, and which links may join any channels: links within the attention, or all.
 _LINKS = ((True, False, False), (False, False, False), (False, True, False), (False, True, True))
 
 

@@ -1,1 +1,1 @@
-"""Augmentations that can be undone: the views, the samplers that draw them, and how a view carries a map."""
+"""Makes augmentations that can be undone: views, the samplers that draw them, and how a view carries a map."""

@@ -14,7 +14,7 @@ _ZERO, _ONE = Fraction(0), Fraction(1)
 class Axis:
     """Where one output axis reads its source: source = slope * output + start, both coordinates in [0, 1].
 
-    The view shows ``low`` to ``high`` of the source; anything read beyond is padding. An axis that shows nothing has
+    The view shows the source from ``low`` to ``high``; anything read beyond is padding. An axis that shows nothing has
     ``low`` above ``high``.
     """
 
@@ -54,8 +54,8 @@ def _shown(slope: Fraction, start: Fraction, low: Fraction, high: Fraction) -> A
 
 @dataclass(frozen=True)
 class Affine:
-    """Where the view of one image reads: ``y`` the source's rows, ``x`` its columns. With ``transposed`` the source's y
-    runs along the output's x. ``zoom`` is the output's (height, width) over the source's, as the output is oriented."""
+    """Where one image's view reads its source: ``y`` the rows, ``x`` the columns. If ``transposed``, the source's y
+    runs along the output's x. ``zoom`` is the output's (height, width) over the source's, oriented like the output."""
 
     y: Axis = Axis()
     x: Axis = Axis()

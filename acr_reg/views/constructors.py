@@ -1,4 +1,4 @@
-"""The constructors of every kind of :class:`~acr_reg.View`."""
+"""Makes every kind of :class:`~acr_reg.View` from checked arguments. A new kind is added here."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def Rotate90(k: int = 1) -> View:
 def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
     """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
 
-    With ``keep_size`` the output has the input's size, as torchvision's affine: the image is scaled about its centre,
-    cut where it is larger, and 0 (and not valid) around it where it is smaller. Unlike affine it antialiases, and does
-    not read the part that is cut.
+    With ``keep_size`` the output has the input's size, as with torchvision's affine: the image is scaled about its
+    centre, cut if it is larger, and surrounded by 0 (not valid) if it is smaller. Unlike affine it antialiases, and
+    does not read the part that is cut.
 
     >>> import torch
     >>> Scale(0.5)(torch.ones(1, 3, 32, 48)).shape
@@ -63,7 +63,7 @@ def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
         factors = ()
     if len(factors) != 2 or not all(0 < f < float("inf") for f in factors):
         raise ValueError(f"The scale is {factor}. Pass one or two positive factors: 0.5 halves the size, 2 doubles it.")
-    if not isinstance(factor, (int, float, tuple)):  # numbers of numpy and torch print differently
+    if not isinstance(factor, (int, float, tuple)):  # numpy and torch numbers print differently
         factor = factors[0] if factors[0] == factors[1] else factors
     zoom = (Fraction(factors[0]), Fraction(factors[1]))
     if not keep_size:
@@ -86,8 +86,8 @@ def Crop(
     width), by default the box's own: torchvision's ``resized_crop``.
 
     The box is in torchvision's order, so ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
-    image_size=images.shape[-2:])`` repeats that transform. With ``pad`` the box may reach beyond the image, where the
-    output is 0 and not valid; hosts that scale by 0.5 to 2 and pad to one size need it. Raises ValueError for a box
+    image_size=images.shape[-2:])`` repeats that transform. With ``pad`` the box may reach beyond the image: the output
+    there is 0 and not valid. Hosts that scale by 0.5 to 2 and pad to one size need it. Raises ValueError for a box
     outside the image.
 
     >>> import torch
@@ -137,10 +137,10 @@ def _whole(value: object, what: str) -> int:
 
 
 def Compose(views: Sequence[View]) -> View:
-    """Applies the views one after another, the first first, as one view that resamples once. Views for one image and
-    views for a batch go together.
+    """Applies the views one after another, in order, as one view that resamples once. Views for one image and views for
+    a batch can be combined.
 
-    Raises ValueError where a view is bound to another size than the view before it gives.
+    Raises ValueError if a view is bound to a size that the view before it does not give.
     """
     views = _views(views, "Compose([first, second])")
     composed = reduce(_then, views, View(label="nothing"))
@@ -172,8 +172,8 @@ def _for_all(view: View, count: int) -> Iterator[Affine]:
 
 
 def PerImage(views: Sequence[View]) -> View:
-    """One view that holds a view of its own for each image of a batch, all with one output size. The images may differ
-    in size where each is cropped before the batch is stacked.
+    """One view that holds a separate view for each image of a batch, all with one output size. The images may differ in
+    size if each is cropped before the batch is stacked.
 
     >>> import torch
     >>> view = PerImage([HorizontalFlip(), Identity()])
@@ -194,7 +194,7 @@ def PerImage(views: Sequence[View]) -> View:
             f"The views give {' and '.join(f'{h} x {w}' for h, w in sorted(outputs))}. All images need one output "
             "size. Crop or pad to it by Crop(..., size=, pad=True)."
         )
-    # Crops of images of several sizes make a batch, but no batch of such images exists to crop.
+    # Crops of images of different sizes form a batch, but the images themselves do not.
     input_size, fixed_size = inputs.pop() if len(inputs) == 1 else None, outputs.pop() if outputs else None
     affines, rounds = tuple(view.affines[0] for view in views), any(view.rounds for view in views)
     made = View(affines, input_size, fixed_size, f"PerImage({list(views)})", rounds)

@@ -1,7 +1,7 @@
 """Carries values from one lattice onto another, through an affine map for each image, by the centres of the tokens.
 
-Where the centres of both lattices coincide, the map is an index, exact to the bit. Elsewhere it resamples each axis
-bilinearly, antialiased when shrinking (as torchvision, ``align_corners=False``).
+If the centres of both lattices coincide, the map is an index, exact to the bit. Otherwise it resamples each axis
+bilinearly, antialiased when shrinking (as torchvision does, ``align_corners=False``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class AxisMap:
 
     ``index`` (S, target, taps) holds the positions read and ``weights`` their weights, which sum to 1; None if each
     target reads exactly one. ``valid`` (S, target) is False where the centre lies outside the part of the source that
-    is shown. ``step`` (S,) is the distance of neighbouring targets, in source tokens.
+    is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens.
     """
 
     count: int
@@ -40,7 +40,7 @@ class AxisMap:
 
     @property
     def places(self) -> Tensor:
-        """(S, target): the one position read. Only for exact maps."""
+        """(S, target): the single position read. Only for exact maps."""
         assert self.weights is None
         return self.index[:, :, 0]
 
@@ -60,7 +60,7 @@ class AxisMap:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The images of a batch (None: all) whose views are transposed alike."""
+    """The images of a batch (None: all) whose views are all transposed, or all not."""
 
     images: list[int] | None
     y: AxisMap
@@ -68,7 +68,7 @@ class _Part:
     transposed: bool
 
     def over_tokens(self, pairs: Tensor) -> Tensor:
-        """Values for pairs of a position along y and one along x, (S, y, x), as (S, target tokens)."""
+        """Flattens values for pairs of positions along y and x, (S, y, x), to (S, target tokens)."""
         return (pairs.mT if self.transposed else pairs).flatten(1)
 
     def __call__(self, maps: Tensor) -> Tensor:
@@ -132,14 +132,14 @@ class LatticeMap:
         return self._gathered([(part.y.step * part.x.step).abs() for part in self.parts])
 
     def index(self) -> Tensor:
-        """(1 or B, target tokens): the source token on which each target token falls. Only for exact maps."""
+        """(1 or B, target tokens): the source token that each target token coincides with. Only for exact maps."""
         width = self.source.width
         found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
         return self._gathered(found)
 
     def sources(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The source tokens (1 or B, U) that the target ``tokens`` (R,) read, and their weights (1 or B, R, U). Only
-        for maps that are not exact. An image that reads fewer than U tokens has weight 0 on the others."""
+        for maps that are not exact. If an image reads fewer than U tokens, the others have weight 0."""
         rows, columns = tokens // self.target.width, tokens % self.target.width
         weights = self._gathered([part.weights(rows, columns, dtype) for part in self.parts])
         read = (weights > 0).any(1)
@@ -161,7 +161,7 @@ class LatticeMap:
         return mapped.to(maps.dtype)
 
     def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
-        """Values of tokens along one dimension, ``len(source)`` of them -> ``len(target)``, 0 where not shown."""
+        """Token values along one dimension, ``len(source)`` of them -> ``len(target)``, 0 where not shown."""
         values = values.movedim(dim, -1)
         if self.is_exact:
             mapped = select(values, -1, self.index())
@@ -180,7 +180,7 @@ class LatticeMap:
 
 
 def _beside(mask: Tensor, values: Tensor) -> Tensor:
-    """A mask (1 or B, ...) over the last axes of ``values`` (B, ..., ...)."""
+    """Reshapes a mask (1 or B, ...) to broadcast over the last axes of ``values`` (B, ..., ...)."""
     between = values.ndim - mask.ndim
     return mask[0] if len(mask) == 1 else mask.reshape(len(mask), *[1] * between, *mask.shape[1:])
 
@@ -226,12 +226,12 @@ class _Positions:
         self.positions = source.tokens(slope * target.places() + start)
         nothing = low > high
         within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
-        # At the image's own edges the lattice decides what is shown: it may reach beyond them or leave a margin.
+        # At the image's own edges the lattice decides which tokens are shown: it may reach beyond or leave a margin.
         low = source.tokens(low).where(low > 0, -torch.inf)
         high = source.tokens(high).where(high < 1, torch.inf)
         shown = (self.positions >= low - _ON_LATTICE) & (self.positions <= high + _ON_LATTICE)
         self.valid = within & shown & ~nothing
-        # Only tokens that are at least partly shown are read, up to those whose cells contain the edges.
+        # Only tokens that are at least partly shown are read, up to the tokens whose cells contain the edges.
         self.first = (low + 0.5 + _ON_LATTICE).floor().clamp(0, source.count - 1)
         self.last = ((high + 0.5 - _ON_LATTICE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
 

@@ -1,6 +1,6 @@
 """Samplers: random augmentations that draw a :class:`~acr_reg.View`.
 
-The view drawn knows what it did, so attention and class maps can be carried back. ``sample(images)`` draws one view for
+The drawn view knows what it did, so attention and class maps can be carried back. ``sample(images)`` draws one view for
 the whole batch, ``sample(images, per_image=True)`` one for each image. Random numbers come from torch's global
 generator or from ``generator=``.
 
@@ -29,7 +29,7 @@ _TRIES = 10  # draws of a box before the fallback, as in torchvision
 
 
 class Sampler(ABC):
-    """Draws views. A subclass defines how to draw one for images of a given size."""
+    """Draws views. A subclass defines how to draw a view for images of a given size."""
 
     @abstractmethod
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
@@ -74,8 +74,8 @@ def _check_steps(steps: Sequence[View | Sampler]) -> list[View | Sampler]:
     for step in steps:
         if not isinstance(step, (View, Sampler)):
             raise TypeError(
-                f"One of the steps is a {type(step).__name__}. Pass views and samplers of acr_reg, for torchvision's "
-                "Crop(*RandomResizedCrop.get_params(...), ...)."
+                f"One of the steps is a {type(step).__name__}. Pass views and samplers of acr_reg; "
+                "Crop(*get_params(...), ...) repeats a crop of torchvision."
             )
     return list(steps)
 
@@ -86,7 +86,7 @@ class RandomApply(Sampler):
     def __init__(self, step: View | Sampler, p: float = 0.5) -> None:
         (self.step,) = _check_steps([step])
         if not 0 <= p <= 1:
-            raise ValueError(f"p={p} is no probability. Pass one in [0, 1]; 0.5 applies the step half of the time.")
+            raise ValueError(f"p={p} is not a probability. Pass one in [0, 1]; 0.5 applies the step half the time.")
         self.p = p
 
     def __repr__(self) -> str:
@@ -124,8 +124,8 @@ class RandomCompose(_OfSteps):
 
 
 class RandomScale(Sampler):
-    """Scales by a factor between ``low`` and ``high``, the same for height and width. ``keep_size`` as in
-    :func:`~acr_reg.Scale`; a view for each image needs it."""
+    """Scales height and width by one factor between ``low`` and ``high``. ``keep_size`` is as for
+    :func:`~acr_reg.Scale`; ``per_image=True`` needs it."""
 
     def __init__(self, low: float, high: float, keep_size: bool = False) -> None:
         if not 0 < low <= high < math.inf:
@@ -140,8 +140,8 @@ class RandomScale(Sampler):
 
 
 class RandomResizedCrop(Sampler):
-    """Crops a box of a random share ``scale`` of the image's area and of random proportions ``ratio`` (width over
-    height), and resizes it to ``size``: the distribution of torchvision's transform of that name."""
+    """Crops a box with a random share ``scale`` of the image's area and random proportions ``ratio`` (width over
+    height), and resizes it to ``size``. The distribution equals torchvision's RandomResizedCrop."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 A :class:`~acr_reg.View` is one axis-aligned affine map between an image and its augmented output, or one for each image
 of a batch, in coordinates from 0 to 1 along each axis, with half-pixel centres (torchvision's ``align_corners=False``).
-``resampling`` reads whatever lies on a lattice over the image through it.
+``resampling`` reads values on a lattice over the image through it.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ class View:
     fixed_size: tuple[int, int] | None = None
     label: str = field(default="Identity()", compare=False)
     rounds: bool = field(default=False, compare=False)
-    """Whether it contains a scale for images of any size, which rounds its output size."""
+    """Whether it contains a scale for images of any size, and so rounds its output size."""
 
     def __repr__(self) -> str:
         return self.label
 
     @property
     def brief(self) -> str:
-        """As printed, but cut where the views of a batch would fill a screen."""
+        """The printed form, cut if the views of a batch would fill a screen."""
         return self.label if len(self.label) <= _BRIEF else f"{self.label[:_BRIEF]} ..."
 
     def __hash__(self) -> int:
@@ -70,12 +70,12 @@ class View:
 
     @property
     def num_images(self) -> int:
-        """The number of images it is for; 1 serves any batch."""
+        """The number of images that it is for; 1 fits any batch."""
         return len(self.affines)
 
     @property
     def scales(self) -> bool:
-        """Whether it changes sizes, which may then have been rounded."""
+        """Whether it changes sizes; these may then be rounded."""
         return any(zoom != 1 for affine in self.affines for zoom in affine.zoom)
 
     @property
@@ -117,7 +117,7 @@ class View:
         return output
 
     def _output_size(self, affine: Affine, size: Size) -> tuple[int, int]:
-        """The output size for one affine: for images the bound size, for their smaller maps a computed one."""
+        """The output size for one affine: the bound size for images, a computed size for their smaller maps."""
         output, fixed = affine.output_size(size), self.fixed_size
         if fixed is None or self.input_size not in (None, tuple(size)):
             return output
@@ -125,8 +125,8 @@ class View:
         return fixed if all(o <= most for o, most in zip(off, self._rounding(fixed), strict=True)) else output
 
     def _rounding(self, fixed: Size | None) -> tuple[int, int]:
-        """How far a computed size may be off the bound one, (height, width): a crop may enlarge a pixel of a scaled
-        image to several."""
+        """How far a computed size may differ from the bound size, (height, width): a crop may enlarge one pixel of a
+        scaled image to several."""
         if fixed is None or not self.rounds:
             return 1, 1
         return 1 + fixed[0] // 5, 1 + fixed[1] // 5
@@ -134,7 +134,7 @@ class View:
     def _check_size(
         self, what: str, bound: Size | None, found: Size, size: Size, rounding: tuple[int, int] = (0, 0)
     ) -> None:
-        """A view bound to images of one size takes these images, and maps of them at a lower resolution."""
+        """Checks a bound size: the view takes images of this size, and maps of these at a lower resolution."""
         if bound is not None and not _is_reduction(bound, found, rounding):
             raise ValueError(
                 f"{self.brief} got a map of {size[0]} x {size[1]}. Its {what} must be {bound[0]} x {bound[1]} or a "
@@ -144,7 +144,7 @@ class View:
     def __call__(self, maps: Tensor, size: int | Size | None = None) -> Tensor:
         """The view (..., H', W') of images or dense maps (..., H, W), differentiable. ``size`` overrides (H', W').
 
-        With a view for each image the first axis is the batch. Pixels outside the source are 0.
+        If it holds a view for each image, the first axis is the batch. Pixels outside the source are 0.
         """
         if not isinstance(maps, Tensor):
             raise TypeError(f"The images are a {type(maps).__name__}. Convert them to a tensor (..., H, W).")

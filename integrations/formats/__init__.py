@@ -1,4 +1,4 @@
-"""Files of class maps: reads and writes the formats in which WSSS codebases hand them from stage to stage."""
+"""Reads and writes class maps in the file formats that WSSS codebases pass from stage to stage."""
 
 from acr_reg.integrations.formats.files import FORMATS, Format, Maps, check_format
 from acr_reg.integrations.formats.load import cam_format, load_cams

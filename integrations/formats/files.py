@@ -1,4 +1,4 @@
-"""The file formats of class maps that weakly supervised segmentation codebases exchange, and what all of them hold.
+"""Defines the file formats of class maps that weakly supervised segmentation codebases exchange.
 
 | format | one image's file holds | read by |
 |---|---|---|
@@ -9,7 +9,7 @@
 | ``npz`` | arrays under the names "k" | this library; holds no pickle |
 
 k is a 0-based class number (the background is not counted), and (H, W) is the size of the original image. All but
-``npz`` are ``.npy`` files that hold a pickle. A reader that is given another format than its own may score mIoU 0
+``npz`` are ``.npy`` files that hold a pickle. A reader given a format that is not its own may score mIoU 0
 without an error.
 """
 
@@ -27,13 +27,13 @@ Maps = dict[int, npt.NDArray[np.float32]]
 
 
 def check_format(format: str | None) -> None:
-    """Raises ValueError for a name that is not in :data:`FORMATS`. None passes: the format is found out later."""
+    """Raises ValueError for a name that is not in :data:`FORMATS`. None passes: the format is detected later."""
     if format is not None and format not in FORMATS:
         raise ValueError(f"There is no format {format!r}. Choose one of {', '.join(FORMATS)}.")
 
 
 def checked_maps(cams: Mapping[Any, Any]) -> Maps:
-    """``cams`` as float32 (H, W) maps of one size. Raises ValueError if they are anything else."""
+    """Converts ``cams`` to float32 (H, W) maps of one size. Raises ValueError if that is impossible."""
     if not isinstance(cams, Mapping):
         raise ValueError(f"Class maps come as {{class: (H, W) map}}, not as {kind_of(cams)}. Make such a dict.")
     maps: Maps = {}

@@ -21,9 +21,9 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
 
     Args:
         path: a .npy or .npz file.
-        format: by default it is found from the content. A file of a CRF pair looks like a PSA dict with a class 0. If
+        format: by default detected from the content. A file of a CRF pair looks like a PSA dict with a class 0. If
             key 0 looks like a background of the other maps (a power of 1 minus their maximum, or 1 minus their sum),
-            the file is refused unless ``format`` says which of the two it is.
+            the file is refused unless ``format`` names one of the two.
 
     Raises:
         ValueError: the content is something else; the message says what.
@@ -39,7 +39,7 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
 
 
 def cam_format(path: str | os.PathLike[str]) -> Format:
-    """Which of :data:`FORMATS` a file is in, as :func:`load_cams` finds it. Raises the same errors.
+    """The format of a file, one of :data:`FORMATS`, as :func:`load_cams` detects it. Raises the same errors.
 
     >>> import numpy as np
     >>> from acr_reg.integrations.formats import save_cams

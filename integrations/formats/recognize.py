@@ -1,4 +1,4 @@
-"""Tells which format the content of a .npy file is in, and refuses to guess where two look the same."""
+"""Detects the format of a .npy file's content, and refuses to guess if two formats look the same."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from acr_reg.integrations.formats.files import Format, Maps, checked_maps
 
-# How far a file may be from what a CRF pair holds and still be taken for one: half precision, over 20 classes.
+# How far a file may differ from a CRF pair and still be taken for one: half precision, over 20 classes.
 _LIKE_A_CRF_FILE = 1e-2
 _HIGHEST_ALPHA = 100.0
 
@@ -26,8 +26,8 @@ def format_of(content: Any, format: Format | None) -> Format:
         return format
     if _may_be_of_a_crf_pair(maps):
         raise ValueError(
-            "Key 0 could be the background of a CRF pair, or class 0. Say which: "
-            'format="psa_crf" or format="psa" (evaluate --format, convert --from).'
+            "Key 0 may be a CRF pair's background or class 0. Pass "
+            'format="psa_crf" or "psa" (evaluate --format, convert --from).'
         )
     return "psa"
 
@@ -43,7 +43,7 @@ def _may_be_of_a_crf_pair(maps: Maps) -> bool:
     if np.abs(background + sum(others) - 1).max() < _LIKE_A_CRF_FILE:
         return True
     rest = 1 - np.max([np.zeros_like(background), *others], axis=0)
-    # The alpha is read where the background is nearest to a half, and must then explain every other pixel.
+    # Alpha is read at the pixel whose background is nearest to a half. It must then explain every other pixel.
     at = np.argmin(np.abs(background - 0.5) + 1e-3 * (1 - rest))
     base, value = rest.flat[at], background.flat[at].clip(1e-30, 1)
     alpha = np.log(value) / np.log(base) if 0 < base < 1 else 1.0

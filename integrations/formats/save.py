@@ -43,7 +43,7 @@ def save_cams(
             need ``size`` if there are no maps.
 
     Raises:
-        ValueError: the ending or format is unknown, a key is no class number, or maps differ in size or leave [0, 1].
+        ValueError: the ending or format is unknown, a key is not a class, or maps differ in size or leave [0, 1].
 
     >>> import numpy as np
     >>> from acr_reg.integrations.formats import cam_format, load_cams
@@ -116,7 +116,7 @@ def save_crf_pair(
         content = io.BytesIO()
         write_object(content, dict(zip([0, *(number + 1 for number in maps)], scores, strict=True)))
         contents.append(content.getvalue())
-    # Both are made before one is written, so that no half of a pair stays behind if `refine` fails.
+    # Both are made before either is written, so that half a pair never stays behind if `refine` fails.
     for path, data in zip((low, high), contents, strict=True):
         with replacing(Path(path)) as unfinished:
             unfinished.write_bytes(data)
@@ -177,7 +177,7 @@ def _stacked(maps: Maps, size: tuple[int, int] | None) -> torch.Tensor:
 
 def _strided(maps: torch.Tensor) -> torch.Tensor:
     """(n, H, W) averaged over cells of 4 x 4 pixels. IRN enlarges this 4 times and crops it to the image, so the cells
-    start at its upper left corner, and those on the far edges repeat the last pixel."""
+    start at the upper left corner, and the cells on the far edges repeat the last pixel."""
     if len(maps) == 0:
         return maps.new_zeros(0, *(-(-length // IRN_STRIDE) for length in maps.shape[1:]))
     below, right = (-length % IRN_STRIDE for length in maps.shape[1:])

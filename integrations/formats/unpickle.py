@@ -1,7 +1,7 @@
 """Reads a numpy file that holds a pickle, without running code from it.
 
-Unpickling runs whatever the file names. It is not enough to allow numpy's own constructors only: a forged dtype makes
-numpy read bytes as pointers. So the dozen names that files of class maps need resolve to small stand-ins in this
+Unpickling runs any function that the file names. Allowing only numpy's own constructors is not enough: a forged dtype
+makes numpy read bytes as pointers. So the dozen names that files of class maps need resolve to small stand-ins in this
 module, which accept plain numbers only. Every other name is refused.
 """
 
@@ -75,7 +75,7 @@ class _Array:
 
 
 def _plain(value: Any) -> Any:
-    """The pickle's content with arrays in place of their stand-ins."""
+    """The pickle's content, with each stand-in replaced by its array."""
     if isinstance(value, _Array):
         return _plain(value.value)
     if isinstance(value, dict):
@@ -104,7 +104,7 @@ def _torch_storage(content: bytes) -> npt.NDArray[Any]:
 def _torch_tensor(storage: npt.NDArray[Any], offset: int, size: Any, stride: Any, *_: Any) -> npt.NDArray[Any]:
     if math.prod(size) > len(storage):
         raise pickle.UnpicklingError(f"A tensor of size {size} is larger than its storage of {len(storage)} numbers.")
-    index = np.full(size, offset)  # indexing is checked against the storage, a strided view would not be
+    index = np.full(size, offset)  # indexing checks the storage's bounds; a strided view does not
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         index += np.arange(length).reshape(-1, *[1] * (len(size) - axis - 1)) * step
     return storage[index]

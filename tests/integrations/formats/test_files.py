@@ -134,7 +134,7 @@ def test_every_format_is_read_back_and_told(tmp_path, maps, format):
         assert values.dtype == np.float32
         np.testing.assert_allclose(values, maps[number], atol=2**-11 if format == "clip_es" else 1e-6)
     if format == "psa_crf":
-        with pytest.raises(ValueError, match=r'psa_crf\.npy: .*format="psa_crf" or format="psa"'):
+        with pytest.raises(ValueError, match=r'psa_crf\.npy: .*format="psa_crf" or "psa"'):
             load_cams(path)
     else:
         assert cam_format(path) == format
