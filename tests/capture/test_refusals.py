@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, CaptureError, HorizontalFlip, capture_attention
 from tests.support.attention import says
 from tests.support.capturing import cold_and_warm, images, modes, plain_pass
 from tests.support.models import PlainEncoder, explicit_vit, multihead_vit
 from tests.support.models.plain import (
+    BLOCKS,
     Builder,
+    Checkpointed,
     Crops,
+    ExplicitBlock,
     FunctionAttention,
     every_block,
     every_kind,
@@ -215,6 +219,52 @@ def test_a_kernel_under_another_class_in_the_same_place_of_another_block_is_name
         for _ in range(2):
             model(images())
             with pytest.raises(CaptureError, match=r"blocks\.1\.attn"):
+                attention.take()
+
+
+# ---- checkpointing that runs layers without a graph
+
+
+def block_of(kind: str) -> nn.Module:
+    return nn.Sequential(BLOCKS[kind](), nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.0))
+
+
+def reentrantly(blocks: list[nn.Module], *reentrant: bool | None) -> nn.Sequential:
+    encoder = Checkpointed(*blocks)
+    encoder.reentrant = reentrant
+    return encoder
+
+
+class CheckpointsItself(ExplicitBlock):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[return-value]
+
+
+class Other(ExplicitBlock):
+    """Not alike to the blocks in which attention is seen."""
+
+
+@pytest.mark.parametrize(
+    ("encoder", "named"),
+    [
+        *((reentrantly([block()], True), "no_grad") for block in BLOCKS.values()),
+        *((reentrantly([block_of(kind) for _ in range(3)], True, True, True), "no_grad") for kind in BLOCKS),
+        *(
+            (reentrantly([block_of(kind) for _ in range(3)], None, True, None), r"checkpointing runs .*encoder\.1\b")
+            for kind in BLOCKS
+        ),
+        (nn.Sequential(CheckpointsItself(), ExplicitBlock()), r"checkpointing runs encoder\.0"),
+        (reentrantly([Other(), ExplicitBlock()], True, None), r"checkpointing runs encoder, encoder\.0"),
+    ],
+    ids=[*(f"{which} {kind}" for which in ("the only", "every", "one") for kind in BLOCKS), "itself", "unlike"],
+)
+def test_reentrant_checkpointing_is_refused(encoder: nn.Module, named: str) -> None:
+    """Where some layers are left, they would be regularised under the wrong indices, and the others not at all."""
+    model = PlainEncoder(encoder)
+    with capture_attention(model) as attention:
+        for _ in range(2):
+            model(images())
+            with pytest.raises(CaptureError, match=rf"{named}.*use_reentrant=False"):
                 attention.take()
 
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from acr_reg import AllPairsConsistencyLoss, CaptureError, HorizontalFlip, capture_attention
 from tests.support.capturing import gradients, query_and_key
@@ -129,70 +128,6 @@ def test_non_reentrant_checkpointing_gives_the_same_gradient() -> None:
             gradients.append([p.grad.clone() for p in model.parameters()])
         for plain, recomputed in zip(*gradients, strict=True):
             torch.testing.assert_close(plain, recomputed)
-        model.encoder.reentrant = True
-        with capture_attention(model) as attention:
-            model(x)
-            with pytest.raises(CaptureError, match="use_reentrant=False"):
-                attention.take()
-
-
-@either_kind
-def test_reentrant_checkpointing_of_every_block_is_refused(kind: str) -> None:
-    model = checkpointed_vit(kind)
-    model.encoder.reentrant = (True, True, True)
-    with capture_attention(model) as attention:
-        for _ in range(2):
-            model(images())
-            with pytest.raises(CaptureError, match="use_reentrant=False"):
-                attention.take()
-
-
-@either_kind
-def test_reentrant_checkpointing_of_some_blocks_is_not_silent(kind: str) -> None:
-    """The layers that are left would be regularised under the wrong indices, and the others not at all."""
-    model = checkpointed_vit(kind)
-    model.encoder.reentrant = (None, True, None)
-    with capture_attention(model) as attention:
-        for _ in range(2):
-            model(images())
-            said = ""
-            try:
-                attention.take()
-            except CaptureError as error:
-                said = str(error)
-            assert "use_reentrant=False" in said or any("encoder.1." in name for name, _ in attention.skipped)
-
-
-class CheckpointsItself(ExplicitBlock):
-    def forward(self, x: Tensor) -> Tensor:
-        return checkpoint(super().forward, x, use_reentrant=True)  # type: ignore[return-value]
-
-
-class Other(ExplicitBlock):
-    """Not alike to the blocks in which attention is seen."""
-
-
-def another_checkpoints() -> nn.Sequential:
-    blocks = Checkpointed(Other(), ExplicitBlock())
-    blocks.reentrant = (True, None)
-    return blocks
-
-
-@pytest.mark.parametrize(
-    ("encoder", "named"),
-    [
-        (nn.Sequential(CheckpointsItself(), ExplicitBlock()), r"encoder\.0"),
-        (another_checkpoints(), r"encoder, encoder\.0"),
-    ],
-    ids=["itself", "another"],
-)
-def test_a_layer_unlike_the_others_that_is_checkpointed_reentrantly_is_refused(encoder: nn.Module, named: str) -> None:
-    model = PlainEncoder(encoder)
-    with capture_attention(model) as attention:
-        for _ in range(2):
-            model(images())
-            with pytest.raises(CaptureError, match=rf"checkpointing runs {named}.*use_reentrant=False"):
-                attention.take()
 
 
 # ---- frozen layers

@@ -29,6 +29,7 @@ from acr_reg.losses.terms import sample_rows
 from acr_reg.tokens import Lattice, TokenLayout
 from tests.support import oracles
 from tests.support.attention import (
+    MASKS,
     VIEWS,
     any_view,
     explicit,
@@ -289,45 +290,6 @@ def test_mixed_maps_of_either_sign_are_resampled_by_area():
 # Factors: what a fused kernel leaves behind
 
 
-MASKS = {
-    "none": lambda n: {},
-    "bias of every head": lambda n: {"mask": torch.randn(1, 2, n, n, generator=generator(5), dtype=torch.float64)},
-    "bias of every image": lambda n: {"mask": torch.randn(2, 1, n, n, generator=generator(5), dtype=torch.float64)},
-    "bias in float32": lambda n: {"mask": torch.randn(n, n, generator=generator(5))},
-    "bias without a batch axis": lambda n: {"mask": torch.randn(2, n, n, generator=generator(5), dtype=torch.float64)},
-    "key padding": lambda n: {"mask": (torch.arange(n) < n - 3).expand(2, 1, 1, n)},
-    "boolean": lambda n: {"mask": torch.rand(n, n, generator=generator(5)) > 0.3},
-    "causal": lambda n: {"causal": True},
-}
-
-
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize("scale", [None, 0.7])
-def test_weights_of_factors_are_those_of_the_kernel(mask, scale):
-    grid, prefix = (2, 4), 1
-    recorded = MASKS[mask](9)
-    query, key = random_factors(grid, prefix, 1)
-    value = torch.eye(9, dtype=torch.float64).expand(2, 2, 9, 9)  # A V is then A itself
-    attn_mask = recorded.get("mask")
-    attn_mask = attn_mask.double() if attn_mask is not None and attn_mask.dtype == torch.float32 else attn_mask
-    kernel = F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal="causal" in recorded, scale=scale)
-    layer = factored(query, key, layout_of(grid, prefix), scale=scale, **recorded)
-    torch.testing.assert_close(layer.weights(), kernel, rtol=1e-10, atol=1e-12)
-    second = AttentionMaps([layer]).chunk(2)[1]
-    torch.testing.assert_close(second[0].weights(), kernel[1:], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", ["one mask of every head", "one mask of all"])
-def test_weights_of_flattened_factors_are_those_of_the_kernel(shape):
-    query, key = (tensor.detach().flatten(0, 1) for tensor in random_factors((2, 4), 1, 1))  # (B H, N, d), torch's MHA
-    mask = torch.randn(4 if shape == "one mask of every head" else 1, 9, 9, generator=generator(5), dtype=torch.float64)
-    value = torch.eye(9, dtype=torch.float64).expand(4, 9, 9)
-    kernel = F.scaled_dot_product_attention(query, key, value, mask).unflatten(0, (2, 2))
-    layer = factored(query, key, layout_of((2, 4)), mask=mask, heads=2)
-    torch.testing.assert_close(layer.weights(), kernel, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(AttentionMaps([layer]).chunk(2)[1][0].weights(), kernel[1:], rtol=1e-10, atol=1e-12)
-
-
 @any_view
 @pytest.mark.parametrize("mask", MASKS)
 def test_factors_equal_their_maps(name, mask):
@@ -348,15 +310,6 @@ def test_factors_equal_their_maps(name, mask):
     ):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
         assert found.abs().max() > 0
-
-
-def test_grouped_keys_serve_several_query_heads():
-    query = torch.randn(2, 4, 7, 8, generator=generator(1))
-    key = torch.randn(2, 2, 7, 8, generator=generator(2))
-    layer = factored(query, key, layout_of((2, 3)))
-    expected = torch.einsum("bhnd,bhmd->bhnm", query, key.repeat_interleave(2, 1)).div(8**0.5).softmax(-1)
-    torch.testing.assert_close(layer.weights(), expected)
-    assert layer.shape == (2, 4, 7, 7)
 
 
 # Layers, gradient and its absence

@@ -1,5 +1,7 @@
 """Attention made for tests: random probabilities, AttentionMaps of them, and maps carried to a view token by token."""
 
+import re
+
 import pytest
 import torch
 
@@ -64,6 +66,19 @@ def random_factors(grid, prefix, seed, heads=2, width=4):
     ]
 
 
+# What a kernel may be given beside query and key, of 2 images and 2 heads with n tokens.
+MASKS = {
+    "none": lambda n: {},
+    "bias of every head": lambda n: {"mask": torch.randn(1, 2, n, n, generator=generator(5), dtype=torch.float64)},
+    "bias of every image": lambda n: {"mask": torch.randn(2, 1, n, n, generator=generator(5), dtype=torch.float64)},
+    "bias in float32": lambda n: {"mask": torch.randn(n, n, generator=generator(5))},
+    "bias without a batch axis": lambda n: {"mask": torch.randn(2, n, n, generator=generator(5), dtype=torch.float64)},
+    "key padding": lambda n: {"mask": (torch.arange(n) < n - 3).expand(2, 1, 1, n)},
+    "boolean": lambda n: {"mask": torch.rand(n, n, generator=generator(5)) > 0.3},
+    "causal": lambda n: {"causal": True},
+}
+
+
 # Each view with the same thing said of coordinates; and whether the grid is transposed.
 VIEWS = {
     "horizontal": (HorizontalFlip(), mirror),
@@ -108,3 +123,8 @@ def says(error, *fragments):
     for fragment in fragments:
         assert fragment in message, f"{fragment!r} is not in: {message}"
     return True
+
+
+def numbers_in(error):
+    """The whole numbers of a message."""
+    return set(re.findall(r"\d+", str(error.value)))

@@ -128,6 +128,29 @@ def maps_of_first_loss(model: nn.Module, train: Callable[[nn.Module, bool], obje
     return taken
 
 
+# ---------------------------------------------------------------- a block of timm's names, for small models of a host
+
+
+class Block(nn.Module):
+    """Unfused attention behind a norm, its output dropped for some images in training, as drop_path does."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.attn = nn.Module()
+        self.attn.qkv = nn.Linear(width, 3 * width)
+
+    def forward(self, x):
+        query, key, value = self.attn.qkv(self.norm(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+        keep = (torch.rand(len(x), 1, 1) > 0.1) / 0.9 if self.training else 1.0
+        return x + keep * (weights @ value).transpose(1, 2).flatten(2)
+
+
+def is_query_and_key(name: str) -> bool:
+    return ".attn.qkv.weight" in name
+
+
 # ---------------------------------------------------------------- checkouts
 
 

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import acr_reg
 from acr_reg.integrations import transcam
 from tests.support.hosts import (
+    Block,
     added_lines,
     check_mean_of_ranks,
     check_training,
@@ -23,6 +24,7 @@ from tests.support.hosts import (
     gradients_of_two_ranks,
     host_on_path,
     in_fresh_process,
+    is_query_and_key,
     maps_of_first_loss,
     patched_module,
 )
@@ -41,25 +43,7 @@ def batch(seed):
     return images, labels
 
 
-def is_query_and_key(name):
-    return ".attn.qkv.weight" in name
-
-
 # ---------------------------------------------------------------- a small model of the interface
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.attn = nn.Module()
-        self.attn.qkv = nn.Linear(width, 3 * width)
-
-    def forward(self, x):
-        query, key, value = self.attn.qkv(self.norm(x)).unflatten(2, (3, 2, -1)).permute(2, 0, 3, 1, 4)
-        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
-        keep = (torch.rand(len(x), 1, 1) > 0.1) / 0.9 if self.training else 1.0
-        return x + keep * (weights @ value).transpose(1, 2).flatten(2)
 
 
 class TwoBranches(nn.Module):

@@ -1,0 +1,193 @@
+"""Maps that users bring, refused if they are none; and the parts, layouts and copies of AttentionMaps."""
+
+import itertools
+
+import pytest
+import torch
+
+from acr_reg import AttentionMaps, Lattice, LayoutError
+from tests.support.attention import random_maps, says, wrap
+
+
+def test_from_tensors_keeps_the_tensors_and_their_graph():
+    maps = random_maps((3, 5), prefix=2, layers=3)
+    attention = wrap(maps, (3, 5), 2, class_tokens=1)
+    assert attention.layers == (0, 1, 2)
+    assert attention.batch_size == 2
+    for layer, tensor in zip(attention, maps, strict=True):
+        assert torch.equal(layer.weights(), tensor)
+        assert layer.explicit.data_ptr() == tensor.data_ptr()
+        assert layer.requires_grad
+        assert not layer.is_factored
+        assert layer.shape == (2, 3, 17, 17)
+        assert layer.layout.class_tokens == (0,)
+    assert "17 tokens: 2 prefix + 3 x 5" in repr(attention)
+
+
+def test_from_tensors_takes_head_means():
+    maps = [m.mean(1) for m in random_maps((3, 5))]
+    attention = wrap(maps, (3, 5))
+    assert attention.weights()[0].shape == (2, 1, 16, 16)
+    assert torch.equal(attention.weights()[0][:, 0], maps[0])
+
+
+@pytest.mark.parametrize(
+    "shift", ["logits", "log-probabilities", "unnormalised", "centred", "renormalised rows of patches"]
+)
+def test_logits_given_as_attention(shift):
+    logits = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    given = {
+        "logits": logits,
+        "log-probabilities": logits.log_softmax(-1),
+        "unnormalised": logits.exp(),
+        "centred": logits - logits.mean(-1, keepdim=True) + 1 / 16,  # rows that sum to 1, of either sign
+        "renormalised rows of patches": logits.softmax(-2),
+    }[shift]
+    with pytest.raises(ValueError, match="sum to 1") as error:
+        wrap([logits.softmax(-1), given], (3, 5))
+    assert says(error, "layer 1", "within 0.0001", "softmax(-1)", "dropout")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "off", "allowed"),
+    [
+        (torch.float32, 0.9e-4, True),
+        (torch.float32, 1.2e-4, False),
+        (torch.float64, 1.2e-4, False),
+        (torch.bfloat16, 4e-3, True),
+        (torch.float16, 4e-3, True),
+        (torch.float16, 8e-3, False),
+    ],
+)
+def test_rows_may_be_off_one_by_rounding(dtype, off, allowed):
+    """Two keys, so that half precision can state the row: 0.5 and 0.5 + off."""
+    rows = torch.tensor([0.5, 0.5 + off], dtype=torch.float64).to(dtype).expand(1, 1, 2, 2)
+    if allowed:
+        assert AttentionMaps.from_tensors([rows], 0, (1, 2)).weights()[0].sum() > 1
+    else:
+        with pytest.raises(ValueError, match="sum to 1") as error:
+            AttentionMaps.from_tensors([rows], 0, (1, 2))
+        assert says(error, f"within {5e-3 if dtype == torch.float16 else 1e-4:g}")
+
+
+def test_maps_behind_dropout_are_no_probabilities():
+    maps = random_maps((3, 5))
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="sum to 1"):
+        wrap([torch.nn.functional.dropout(maps[0], 0.1)], (3, 5))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_not_finite_maps(value):
+    maps = random_maps((3, 5), layers=3)
+    maps[2] = maps[2].detach().clone()
+    maps[2][1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        wrap(maps, (3, 5))
+    assert says(error, "layer 2")
+
+
+@pytest.mark.parametrize(
+    ("grid", "prefix", "expected"),
+    [((3, 6), 1, "19 (1 prefix + 3 x 6)"), ((3, 5), 2, "17 (2 prefix + 3 x 5)"), ((3, 5), 0, "15 (0 prefix + 3 x 5)")],
+)
+def test_a_layout_that_does_not_fit_the_tokens(grid, prefix, expected):
+    maps = random_maps((3, 5))
+    attention = wrap(maps, (3, 5))
+    for attempt in (lambda: wrap(maps, grid, prefix), lambda: attention.with_layout(grid, prefix)):
+        with pytest.raises(LayoutError, match="16 queries and 16 keys") as error:
+            attempt()
+        assert says(error, "layer 0", expected, "grid=", "num_prefix_tokens=")
+
+
+def test_maps_that_are_not_square():
+    rows = torch.full((2, 3, 16, 15), 1 / 15)
+    with pytest.raises(LayoutError, match="16 queries and 15 keys") as error:
+        wrap([rows], (3, 5))
+    assert says(error, "16 (1 prefix + 3 x 5)")
+
+
+def test_shapes_and_types_that_are_no_maps():
+    maps = random_maps((3, 5))
+    with pytest.raises(ValueError, match=r"\(3, 16, 16, 16, 2\)") as error:
+        wrap([torch.zeros(3, 16, 16, 16, 2)], (3, 5))
+    assert says(error, "layer 0", "(B, H, N, M)")
+    with pytest.raises(ValueError, match="int64") as error:
+        wrap([torch.eye(16, dtype=torch.int64).expand(2, 3, 16, 16)], (3, 5))
+    assert says(error, "floating point")
+    with pytest.raises(TypeError, match="one tensor") as error:
+        wrap(maps[0], (3, 5))
+    assert says(error, "list")
+    with pytest.raises(TypeError, match="ndarray") as error:
+        wrap([maps[0], maps[1].detach().numpy()], (3, 5))
+    assert says(error, "layer 1", "tensor")
+    with pytest.raises(ValueError, match="no attention layer") as error:
+        wrap([], (3, 5))
+    assert says(error, "at least one")
+
+
+def test_layers_of_different_batches():
+    with pytest.raises(ValueError, match=r"\[2, 1\]") as error:
+        wrap([random_maps((3, 5))[0], random_maps((3, 5), batch=1)[0]], (3, 5))
+    assert says(error, "one batch size")
+
+
+@pytest.mark.parametrize("grid", [15, (15,), (1, 3, 5), "35"], ids=str)
+def test_a_grid_is_two_numbers(grid):
+    maps = random_maps((3, 5))
+    for attempt in (lambda: wrap(maps, grid), lambda: wrap(maps, (3, 5)).with_layout(grid, 1)):
+        with pytest.raises(LayoutError, match="grid=") as error:
+            attempt()
+        assert says(error, repr(grid), "(height, width)")
+
+
+def test_class_tokens_beyond_the_prefix():
+    maps = random_maps((3, 5), prefix=2)
+    for attempt in (lambda: wrap(maps, (3, 5), 2, 3), lambda: wrap(maps, (3, 5), 2, 1).with_layout((3, 5), 2, [2])):
+        with pytest.raises(LayoutError, match=r"\[2\]") as error:
+            attempt()
+        assert says(error, "2 prefix tokens")
+
+
+def test_with_layout_renames_the_tokens_of_the_same_maps():
+    attention = wrap(random_maps((3, 5), prefix=1), (3, 5))
+    other = attention.with_layout((2, 6), 4, class_tokens=2)
+    assert other[0].layout.query == Lattice(2, 6)
+    assert other[1].layout.class_tokens == (0, 1)
+    assert other[0].explicit.data_ptr() == attention[0].explicit.data_ptr()
+    assert attention[0].layout.query == Lattice(3, 5)
+
+
+def test_chunk_gives_equal_parts_of_the_batch():
+    maps = random_maps((3, 5), batch=6)
+    attention = wrap(maps, (3, 5))
+    thirds = attention.chunk(3)
+    assert len(thirds) == 3
+    for part, (layer, tensor) in itertools.product(range(3), enumerate(maps)):
+        assert torch.equal(thirds[part].weights()[layer], tensor[2 * part : 2 * part + 2])
+        assert thirds[part].batch_size == 2
+    singles = thirds[1].chunk(2)  # parts of a part
+    assert torch.equal(singles[1].weights()[0], maps[0][3:4])
+    with pytest.raises(ValueError, match="batch of 6") as error:
+        attention.chunk(4)
+    assert says(error, "multiple of 4")
+
+
+def test_select_takes_the_models_indices():
+    attention = wrap(random_maps((3, 5), layers=5), (3, 5))
+    some = attention.select([3, 1])
+    assert some.layers == (3, 1)
+    assert attention.select([-1, 0]).layers == (4, 0)
+    assert some.select([-1]).layers == (1,)
+    for missing in (5, -6):
+        with pytest.raises(IndexError, match=rf"\[{missing}\]") as error:
+            attention.select([0, missing])
+        assert says(error, "[0, 1, 2, 3, 4]")
+
+
+def test_detach_keeps_values_and_drops_the_graph():
+    attention = wrap(random_maps((3, 5)), (3, 5))
+    fixed = attention.detach()
+    assert not any(layer.requires_grad for layer in fixed)
+    assert all(layer.requires_grad for layer in attention)
+    assert all(torch.equal(a, b) for a, b in zip(fixed.weights(), attention.weights(), strict=True))

@@ -1,0 +1,103 @@
+"""What other codebases and numpy versions wrote is read; damaged files and other contents are named."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from acr_reg.integrations.formats import load_cams, save_cams
+from tests.support.class_maps import Call, assert_same_maps, write_npy
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4])
+@pytest.mark.parametrize("module", [b"numpy._core", b"numpy.core"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2"])
+def test_reads_psa_dicts_of_any_numpy(tmp_path, maps, protocol, module, dtype):
+    content = {np.int64(number): np.asfortranarray(values.astype(dtype)) for number, values in maps.items()}
+    pickled = pickle.dumps(np.array(content, dtype=object), protocol=protocol)
+    if protocol < 4:  # names are text without a length
+        pickled = pickled.replace(b"cnumpy._core.", b"cnumpy.core.").replace(b"cnumpy.core.", b"c" + module + b".")
+        assert module in pickled
+    loaded = load_cams(write_npy(tmp_path / "image.npy", pickled))
+    assert_same_maps(loaded, {number: values.astype(dtype) for number, values in maps.items()})
+
+
+def test_reads_what_np_save_writes(tmp_path, maps):
+    np.save(tmp_path / "image.npy", maps)
+    assert_same_maps(load_cams(tmp_path / "image.npy"), maps)
+
+
+@pytest.mark.parametrize("tensors", [False, True])
+def test_reads_irn_dicts(tmp_path, maps, tensors):
+    """IRN's make_cam saves keys and cam as torch tensors, high_res as numpy."""
+    keys, high_res = np.array(list(maps)), np.stack(list(maps.values()))
+    label = torch.zeros(20)
+    label[[2, 14]] = 1
+    content = {
+        "keys": torch.nonzero(label)[:, 0].flip(0) if tensors else keys,
+        "cam": torch.rand(2, 2, 2)[:, :, 1:] if tensors else high_res[:, ::4, ::4],
+        "high_res": high_res,
+    }
+    np.save(tmp_path / "image.npy", content)
+    assert_same_maps(load_cams(tmp_path / "image.npy"), maps)
+
+
+def test_reads_tensors_in_place_of_maps(tmp_path, maps):
+    tensors = {number: torch.from_numpy(values.T.copy()).T for number, values in maps.items()}
+    tensors[5] = torch.from_numpy(np.stack([maps[2], maps[14]]))[1]  # starts inside its storage
+    np.save(tmp_path / "image.npy", tensors)
+    assert_same_maps(load_cams(tmp_path / "image.npy"), {**maps, 5: maps[14]})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((20, 4, 5), dtype=np.float32), r"float32 array of shape \(20, 4, 5\), not a dict"),
+        ([np.zeros((4, 5))], r"float64 array of shape \(1, 4, 5\), not a dict"),
+        (
+            {"keys": np.array([1]), "valid_cam": np.zeros((1, 4, 5))},
+            r"keys .*\['keys', 'valid_cam'\].*keys and high_res",
+        ),
+        ({"keys": np.array([1, 2]), "high_res": np.zeros((1, 4, 5))}, r"\(2,\).*high_res .*\(1, 4, 5\).*\(n, H, W\)"),
+        ({"keys": np.array([1, 1]), "high_res": np.zeros((2, 4, 5))}, r"\(2,\).*high_res .*\(2, 4, 5\).*different"),
+        ({"keys": np.array([1]), "attn_highres": np.zeros((4, 5))}, r"\(1,\).*attn_highres .*\(4, 5\).*\(n, H, W\)"),
+        ({-1: np.zeros((4, 5))}, r"keys .*\[-1\].*0-based"),
+        ({True: np.zeros((4, 5))}, r"keys .*\[True\].*0-based"),
+        ({0: np.zeros((1, 4, 5))}, r"[Cc]lass 0 .*float64 array of shape \(1, 4, 5\).*\(H, W\)"),
+        ({0: np.zeros((4, 5)), 1: np.zeros((5, 4))}, r"size: .*\(4, 5\).*\(5, 4\)"),
+        ({0: "text"}, r"[Cc]lass 0 .*\(H, W\)"),
+    ],
+)
+def test_other_contents_are_named(tmp_path, content, message):
+    np.save(tmp_path / "image.npy", np.array(content, dtype=object) if isinstance(content, dict) else content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_cams(tmp_path / "image.npy")
+    assert "image.npy" in str(caught.value)
+
+
+def test_damaged_files(tmp_path, maps):
+    save_cams(tmp_path / "image.npy", maps)
+    save_cams(tmp_path / "image.npz", maps)
+    for name in ("image.npy", "image.npz"):
+        content = (tmp_path / name).read_bytes()
+        for kept in (0, 4, 100, len(content) // 2, len(content) - 1):
+            (tmp_path / name).write_bytes(content[:kept])
+            with pytest.raises(ValueError, match=name):
+                load_cams(tmp_path / name)
+    np.savez(tmp_path / "named.npz", cam=np.zeros((4, 5)))
+    with pytest.raises(ValueError, match=r"named\.npz.*'cam'"):
+        load_cams(tmp_path / "named.npz")
+    with pytest.raises(FileNotFoundError):
+        load_cams(tmp_path / "absent.npy")
+    with pytest.raises(ValueError, match=r"image\.txt: .*'\.txt'.*\.npy or \.npz"):
+        load_cams(tmp_path / "image.txt")
+
+
+def test_npz_with_a_pickle_inside_is_refused(tmp_path):
+    mark = tmp_path / "mark"
+    np.savez(tmp_path / "image.npz", **{"0": np.array([Call(os.system, f"touch {mark}"), None], dtype=object)})
+    with pytest.raises(ValueError, match="allow_pickle"):
+        load_cams(tmp_path / "image.npz")
+    assert not mark.exists()
