@@ -86,10 +86,12 @@ class TokenLayout:
     class_tokens: tuple[int, ...] | None = ()
 
     def __post_init__(self) -> None:
+        if self.num_prefix_tokens < 0:
+            raise LayoutError(f"num_prefix_tokens={self.num_prefix_tokens} is negative. Pass 0 or more.")
         outside = [c for c in self.class_tokens or () if not 0 <= c < self.num_prefix_tokens]
-        if self.num_prefix_tokens < 0 or outside:
+        if outside:
             raise LayoutError(
-                f"Class tokens at {outside or self.class_tokens} are not within {self.num_prefix_tokens} prefix "
+                f"Class tokens at {outside} are not within {self.num_prefix_tokens} prefix "
                 "tokens, counted from 0. Correct num_prefix_tokens= or class_tokens=."
             )
 
@@ -108,8 +110,8 @@ class TokenLayout:
         """The class tokens. Raises :class:`~acr_reg.LayoutError` if it is unknown which prefix tokens they are."""
         if self.class_tokens is None:
             raise LayoutError(
-                f"It is unknown which of the {self.num_prefix_tokens} prefix tokens are class tokens. Pass "
-                "class_tokens=, such as 1, or 20 for 20 classes."
+                f"It is unknown which of the {self.num_prefix_tokens} prefix tokens are class tokens. Capture or wrap "
+                "them with class_tokens=, as 1 or 20."
             )
         return self.class_tokens
 

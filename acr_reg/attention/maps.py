@@ -32,7 +32,9 @@ def _lattice(grid: Grid, name: str) -> Lattice:
     if isinstance(grid, Lattice):
         return grid
     if not isinstance(grid, (tuple, list)) or len(grid) != 2:
-        raise LayoutError(f"{name}={grid!r} is neither (height, width) in tokens nor a Lattice. Pass (14, 14) for 196.")
+        raise LayoutError(
+            f"{name}={grid!r} is neither (height, width) in tokens nor a Lattice. Pass {name}=(14, 14) for 196."
+        )
     return Lattice(*grid)
 
 
@@ -162,7 +164,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
         missing = [i for i in wanted if i not in by_index]
         if missing:
-            raise IndexError(f"There are no layers {missing}. Choose layers= among {list(self.layers)}.")
+            raise IndexError(f"There are no layers {missing}. Choose layers among {list(self.layers)}.")
         return self._with_layers(by_index[i] for i in wanted)
 
     def chunk(self, chunks: int) -> tuple[AttentionMaps, ...]:

@@ -78,8 +78,8 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
 def check_finite(maps: Tensor, what: str) -> None:
     if not torch.isfinite(maps).all():
         raise ValueError(
-            f"{what} have NaN or infinite values. Look for an overflow in half precision, or an attention row whose "
-            "keys are all masked."
+            f"{what} have NaN or infinite values. Look for NaN in the logits or given maps, half-precision "
+            "overflow, or fully masked rows."
         )
 
 

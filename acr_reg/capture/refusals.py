@@ -20,7 +20,9 @@ def refuse_unknown_module(module: nn.Module) -> NoReturn:
         raise CaptureError(
             f"nn.DataParallel runs replicas of a captured {name}, which are not captured. Use DistributedDataParallel."
         )
-    raise CaptureError(f"A {name} that runs joined the model after the capture began. Capture again after the change.")
+    raise CaptureError(
+        f"A {name} that runs joined the model after the capture began, or is of a copy. Capture what runs."
+    )
 
 
 def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
@@ -29,7 +31,7 @@ def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
         listed = "; ".join(_summary(each) for each in runs)
         more = " or more" if len(runs) >= REMEMBERED else ""  # earlier ones are no longer remembered
         raise CaptureError(
-            f"{len(runs)}{more} encoder runs happened since the last take(): {listed}. Call take() after each forward, "
+            f"{len(runs)}{more} encoder runs happened since the last take(): {listed}. Call take() after each, "
             'or capture with keep="first", "last" or "all".'
         )
     if keep == "all" and run is None and len(runs) > 1:
@@ -37,7 +39,7 @@ def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
     chosen = {"first": 0, "last": -1}.get(keep, run or 0)
     if not -len(runs) <= chosen < len(runs):
         raise CaptureError(
-            f"There is no run {run} among {len(runs)} encoder runs. Choose one by take(0) to take({len(runs) - 1})."
+            f"There is no run {run}: {len(runs)} encoder runs happened. Count from 0 to {len(runs) - 1}."
         )
     return runs[chosen]
 
@@ -61,10 +63,10 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
     silent = (run.silent & index.alike()) - run.fired.keys() if run.silent else set()
     unseen = [*dict.fromkeys(f"{name} ({kernel})" for name, kernel in run.unknown), *(index.names[m] for m in silent)]
     if unseen:
+        more = " and more" * (len(unseen) > 4)
         raise CaptureError(
-            f"Attention was seen in {len(run.fired)} modules, but none that can be captured in {', '.join(unseen[:4])}"
-            f"{' and more' * (len(unseen) > 4)}. Switch off xformers, flash_attn or flex_attention, or pass modules= "
-            "without them."
+            f"{len(run.fired)} modules were captured, but not {', '.join(unseen[:4])}{more}: "
+            "their kernel is hidden. Switch off xformers, flash_attn or flex_attention, or set modules=."
         )
 
 
@@ -82,6 +84,6 @@ def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, s
         reasons.append(f"none was seen in {', '.join(named[:3])}{' and more' * (len(named) > 3)}")
     seen = f" ({'; '.join(reasons)})" if reasons else ""
     raise CaptureError(
-        f"No token-to-token attention of {type(index.model).__name__} ran since the last take(){seen}. Run this model, "
-        "not a copy, before take(), with softmax or F.scaled_dot_product_attention."
+        f"No token-to-token attention of {type(index.model).__name__} ran{seen}. It must run in this model, not a "
+        "copy, by softmax or scaled_dot_product_attention."
     )

@@ -272,12 +272,12 @@ def _misfit(
     seen = f"{num_tokens} tokens for an image of {image_size[0]} x {image_size[1]} px"
     if fits:
         listed = " or ".join(f"{left} prefix + {lattice}" for left, lattice in fits)
-        return f"{seen} fit {listed}. Pass patch_size= or num_prefix_tokens= to capture_attention."
+        return f"{seen} fit {listed}. Pass patch_size= or num_prefix_tokens=."
     known = [] if prefix is None else [f"{prefix} prefix tokens"]
     if patch:
         grid = f"{image_size[0] // patch[0]} x {image_size[1] // patch[1]}"
         known.append(f"patches of {patch[0]} x {patch[1]} px (a grid of {grid})")
     return (
         f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size= and "
-        "num_prefix_tokens=, or name the grid by with_layout(grid=)."
+        "num_prefix_tokens=. If tokens were dropped or masked, run without that."
     )

@@ -228,7 +228,11 @@ def _pair_or_none(value: Any) -> tuple[int, int] | None:
 def explain_windows(layers: Sequence[LayerAttention]) -> list[LayerAttention]:
     """The layers; each window layer says why it has no layout, and which layers to use instead."""
     usable = [layer.index for layer in layers if layer.window is None and layer.placed is not None]
-    advice = f"Choose layers={usable}, which see all of it." if usable else "No layer here does; use another model."
+    advice = (
+        f"Use only layers {usable}, which see all of it."
+        if usable
+        else "No captured layer does: capture other modules, or use another model."
+    )
     reason = "Tokens attend within {} ({} tokens each), not to the whole image. {}"
     return [
         replace(layer, placed=None, why_unplaced=reason.format(layer.window, layer.shape[2], advice))

@@ -58,6 +58,8 @@ class ModuleIndex:
         self.registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self.attending: set[nn.Module] = set()
         self._modules = dict(model.named_modules())
+        if isinstance(within, str):
+            raise TypeError(f"modules={within!r} is one name. Pass a list, modules=[{within!r}].")
         self._within = None if within is None else {m for part in within for m in _named(model, part).modules()}
         self.likely = {
             module for module, name in self.names.items() if self.counts(module) and _may_attend(name, module)

@@ -204,5 +204,5 @@ def _reason(refusal: str) -> str:
     """What the refusal lists in brackets: what ran in place of attention."""
     if not refusal:
         return ""
-    given = re.search(r"since the last take\(\) \((.*)\)\. Run this model", refusal)
+    given = re.search(r" ran \((.*)\)\. It must run in this model", refusal)
     return given[1] if given else "nothing like attention ran"

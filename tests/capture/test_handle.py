@@ -61,7 +61,7 @@ def test_nothing_captured_says_what_to_check() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     with capture_attention(model) as attention:
         model(images())
-        with pytest.raises(CaptureError, match=r"No token-to-token attention.*Sequential.*Run this model"):
+        with pytest.raises(CaptureError, match=r"No token-to-token attention.*Sequential.*must run in this model"):
             attention.take()
 
 
@@ -89,11 +89,11 @@ def test_nothing_captured_says_that_nothing_ran() -> None:
     with capture_attention(model) as attention:
         with pytest.raises(CaptureError) as error:
             attention.take()
-        assert says(error, "since the last take()", "Run this model, not a copy")
+        assert says(error, "must run in this model, not a copy")
         copy.deepcopy(model)(images())
         with pytest.raises(CaptureError) as error:
             attention.take()
-        assert says(error, "since the last take()", "Run this model, not a copy")
+        assert says(error, "must run in this model, not a copy")
 
 
 def test_a_pass_is_taken_once() -> None:
@@ -104,4 +104,4 @@ def test_a_pass_is_taken_once() -> None:
             attention.take()
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "since the last take()", "before take()")
+            assert says(error, "must run in this model")

@@ -66,7 +66,7 @@ def test_a_crf_pair_taken_for_psa_dicts_is_refused_file_by_file(tmp_path, psa, c
     report = convert_cams(tmp_path / "crf_12", tmp_path / "irn", "irn")
     assert report.written == []
     assert list(report.failed) == NAMES
-    assert 'format="psa_crf" or format="psa"' in report.failed[NAMES[0]]
+    assert 'format="psa_crf" or "psa"' in report.failed[NAMES[0]]
     assert "0 written, 0 already there, 2 failed" in capsys.readouterr().err
 
 
@@ -135,7 +135,7 @@ def test_command(tmp_path, psa, maps, capsys):
     assert main(crf) == 0
     back = ["convert", str(tmp_path / "crf_12"), str(tmp_path / "back"), "--to", "psa"]
     assert main(back) == 1  # some were skipped: it does not say which of two formats it is
-    assert 'format="psa_crf" or format="psa" (evaluate --format, convert --from)' in capsys.readouterr().err
+    assert 'format="psa_crf" or "psa" (evaluate --format, convert --from)' in capsys.readouterr().err
     assert main([*back, "--from", "psa_crf"]) == 0
     assert_holds(tmp_path / "back", "psa", maps)
 

@@ -370,7 +370,7 @@ def test_nothing_captured_is_a_problem() -> None:
     assert not report.ok
     (problem,) = report.problems
     assert "No token-to-token attention of Vit" in problem
-    assert "Run this model" in problem
+    assert "must run in this model" in problem
 
 
 @pytest.mark.filterwarnings(

@@ -100,7 +100,7 @@ def test_layers_that_disagree():
     assert says(error, "(0, 1, 2)", "(0, 2)")
     with pytest.raises(IndexError, match="layer") as error:
         AllPairsConsistencyLoss(HorizontalFlip(), layers=[0, 7])(a, b)
-    assert says(error, "[7]", "[0, 1, 2]", "layers=")
+    assert says(error, "[7]", "[0, 1, 2]", "Choose layers")
 
 
 def test_images_and_heads_that_disagree():

@@ -144,7 +144,7 @@ def test_the_last_stage_of_swin_is_regularised_and_gives_class_maps() -> None:
         b = attention.take()
     with pytest.raises(LayoutError) as error:
         affinity_loss(view)(a, b)
-    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "Choose layers=[3, 4]")
+    assert says(error, "layer 0 (layers.0.blocks.0.attn)", "Use only layers [3, 4]")
     assert affinity_loss(view, layers=[3, 4])(a, b) > 0
     last = a.select([3, 4])
     cam = class_token_gradient_cam(logits, last, query="all")

@@ -132,14 +132,14 @@ def test_the_loss_refuses_windows_by_name_and_lists_the_layers_to_use() -> None:
     maps, _ = captured(windows_and_global(), images())
     assert kinds(maps) == ["window", "global", "window", "global"]
     error = refusal_of_the_loss(maps)
-    assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3 (6 tokens each)", "Choose layers=[1, 3]")
+    assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3 (6 tokens each)", "Use only layers [1, 3]")
     error = refusal_of_the_loss(maps, layers=[1, 2])
-    assert says(error, "layer 2 (blocks.2.attn)", "shifted by 1 x 1", "Choose layers=[1, 3]")
+    assert says(error, "layer 2 (blocks.2.attn)", "shifted by 1 x 1", "Use only layers [1, 3]")
 
 
 def test_where_every_layer_is_of_windows_the_message_does_not_send_in_circles() -> None:
     maps, _ = captured(only_windows(), images())
-    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", "No layer here does")
+    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", "No captured layer does")
 
 
 def test_labels_and_class_maps_do_not_hide_why_windows_are_refused() -> None:
@@ -157,7 +157,7 @@ def test_layers_without_a_grid_are_not_among_those_to_use_instead() -> None:
     """Windows are beside the point for tokens in the order of mask units: a global layer is of no use either."""
     maps, _ = captured(Tokens(Windows(), Unroll(), Attention()), images())
     assert kinds(maps) == ["window", "global"]
-    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "No layer here does")
+    assert says(refusal_of_the_loss(maps), "layer 0 (blocks.0.attn)", "No captured layer does")
 
 
 @pytest.mark.parametrize("query", ["class", "all"])
@@ -169,7 +169,7 @@ def test_a_gradient_class_map_refuses_windows_by_name(build: Callable[[], nn.Mod
         maps = attention.take()
         with pytest.raises(LayoutError) as error:
             class_token_gradient_cam(logits, maps, start_layer=0, query=query)
-        advice = "Choose layers=[1, 3]" if build is windows_and_global else "No layer here does"
+        advice = "Use only layers [1, 3]" if build is windows_and_global else "No captured layer does"
         assert says(error, "layer 0 (blocks.0.attn)", "4 windows of 2 x 3", advice)
 
 
