@@ -193,7 +193,7 @@ def test_modules_of_the_same_class_that_run_another_kernel_are_named(kernel: str
     with capture_attention(model) as attention:
         for _ in range(2):
             model(images())
-            with pytest.raises(CaptureError, match="their kernel is hidden") as error:
+            with pytest.raises(CaptureError, match="the kernel is hidden") as error:
                 attention.take()
             assert says(error, "2 modules were captured", "blocks.1", "blocks.3", "modules=")
             assert "blocks.0" not in str(error.value)
