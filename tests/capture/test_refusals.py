@@ -140,7 +140,7 @@ def test_a_block_whose_kernel_leaves_nothing_to_record_is_named(kernel: Any, oth
             with pytest.raises(CaptureError) as error:
                 attention.take()
             assert says(
-                error, "2 modules were captured", f"encoder.{where}", "Switch off xformers, flash_attn", "modules="
+                error, "2 modules were captured", f"encoder.{where}", "Turn off xformers, flash_attn", "modules="
             )
             if kernel is _cpu_flash:
                 assert "_scaled_dot_product_flash_attention" in str(error.value)
@@ -171,9 +171,7 @@ def test_a_kernel_that_leaves_nothing_to_record_is_named_in_a_block_unlike_the_o
             model(x)
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(
-                error, f"encoder.{where} (_scaled_dot_product_flash_attention", "Switch off xformers, flash_attn"
-            )
+            assert says(error, f"encoder.{where} (_scaled_dot_product_flash_attention", "Turn off xformers, flash_attn")
 
 
 @pytest.mark.parametrize("kernel", [_cpu_flash, Opaque.apply], ids=["operator", "autograd.Function"])
@@ -193,7 +191,7 @@ def test_modules_of_the_same_class_that_run_another_kernel_are_named(kernel: str
     with capture_attention(model) as attention:
         for _ in range(2):
             model(images())
-            with pytest.raises(CaptureError, match="the kernel is hidden") as error:
+            with pytest.raises(CaptureError, match="their kernel is hidden") as error:
                 attention.take()
             assert says(error, "2 modules were captured", "blocks.1", "blocks.3", "modules=")
             assert "blocks.0" not in str(error.value)

@@ -14,7 +14,7 @@ today's torch; reading photos does (``PIL.Image.CUBIC`` is gone). At 80 px the f
     YudeWang/SEAM at 3212261
         train_SEAM.py, before line 14:
             from acr_reg import Scale
-            from acr_reg.functional import cam_consistency
+            from acr_reg.losses.functional import cam_consistency
         train_SEAM.py, before line 116:
             maps1 = cam1
         train_SEAM.py, before line 122:
