@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from acr_reg.attention.layer import RecordedTensors
+from acr_reg.attention.observed import Observed
 
 
 @dataclass(eq=False, slots=True)
@@ -17,7 +18,7 @@ class AttentionCall:
 
     ``refusal``: why it is not token-to-token self-attention, or None. ``value_width``: the length of the value's last
     axis. ``value_in_columns``: whether its second-last axis is contiguous in memory. ``cross``: whether the module was
-    given keys of other tokens.
+    given keys of other tokens. ``observed``: what the run, or an earlier one, showed of its tokens.
     """
 
     recorded: RecordedTensors
@@ -26,9 +27,10 @@ class AttentionCall:
     dropout: float = 0.0
     stochastic: bool = True
     refusal: str | None = None
+    cross: bool = False
+    observed: Observed | None = None
     name: str = field(init=False)
     module: nn.Module = field(init=False)
-    cross: bool = False
     input_shape: torch.Size | None = None
     output_shape: torch.Size | None = None
 
@@ -39,4 +41,4 @@ class AttentionCall:
         keys = recorded.seen.shape[-1] if recorded.key is None or recorded.map is not None else recorded.key.shape[-2]
         value = self.value_width, self.value_in_columns
         shapes = recorded.seen.shape, keys, self.input_shape, self.output_shape
-        return self.name, self.cross, self.refusal, recorded.heads, recorded.map is None, value, shapes
+        return self.name, self.observed, self.cross, self.refusal, recorded.heads, recorded.map is None, value, shapes

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -21,8 +21,11 @@ from torch.overrides import TorchFunctionMode
 from acr_reg._torch_private import math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
+from acr_reg.attention.observed import Observed
 from acr_reg.capture import kernels
 from acr_reg.capture.kernels import ROLES, Role, learn_role
+from acr_reg.placement.observation import observe
+from acr_reg.placement.sources import Sources
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,13 +44,15 @@ class _Followed:
     mixed: bool = False
     dropout: float = 0.0
     refusal: str | None = None
+    observed: Observed | None = None
+    running: tuple[Any, ...] = ()  # the modules that were running at the product of queries and keys
 
 
 class _MultiHead(threading.local):
     """What nn.MultiheadAttention knows about its products. Shared: only the innermost mode sees its call."""
 
     heads: int | None = None
-    refusal: str | None = None
+    cross: bool = False  # query and key are two tensors
 
 
 _inside = _MultiHead()
@@ -56,20 +61,25 @@ _inside = _MultiHead()
 class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
-    ``starts_graph`` decides whether a layer without gradient becomes the first of a graph. ``record_products`` also
-    keeps query, key and A V of unfused layers, which only a check needs.
+    It passes on the modules that hold the whole call, of those that ``running`` lists, outermost first. ``starts_graph``
+    decides whether a layer without gradient becomes the first of a graph. ``record_products`` also keeps query, key and
+    A V of unfused layers, which only a check needs. ``sources`` follows the tokens of a first run.
     """
 
     def __init__(
         self,
-        report: Callable[[AttentionCall], None],
+        report: Callable[[AttentionCall, Sequence[Any]], None],
+        running: Callable[[], Sequence[Any]],
         report_unknown: Callable[[str], None],
         math_kernel: bool = False,
         starts_graph: Callable[[], bool] | None = None,
         record_products: bool = False,
+        sources: Sources | None = None,
     ) -> None:
         super().__init__()
         self._report = report
+        self._running = running
+        self._sources = sources
         self._report_unknown = report_unknown
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
@@ -89,7 +99,7 @@ class AttentionMode(TorchFunctionMode):
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         role = ROLES.get(func) or learn_role(func)
-        if role is Role.OTHER and not self._followed:
+        if role is Role.OTHER and not self._followed and self._sources is None:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
@@ -97,6 +107,8 @@ class AttentionMode(TorchFunctionMode):
         if role is Role.MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
+        if self._sources is not None:
+            self._sources.follow(func, args, kwargs, result)
         if role is Role.SOFTMAX:
             self._softmax(result, *args, **kwargs)
         elif role is Role.UNKNOWN_KERNEL:
@@ -112,12 +124,36 @@ class AttentionMode(TorchFunctionMode):
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
+        if self._sources is not None:
+            self._sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
         self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
-        self._report(AttentionCall(recorded, *kernels.laid_out(value), dropout, True, _inside.refusal))
+        call = AttentionCall(
+            recorded,
+            *kernels.laid_out(value),
+            dropout,
+            cross=_inside.cross,
+            observed=self._observed(query, key),
+        )
+        self._report(call, self._running())
         return output
+
+    def _observed(self, query: Tensor, key: Tensor) -> Observed | None:
+        if self._sources is None or not self._sources.follows_images or min(query.ndim, key.ndim) < 3:
+            return None
+        return observe(self._sources.of(query), self._sources.of(key))
+
+    def _observed_product(self, equation: str | None, operands: list[Tensor]) -> Observed | None:
+        if self._sources is None or not self._sources.follows_images or len(operands) < 2:
+            return None
+        sources = [self._sources.of(operand) for operand in operands]
+        places = [operand if s is None or s.places is None else s.places for operand, s in zip(operands, sources, strict=True)]
+        turned = kernels.score_factors(equation, places)  # the same views of the places as make query and key
+        if turned is None:
+            return None
+        return observe(*(s if s is None or s.places is None else replace(s, places=t) for s, t in zip(sources[-2:], turned, strict=True)))
 
     def _start_graph(self, tensor: Tensor) -> None:
         if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
@@ -129,14 +165,13 @@ class AttentionMode(TorchFunctionMode):
         The weights that it returns are not on the path to its output, so the output's gradient does not reach them.
         """
         query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
-        before = _inside.heads, _inside.refusal
-        _inside.heads = heads
-        _inside.refusal = None if kernels.is_same(query, key) else "cross-attention: the keys are of other tokens"
+        before = _inside.heads, _inside.cross
+        _inside.heads, _inside.cross = heads, not kernels.is_same(query, key)
         try:
             with self:
                 return kernels.body(func)(*args, **kwargs)
         finally:
-            _inside.heads, _inside.refusal = before
+            _inside.heads, _inside.cross = before
 
     def _followed_as(self, tensor: Any) -> _Followed | None:
         known = self._followed.get(id(tensor))
@@ -157,9 +192,13 @@ class AttentionMode(TorchFunctionMode):
         else:
             self._start_graph(probability)
         self._unmet[id(probability)] = refusal or f"a softmax over {shape} that met no values"
-        factors, sources = scores.factors if scores else None, frozenset([id(probability)])
-        self._followed[id(probability)] = _Followed(
-            weakref.ref(probability), factors, probability, sources, refusal=refusal
+        met = _Followed(weakref.ref(probability)) if scores is None else scores
+        self._followed[id(probability)] = replace(
+            met,
+            alias=weakref.ref(probability),
+            probability=probability,
+            sources=frozenset([id(probability)]),
+            refusal=refusal,
         )
 
     def _follow(self, name: str, args: Any, kwargs: Any, result: Any) -> None:
@@ -206,9 +245,14 @@ class AttentionMode(TorchFunctionMode):
         )
 
     def _start_scores(self, equation: str | None, operands: list[Tensor], result: Any) -> None:
-        if isinstance(result, Tensor):
-            factors = kernels.score_factors(equation, operands) if self._record_products else None
-            self._followed[id(result)] = _Followed(weakref.ref(result), factors)
+        if not isinstance(result, Tensor):
+            return
+        self._followed[id(result)] = _Followed(
+            weakref.ref(result),
+            kernels.score_factors(equation, operands) if self._record_products else None,
+            observed=self._observed_product(equation, operands),
+            running=tuple(self._running()),
+        )
 
     def _met_values(self, equation: str | None, operands: list[Tensor], followed: list[Any], output: Tensor) -> None:
         """Reports the operand that meets V as the attention, before dropout if nothing else changed it.
@@ -235,6 +279,15 @@ class AttentionMode(TorchFunctionMode):
             query, key = known.factors or (None, None)
             kept = {"query": query, "key": key, "value": found.value, "output": found.output}
         recorded = RecordedTensors(map=attention, heads=_inside.heads, **kept)
-        stochastic = not known.mixed and not (known.reshaped and known.dropout > 0)
-        refusal = _inside.refusal or known.refusal or found.refusal
-        self._report(AttentionCall(recorded, *kernels.laid_out(found.value), known.dropout, stochastic, refusal))
+        call = AttentionCall(
+            recorded,
+            *kernels.laid_out(found.value),
+            known.dropout,
+            stochastic=not known.mixed and not (known.reshaped and known.dropout > 0),
+            refusal=known.refusal or found.refusal,
+            cross=_inside.cross,
+            observed=known.observed,
+        )
+        now = self._running()
+        both = [entry for entry, before in zip(now, known.running, strict=False) if entry is before]
+        self._report(call, both or now)

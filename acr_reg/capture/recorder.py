@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
@@ -14,9 +15,11 @@ from acr_reg.capture.hooks import HookSet, is_running
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.refusals import refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.placement.grids import class_token_parameters
 from acr_reg.placement.images import ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
+from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WINDOWED, windowed_op
 
 
@@ -62,7 +65,11 @@ class Recorder:
         entry = Entry(module, args, kwargs, frame)
         if module is self.index.model and outermost:
             state.begin_visit(entry)
+        if not self._narrowed and state.sources is None:
+            state.sources = Sources(class_token_parameters(self.index.model))
         self._note_images(entry, state, outermost)
+        if outermost and state.sources is not None:
+            state.sources.lose((*args, *kwargs.values()), "code outside the captured model")
         self._begin(state, entry, with_mode=not self._narrowed or module in self._alike)
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
@@ -83,6 +90,10 @@ class Recorder:
                 state.entries[-1].reported = True
         else:
             state.current.silent.add(module)
+            if state.sources is not None:
+                given = (*entry.args, *entry.kwargs.values())
+                made = result if isinstance(result, (tuple, list)) else [result]
+                state.sources.lose(made, type(module).__name__, given)
             if not self._narrowed and isinstance(module, WINDOWED):
                 self._note_windows(state.current, entry, result)
         self._close(state, entry)
@@ -107,12 +118,20 @@ class Recorder:
         first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
         if self.images.note(module, first, state.images, outermost, is_root):
             state.end_run()
+            if state.sources is not None:
+                state.sources.note_images(first)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
         if with_mode and state.mode is None:
             graph = None if self._graph_from is None else self._starts_graph
             mode = AttentionMode(
-                self._report, self._report_unknown, self._double_backward, graph, self._record_products
+                self._report,
+                lambda: state.entries,
+                self._report_unknown,
+                self._double_backward,
+                graph,
+                self._record_products,
+                None if entry.recomputes else state.sources,
             )
             mode.__enter__()  # type: ignore[no-untyped-call]
             state.mode = mode
@@ -143,10 +162,13 @@ class Recorder:
 
     # ---- called by the mode
 
-    def _report(self, call: AttentionCall) -> None:
+    def _report(self, call: AttentionCall, within: Sequence[Entry]) -> None:
+        """Notes a call under the innermost module that holds all of it."""
         state = self._state
-        entry = state.innermost
-        if entry is None or not self.index.counts(entry.module) or is_faked():
+        if state.innermost is None:
+            return
+        entry = within[-1]
+        if not self.index.counts(entry.module) or is_faked():
             return
         module = entry.module
         if not torch.is_grad_enabled() and not self._no_grad:  # turned off within the module's own forward
@@ -158,6 +180,8 @@ class Recorder:
             run = entry.run = self._run_of(state, module)
             run.fired[module] += 1
         run.shapes.append(call.recorded.seen.shape)
+        call.observed = self.placer.observed(module, run.reports[module], call.observed)
+        run.reports[module] += 1
         entry.reported = True
         if not self._narrowed:
             before = len(run.windowed)
@@ -165,7 +189,7 @@ class Recorder:
         if run.kept:
             given = first_tensor(entry.args, entry.kwargs)
             call.name, call.module = self.index.names[module], module
-            call.cross = is_cross_attention(entry.args, entry.kwargs)
+            call.cross = call.cross or is_cross_attention(entry.args, entry.kwargs)
             call.input_shape = None if given is None else given.shape
             entry.calls = [call] if entry.calls is None else [*entry.calls, call]
             run.calls.append(call)
@@ -214,6 +238,7 @@ class Recorder:
             self._alike = self.index.alike() | self._unknown_modules
             self._hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
             self._narrowed = True
+            self._state.sources = None
 
     def stop(self) -> None:
         state = self._state

@@ -15,6 +15,7 @@ from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import is_running
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.placement.images import ImageState
+from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WindowedOp
 
 Keep = Literal["only", "first", "last", "all"]
@@ -31,6 +32,7 @@ class Run:
     skipped: list[tuple[str, str]] = field(default_factory=list)
     fired: Counter[nn.Module] = field(default_factory=Counter)
     shapes: list[Sequence[int]] = field(default_factory=list)
+    reports: Counter[nn.Module] = field(default_factory=Counter)  # attention calls of each module
     unknown: list[tuple[str, str]] = field(default_factory=list)  # (module, kernel) with nothing to record
     silent: set[nn.Module] = field(default_factory=set)  # modules that ran without attention
     reentrant: set[nn.Module] = field(default_factory=set)  # checkpointed by use_reentrant=True
@@ -112,6 +114,7 @@ class ThreadState(threading.local):
         self.run: Run | None = None
         self.coming = Run()  # holds what comes before the next run's first attention
         self.images = ImageState()
+        self.sources: Sources | None = None  # while all modules are watched
 
     @property
     def current(self) -> Run:

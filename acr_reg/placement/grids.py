@@ -82,6 +82,11 @@ def read_fields(model: nn.Module) -> ModelFields:
     return ModelFields(patch, prefix, class_tokens if known else None, _stem(model), reads_patches)
 
 
+def class_token_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that hold class tokens, by name."""
+    return [p for name, p in model.named_parameters() if name.rpartition(".")[2] in _CLASS_TOKEN_NAMES]
+
+
 def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
     """Counts tokens in parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
     counts: dict[str, int] = {}

@@ -123,6 +123,10 @@ class ModuleIndex:
             return name
         return above if _is_named_attention(above, around) else name
 
+    def pattern(self, module: nn.Module) -> str:
+        """The module's name without its block number."""
+        return _name_pattern(self.names[module])
+
     def lineage(self, module: nn.Module) -> list[nn.Module]:
         """The module and the modules that hold it, innermost first, up to the children of the model."""
         parts = self.names[module].split(".")

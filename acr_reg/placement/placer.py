@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from acr_reg.attention.call import AttentionCall
+from acr_reg.attention.observed import Observed
 from acr_reg.errors import LayoutError
 from acr_reg.placement.grids import LayoutHints, ModelFields, infer_layout, read_fields
 from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
@@ -29,6 +30,8 @@ class Placer:
         self._unordered = unordered_tokens(index.model)
         self._trace = WindowTrace()
         self._placements: dict[Any, Placement] = {}
+        self._observed: dict[tuple[nn.Module, int], Observed] = {}
+        self._observed_alike: dict[tuple[str, int], Observed] = {}
 
     @cached_property
     def _fields(self) -> ModelFields:
@@ -52,6 +55,16 @@ class Placer:
                 placement = replace(placement, layout=self._centred(placement.layout, call, images[1:]))
             self._placements[known] = placement
         return self._placements[known]
+
+    def observed(self, module: nn.Module, number: int, now: Observed | None) -> Observed | None:
+        """What a run shows of a module's attention call ``number``, or what an earlier run showed of this call, or of
+        the same call in another block."""
+        if now is not None:
+            self._observed[module, number] = now
+            self._observed_alike[self.index.pattern(module), number] = now
+            return now
+        alike = self._observed_alike.get((self.index.pattern(module), number))
+        return self._observed.get((module, number), alike)
 
     def trace(
         self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]

@@ -1,0 +1,364 @@
+"""Follows the pixels of images through a model's first run: which pixel every value of a tensor stems from.
+
+Each followed tensor has a shadow of its own shape. An operation that moves values moves the shadow the same way; one
+that computes with them keeps the places of its first operand. So the shadow of an attention's queries says which token
+is which patch of which image, however the model cut, joined, dropped or reordered them.
+"""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_IMAGE, _ROW = 2**40, 2**20  # a place is image * _IMAGE + y * _ROW + x
+_FRACTION = 2**4  # y and x count sixteenths of a pixel
+_ORIGIN = 2**18  # added to y and x, so that padding may lie before the first pixel
+_PADDED = 2**60  # added to the place of what pads a map of tokens
+
+# Functions by what they do to places. Any other function that keeps a shape keeps the places too.
+_MOVES = {
+    *("view", "view_as", "reshape", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze", "unfold"),
+    *("transpose", "t", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", ".T", ".mT", ".H", ".mH", ".data"),
+    *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
+    *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
+    *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
+    *("__getitem__", "index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle", "unfold_patches"),
+}
+_PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"}
+_REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm", "logsumexp", "var", "std", "prod"}
+_SHUFFLES = {"sort", "msort", "topk", "fold", "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2"}
+_SLIDING = re.compile(r"_?(conv_transpose|conv|adaptive_\w+_pool|(?:avg|max|lp)_pool)(\d)d")
+
+Roots = frozenset[int]
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Where the values of a tensor come from.
+
+    ``places`` has the tensor's shape: positive for a pixel or padding (:func:`split_places`), negative for a class
+    token (-1 is the first), 0 for anything else. It is None if an operation, ``lost_in``, hides it. ``roots`` are the tensors that
+    went into it since the last attention: tensors with equal roots hold the same tokens. ``embedded`` tells tokens
+    from images that no weights have met.
+    """
+
+    places: Tensor | None
+    roots: Roots = frozenset()
+    embedded: bool = True
+    lost_in: str | None = None
+
+
+def is_padded(places: Tensor) -> Tensor:
+    """Whether these are places of padding around a map of tokens."""
+    return places >= _PADDED
+
+
+def split_places(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The image of positive places, and y and x in pixels."""
+    at = [(part - _ORIGIN) / _FRACTION for part in (places % _IMAGE // _ROW, places % _ROW)]
+    return places % _PADDED // _IMAGE, at[0], at[1]
+
+
+class Sources:
+    """The sources of all tensors that are alive, by identity."""
+
+    def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
+        self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
+        self._at_memory: dict[Any, int] = {}
+        self._roots = count()
+        self._images = 1
+        for parameter in class_tokens:
+            rows = parameter.shape[-2] if parameter.ndim > 1 else 1
+            numbers = -1 - torch.arange(rows, device=parameter.device)
+            self._note(parameter, Source((numbers[:, None] if parameter.ndim > 1 else numbers).expand(parameter.shape)))
+
+    @property
+    def follows_images(self) -> bool:
+        return self._images > 1
+
+    def note_images(self, images: Tensor) -> None:
+        """Begins to follow images (B, C, H, W), unless they were made of images that are followed."""
+        if self.of(images) is not None:
+            return
+        batch, _, height, width = images.shape
+        number, y, x = (torch.arange(size, device=images.device) for size in (batch, height, width))
+        rows, columns = (y * _FRACTION + _ORIGIN) * _ROW, x * _FRACTION + _ORIGIN
+        places = ((self._images + number) * _IMAGE)[:, None, None] + rows[:, None] + columns
+        self._images += batch
+        self._note(images, Source(places[:, None].expand(images.shape), self._new_root(), embedded=False))
+
+    def of(self, tensor: Any) -> Source | None:
+        """The source of a tensor, or of one on the same memory, as autograd's hooks return them; None if unknown."""
+        if not isinstance(tensor, Tensor):
+            return None
+        alias, source = self._known.get(id(tensor), (None, None))
+        if alias is None or alias() is not tensor:
+            alias, source = self._known.get(self._at_memory.get(_memory(tensor), -1), (None, None))
+        return source if alias is not None and alias() is not None else None
+
+    def _note(self, tensor: Tensor, source: Source) -> None:
+        number, memory = id(tensor), _memory(tensor)
+        known, at_memory = self._known, self._at_memory
+
+        def forget(alias: weakref.ref[Tensor]) -> None:
+            if number in known and known[number][0] is alias:
+                del known[number]
+                if at_memory.get(memory) == number:
+                    del at_memory[memory]
+
+        known[number] = weakref.ref(tensor, forget), source
+        if memory is not None:
+            at_memory[memory] = number
+
+    def _new_root(self) -> Roots:
+        return frozenset([next(self._roots)])
+
+    def lose(self, made: Iterable[Any], lost_in: str, given: Iterable[Any] | None = None) -> None:
+        """Notes as lost what operations that nobody saw made of ``given`` tensors; None: of unknown ones."""
+        roots = None if given is None else _united(s for s in map(self.of, given) if s is not None)
+        for tensor in made if roots is None or roots else ():
+            if isinstance(tensor, Tensor) and tensor.is_floating_point() and self.of(tensor) is None:
+                self._note(tensor, Source(None, self._new_root() if roots is None else roots, lost_in=lost_in))
+
+    def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
+        """Notes where the ``result`` of a function comes from."""
+        name = _name(func)
+        operands = [a for a in (*args, *kwargs.values()) for a in (a if isinstance(a, (tuple, list)) else (a,))]
+        sources = [source for operand in operands if (source := self.of(operand)) is not None]
+        if not sources:
+            return
+        if name == "__setitem__":
+            result = args[0]
+        made = list(result) if isinstance(result, (tuple, list)) else [result]
+        places = [None] * len(made)
+        try:
+            found = self._places(func, name, args, kwargs, operands, result)
+            places = list(found) if isinstance(found, (tuple, list)) else [found]
+        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
+            pass  # an unusual spelling: the places are lost, which is said where they are missed
+        roots, embedded = _united(sources), any(s.embedded for s in sources if s.roots)
+        weighs = name == "linear" or name in _PRODUCTS or name.startswith("conv")
+        if weighs and roots and not embedded:
+            roots, embedded = self._new_root(), True
+        elif name == "scaled_dot_product_attention" or (
+            name in _PRODUCTS and sum(bool(s.roots) and s.embedded for s in sources) > 1
+        ):
+            roots |= self._new_root()  # attention: its output is of other tokens
+        lost_in = next((s.lost_in for s in sources if s.lost_in), name)
+        for tensor, where in zip(made, places, strict=False):
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+                right = where is not None and where.shape == tensor.shape
+                self._note(tensor, Source(where if right else None, roots, embedded, None if right else lost_in))
+
+    def _places(
+        self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
+    ) -> Any:
+        """The places of a result, or of each of several; None where they are unknown."""
+        if name in _MOVES:
+            return self._moved(func, name, args, kwargs)
+        if name == "__setitem__":
+            places = self._shadow(args[0]).clone()
+            places[args[1]] = self._shadow(args[2])
+            return places
+        sliding = _SLIDING.match(name)
+        if sliding is not None or name in ("interpolate", "upsample"):
+            return self._slid(sliding, args, kwargs, result)
+        if name == "einsum":
+            return self._einsum(args[0], [a for a in operands if isinstance(a, Tensor)])
+        if name in _REDUCTIONS and not any(isinstance(a, Tensor) for a in args[1:2]):
+            return self._reduced(args, kwargs, result)
+        if not isinstance(result, Tensor) or name in _SHUFFLES:
+            return None
+        if name == "linear" or name == "scaled_dot_product_attention":
+            return self._shadow(operands[0])[..., :1].expand(result.shape)
+        if name in _PRODUCTS:
+            return self._product([o for o in operands if isinstance(o, Tensor)][-2:], result.shape)
+        if name == "copy":
+            return self._shadow(args[1]).expand(result.shape)
+        return self._elementwise(operands, result.shape)
+
+    def _shadow(self, operand: Any) -> Any:
+        """The places of a tensor, 0 where nothing is known of it; anything else as it is."""
+        if isinstance(operand, (list, tuple)) and any(isinstance(o, Tensor) for o in operand):
+            return type(operand)(self._shadow(o) for o in operand)
+        if not isinstance(operand, Tensor) or not operand.is_floating_point():
+            return operand
+        source = self.of(operand)
+        if source is None:
+            return torch.zeros((), dtype=torch.long, device=operand.device).expand(operand.shape)
+        if source.places is None:
+            raise ValueError(source.lost_in)
+        return source.places
+
+    def _moved(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        moved = [self._shadow(arg) for arg in args]
+        if name in ("view", "view_as"):  # the shadow may lie in memory otherwise
+            return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:]))
+        if name == "unfold_patches":  # torch unfolds no integers
+            return func(moved[0].double(), *moved[1:], **kwargs).long()
+        if name == "pad":
+            pad = moved[1] if len(moved) > 1 else kwargs["pad"]
+            if args[0].ndim < 4:  # around tokens in rows lies nothing
+                return F.pad(moved[0], pad)
+            source = self.of(args[0])
+            return _padded(moved[0], pad, _PADDED if source is not None and source.embedded else 0)
+        return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items()})
+
+    def _product(self, operands: Sequence[Tensor], shape: Any) -> Tensor:
+        """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
+        left, right = operands
+        rows, columns = self._shadow(left)[..., :1], self._shadow(right)[..., :1, :]
+        by_columns = _varies(columns, -1) and (
+            self.of(left) is None or (rows.shape[-2] > 1 and not _varies(rows, -2))
+        )
+        return (columns if by_columns else rows).expand(shape)
+
+    def _einsum(self, equation: Any, operands: list[Tensor]) -> Tensor | None:
+        left, _, made = equation.replace(" ", "").partition("->")
+        sizes: dict[str, int] = {}
+        best, best_varies = None, -1
+        for letters, operand in zip(left.split(","), operands, strict=True):
+            sizes.update(zip(letters, operand.shape, strict=True))
+            places = self._shadow(operand)
+            for axis in reversed(range(len(letters))):
+                if letters[axis] not in made:
+                    places = places.select(axis, 0)
+            kept = [letter for letter in letters if letter in made]
+            places = places.permute([kept.index(letter) for letter in made if letter in kept])
+            for axis, letter in enumerate(made):
+                if letter not in kept:
+                    places = places.unsqueeze(axis)
+            varies = sum(_varies(places, axis) for axis in range(places.ndim))
+            if varies > best_varies:
+                best, best_varies = places, varies
+        return None if best is None else best.expand([sizes[letter] for letter in made])
+
+    def _reduced(self, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
+        """Sums stay where their first term is, but a sum over a whole image is nowhere."""
+        first = result[0] if isinstance(result, tuple) else result
+        places, dims = self._shadow(args[0]), kwargs.get("dim", args[1] if len(args) > 1 else None)
+        if not isinstance(first, Tensor) or dims is None:
+            return None
+        spread = _is_spread(places)
+        for axis in sorted((d % places.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims])))[::-1]:
+            places = places.narrow(axis, 0, 1) if first.ndim == args[0].ndim else places.select(axis, 0)
+        if spread and not _is_spread(places):
+            places = torch.zeros_like(places)
+        return [places] if isinstance(result, tuple) else places
+
+    def _elementwise(self, operands: list[Any], shape: Any) -> Tensor | None:
+        """The places of the first operand of the result's shape that has pixels, else of any that broadcasts to it."""
+        found = [s.places for o in operands if (s := self.of(o)) is not None and s.places is not None]
+        found.sort(key=lambda places: places.shape != shape)
+        pixels = found if len(found) < 2 else [places for places in found if bool((places > 0).any())]
+        return (pixels or found)[0].expand(shape) if found else None
+
+    def _slid(self, sliding: re.Match[str] | None, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
+        """The places of windows that slide over a map: the one in the middle of each."""
+        places, made = self._shadow(args[0]), result[0] if isinstance(result, tuple) else result
+        places = torch.where(places >= _PADDED, places - _PADDED, places)  # windows over padding make tokens
+        spatial = int(sliding[2]) if sliding is not None else made.ndim - 2
+        settings = None if sliding is None else _window_settings(sliding[1], spatial, args, kwargs)
+        for number in range(spatial):
+            axis = places.ndim - spatial + number
+            size, out = places.shape[axis], made.shape[axis]
+            steps = torch.arange(out, device=places.device)
+            if settings is None:  # equal shares
+                index = (2 * steps + 1) * size / (2 * out) - 0.5
+            else:
+                kernel, stride, padding, dilation = (setting[number] for setting in settings)
+                index = steps * stride - padding + dilation * (kernel - 1) // 2
+            places = _at(places, axis, index)
+        channel = places.ndim - spatial - 1
+        if places.shape[channel] != made.shape[channel]:
+            places = places.narrow(channel, 0, 1)
+        places = places.expand(made.shape)
+        return [places] if isinstance(result, tuple) else places
+
+
+def _memory(tensor: Tensor) -> Any:
+    try:
+        return (tensor.data_ptr(), tensor.shape, tensor.stride()) if tensor.numel() else None
+    except RuntimeError:  # it has no memory of its own
+        return None
+
+
+def _united(sources: Iterable[Source]) -> Roots:
+    return frozenset[int]().union(*(source.roots for source in sources))
+
+
+def _varies(places: Tensor, axis: int) -> bool:
+    return places.shape[axis] > 1 and places.stride(axis) != 0 and bool((places.narrow(axis, 0, 1) != places).any())
+
+
+def _is_spread(places: Tensor) -> bool:
+    """Whether these are several places of an image."""
+    pixels = places.flatten() % _IMAGE
+    return bool((pixels != pixels[:1]).any())
+
+
+def _name(func: Any) -> str:
+    name = str(getattr(func, "__name__", ""))
+    if name == "__get__":  # a property, such as Tensor.mT
+        return f".{getattr(func.__self__, '__name__', '')}"
+    if func is F.unfold:
+        return "unfold_patches"
+    return name if name.startswith("__") else name.rstrip("_")  # in place
+
+
+def _padded(places: Tensor, pad: Sequence[int], mark: int) -> Tensor:
+    """Padding around places goes on with the steps at their edge; ``mark`` is added to it."""
+    for number in range(len(pad) // 2):
+        axis, before, behind = places.ndim - 1 - number, pad[2 * number], pad[2 * number + 1]
+        size = places.shape[axis]
+        index = torch.arange(-before, size + behind, device=places.device)
+        outside = ((index < 0) | (index >= size)).view(-1, *[1] * number)
+        places = _at(places, axis, index)
+        places = torch.where(outside & (places > 0) & (places < _PADDED), places + mark, places)
+    return places
+
+
+def _at(places: Tensor, axis: int, index: Tensor) -> Tensor:
+    """Places along an axis at an index, which may be a fraction and may lie outside."""
+    size = places.shape[axis]
+    below = index.floor().long().clamp(0, max(size - 2, 0))
+    found = places.index_select(axis, below)
+    if size > 1 and bool((index != below).any()):
+        shift = ((index - below) * _FRACTION).round().long().view(-1, *[1] * (places.ndim - axis - 1))
+        above = places.index_select(axis, below + 1)
+        between = found + (above - found) * shift // _FRACTION
+        found = torch.where((found > 0) & (above > 0), between, torch.where(shift < _FRACTION, found, above))
+    return found
+
+
+def _window_settings(kind: str, spatial: int, args: Sequence[Any], kwargs: dict[str, Any]) -> list[list[int]] | None:
+    """Kernel, stride, padding and dilation of a convolution or a pooling, as torch's functions take them."""
+
+    def setting(position: int, name: str, default: Any) -> list[int]:
+        value = kwargs.get(name, args[position] if len(args) > position else None)
+        value = default if value is None or value == [] else value
+        return [int(v) for v in value] * (spatial if len(value) == 1 else 1) if isinstance(value, (tuple, list)) else (
+            [int(value)] * spatial
+        )
+
+    if kind.startswith("adaptive") or kind == "conv_transpose":
+        return None
+    if kind == "conv":
+        weight = args[1] if len(args) > 1 else kwargs["weight"]
+        kernel, dilation = [int(n) for n in weight.shape[2:]], setting(5, "dilation", 1)
+        padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
+        if isinstance(padding, str):
+            half = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
+            return [kernel, setting(3, "stride", 1), half, dilation]
+        return [kernel, setting(3, "stride", 1), setting(4, "padding", 0), dilation]
+    kernel = setting(1, "kernel_size", 1)
+    dilation = setting(4, "dilation", 1) if kind == "max_pool" else [1] * spatial
+    return [kernel, setting(2, "stride", kernel), setting(3, "padding", 0), dilation]
