@@ -12,7 +12,7 @@ from torch import nn
 
 from acr_reg.errors import LayoutError
 from acr_reg.placement.windows import pair
-from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
+from acr_reg.tokens import Lattice, TokenLayout, with_class_tokens
 
 # Longer prefixes exist (prompt tuning), but a longer guess is more often a wrong grid.
 MAX_GUESSED_PREFIX = 24
@@ -171,7 +171,7 @@ def infer_layout(
         class_tokens = fields.num_class_tokens
     elif class_tokens is None and num_prefix_tokens is None and prefix < (fields.num_prefix_tokens or 0):
         class_tokens = 0
-    return TokenLayout(query, key, prefix, class_token_positions(class_tokens, prefix))
+    return with_class_tokens(TokenLayout(query, key, prefix), class_tokens)
 
 
 _Fit = tuple[int, Lattice]
