@@ -76,7 +76,7 @@ class Window:
         return f"{self.per_image} windows{size}{shift}"
 
 
-Side = Literal["query", "key"]
+TokenSide = Literal["query", "key"]
 
 
 @dataclass(frozen=True)
@@ -106,9 +106,7 @@ class TokenLayout:
     between: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_prefix_tokens", "num_suffix_tokens"):
-            if (count := getattr(self, name)) < 0:
-                raise LayoutError(f"{name}={count} is negative. Pass 0 or more.")
+        check_counts(num_prefix_tokens=self.num_prefix_tokens, num_suffix_tokens=self.num_suffix_tokens)
         object.__setattr__(self, "between", tuple(self.between))
         self._check_between()
         if self.class_tokens is not None:
@@ -165,7 +163,7 @@ class TokenLayout:
         named = [f"{self.num_prefix_tokens} prefix", *(f"{count} {name}" for name, count in counts.items() if count)]
         return " and ".join(named) + " tokens"
 
-    def order(self, side: Side) -> tuple[int, ...] | None:
+    def order(self, side: TokenSide) -> tuple[int, ...] | None:
         """The positions of a side's tokens, the other tokens first and then the patches in rows; None if they stand in
         this order, as they do with prefix tokens only."""
         if not self.num_suffix_tokens and not self.between:
@@ -174,10 +172,10 @@ class TokenLayout:
         others = self._others(count)
         return (*others, *sorted({*range(count)} - {*others}))
 
-    def lattice(self, side: Side) -> Lattice:
+    def lattice(self, side: TokenSide) -> Lattice:
         return self.query if side == "query" else self.key
 
-    def describe(self, side: Side) -> str:
+    def describe(self, side: TokenSide) -> str:
         """A side's tokens in order, such as "1 prefix + 4 x 6 + 4 suffix"."""
         between = f" with {len(self.between)} between" if self.between else ""
         suffix = f" + {self.num_suffix_tokens} suffix" if self.num_suffix_tokens else ""
@@ -194,6 +192,12 @@ class TokenLayout:
                 "them with class_tokens=, as 1 or 20."
             )
         return self.class_tokens
+
+
+def check_counts(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 0:
+            raise LayoutError(f"{name}={count} is negative. Pass 0 or more.")
 
 
 def with_class_tokens(layout: TokenLayout, class_tokens: int | Sequence[int] | None) -> TokenLayout:
@@ -213,14 +217,14 @@ def with_class_tokens(layout: TokenLayout, class_tokens: int | Sequence[int] | N
 
 
 @lru_cache(maxsize=256)
-def token_order(layout: TokenLayout, side: Side, device: str) -> Tensor | None:
+def token_order(layout: TokenLayout, side: TokenSide, device: str) -> Tensor | None:
     """:meth:`TokenLayout.order` as an index on ``device``: tokens or None."""
     order = layout.order(side)
     with torch.inference_mode(False):  # training uses the index too, and cannot use tensors made in inference_mode
         return None if order is None else torch.tensor(order, device=device)
 
 
-def patch_index(layout: TokenLayout, side: Side, device: str) -> slice | Tensor:
+def patch_index(layout: TokenLayout, side: TokenSide, device: str) -> slice | Tensor:
     """Indexes the patches of a side's axis in rows: a slice, so without a copy, where they stand side by side."""
     if not layout.between:
         return slice(layout.num_prefix_tokens, layout.num_prefix_tokens + len(layout.lattice(side)))
