@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32
+from acr_reg._tensors import at_least_float32, select
 from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice, TokenLayout, TokenSide, token_order
 from acr_reg.views.view import View, map_between
 
 
@@ -18,12 +18,15 @@ def align_tokens(
     target: Lattice,
     num_prefix_tokens: int = 0,
     dim: int = -2,
+    *,
+    num_suffix_tokens: int = 0,
 ) -> Tensor:
-    """Carries values of a view's tokens, prefix + ``source`` along ``dim``, back onto the image's ``target`` lattice.
+    """Carries values of a view's tokens, prefix + ``source`` + suffix along ``dim``, back onto the image's ``target``
+    lattice.
 
-    Use ``dim=-2`` for token features (B, N, D), ``dim=-1`` for class-token rows (B, H, C, N). Prefix tokens stay in
-    place; tokens that the view does not show become 0 (:func:`~acr_reg.token_validity` tells which). Differentiable,
-    on any dtype and device. Raises ValueError if the number of tokens does not fit.
+    Use ``dim=-2`` for token features (B, N, D), ``dim=-1`` for class-token rows (B, H, C, N). Prefix and suffix tokens
+    stay before and behind the patches; tokens that the view does not show become 0 (:func:`~acr_reg.token_validity`
+    tells which). Differentiable, on any dtype and device. Raises ValueError if the number of tokens does not fit.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Lattice
@@ -31,19 +34,21 @@ def align_tokens(
     >>> align_tokens(row, HorizontalFlip(), Lattice(1, 3), Lattice(1, 3), num_prefix_tokens=1, dim=-1).tolist()
     [[9.0, 3.0, 2.0, 1.0]]
     """
-    _check_count(tokens, dim, num_prefix_tokens + len(source), f"{num_prefix_tokens} prefix + {source}")
+    layout = TokenLayout(source, source, num_prefix_tokens, num_suffix_tokens=num_suffix_tokens)
+    _check_count(tokens, dim, layout, "query")
     view.check_batch(tokens.shape[0])
     check_lattices("align_tokens", view, source, target)
-    prefix, patches = tokens.split([num_prefix_tokens, len(source)], dim)
+    prefix, patches, suffix = tokens.split([num_prefix_tokens, len(source), num_suffix_tokens], dim)
     moved = map_between(view.inverse, source, target, str(tokens.device)).tokens(patches, dim)
-    return torch.cat([prefix, moved], dim)
+    return torch.cat([prefix, moved, suffix], dim)
 
 
 def align_attention(maps: Tensor, view: View, source: TokenLayout, target: TokenLayout) -> Tensor:
     """Carries attention maps (B, H, N', M') of a view back onto the image's tokens: P^T A P, (B, H, N, M).
 
-    Queries and keys use their own lattices. Prefix rows and columns stay in place, and each row keeps the mass that it
-    gave to patches visible in the image. Rows and columns that the view does not show become 0.
+    Queries and keys use their own lattices. Rows and columns of tokens that are no patches go to the places of these
+    tokens in ``target``, and each row keeps the mass that it gave to patches visible in the image. Rows and columns
+    that the view does not show become 0. Raises ValueError if the numbers of tokens do not fit.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Lattice, TokenLayout
@@ -53,14 +58,27 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     """
     if maps.ndim != 4:
         raise ValueError(f"The maps have shape {tuple(maps.shape)}, not (B, H, N, M). Stack the heads on axis 1.")
-    for dim, count, lattice in ((-2, source.num_queries, source.query), (-1, source.num_keys, source.key)):
-        _check_count(maps, dim, count, f"{source.num_prefix_tokens} prefix + {lattice}")
+    sides: tuple[tuple[int, TokenSide], ...] = ((-2, "query"), (-1, "key"))
+    for dim, side in sides:
+        _check_count(maps, dim, source, side)
+    if source.num_other_tokens != target.num_other_tokens:
+        raise ValueError(
+            f"The source has {source.other_names} and the target {target.other_names}. Pass layouts of one model."
+        )
     view.check_batch(maps.shape[0])
     check_lattices("align_attention", view, source.key, target.key)
-    maps_back = AlignmentMaps(view, source, target, str(maps.device))
-    prefix, patches = at_least_float32(maps).split([source.num_prefix_tokens, len(source.key)], -1)
-    columns = torch.cat([prefix, maps_back.carry_patches(patches, stochastic=True)], -1)
-    return align_tokens(columns, view, source.query, target.query, source.num_prefix_tokens).to(maps.dtype)
+    device, others = str(maps.device), source.num_other_tokens
+    maps_back = AlignmentMaps(view, source, target, device)
+    found = at_least_float32(maps)
+    for dim, side in sides:
+        found = select(found, dim, token_order(source, side, device))
+    other, patches = found.split([others, len(source.key)], -1)
+    columns = torch.cat([other, maps_back.carry_patches(patches, stochastic=True)], -1)
+    found = align_tokens(columns, view, source.query, target.query, others)
+    for dim, side in sides:
+        order = token_order(target, side, device)
+        found = select(found, dim, None if order is None else order.argsort())
+    return found.to(maps.dtype)
 
 
 def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
@@ -75,9 +93,10 @@ def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
     return map_between(view.inverse, source, target, "cpu").valid
 
 
-def _check_count(values: Tensor, dim: int, expected: int, made_of: str) -> None:
+def _check_count(values: Tensor, dim: int, layout: TokenLayout, side: TokenSide) -> None:
+    expected = layout.num_queries if side == "query" else layout.num_keys
     if values.shape[dim] != expected:
         raise ValueError(
-            f"Dimension {dim} of {tuple(values.shape)} has {values.shape[dim]} tokens, not {expected} ({made_of}). "
-            "Correct source or num_prefix_tokens."
+            f"Dimension {dim} of {tuple(values.shape)} has {values.shape[dim]} tokens, not {expected} "
+            f"({layout.describe(side)}). Correct source, num_prefix_tokens or num_suffix_tokens."
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from acr_reg._tensors import at_least_float32
 from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices, valid_tokens
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice, TokenLayout, token_order
 from acr_reg.views.view import View
 
 _NO_MASS = 1e-30  # a row with less mass on tokens visible in both views counts nothing; its gradient stays finite
@@ -64,8 +64,8 @@ def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows of both views over the first view's keys: ``full_a`` and ``full_b``, (B, H, R, prefix + M).
-    ``prefix`` counts the prefix tokens of each; both views show these.
+    """Rows of both views over the first view's keys: ``full_a`` and ``full_b``, (B, H, R, others + M). The tokens that
+    are no patches come first; ``others`` counts those of each view, and both views show them.
 
     ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding, ``shown`` (1 or B, R) for rows of
     tokens visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
@@ -75,7 +75,7 @@ class AlignedRows:
 
     full_a: Tensor
     full_b: Tensor
-    prefix: tuple[int, int]
+    others: tuple[int, int]
     keys_valid: Tensor
     shown: Tensor
     counted: Tensor
@@ -86,15 +86,15 @@ class AlignedRows:
     @property
     def a(self) -> Tensor:
         """(B, H, R, M) the first view's rows over patch keys, 0 where a key is not valid."""
-        return self._patches(self.full_a, self.prefix[0])
+        return self._patches(self.full_a, self.others[0])
 
     @property
     def b(self) -> Tensor:
         """The same for the second view."""
-        return self._patches(self.full_b, self.prefix[1])
+        return self._patches(self.full_b, self.others[1])
 
-    def _patches(self, rows: Tensor, prefix: int) -> Tensor:
-        patches = rows[..., prefix:]
+    def _patches(self, rows: Tensor, others: int) -> Tensor:
+        patches = rows[..., others:]
         return patches.masked_fill(~self.keys_valid[:, None, None], 0) if self.is_partial else patches
 
     def comparable(self, heads: Literal["mean", "each"]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -102,23 +102,24 @@ class AlignedRows:
         (B, H or 1, R); None if all count alike.
 
         Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap makes
-        rows conditional: each head's row is divided by its own mass on what both views show, prefix and valid keys,
-        which equals a softmax over logits with the other keys masked. Only conditional rows are invariant: a softmax
-        over a crop does not know the keys beyond it, and the share of attention beyond it differs by head. Rows, and
-        heads in their mean, are weighted by the smaller mass of both views: rows that look elsewhere count little.
+        rows conditional: each head's row is divided by its own mass on what both views show, valid keys and the other
+        tokens, which equals a softmax over logits with the other keys masked. Only conditional rows are invariant: a
+        softmax over a crop does not know the keys beyond it, and the share of attention beyond it differs by head.
+        Rows, and heads in their mean, are weighted by the smaller mass of both views: rows that look elsewhere count
+        little.
         """
         if not self.is_partial:
             full = self.full_a, self.full_b
-            if heads == "mean":  # before the prefix is cut off: backward then pads one map, not that of every head
+            if heads == "mean":  # before the others are cut off: backward then pads one map, not that of every head
                 full = full[0].mean(1, keepdim=True), full[1].mean(1, keepdim=True)
-            return full[0][..., self.prefix[0] :], full[1][..., self.prefix[1] :], None
+            return full[0][..., self.others[0] :], full[1][..., self.others[1] :], None
         a, b = self.a, self.b
         weight = self.shown[:, None].to(a.dtype).expand(a.shape[:-1])
         share = torch.full_like(weight, 1 / weight.shape[1])
         if self.stochastic:  # rows of either sign have no mass
             mass_a, mass_b = (
-                full[..., :prefix].sum(-1) + rows.sum(-1)
-                for full, rows, prefix in ((self.full_a, a, self.prefix[0]), (self.full_b, b, self.prefix[1]))
+                full[..., :others].sum(-1) + rows.sum(-1)
+                for full, rows, others in ((self.full_a, a, self.others[0]), (self.full_b, b, self.others[1]))
             )
             a, b = (rows / mass.clamp_min(_NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
             weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
@@ -163,6 +164,7 @@ class AlignedPair:
         if valid is not None:
             image = tuple(valid_tokens(valid, grid).to(device) for grid in (a.layout.query, a.layout.key))
         self.maps = AlignmentMaps(view, b.layout, a.layout, device, image)
+        self.order_a = [token_order(a.layout, side, device) for side in ("query", "key")]
         self.classes = [
             torch.tensor(layer.layout.class_tokens or (), dtype=torch.long, device=device) for layer in (a, b)
         ]
@@ -190,14 +192,16 @@ class AlignedPair:
         """The aligned rows of these patch tokens (R,) of the images."""
         rows_b, mixed = self.maps.rows(tokens, self.dtype)
         shown = self.maps.queries.valid[:, tokens]
-        rows_a = self.a.layout.num_prefix_tokens + tokens
+        rows_a = self.a.layout.num_other_tokens + tokens
+        if self.order_a[0] is not None:
+            rows_a = self.order_a[0][rows_a]
         return self._aligned(rows_a, rows_b, mixed, shown, self.counted[:, tokens])
 
     def _aligned(
         self, rows_a: Tensor, rows_b: Tensor, mixed: Tensor | None, shown: Tensor, counted: Tensor
     ) -> AlignedRows:
         """Aligns rows of both maps. ``mixed`` (S, R, view rows) are the weights that mix view rows into image rows."""
-        map_a, map_b = self.a.weights(rows_a), self.b.weights(rows_b, self.maps.permuted_keys)
+        map_a, map_b = self.a.weights(rows_a, self.order_a[1]), self.b.weights(rows_b, self.maps.key_order)
         entropies, stochastic = None, self.a.stochastic and self.b.stochastic
         if self.with_entropy and stochastic:
             entropies = [row_entropy(map_a), row_entropy(map_b)]
@@ -210,7 +214,7 @@ class AlignedPair:
         return AlignedRows(
             map_a,
             map_b,
-            (self.a.layout.num_prefix_tokens, self.b.layout.num_prefix_tokens),
+            (self.a.layout.num_other_tokens, self.b.layout.num_other_tokens),
             self.keys_valid,
             shown,
             counted,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice, TokenLayout, token_order
 from acr_reg.views.resampling import Line
 from acr_reg.views.view import View, map_between
 
@@ -17,9 +17,11 @@ from acr_reg.views.view import View, map_between
 class AlignmentMaps:
     """P for queries and for keys, from the layout ``source`` of a view to the layout ``target`` of its image.
 
-    ``image`` (B, N), (B, M) marks the image's queries and keys that are not padding; None means all.
-    ``permuted_keys`` (1 or B, prefix + M) are the view's keys in the image's order, where P permutes keys; else None.
-    ``keys_shown`` maps the other way: its ``valid`` marks the view's keys that the image contains.
+    Rows over keys have the tokens that are no patches in front, whatever their place in the model; ``others`` counts
+    these. ``image`` (B, N), (B, M) marks the image's queries and keys that are not padding; None means all.
+    ``key_order`` (others + M,) or (1 or B, others + M) are the view's keys in the order in which rows are read: that of
+    the image where P permutes keys. None means the model's order. ``keys_shown`` maps the other way: its ``valid``
+    marks the view's keys that the image contains.
     """
 
     def __init__(
@@ -28,7 +30,7 @@ class AlignmentMaps:
         self.queries = map_between(view.inverse, source.query, target.query, device)
         self.keys = map_between(view.inverse, source.key, target.key, device)
         self.keys_shown = map_between(view, target.key, source.key, device)
-        self.prefix = source.num_prefix_tokens
+        self.others = source.num_other_tokens
         # Resampling would mix padding into the image, so neither the keys nor the rows of padding are read.
         self.image_keys = self.image_rows = None
         if image is not None and not (self.keys.is_exact and self.queries.is_exact):
@@ -36,30 +38,37 @@ class AlignmentMaps:
             self.image_rows, self.image_keys = (
                 onto_view.tokens(tokens.float()) >= 0.5 for onto_view, tokens in zip(there, image, strict=True)
             )
-        self.permuted_keys: Tensor | None = None
+        self._query_order = token_order(source, "query", device)
+        self.key_order = token_order(source, "key", device)
         if self.keys.is_permutation:
             index = self.keys.index()
-            kept = torch.arange(self.prefix, device=index.device).expand(len(index), -1)
-            self.permuted_keys = torch.cat([kept, self.prefix + index], 1)
+            kept = torch.arange(self.others, device=index.device).expand(len(index), -1)
+            permuted = torch.cat([kept, self.others + index], 1)
+            self.key_order = permuted if self.key_order is None else self.key_order[permuted]
 
     def rows(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
         """View rows (1 or B, R') that make up these image tokens (R,), and their mixing weights (1 or B, R, R'), None
         if the rows map one to one."""
         if self.queries.is_exact:
-            return self.prefix + self.queries.index()[:, tokens], None
+            return self._places(self.queries.index()[:, tokens]), None
         rows, weights = self.queries.sources(tokens, dtype)
         if self.image_rows is not None:
             image = self.image_rows.gather(1, rows.expand(len(self.image_rows), -1))
             weights = weights * image[:, None]
             weights = weights / weights.sum(-1, keepdim=True).clamp_min(torch.finfo(weights.dtype).tiny)
-        return self.prefix + rows, weights
+        return self._places(rows), weights
+
+    def _places(self, patches: Tensor) -> Tensor:
+        """The places of these patches among the view's queries."""
+        tokens = self.others + patches
+        return tokens if self._query_order is None else self._query_order[tokens]
 
     def carry_keys(self, rows: Tensor, stochastic: bool) -> Tensor:
-        """Carries rows (..., view keys) onto the image's keys; prefix tokens stay in front."""
-        if self.permuted_keys is not None:  # the rows were made of permuted keys
+        """Carries rows (..., view keys), read in ``key_order``, onto the image's keys; the others stay in front."""
+        if self.keys.is_permutation:
             return rows
-        prefix, patches = rows[..., : self.prefix], rows[..., self.prefix :]
-        return torch.cat([prefix, self.carry_patches(patches, stochastic)], -1)
+        others, patches = rows[..., : self.others], rows[..., self.others :]
+        return torch.cat([others, self.carry_patches(patches, stochastic)], -1)
 
     def carry_patches(self, patches: Tensor, stochastic: bool) -> Tensor:
         """Resamples rows (..., M') over keys, then restores each row's mass on the keys visible in both views."""

@@ -12,20 +12,25 @@ from torch import Tensor
 from acr_reg._tensors import at_least_float32
 from acr_reg.attention.layer import LayerAttention, RecordedTensors
 from acr_reg.errors import LayoutError
-from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
+from acr_reg.tokens import Lattice, TokenLayout, with_class_tokens
 
 Grid = tuple[int, int] | Lattice
 
 
 def grid_layout(
-    grid: Grid, num_prefix_tokens: int, class_tokens: int | Sequence[int] | None, key_grid: Grid | None = None
+    grid: Grid,
+    num_prefix_tokens: int,
+    class_tokens: int | Sequence[int] | None,
+    key_grid: Grid | None = None,
+    num_suffix_tokens: int = 0,
 ) -> TokenLayout:
     query = _lattice(grid, "grid")
     key = query if key_grid is None else _lattice(key_grid, "key_grid")
     if key_grid is not None and not isinstance(key_grid, Lattice):  # over the same image
         stride = (query.extent[0] / key.height, query.extent[1] / key.width)
         key = replace(key, stride=stride, extent=query.extent)
-    return TokenLayout(query, key, num_prefix_tokens, class_token_positions(class_tokens, num_prefix_tokens))
+    layout = TokenLayout(query, key, num_prefix_tokens, num_suffix_tokens=num_suffix_tokens)
+    return with_class_tokens(layout, class_tokens)
 
 
 def _lattice(grid: Grid, name: str) -> Lattice:
@@ -40,11 +45,10 @@ def _lattice(grid: Grid, name: str) -> Lattice:
 
 def check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
     if tuple(shape[-2:]) != (layout.num_queries, layout.num_keys):
-        prefix, query, key = layout.num_prefix_tokens, layout.query, layout.key
-        keys = f" and {layout.num_keys} keys ({prefix} prefix + {key})" if key != query else ""
+        keys = f" and {layout.num_keys} keys ({layout.describe('key')})" if layout.key != layout.query else ""
         raise LayoutError(
             f"layer {index} has {shape[-2]} queries and {shape[-1]} keys. The grid is for {layout.num_queries} "
-            f"({prefix} prefix + {query}){keys}. Correct grid= or num_prefix_tokens={', or key_grid=' if keys else ''}."
+            f"({layout}){keys}. Correct grid={', key_grid=' if keys else ''}, num_prefix_tokens= or num_suffix_tokens=."
         )
 
 
@@ -99,20 +103,23 @@ class AttentionMaps(Sequence[LayerAttention]):
         grid: Grid,
         class_tokens: int | Sequence[int] | None = None,
         key_grid: Grid | None = None,
+        *,
+        num_suffix_tokens: int = 0,
     ) -> AttentionMaps:
         """Attention probabilities of your own code, one tensor (B, H, N, M) or (B, N, M) per layer.
 
-        ``grid`` is (height, width) in tokens, N = ``num_prefix_tokens`` + height * width, and ``key_grid`` the same for
-        M where a layer has fewer keys than queries, as in PVT and SegFormer; a :class:`~acr_reg.Lattice` also gives
-        stride and offset. ``class_tokens``: how many of the first prefix tokens, or which, are class tokens; optional
-        with one prefix token or none. Raises ValueError if shapes disagree, a value is not finite, or a row does not
-        sum to 1 within 1e-4 (5e-3 in half precision), as logits do not.
+        ``grid`` is (height, width) in tokens, and ``key_grid`` the same where a layer has fewer keys than queries, as
+        in PVT and SegFormer; a :class:`~acr_reg.Lattice` also gives stride and offset. Of the N = ``num_prefix_tokens``
+        + height * width + ``num_suffix_tokens`` queries, the first and the last are no patches. ``class_tokens`` counts
+        the class tokens among those, from the first, or gives their positions in the N queries (-1 is the last);
+        optional with one such token or none. Raises ValueError if shapes disagree, a value is not finite, or a row does
+        not sum to 1 within 1e-4 (5e-3 in half precision), as logits do not.
         """
         if isinstance(tensors, Tensor):
             raise TypeError(
                 "tensors= is one tensor. Pass a list, one tensor per layer: list(maps.unbind(dim)) if stacked."
             )
-        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid, num_suffix_tokens)
         layers = []
         for index, tensor in enumerate(tensors):
             if not isinstance(tensor, Tensor):
@@ -139,7 +146,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         batch, heads, queries, keys = self[0].shape
         tokens = f"{queries} tokens" if queries == keys else f"{queries} queries, {keys} keys"
         layout = self[0].placed
-        where = ", grid unknown" if layout is None else f": {layout.num_prefix_tokens} prefix + {layout.query}"
+        where = ", grid unknown" if layout is None else f": {layout}"
         return (
             f"AttentionMaps(layers {', '.join(map(str, self.layers))}; {batch} images; {heads} heads; {tokens}{where})"
         )
@@ -185,10 +192,13 @@ class AttentionMaps(Sequence[LayerAttention]):
         num_prefix_tokens: int,
         class_tokens: int | Sequence[int] | None = None,
         key_grid: Grid | None = None,
+        *,
+        num_suffix_tokens: int = 0,
     ) -> AttentionMaps:
         """The same maps on a ``grid``, (height, width) or a :class:`~acr_reg.Lattice`, that the capture cannot infer.
-        ``key_grid`` is the keys' grid over the same image where a layer reduces keys, as PVT and SegFormer do."""
-        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid)
+        ``key_grid`` is the keys' grid over the same image where a layer reduces keys, as PVT and SegFormer do. The
+        other arguments are as for :meth:`from_tensors`."""
+        layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid, num_suffix_tokens)
         for layer in self:
             check_tokens(layer.shape, layer.index, layout)
         return self._with_layers(replace(layer, placed=layout, why_unplaced=None) for layer in self)

@@ -21,6 +21,7 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import check_finite
+from acr_reg.tokens import patch_index
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -221,26 +222,31 @@ def _contribution(
     gradient = gradient[image]
     value = None if layer.value is None else layer.value[image]
     part = layer.of_images(image) if method.startswith("cam_grad") else None
-    prefix = layer.layout.num_prefix_tokens
+    patches = patch_index(layer.layout, "key", str(gradient.device))
     if query == "class":
         tokens = torch.tensor(layer.layout.known_class_tokens(), device=gradient.device)
         rows = tokens[label] if len(tokens) > 1 else tokens.expand(len(label))
-        return _row_maps(gradient, value, part, prefix, rows[:, None], method).mean(1)
+        return _row_maps(gradient, value, part, patches, rows[:, None], method).mean(1)
     # The gradient with respect to all rows at once would be an N x N map of every head.
     blocks = torch.arange(gradient.shape[2], device=gradient.device).split(rows_of_block([layer]))
-    sums = [_row_maps(gradient, value, part, prefix, rows, method).sum(1) for rows in blocks]
+    sums = [_row_maps(gradient, value, part, patches, rows, method).sum(1) for rows in blocks]
     return torch.stack(sums).sum(0) / gradient.shape[2]
 
 
 def _row_maps(
-    gradient: Tensor, value: Tensor | None, layer: LayerAttention | None, prefix: int, rows: Tensor, method: Method
+    gradient: Tensor,
+    value: Tensor | None,
+    layer: LayerAttention | None,
+    patches: slice | Tensor,
+    rows: Tensor,
+    method: Method,
 ) -> Tensor:
-    """(pairs, R, patches): the contributions of query ``rows``, (R,) or (pairs, R). ``gradient`` is dy/dO (fused, needs
-    ``value``) or dy/dA. ``layer`` gives the attention weights to methods that need them."""
+    """(pairs, R, patches): the contributions of query ``rows``, (R,) or (pairs, R), to the keys at ``patches``.
+    ``gradient`` is dy/dO (fused, needs ``value``) or dy/dA. ``layer`` gives the attention weights to methods that need
+    them."""
     grads = at_least_float32(select(gradient, 2, rows))
     if value is not None:
         grads = grads @ at_least_float32(value).transpose(-2, -1)
-    patches = slice(prefix, None)
     grad = grads[..., patches].relu().mean(1)
     if method == "grad":
         return grad

@@ -36,7 +36,8 @@ class GradientCam(Removable):
             stage of a pyramid; 0 steps leave propagation out.
         views, merge: as for :func:`~acr_reg.multi_view_cam`; merge by "mean" if the views are crops.
         forward: returns the logits (B, C) of images, if ``model(images)`` does not.
-        modules, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
+        modules, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: as for
+            :func:`~acr_reg.capture_attention`.
 
     ``remove()``, or leaving a ``with`` block, ends the capture.
 
@@ -68,6 +69,7 @@ class GradientCam(Removable):
         modules: Iterable[str | nn.Module] | None = None,
         patch_size: int | Sequence[int] | None = None,
         num_prefix_tokens: int | None = None,
+        num_suffix_tokens: int | None = None,
         class_tokens: int | Sequence[int] | None = None,
     ) -> None:
         if steps < 0:
@@ -82,6 +84,7 @@ class GradientCam(Removable):
             "modules": modules if modules is None else tuple(modules),
             "patch_size": patch_size,
             "num_prefix_tokens": num_prefix_tokens,
+            "num_suffix_tokens": num_suffix_tokens,
             "class_tokens": class_tokens,
         }
         self._attention: AttentionCapture | None = None

@@ -13,30 +13,31 @@ from torch import Tensor
 from acr_reg._tensors import at_least_float32
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.tokens import Lattice
+from acr_reg.tokens import Lattice, patch_index
 from acr_reg.views.view import View, map_between, require_view
 
 
 def attend_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     """mean_h A[patches, patches] @ ``values``: (B, N, C) -> (B, N, C)."""
-    prefix = layer.layout.num_prefix_tokens
+    patches = patch_index(layer.layout, "query", str(values.device))  # and of the keys, which lie on the same grid
     if (explicit := layer.explicit) is not None:
         # Head by head: a float32 copy of all heads would be twice as large as the half precision map.
-        heads = [at_least_float32(head[:, prefix:, prefix:]).to(values.dtype) @ values for head in explicit.unbind(1)]
-        return torch.stack(heads).mean(0)
+        heads = (head[:, patches][:, :, patches] for head in explicit.unbind(1))
+        return torch.stack([at_least_float32(head).to(values.dtype) @ values for head in heads]).mean(0)
     query, key = layer.query, layer.key
     assert query is not None and key is not None
-    query, key = at_least_float32(query)[:, :, prefix:], at_least_float32(key)
+    query, key = at_least_float32(query)[:, :, patches], at_least_float32(key)
     mask = layer.batched_mask()
     if mask is not None:
-        mask = mask.expand(-1, -1, layer.shape[2], -1)[:, :, prefix:]
+        mask = mask.expand(-1, -1, layer.shape[2], -1)[:, :, patches]
         mask = mask if mask.dtype == torch.bool else mask.to(query)
-    # Kernels are fast if values are as wide as the heads; other widths fall back to a kernel that forms the map. Prefix
-    # tokens carry 0.
+    # Kernels are fast if values are as wide as the heads; other widths fall back to a kernel that forms the map. Tokens
+    # that are no patches carry 0.
     width = query.shape[-1]
     attended = []
     for chunk in values.to(query.dtype).split(width, -1):
-        padded = F.pad(chunk, (0, width - chunk.shape[-1], prefix, 0))
+        padded = chunk.new_zeros(chunk.shape[0], layer.shape[3], width)
+        padded[:, patches, : chunk.shape[-1]] = chunk
         padded = padded[:, None].expand(-1, query.shape[1], -1, -1)
         result = F.scaled_dot_product_attention(query, key, padded, mask, scale=layer.recorded.scale)
         attended.append(result.mean(1)[..., : chunk.shape[-1]])

@@ -27,6 +27,7 @@ def capture_attention(
     modules: Iterable[str | nn.Module] | None = None,
     patch_size: int | Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
+    num_suffix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
     keep: Keep = "only",
     no_grad: bool = False,
@@ -40,8 +41,9 @@ def capture_attention(
         model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
         layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
         modules: capture only attention within these modules or names, such as one of two encoders; None means all.
-        patch_size, num_prefix_tokens, class_tokens: describe the tokens if the model's own fields are missing or wrong.
-            ``class_tokens`` is a count from the first prefix token, or positions; token c belongs to class c.
+        patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: describe the tokens if the model's own fields
+            are missing or wrong. Prefix tokens stand before the patches and suffix tokens behind. ``class_tokens``
+            counts the first of these, or gives positions among all tokens (-1 is the last); token c belongs to class c.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
             once, "all" keeps all for ``take(i)``.
@@ -68,7 +70,8 @@ def capture_attention(
         raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
     if isinstance(layers, int):
         raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
-    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens))
+    hints = LayoutHints(patch_size, num_prefix_tokens, class_tokens, num_suffix_tokens)
+    placer = Placer(ModuleIndex(model, modules), hints)
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 

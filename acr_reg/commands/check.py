@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="check these layers only")
     parser.add_argument("--patch-size", type=int, metavar="PX", help="if the model does not say it")
     parser.add_argument("--prefix-tokens", type=int, metavar="N", help="if the model does not say it")
+    parser.add_argument("--suffix-tokens", type=int, metavar="N", help="tokens behind the patches (0)")
     parser.add_argument("--class-tokens", type=int, metavar="N", help="if the model does not say it")
 
 
@@ -66,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         layers=args.layers,
         patch_size=args.patch_size,
         num_prefix_tokens=args.prefix_tokens,
+        num_suffix_tokens=args.suffix_tokens,
         class_tokens=args.class_tokens,
     )
     print(report)

@@ -14,10 +14,10 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import capture_attention
 from acr_reg.errors import CaptureError, LayoutError
-from acr_reg.inspection.offsets import Offset, TokenSide, token_offsets
+from acr_reg.inspection.offsets import Offset, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss
-from acr_reg.tokens import Lattice
+from acr_reg.tokens import Lattice, TokenSide
 from acr_reg.views.constructors import HorizontalFlip
 from acr_reg.views.view import View, require_view
 
@@ -39,6 +39,7 @@ def check(
     layers: Iterable[int] | None = None,
     patch_size: int | Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
+    num_suffix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
 ) -> Check:
     """Runs a model on images (B, C, H, W) and on a view of them, and reports what a capture would give to the loss.
@@ -53,7 +54,8 @@ def check(
         images: two or more also show whether the images of a batch stay separate; a few take seconds.
         view: the view that training will use; by default HorizontalFlip().
         forward: runs the model, if ``model(images)`` does not, e.g. ``model.forward_features``.
-        modules, layers, patch_size, num_prefix_tokens, class_tokens: as for :func:`~acr_reg.capture_attention`.
+        modules, layers, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: as for
+            :func:`~acr_reg.capture_attention`.
 
     ``problems`` lists whatever a capture or the loss would refuse; the model's own errors are raised.
 
@@ -82,6 +84,7 @@ def check(
         "modules": modules,
         "patch_size": patch_size,
         "num_prefix_tokens": num_prefix_tokens,
+        "num_suffix_tokens": num_suffix_tokens,
         "class_tokens": class_tokens,
     }
     call = model if forward is None else forward
@@ -143,6 +146,8 @@ def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: Vie
         queries=str(tokens[0]),
         keys=str(tokens[1]),
         prefix=layout.num_prefix_tokens if layout else None,
+        between=len(layout.between) if layout else None,
+        suffix=layout.num_suffix_tokens if layout else None,
         class_tokens=layout.class_tokens if layout else None,
         row_error=row_error,
         product_error=product_error,

@@ -9,18 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice, TokenLayout, TokenSide, patch_index
 from acr_reg.views.resampling import Line
 from acr_reg.views.view import View
 
-TokenSide = Literal["query", "key"]
 Observe = Callable[[Tensor], AttentionMaps]
 
 _STRONG = 0.1  # of the largest gradient energy; weaker energy comes through earlier attention and normalisation
@@ -80,7 +78,8 @@ class _Probe:
     def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> Tensor:
         """(P, 2): y and x of the pixels that each token was made from, from 0 to 1 over the image."""
         seen = self.maps[layer]
-        of_token = _of_token(seen, side)[torch.arange(len(tokens)), :, seen.layout.num_prefix_tokens + tokens]
+        of_patch = _of_token(seen, side)[:, :, patch_index(seen.layout, side, str(seen.device))]
+        of_token = of_patch[torch.arange(len(tokens)), :, tokens]
         weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
         (gradient,) = torch.autograd.grad((of_token * weights).sum(), self.images, retain_graph=True)
         energy = gradient.double().square().sum(1).cpu()

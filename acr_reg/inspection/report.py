@@ -22,6 +22,8 @@ class LayerCheck:
     queries: str
     keys: str
     prefix: int | None
+    between: int | None
+    suffix: int | None
     class_tokens: tuple[int, ...] | None
     row_error: float | None
     product_error: float | None
@@ -69,6 +71,9 @@ _HEADINGS = {
 def _lines(report: Check) -> Iterator[str]:
     yield f"{report.model}: {len(report.layers)} layers of token-to-token attention captured, view {report.view!r}"
     names = [f.name for f in fields(LayerCheck) if f.name != "problem"]
+    for name in ("between", "suffix"):  # few models have such tokens
+        if not any(getattr(layer, name) for layer in report.layers):
+            names.remove(name)
     rows = [[_HEADINGS.get(name, name) for name in names]]
     rows += [[_cell(getattr(layer, name)) for name in names] for layer in report.layers]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -12,7 +12,7 @@ from torch import nn
 
 from acr_reg.errors import LayoutError
 from acr_reg.placement.windows import pair
-from acr_reg.tokens import Lattice, TokenLayout, class_token_positions
+from acr_reg.tokens import Lattice, TokenLayout, check_counts, with_class_tokens
 
 # Longer prefixes exist (prompt tuning), but a longer guess is more often a wrong grid.
 MAX_GUESSED_PREFIX = 24
@@ -59,11 +59,17 @@ class ModelFields:
 
 @dataclass(frozen=True)
 class LayoutHints:
-    """What the user states about the tokens, which wins over the model's fields; None if not stated."""
+    """What the user states about the tokens, which wins over the model's fields; None if not stated. ``between`` holds
+    the positions of tokens between patches; see :class:`~acr_reg.TokenLayout`."""
 
     patch_size: int | Sequence[int] | None = None
     num_prefix_tokens: int | None = None
     class_tokens: int | Sequence[int] | None = None
+    num_suffix_tokens: int | None = None
+    between: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        check_counts(num_prefix_tokens=self.num_prefix_tokens, num_suffix_tokens=self.num_suffix_tokens)
 
 
 def read_fields(model: nn.Module) -> ModelFields:
@@ -141,9 +147,10 @@ def infer_layout(
     """The one layout of ``num_tokens`` queries and ``num_keys`` keys (None: as many) that fits an image of
     ``image_size`` (height, width) in pixels.
 
-    What the user gives as ``hints`` wins over the model's ``fields``. In later stages of a pyramid the patch is doubled
-    and the prefix may be missing. If the numbers of queries and keys differ, the smaller lattice is the larger one
-    reduced. Raises :class:`~acr_reg.LayoutError` if no layout fits, or if several do; the error lists them.
+    What the user gives as ``hints`` wins over the model's ``fields``, which may or may not count tokens behind and
+    between the patches, so that only hints place any there. In later stages of a pyramid the patch is doubled and the
+    prefix may be missing. If the numbers of queries and keys differ, the smaller lattice is the larger one reduced.
+    Raises :class:`~acr_reg.LayoutError` if no layout fits, or if several do; the error lists them.
 
     >>> infer_layout(25, (64, 96), ModelFields(patch_size=(16, 16))).query
     Lattice(height=4, width=6, stride=(16.0, 16.0), offset=(0.0, 0.0), extent=(64.0, 96.0))
@@ -153,6 +160,8 @@ def infer_layout(
     num_keys = num_tokens if num_keys is None else num_keys
     hints = LayoutHints() if hints is None else hints
     num_prefix_tokens, class_tokens = hints.num_prefix_tokens, hints.class_tokens
+    suffix, between = hints.num_suffix_tokens or 0, tuple(hints.between)
+    beyond = suffix + len(between)  # the prefix
     if image_size is None:
         raise LayoutError(
             f"{num_tokens} tokens lack a grid: no module was given an image (B, C <= 4, H, W). Call "
@@ -160,23 +169,40 @@ def infer_layout(
         )
     if hints.patch_size is not None:
         fields = replace(fields, patch_size=pair(hints.patch_size), stem=None)
-    prefix = num_prefix_tokens if num_prefix_tokens is not None else fields.num_prefix_tokens
-    # A class token may join in the last stage only; one that the user states is there.
-    prefixes = [prefix, 0] if prefix and num_prefix_tokens is None else [prefix]
-    fits, fitted = _first_fits(num_tokens, image_size, fields, prefixes), num_tokens
+    choices = _prefix_choices(num_prefix_tokens, fields.num_prefix_tokens, beyond)
+
+    def fits_of(count: int) -> list[_Fit]:
+        return [fit for choice in choices for fit in _first_fits(count - beyond, image_size, fields, choice)]
+
+    fits, fitted = fits_of(num_tokens), num_tokens
     if num_keys != num_tokens and (len(fits) != 1 or num_keys > num_tokens):  # the larger one tells more
-        of_keys = _first_fits(num_keys, image_size, fields, prefixes)
+        of_keys = fits_of(num_keys)
         fits, fitted = (of_keys, num_keys) if len(of_keys) == 1 else (fits, fitted)
     if len(fits) != 1:
-        raise LayoutError(_misfit(num_tokens, image_size, fields.patch_size, prefix, fits))
+        known = [choice[0] for choice in choices]
+        raise LayoutError(_misfit(num_tokens, image_size, fields.patch_size, known, suffix, len(between), fits))
     prefix, lattice = fits[0]
-    query = lattice if num_tokens == fitted else _in_proportion(lattice, num_tokens - prefix)
-    key = lattice if num_keys == fitted else _in_proportion(lattice, num_keys - prefix)
-    if class_tokens is None and fields.num_class_tokens is not None and fields.num_class_tokens <= prefix:
-        class_tokens = fields.num_class_tokens
-    elif class_tokens is None and num_prefix_tokens is None and prefix < (fields.num_prefix_tokens or 0):
+    query = lattice if num_tokens == fitted else _in_proportion(lattice, num_tokens - prefix - beyond)
+    key = lattice if num_keys == fitted else _in_proportion(lattice, num_keys - prefix - beyond)
+    stated = fields.num_class_tokens
+    # Class tokens come first in a prefix; where they stand among tokens at several places, no field says.
+    if class_tokens is None and stated is not None and (stated in (0, prefix + beyond) if beyond else stated <= prefix):
+        class_tokens = stated
+    elif class_tokens is None and num_prefix_tokens is None and prefix + beyond < (fields.num_prefix_tokens or 0):
         class_tokens = 0
-    return TokenLayout(query, key, prefix, class_token_positions(class_tokens, prefix))
+    layout = TokenLayout(query, key, prefix, num_suffix_tokens=suffix, between=between)
+    return with_class_tokens(layout, class_tokens)
+
+
+def _prefix_choices(stated: int | None, of_fields: int | None, beyond: int) -> list[list[int | None]]:
+    """Lengths of the prefix, of which one must fit; in each choice the first that fits counts. ``beyond`` is the number
+    of tokens behind and between the patches."""
+    if stated is not None:
+        return [[stated]]
+    if beyond and of_fields:  # it counts these too, or not
+        return [[of_fields], [of_fields - beyond]] if of_fields >= beyond else [[of_fields]]
+    # A class token may join in the last stage only; one that the user states is there.
+    return [[of_fields, 0] if of_fields else [of_fields]]
 
 
 _Fit = tuple[int, Lattice]
@@ -272,17 +298,26 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
 
 
 def _misfit(
-    num_tokens: int, image_size: tuple[int, int], patch: tuple[int, int] | None, prefix: int | None, fits: list[_Fit]
+    num_tokens: int,
+    image_size: tuple[int, int],
+    patch: tuple[int, int] | None,
+    prefixes: Sequence[int | None],
+    suffix: int,
+    between: int,
+    fits: list[_Fit],
 ) -> str:
     seen = f"{num_tokens} tokens for an image of {image_size[0]} x {image_size[1]} px"
+    beyond = [f"{count} {name}" for name, count in (("suffix", suffix), ("in-between", between)) if count]
     if fits:
-        listed = " or ".join(f"{left} prefix + {lattice}" for left, lattice in fits)
+        listed = " or ".join(" + ".join([f"{left} prefix", str(lattice), *beyond]) for left, lattice in fits)
         return f"{seen} fit {listed}. Pass patch_size= or num_prefix_tokens=."
-    known = [] if prefix is None else [f"{prefix} prefix tokens"]
+    before = " or ".join(f"{prefix} prefix" for prefix in prefixes if prefix is not None)
+    named = [before, *beyond] if before else beyond
+    known = [" and ".join(named) + " tokens"] if named else []
     if patch:
         grid = f"{image_size[0] // patch[0]} x {image_size[1] // patch[1]}"
         known.append(f"patches of {patch[0]} x {patch[1]} px (a grid of {grid})")
     return (
-        f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size= and "
-        "num_prefix_tokens=. If tokens were dropped or masked, run without that."
+        f"{seen} do not fit {' and '.join(known) or 'any common patch size'}. Pass patch_size=, "
+        "num_prefix_tokens= and num_suffix_tokens=. If tokens were dropped or masked, run without that."
     )

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import SegformerConfig, SegformerModel
 
-from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Lattice, TokenLayout, capture_attention
+from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Lattice, capture_attention
 from acr_reg.demo.record import write_json
 from acr_reg.inspection.offsets import token_offsets
 
@@ -100,7 +100,7 @@ def evenly(maps: AttentionMaps) -> AttentionMaps:
     layers = []
     for layer in maps:
         layout = layer.layout
-        placed = TokenLayout(divided(layout.query), divided(layout.key), layout.num_prefix_tokens, layout.class_tokens)
+        placed = replace(layout, query=divided(layout.query), key=divided(layout.key))
         layers.append(replace(layer, placed=placed))
     return AttentionMaps(layers)
 

@@ -143,10 +143,37 @@ def test_a_grid_is_two_numbers(grid):
 
 def test_class_tokens_beyond_the_prefix():
     maps = random_maps((3, 5), prefix=2)
-    for attempt in (lambda: wrap(maps, (3, 5), 2, 3), lambda: wrap(maps, (3, 5), 2, 1).with_layout((3, 5), 2, [2])):
-        with pytest.raises(LayoutError, match=r"\[2\]") as error:
+    for attempt, said in (
+        (lambda: wrap(maps, (3, 5), 2, 3), "class_tokens=3"),
+        (lambda: wrap(maps, (3, 5), 2, 1).with_layout((3, 5), 2, [2]), "[2]"),
+    ):
+        with pytest.raises(LayoutError, match=r"(?i)class.tokens") as error:
             attempt()
-        assert says(error, "2 prefix tokens")
+        assert says(error, "2 prefix tokens", said)
+
+
+def test_tokens_behind_the_patches():
+    maps = random_maps((3, 5), prefix=3)
+    attention = AttentionMaps.from_tensors(maps, 1, (3, 5), [0, -1], num_suffix_tokens=2)
+    layout = attention[0].layout
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (1, 2, (0, 17))
+    assert repr(attention).endswith("18 tokens: 1 prefix + 3 x 5 + 2 suffix)")
+    assert attention.with_layout((3, 5), 3, 1)[0].layout == wrap(maps, (3, 5), 3, 1)[0].layout
+    assert wrap(maps, (3, 5), 3, 1).with_layout((3, 5), 1, [0, 17], num_suffix_tokens=2)[0].layout == layout
+
+
+@pytest.mark.parametrize("suffix", [0, 1, 3])
+def test_tokens_behind_the_patches_that_do_not_add_up(suffix):
+    maps = random_maps((3, 5), prefix=3)
+    attempts = (
+        lambda: AttentionMaps.from_tensors(maps, 1, (3, 5), num_suffix_tokens=suffix),
+        lambda: wrap(maps, (3, 5), 3).with_layout((3, 5), 1, num_suffix_tokens=suffix),
+    )
+    for attempt in attempts:
+        with pytest.raises(LayoutError, match="layer 0 has 18 queries") as error:
+            attempt()
+        assert says(error, f"for {16 + suffix}", "1 prefix + 3 x 5", "num_prefix_tokens=", "num_suffix_tokens=")
+        assert (f"{suffix} suffix" in str(error.value)) == (suffix > 0)
 
 
 def test_with_layout_renames_the_tokens_of_the_same_maps():
