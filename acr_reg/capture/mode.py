@@ -143,17 +143,25 @@ class AttentionMode(TorchFunctionMode):
     def _observed(self, query: Tensor, key: Tensor) -> Observed | None:
         if self._sources is None or not self._sources.follows_images or min(query.ndim, key.ndim) < 3:
             return None
-        return observe(self._sources.of(query), self._sources.of(key))
+        return observe(self._sources, self._sources.of(query), self._sources.of(key))
 
     def _observed_product(self, equation: str | None, operands: list[Tensor]) -> Observed | None:
         if self._sources is None or not self._sources.follows_images or len(operands) < 2:
             return None
-        sources = [self._sources.of(operand) for operand in operands]
-        places = [operand if s is None or s.places is None else s.places for operand, s in zip(operands, sources, strict=True)]
-        turned = kernels.score_factors(equation, places)  # the same views of the places as make query and key
-        if turned is None:
+        sources = [self._sources.of(operand) for operand in operands[-2:]]
+        # The places, seen in the same way as the operands are seen as query and key.
+        places = [
+            operand if source is None or source.places is None else source.places
+            for operand, source in zip(operands[-2:], sources, strict=True)
+        ]
+        views = kernels.score_factors(equation, places)
+        if views is None:
             return None
-        return observe(*(s if s is None or s.places is None else replace(s, places=t) for s, t in zip(sources[-2:], turned, strict=True)))
+        query, key = (
+            source if source is None or source.places is None else replace(source, places=view)
+            for source, view in zip(sources, views, strict=True)
+        )
+        return observe(self._sources, query, key)
 
     def _start_graph(self, tensor: Tensor) -> None:
         if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
@@ -210,15 +218,14 @@ class AttentionMode(TorchFunctionMode):
         if name in kernels.PRODUCT_NAMES:
             equation = args[0] if name == "einsum" else None
             probable = [t is not None and t.probability is not None for t in followed]
-            if not any(probable):
+            # A product with a matrix of weights mixes the heads of scores or maps: it meets no keys or values.
+            mixes = any(followed) and any(isinstance(operand, nn.Parameter) for operand in operands)
+            if not mixes and not any(probable):
                 self._start_scores(equation, operands, result)
-                return
-            if sum(probable) > 1 or len(followed) != 2:
-                return
-            if not isinstance(operands[probable.index(False)], nn.Parameter):
+            elif not mixes and sum(probable) == 1 and len(followed) == 2:
                 self._met_values(equation, operands, followed, result)
+            if not mixes:
                 return
-            # else a matrix of weights mixes the heads: not values
         found = [t for t in followed if t is not None]
         if not found or not isinstance(result, Tensor) or not result.is_floating_point():
             return

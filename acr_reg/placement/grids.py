@@ -47,7 +47,8 @@ class ModelFields:
 
     ``reads_patches``: whether a convolution cuts the images into these patches. A quarter of the tokens is then a later
     stage only if the run ``is_pyramid`` (ever fewer tokens); otherwise masking or patch dropout removed the rest, and
-    no grid is left."""
+    no grid is left. ``states_prefix``: whether a field says that tokens stand before the patches; parameters do not say
+    where theirs stand."""
 
     patch_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
@@ -55,6 +56,7 @@ class ModelFields:
     stem: Stem | None = None
     reads_patches: bool = False
     is_pyramid: bool = False
+    states_prefix: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def read_fields(model: nn.Module) -> ModelFields:
     class_tokens = _count_parameters(model, _CLASS_TOKEN_NAMES)
     others = _count_parameters(model, _REGISTER_NAMES)
     stated = {n for m in model.modules() if isinstance(n := getattr(m, "num_prefix_tokens", None), int)}
-    prefix = stated.pop() if len(stated) == 1 else (class_tokens + others if class_tokens + others else None)
+    states_prefix = len(stated) == 1
+    prefix = stated.pop() if states_prefix else (class_tokens + others if class_tokens + others else None)
     if prefix is None and not stated and _image_convolutions(model) and not _may_hold_tokens(model):
         prefix = 0
     known = prefix is not None and class_tokens <= prefix and (class_tokens > 0 or bool(others) or prefix == 0)
@@ -85,7 +88,9 @@ def read_fields(model: nn.Module) -> ModelFields:
     reads_patches = bool(patches)
     patches = patches or _patches_stated(model)
     patch = patches.pop() if len(patches) == 1 else None
-    return ModelFields(patch, prefix, class_tokens if known else None, _stem(model), reads_patches)
+    return ModelFields(
+        patch, prefix, class_tokens if known else None, _stem(model), reads_patches, states_prefix=states_prefix
+    )
 
 
 def class_token_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -99,29 +99,36 @@ def place(
 ) -> Placement:
     """Finds where the tokens of a call sit, or why it is not token-to-token self-attention.
 
+    What a run showed of the tokens (``call.observed``) decides; shapes and names do where it showed nothing.
     ``around``: the attention module and the modules that hold it, innermost first. ``unordered``: why the
     model's tokens lie on no grid, or None.
     """
     recorded, heads = call.recorded, None
+    seen = call.observed if call.observed is not None and call.observed.is_known else None
     batch = recorded.seen.shape[0]
     if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and batch % images[0] == 0:
         heads = batch // images[0]  # (B H, N, M) or (B, N, M): H is not stated
+        if seen is not None and seen.queries.of_image:
+            heads = seen.queries.groups // seen.queries.windows
     layer = Placement(heads).layer(0, call)
-    refusal = call.refusal or _refusal(layer, call, images)
+    is_cross = call.cross if call.observed is None else call.observed.is_cross(call.cross)
+    refusal = call.refusal or _refusal(layer, call, images, is_cross)
     if refusal is not None:
         return Placement(refusal=refusal)
     queries, keys = layer.shape[2:]
     window = _window(layer, call, around, images)
     if window is not None:
         return Placement(heads, window)
-    if call.cross:
+    if is_cross:
         return Placement(refusal=_CROSS.format(queries, keys))
-    layout, why_unplaced = (None, unordered) if unordered else locate(queries, keys, images and images[1:])
+    layout, why_unplaced = (None, unordered) if unordered and not seen else locate(queries, keys, images and images[1:])
+    if layout is None and unordered:
+        why_unplaced = unordered
     size = _first_attribute(around, _WINDOW_NAMES)
-    if layout is None and size is not None and size[0] * size[1] == keys:  # one window, padded
+    if seen is None and layout is None and size is not None and size[0] * size[1] == keys:  # one window, padded
         return Placement(heads, Window(size, _shift(around), 1))
     if queries != keys:
-        refusal = _not_reduced(layer, call, images)
+        refusal = None if layout is not None and seen else _not_reduced(layer, call, images)
         if refusal is not None:
             return Placement(refusal=refusal)
         if any(isinstance(m, (nn.AvgPool1d, nn.MaxPool1d)) for m in call.module.modules()):
@@ -136,13 +143,13 @@ def place(
     return Placement(heads, None, layout, why_unplaced)
 
 
-def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None) -> str | None:
+def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None, is_cross: bool) -> str | None:
     """Why a call is not token-to-token self-attention, judged by its shapes."""
     batch, _, queries, keys = layer.shape
-    if call.cross and (queries != keys or images is None):
-        return _CROSS.format(queries, keys)
     if queries == 1:
         return f"pooling or class attention: 1 query attends to {keys} keys"
+    if is_cross and (queries != keys or images is None):
+        return _CROSS.format(queries, keys)
     if images is not None and batch % images[0]:
         return f"not the tokens of the images: a batch of {batch} for {images[0]} images"
     if is_channels(layer, call):
@@ -155,6 +162,8 @@ def is_channels(layer: LayerAttention, call: AttentionCall) -> bool:
 
     If there are as many channels as tokens, the order in memory decides: in (B, N, C) channels are contiguous.
     """
+    if call.observed is not None and call.observed.queries is not None and call.observed.queries.of_image:
+        return call.observed.queries.are_channels
     queries, keys = layer.shape[2:]
     width, inputs = call.value_width, token_counts(call.input_shape)
     if width not in inputs:
@@ -189,9 +198,16 @@ def _window(
 ) -> Window | None:
     """The windows of a layer whose batch holds several groups of tokens per image, or that has a fifth axis."""
     groups = 1 if images is None else layer.shape[0] // images[0]
-    if layer.recorded.seen.ndim > 4:
-        groups *= _groups_beside_heads(layer, call)
-    if groups == 1:
+    seen = call.observed
+    if seen is None or seen.queries is None or seen.keys is None or not seen.queries.of_image:
+        is_apart = False
+        if layer.recorded.seen.ndim > 4:
+            groups *= _groups_beside_heads(layer, call)
+    else:
+        is_apart = max(seen.queries.windows, seen.keys.windows) > 1 or seen.queries.is_padded or seen.keys.is_padded
+        if layer.recorded.seen.ndim > 4:
+            groups *= max(layer.shape[1] * seen.queries.windows // seen.queries.groups, 1)
+    if groups == 1 and not is_apart:
         return None
     size = _first_attribute(around, _WINDOW_NAMES)
     if size is not None and size[0] * size[1] != layer.shape[3]:  # a number of tokens, or something else

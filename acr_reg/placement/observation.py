@@ -5,60 +5,83 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from acr_reg.attention.observed import Observed, ObservedTokens
-from acr_reg.placement.sources import Source, is_padded, split_places
+from acr_reg.placement.sources import Source, Sources, is_padded, split_places
 
+_LARGEST = 2**20  # more pixels than an image has along an axis
 _ELSEWHERE = "they do not come from the patches of the image"
 
 
-def observe(query: Source | None, key: Source | None) -> Observed:
+def observe(sources: Sources, query: Source | None, key: Source | None) -> Observed:
     """Reads the sources of query (..., N, d) and key (..., M, d)."""
-    sources = [source for source in (query, key) if source is not None]
-    lost_in = next((source.lost_in for source in sources if source.lost_in is not None), None)
-    roots = [frozenset[int]() if source is None else source.roots for source in (query, key)]
-    return Observed(_read(query), _read(key), roots[0] != roots[1], lost_in)
+    queries, keys = _read(sources, query), _read(sources, key)
+    same_source = query is not None and key is not None and bool(query.roots) and query.roots == key.roots
+    same_places = None
+    if query is not None and key is not None and query.places is not None and key.places is not None:
+        apart = queries is None or keys is None or queries.windows > 1 or keys.windows > 1
+        same_places = None if apart else _same_places(query.places, key.places)
+    return Observed(queries, keys, same_source, same_places)
 
 
-def _read(source: Source | None) -> ObservedTokens | None:
+def _same_places(query: Tensor, key: Tensor) -> bool:
+    q, k = (places.flatten(0, -3)[..., 0] for places in (query, key))
+    if len(q) > len(k) > 0 and len(q) % len(k) == 0:  # heads of queries that share keys
+        k = k.repeat_interleave(len(q) // len(k), 0)
+    if q.shape == k.shape:
+        return torch.equal(q, k)
+    image_q, image_k = (torch.where(places > 0, split_places(places)[0], 0).amax(1) for places in (q, k))
+    return len(q) != len(k) or torch.equal(image_q, image_k)
+
+
+def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     if source is None:
         return ObservedTokens(of_image=False, why_no_grid=_ELSEWHERE)
     if source.places is None:
         return None
-    places = source.places.flatten(0, -3)
-    tokens = places[..., 0]  # (groups, tokens)
+    places = source.places.flatten(0, -3)  # (groups, tokens, channels)
+    tokens = places[..., 0]
     are_patches = (tokens > 0) & ~is_padded(tokens)
     if not bool(are_patches.any()):
         return ObservedTokens(tokens.shape[1], of_image=False, why_no_grid=_ELSEWHERE)
     if bool((tokens == tokens[:, :1]).all()) and bool((places[:, :1] != places[:, :1, :1]).any()):
         return ObservedTokens(tokens.shape[1], are_channels=True, why_no_grid="they are channels")
     image, y, x = split_places(tokens)
-    at = torch.where(are_patches, y * 2**16 + x, torch.tensor(-1.0, device=y.device))
-    of_image, image = image, (image * are_patches).amax(1)
-    images = len(image.unique())
+    at = torch.where(are_patches, y * _LARGEST + x, torch.full_like(y, -1))
+    image_of_group = torch.where(are_patches, image, 0).amax(1)
+    images = len(image_of_group.unique())
     others = tuple((~are_patches[0]).nonzero()[:, 0].tolist())
-    numbers = tokens[0][~are_patches[0]].tolist()
+    numbered = sorted(zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), reverse=True)
     here = ObservedTokens(
         tokens.shape[1],
         others,
-        tuple(position for number, position in sorted(zip(numbers, others, strict=True), reverse=True) if number < 0),
-        windows=-(-len(torch.cat([image[:, None], at], 1).unique(dim=0)) // images),
-        groups=len(image) // images,
-        padded=bool(is_padded(tokens).any()),
+        tuple(position for number, position in numbered if number < 0),
+        image_size=sources.image_size(int(image_of_group[0])),
+        windows=-(-len(torch.cat([image_of_group[:, None], at], 1).unique(dim=0)) // images),
+        groups=len(tokens) // images,
+        is_padded=bool(is_padded(tokens).any()),
     )
-    if here.windows > 1 or here.padded:
+    if here.windows > 1 or here.is_padded:
         return here
-    why = None
-    if bool((are_patches & (of_image != image[:, None])).any()):
-        why = "they are tokens of several images together"
-    elif bool((at != at[:1]).any()):
-        why = "they are other patches in every image, as if tokens were dropped or merged"
-    elif here.groups > 1 and images > 1 and bool((image[: here.groups] != image[0]).any()):
-        why = "the heads stand before the images in the batch axis"
+    if bool((are_patches & (image != image_of_group[:, None])).any()):
+        return replace(here, why_no_grid="they belong to several images")
+    if bool((at != at[:1]).any()):
+        return replace(here, why_no_grid="they are other patches in every image, as after dropping or merging some")
+    if here.groups > 1 and images > 1 and bool((image_of_group[: here.groups] != image_of_group[0]).any()):
+        return replace(here, why_no_grid="heads stand before images in the batch axis")
     rows, columns = y[0][are_patches[0]].unique(), x[0][are_patches[0]].unique()
-    grid = (rows[:, None] * 2**16 + columns).flatten()
-    if why is None and not torch.equal(at[0][are_patches[0]], grid):
-        why = "they are not all patches of a grid, row by row"
-    if why is not None:
-        return replace(here, why_no_grid=why)
+    if not torch.equal(at[0][are_patches[0]], (rows[:, None] * _LARGEST + columns).flatten()):
+        return replace(here, why_no_grid="they are not the patches of a grid, row by row")
+    if not _covers(rows.tolist(), columns.tolist(), here.image_size):
+        return replace(here, why_no_grid="they are patches of a part of the image")
     return replace(here, rows=tuple(rows.tolist()), columns=tuple(columns.tolist()))
+
+
+def _covers(rows: list[float], columns: list[float], size: tuple[int, int]) -> bool:
+    """Whether patches reach the edges of the image, but for a margin of less than a patch."""
+    steps = [at[1] - at[0] for at in (rows, columns) if len(at) > 1]
+    if not steps:
+        return True
+    axes = zip((rows, columns), size, strict=True)
+    return all(at[0] <= max(steps) and length - at[-1] <= 2 * max(steps) for at, length in axes)

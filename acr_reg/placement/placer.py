@@ -12,7 +12,8 @@ from torch import nn
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.observed import Observed
 from acr_reg.errors import LayoutError
-from acr_reg.placement.grids import LayoutHints, ModelFields, infer_layout, read_fields
+from acr_reg.placement.arrangement import arrange
+from acr_reg.placement.grids import LayoutHints, ModelFields, read_fields
 from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace
@@ -46,7 +47,7 @@ class Placer:
 
             def locate(queries: int, keys: int, size: tuple[int, int] | None) -> tuple[TokenLayout | None, str | None]:
                 try:
-                    return infer_layout(queries, size, fields, self._hints, keys), None
+                    return arrange(queries, keys, size, fields, self._hints, call.observed), None
                 except LayoutError as error:
                     return None, str(error)
 

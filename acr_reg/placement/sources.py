@@ -30,7 +30,7 @@ _MOVES = {
     *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
-    *("__getitem__", "index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle", "unfold_patches"),
+    *("__getitem__", "index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
 }
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm", "logsumexp", "var", "std", "prod"}
@@ -75,6 +75,7 @@ class Sources:
         self._at_memory: dict[Any, int] = {}
         self._roots = count()
         self._images = 1
+        self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
         for parameter in class_tokens:
             rows = parameter.shape[-2] if parameter.ndim > 1 else 1
             numbers = -1 - torch.arange(rows, device=parameter.device)
@@ -84,14 +85,20 @@ class Sources:
     def follows_images(self) -> bool:
         return self._images > 1
 
+    def image_size(self, number: int) -> tuple[int, int]:
+        """The height and width of an image in pixels."""
+        return next(size for first, size in reversed(self._sizes) if first <= number)
+
     def note_images(self, images: Tensor) -> None:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed."""
-        if self.of(images) is not None:
+        known = self.of(images)
+        if known is not None and known.places is not None:
             return
         batch, _, height, width = images.shape
         number, y, x = (torch.arange(size, device=images.device) for size in (batch, height, width))
         rows, columns = (y * _FRACTION + _ORIGIN) * _ROW, x * _FRACTION + _ORIGIN
         places = ((self._images + number) * _IMAGE)[:, None, None] + rows[:, None] + columns
+        self._sizes.append((self._images, (height, width)))
         self._images += batch
         self._note(images, Source(places[:, None].expand(images.shape), self._new_root(), embedded=False))
 
@@ -168,6 +175,8 @@ class Sources:
             places = self._shadow(args[0]).clone()
             places[args[1]] = self._shadow(args[2])
             return places
+        if name == "unfold_patches":
+            return self._unfolded(result, *args, **kwargs)
         sliding = _SLIDING.match(name)
         if sliding is not None or name in ("interpolate", "upsample"):
             return self._slid(sliding, args, kwargs, result)
@@ -202,8 +211,6 @@ class Sources:
         moved = [self._shadow(arg) for arg in args]
         if name in ("view", "view_as"):  # the shadow may lie in memory otherwise
             return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:]))
-        if name == "unfold_patches":  # torch unfolds no integers
-            return func(moved[0].double(), *moved[1:], **kwargs).long()
         if name == "pad":
             pad = moved[1] if len(moved) > 1 else kwargs["pad"]
             if args[0].ndim < 4:  # around tokens in rows lies nothing
@@ -282,6 +289,21 @@ class Sources:
             places = places.narrow(channel, 0, 1)
         places = places.expand(made.shape)
         return [places] if isinstance(result, tuple) else places
+
+
+    def _unfolded(
+        self, result: Tensor, images: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+    ) -> Tensor:
+        """The places of windows as columns (B, C k k, N): the one in the middle of each."""
+        places = self._shadow(images)
+        for axis in (-2, -1):
+            kernel, apart, around, step = (
+                v if isinstance(v, int) else v[axis] for v in (kernel_size, dilation, padding, stride)
+            )
+            count = (places.shape[axis] + 2 * around - apart * (kernel - 1) - 1) // step + 1
+            index = torch.arange(count, device=places.device) * step - around + apart * (kernel - 1) // 2
+            places = _at(places, places.ndim + axis, index)
+        return places.flatten(-2)[..., :1, :].expand(result.shape)
 
 
 def _memory(tensor: Tensor) -> Any:

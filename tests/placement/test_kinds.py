@@ -73,7 +73,7 @@ def test_as_many_tokens_as_a_head_is_wide_are_not_channels(
     [
         (ClassAttention, "pooling or class attention: 1 query attends to 24 keys"),
         (lambda: ClassAttention(fused=True), "pooling or class attention: 1 query attends to 24 keys"),
-        (lambda: PoolingOfFour(6), "pooling or cross-attention: the 6 queries to 24 keys are not the module's tokens"),
+        (lambda: PoolingOfFour(6), "cross-attention: 6 queries attend to 24 keys of other tokens"),
         (other.SomeKeys, "24 queries and 7 keys fit no two grids of the image"),
         (other.MeanImage, "not the tokens of the images: a batch of 1 for 2 images"),
     ],
@@ -153,7 +153,7 @@ def test_multihead_attention_whose_queries_are_not_its_keys(weights: bool, named
             x = self.call(self.own, x, x, x)
             placed = x + torch.linspace(0, 1, 32)
             x = self.call(self.positions, placed, placed, x)  # DETR: values without positions are the same tokens
-            others = x + 1
+            others = x.roll(1, 0 if batch_first else 1)  # of the other image
             x = self.call(self.cross, x, others, others)
             return x if batch_first else x.transpose(0, 1)
 
