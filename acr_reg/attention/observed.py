@@ -64,6 +64,11 @@ class Observed:
     def is_known(self) -> bool:
         return self.queries is not None and self.keys is not None
 
+    @property
+    def is_of_image(self) -> bool:
+        """Whether any of its tokens may come from an image."""
+        return any(tokens is None or tokens.of_image for tokens in (self.queries, self.keys))
+
     def is_cross(self, given_apart: bool) -> bool:
         """Whether the keys are other tokens than the queries. ``given_apart``: the module was given two tensors."""
         if self.queries is None or self.keys is None:

@@ -82,7 +82,7 @@ class AttentionCapture(Removable):
     def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
         self._recorder: Recorder | None = recorder
         self._layers = None if layers is None else tuple(layers)
-        self._warned = False
+        self._warned: set[str] = set()
         self.skipped: tuple[tuple[str, str], ...] = ()
         """(module name, reason) for everything in the last run taken that is not token-to-token self-attention."""
 
@@ -128,10 +128,17 @@ class AttentionCapture(Removable):
             refuse_empty(recorder.index, recorder.log)
         return runs
 
+    def _warn(self, kind: str, message: str | None) -> None:
+        """Warns once of each kind."""
+        if message is not None and kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(message, stacklevel=4)
+
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
         index = recorder.index
         refuse_partial(index, run)
         layers: list[LayerAttention] = []
+        cross: list[str] = []
         beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
         skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
         pyramid = is_pyramid(run.calls)
@@ -141,12 +148,18 @@ class AttentionCapture(Removable):
                 layers.append(placement.layer(len(layers), call))
             else:
                 skipped.append((call.name, placement.refusal))
+                cross += [call.name] if placement.may_be_self else []
         self.skipped = tuple(dict.fromkeys(skipped))
         if not layers:
             refuse_empty(index, recorder.log, self.skipped)
-        if recorder.images.padding is not None and not self._warned:
-            self._warned = True
-            warnings.warn(recorder.images.padding, stacklevel=3)
+        self._warn("padding", recorder.images.padding)
+        if cross:
+            names = f"{', '.join(list(dict.fromkeys(cross))[:4])}{' and more' * (len(cross) > 4)}"
+            self._warn(
+                "cross",
+                f"The maps leave out {names}: as many keys as queries, but other tokens. Wrap such maps by "
+                "AttentionMaps.from_tensors if they are self-attention.",
+            )
         recorder.last_count = len(layers)
         maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)

@@ -179,9 +179,13 @@ class Recorder:
         if run is None or run is not state.run:  # else the module makes several maps in one call
             run = entry.run = self._run_of(state, module)
             run.fired[module] += 1
-        run.shapes.append(call.recorded.seen.shape)
-        call.observed = self.placer.observed(module, run.reports[module], call.observed)
+        number = run.reports[module]
+        call.observed = self.placer.observed(module, number, call.observed)
         run.reports[module] += 1
+        if not run.of_image and (call.observed is None or call.observed.is_of_image):
+            run.of_image = True
+            self.log.add(run)
+        run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
         if not self._narrowed:
             before = len(run.windowed)
@@ -212,12 +216,14 @@ class Recorder:
         run = state.run
         if run is not None and not run.closed and not run.failed and run.fired[module] < self.index.registered[module]:
             return run
+        before = run
         run = state.begin_run()
         run.images = state.images.size
+        if run.images is None and before is not None and before.visit is run.visit and run.visit:
+            run.images = before.images  # a part that runs twice in one call of the model
         if state.images.module is not None:
             self.images.modules.add(state.images.module)
         state.images.reset()
-        self.log.add(run)
         return run
 
     # ---- called by the handle

@@ -39,6 +39,7 @@ class Run:
     windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by name, in order, while all is watched
     preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # ops before the first and last call
     visit: list[FrameType] = field(default_factory=list)  # the frame of the whole model's call, until it returns
+    of_image: bool = False  # whether any of its tokens may come from an image: else it is a text tower's
     kept: bool = True
     failed: bool = False
     closed: bool = False

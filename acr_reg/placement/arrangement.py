@@ -48,7 +48,7 @@ def arrange(
 
 def _is_outdated(seen: ObservedTokens, count: int) -> bool:
     """Whether tokens were seen without a grid, but other tokens than now: some may have been dropped then."""
-    return seen.of_image and seen.grid is None and seen.count != count
+    return seen.of_image and seen.grid is None and seen.count not in (0, count)
 
 
 def _agree(seen: ObservedTokens, hints: LayoutHints) -> bool:
@@ -105,8 +105,9 @@ def _as_observed(
         return layout
     others = counts.num_prefix_tokens or 0, counts.num_suffix_tokens or 0
     seen = TokenLayout(_lattice(queries), _lattice(keys), others[0], (), others[1], tuple(counts.between))
-    stated = counts.class_tokens if counts.class_tokens is not None else fields.num_class_tokens
-    return with_class_tokens(seen, stated)
+    if counts.class_tokens is None and (fields.num_class_tokens or 0) <= seen.num_other_tokens:
+        return with_class_tokens(seen, fields.num_class_tokens)
+    return with_class_tokens(seen, counts.class_tokens)
 
 
 def _class_tokens(tokens: ObservedTokens) -> tuple[int, ...] | None:

@@ -31,6 +31,7 @@ class Placement:
     """Where the tokens of a call sit, or the ``refusal``: why it is not token-to-token self-attention.
 
     ``heads`` counts heads flattened into the batch. ``why_unplaced`` is the reason if there is no ``layout``.
+    ``may_be_self``: it is refused as cross-attention, but has as many keys as queries.
     """
 
     heads: int | None = None
@@ -38,6 +39,7 @@ class Placement:
     layout: TokenLayout | None = None
     why_unplaced: str | None = None
     refusal: str | None = None
+    may_be_self: bool = False
 
     def layer(self, index: int, call: AttentionCall) -> LayerAttention:
         recorded = call.recorded if self.heads is None else replace(call.recorded, heads=self.heads)
@@ -112,15 +114,15 @@ def place(
             heads = seen.queries.groups // seen.queries.windows
     layer = Placement(heads).layer(0, call)
     is_cross = call.cross if call.observed is None else call.observed.is_cross(call.cross)
+    queries, keys = layer.shape[2:]
     refusal = call.refusal or _refusal(layer, call, images, is_cross)
     if refusal is not None:
         return Placement(refusal=refusal)
-    queries, keys = layer.shape[2:]
     window = _window(layer, call, around, images)
     if window is not None:
         return Placement(heads, window)
     if is_cross:
-        return Placement(refusal=_CROSS.format(queries, keys))
+        return Placement(refusal=_CROSS.format(queries, keys), may_be_self=queries == keys)
     layout, why_unplaced = (None, unordered) if unordered and not seen else locate(queries, keys, images and images[1:])
     if layout is None and unordered:
         why_unplaced = unordered
@@ -150,7 +152,8 @@ def _refusal(layer: LayerAttention, call: AttentionCall, images: Images | None, 
         return f"pooling or class attention: 1 query attends to {keys} keys"
     if is_cross and (queries != keys or images is None):
         return _CROSS.format(queries, keys)
-    if images is not None and batch % images[0]:
+    of_image = call.observed is None or call.observed.is_of_image
+    if images is not None and (batch % images[0] if of_image else batch != images[0]):
         return f"not the tokens of the images: a batch of {batch} for {images[0]} images"
     if is_channels(layer, call):
         return f"channel attention: {queries} channels attend to {keys} channels over all tokens"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from acr_reg.attention.observed import Observed, ObservedTokens
-from acr_reg.placement.sources import Source, Sources, is_padded, split_places
+from acr_reg.placement.sources import REORDERING, Source, Sources, is_padded, split_places
 
 _LARGEST = 2**20  # more pixels than an image has along an axis
 _ELSEWHERE = "they do not come from the patches of the image"
@@ -38,6 +38,8 @@ def _same_places(query: Tensor, key: Tensor) -> bool:
 def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     if source is None:
         return ObservedTokens(of_image=False, why_no_grid=_ELSEWHERE)
+    if source.lost_in in REORDERING:
+        return ObservedTokens(why_no_grid=f"torch's {source.lost_in}() joined or reordered them")
     if source.places is None:
         return None
     places = source.places.flatten(0, -3)  # (groups, tokens, channels)

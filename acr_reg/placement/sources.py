@@ -30,11 +30,14 @@ _MOVES = {
     *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
-    *("__getitem__", "index_select", "gather", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
+    *("__getitem__", "index_select", "gather", "scatter", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
 }
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm", "logsumexp", "var", "std", "prod"}
-_SHUFFLES = {"sort", "msort", "topk", "fold", "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2"}
+# These join tokens, or put them in an order that places do not follow.
+REORDERING = {"sort", "msort", "topk", "fold", "scatter_add", "scatter_reduce", "index_add", "index_reduce"}
+_HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"}
+_FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
 _SLIDING = re.compile(r"_?(conv_transpose|conv|adaptive_\w+_pool|(?:avg|max|lp)_pool)(\d)d")
 
 Roots = frozenset[int]
@@ -140,7 +143,7 @@ class Sources:
         name = _name(func)
         operands = [a for a in (*args, *kwargs.values()) for a in (a if isinstance(a, (tuple, list)) else (a,))]
         sources = [source for operand in operands if (source := self.of(operand)) is not None]
-        if not sources:
+        if not sources or _FACTORY.match(name):
             return
         if name == "__setitem__":
             result = args[0]
@@ -184,7 +187,7 @@ class Sources:
             return self._einsum(args[0], [a for a in operands if isinstance(a, Tensor)])
         if name in _REDUCTIONS and not any(isinstance(a, Tensor) for a in args[1:2]):
             return self._reduced(args, kwargs, result)
-        if not isinstance(result, Tensor) or name in _SHUFFLES:
+        if not isinstance(result, Tensor) or name in _HIDING:
             return None
         if name == "linear" or name == "scaled_dot_product_attention":
             return self._shadow(operands[0])[..., :1].expand(result.shape)

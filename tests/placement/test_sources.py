@@ -1,0 +1,270 @@
+"""Where patches stand among the tokens is seen in the first run, however the model joined, moved or dropped them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import Tensor, nn
+
+from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, LayoutError, capture_attention
+from tests.support.attention import says
+
+GRID = (4, 6)
+COUNT = GRID[0] * GRID[1]
+
+
+class Arranged(nn.Module):
+    """A transformer of two blocks whose tokens ``arrange(model, patches, others)`` puts together; ``others`` are a class
+    token, two registers and three prompts of every image."""
+
+    def __init__(self, arrange: Callable[..., Tensor], embed: Callable[[Arranged, Tensor], Tensor] | None = None) -> None:
+        super().__init__()
+        self.patch_embed, self.linear = nn.Conv2d(3, 32, 16, 16), nn.Linear(3 * 256, 32)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, 32))
+        self.registers, self.prompts = nn.Parameter(torch.randn(1, 2, 32)), nn.Parameter(torch.randn(3, 32))
+        self.pos = nn.Parameter(torch.randn(1, COUNT, 32))
+        self.text = nn.Embedding(10, 32)
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True) for _ in range(2)
+        )
+        self.arrange, self.embed = arrange, embed
+
+    def forward(self, images: Tensor) -> Tensor:
+        embedded = self.patch_embed(images).flatten(2).mT if self.embed is None else self.embed(self, images)
+        patches = embedded + self.pos[:, : embedded.shape[1]]
+        number = len(images)
+        others = (
+            self.cls_token.expand(number, -1, -1),
+            self.registers.repeat(number, 1, 1),
+            repeat(self.prompts, "n c -> b n c", b=number),
+        )
+        tokens = self.arrange(self, patches, others)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return tokens
+
+
+def images(height: int = 64, width: int = 96) -> Tensor:
+    return torch.rand(2, 3, height, width)
+
+
+def in_place(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.new_zeros(len(patches), 1 + COUNT + 2, 32)
+    tokens[:, 1:-2] = patches
+    tokens[:, -2:] = others[1]
+    tokens[:, :1] += others[0]
+    return tokens
+
+
+def text_appended(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    text = model.text(torch.arange(5)).expand(len(patches), -1, -1)
+    return torch.cat([patches + model.pos.mean(), text], 1)
+
+
+def stacked(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([*others[0].unbind(1), *patches.unbind(1), *others[2].unbind(1)], 1)
+
+
+def sequence_first(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0].transpose(0, 1), patches.transpose(0, 1), others[2].transpose(0, 1)], 0)
+    return tokens.transpose(0, 1)
+
+
+def prompts_replaced(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """MaPLe: the prompts of every block are its own, behind the patches."""
+    tokens = torch.cat([others[0], patches, others[2]], 1)
+    return torch.cat([tokens[:, :-3], others[2] * 2], 1)
+
+
+def mean_in_front(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([patches.mean(1, keepdim=True), patches], 1)
+
+
+def in_the_middle(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([patches[:, :12], others[0], patches[:, 12:]], 1)
+
+
+ORDERS = {
+    "class token in front": (lambda m, p, o: torch.cat([o[0], p], 1), 1, 0, (), (0,)),
+    "class token last": (lambda m, p, o: torch.cat([p, o[0]], 1), 0, 1, (), (24,)),
+    "registers behind": (lambda m, p, o: torch.cat([o[0], p, o[1]], 1), 1, 2, (), (0,)),
+    "registers before the class token": (lambda m, p, o: torch.cat([o[1], o[0], p], 1), 3, 0, (), (2,)),
+    "class token behind registers": (lambda m, p, o: torch.cat([p, o[1], o[0]], 1), 0, 3, (), (26,)),
+    "prompts behind": (lambda m, p, o: torch.cat([o[0], p, o[2]], 1), 1, 3, (), (0,)),
+    "prompts between": (lambda m, p, o: torch.cat([o[0], o[2], p], 1), 4, 0, (), (0,)),
+    "class token in the middle": (in_the_middle, 0, 0, (12,), (12,)),
+    "nothing but patches": (lambda m, p, o: p, 0, 0, (), ()),
+    "written in place": (in_place, 1, 2, (), None),
+    "text behind": (text_appended, 0, 5, (), None),
+    "stacked": (stacked, 1, 3, (), (0,)),
+    "joined with the sequence first": (sequence_first, 1, 3, (), (0,)),
+    "prompts replaced": (prompts_replaced, 1, 3, (), (0,)),
+    "a mean in front": (mean_in_front, 1, 0, (), (0,)),
+    "padded in front": (lambda m, p, o: F.pad(p, (0, 0, 1, 0)), 1, 0, (), (0,)),
+    "class token by repeat and rearrange": (
+        lambda m, p, o: torch.cat([rearrange(p, "b n c -> n b c"), repeat(m.cls_token, "1 n c -> n b c", b=len(p))]).transpose(
+            0, 1
+        ),
+        0,
+        1,
+        (),
+        (24,),
+    ),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_tokens_are_found_wherever_they_stand(order: str) -> None:
+    arrange, prefix, suffix, between, class_tokens = ORDERS[order]
+    with capture_attention(model := Arranged(arrange)) as attention:
+        for size, grid in (((64, 96), GRID), ((64, 96), GRID), ((48, 96), (3, 6))):
+            if between and grid != GRID:
+                break
+            if order in ("written in place",) and grid != GRID:
+                break
+            model(images(*size))
+            maps = attention.take()
+            assert maps.layers == (0, 1) and attention.skipped == ()
+            for layer in maps:
+                layout = layer.layout
+                assert (layout.query.height, layout.query.width) == grid
+                assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.between) == (prefix, suffix, between)
+                behind = grid[0] * grid[1] - COUNT
+                expected = class_tokens and tuple(c if c < prefix or between else c + behind for c in class_tokens)
+                assert (layout.class_tokens or None) == (expected or None)
+
+
+EMBEDDINGS = {
+    "einops and linear": lambda m, x: m.linear(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=16, q=16)),
+    "unfold and linear": lambda m, x: m.linear(F.unfold(x, 16, stride=16).mT),
+    "strided views and linear": lambda m, x: m.linear(
+        x.unfold(2, 16, 16).unfold(3, 16, 16).permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(1, 2)
+    ),
+    "normalised and resized": lambda m, x: m.patch_embed(F.interpolate((x - 0.5) / 0.2, (64, 96))).flatten(2).mT,
+    "overlapping windows": lambda m, x: F.conv2d(x, m.patch_embed.weight, stride=16, padding=4).flatten(2).mT,
+    "a chain of convolutions": lambda m, x: F.max_pool2d(F.conv2d(x, m.patch_embed.weight[..., :3, :3], None, 4, 1), 4)
+    .flatten(2)
+    .mT,
+    "pixel unshuffle": lambda m, x: m.linear(F.pixel_unshuffle(x, 16).flatten(2).mT),
+    "a loop over patches": lambda m, x: m.linear(
+        torch.stack([x[:, :, i : i + 16, j : j + 16].flatten(1) for i in range(0, 64, 16) for j in range(0, 96, 16)], 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("embedding", EMBEDDINGS)
+def test_patches_are_found_however_they_are_embedded(embedding: str) -> None:
+    model = Arranged(lambda m, p, o: torch.cat([p, o[0]], 1), EMBEDDINGS[embedding])
+    with capture_attention(model) as attention:
+        model(images())
+        for layer in attention.take():
+            assert (layer.layout.query.height, layer.layout.query.width) == GRID
+            assert (layer.layout.num_prefix_tokens, layer.layout.num_suffix_tokens) == (0, 1)
+
+
+def pruned(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    kept = patches.norm(dim=-1).topk(6).indices[..., None].expand(-1, -1, 32)
+    return torch.cat([others[0], patches.gather(1, kept)], 1)
+
+
+def merged(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """ToMe: half of the tokens go into those that resemble them."""
+    source, target = patches[:, ::2], patches[:, 1::2]
+    match = (source @ target.mT).argmax(-1)[..., None].expand(-1, -1, 32)
+    return target.scatter_reduce(1, match, source, "mean")
+
+
+def shuffled(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return patches[:, torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))]
+
+
+def sorted_by_norm(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return patches.gather(1, patches.norm(dim=-1).argsort(1)[..., None].expand(-1, -1, 32))
+
+
+def latents(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """Perceiver: as many latents as patches read them and attend to each other."""
+    queries = model.pos.expand(len(patches), -1, -1)
+    return queries + (queries @ patches.mT).softmax(-1) @ patches
+
+
+def a_corner(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return patches.unflatten(1, GRID)[:, :2, :3].flatten(1, 2)
+
+
+def both_images(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    return torch.cat([patches, patches.flip(0)], 1)
+
+
+NOWHERE = {
+    "pruned": pruned,
+    "merged": merged,
+    "shuffled": shuffled,
+    "sorted": sorted_by_norm,
+    "latents": latents,
+    "a corner": a_corner,
+    "tokens of two images": both_images,
+    "column by column": lambda m, p, o: p.unflatten(1, GRID).transpose(1, 2).flatten(1, 2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The maps leave out Arranged")  # the latents read the patches
+@pytest.mark.parametrize("order", NOWHERE)
+def test_tokens_that_are_no_patches_of_a_grid_lie_nowhere(order: str) -> None:
+    """Also where their number happens to be that of a grid."""
+    with capture_attention(model := Arranged(NOWHERE[order])) as attention:
+        for _ in range(2):
+            model(images())
+            with pytest.raises(LayoutError) as error:
+                _ = attention.take()[-1].layout
+            assert says(error, "tokens lie on no grid of the image", "with_layout()")
+
+
+def test_loss_of_an_equivariant_model_is_zero_wherever_its_class_token_stands() -> None:
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    for arrange in (ORDERS["class token last"][0], ORDERS["class token in the middle"][0], ORDERS["registers behind"][0]):
+        model = Arranged(arrange)
+        with torch.no_grad():
+            model.patch_embed.weight += model.patch_embed.weight.flip(-1)  # sees no left and right
+            model.pos.zero_()
+        with capture_attention(model) as attention:
+            x = images()
+            pair = [(model(view), attention.take())[1] for view in (x, x.flip(-1))]
+        assert acr(*pair).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_what_the_user_says_must_agree_with_what_was_seen() -> None:
+    model = Arranged(ORDERS["registers behind"][0])
+    with capture_attention(model, num_prefix_tokens=3, class_tokens=1) as attention:
+        model(images())
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[0].layout
+    assert says(error, "num_prefix_tokens=3", "1 tokens stand before", "2 behind")
+    with capture_attention(model, num_prefix_tokens=1, num_suffix_tokens=2) as attention:
+        model(images())
+        assert attention.take()[0].layout.num_suffix_tokens == 2
+
+
+def test_what_the_user_says_counts_where_nothing_was_seen() -> None:
+    """The parts of a model are run one by one, so nobody sees how the tokens are joined."""
+    model = Arranged(ORDERS["class token last"][0])
+
+    def run() -> None:
+        x = images()
+        tokens = torch.cat([model.patch_embed(x).flatten(2).mT, model.cls_token.expand(2, -1, -1)], 1)
+        for block in model.blocks:
+            tokens = block(tokens)
+
+    with capture_attention(model) as attention:
+        run()
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[0].layout
+        assert says(error, "num_prefix_tokens=1", "num_suffix_tokens=1", "before or behind")
+    with capture_attention(model, num_suffix_tokens=1) as attention:
+        run()
+        layout = attention.take()[0].layout
+        assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 1, (24,))
