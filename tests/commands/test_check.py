@@ -37,6 +37,10 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert code == 0
     assert "1 layers" in out.splitlines()[0] and "Rotate90(1)" in out and "blocks.0.attn" not in out
+    code, out, _ = run(capsys, *TINY, "--prefix-tokens", "0", "--suffix-tokens", "1", "--class-tokens", "1")
+    heading, row = (line.split("  ") for line in out.splitlines()[1:3])
+    found = dict(zip([cell.strip() for cell in heading if cell], [cell.strip() for cell in row if cell], strict=True))
+    assert (found["prefix"], found["suffix"], found["class"]) == ("0", "1", "16")  # stated wrongly, and so checked
     code, out, _ = run(capsys, *TINY, "--prefix-tokens", "5")
     assert code == 1 and re.search(r"problem: .*layer 0 .*5 prefix tokens", out, re.IGNORECASE | re.DOTALL)
 
