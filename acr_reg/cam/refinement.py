@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32
+from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.tokens import Lattice, patch_index
+from acr_reg.tokens import Lattice, patch_index, token_order
 from acr_reg.views.view import View, map_between, require_view
 
 
@@ -34,11 +34,12 @@ def attend_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     # Kernels are fast if values are as wide as the heads; other widths fall back to a kernel that forms the map. Tokens
     # that are no patches carry 0.
     width = query.shape[-1]
+    order = token_order(layer.layout, "key", str(values.device))
+    places = None if order is None else order.argsort()
     attended = []
     for chunk in values.to(query.dtype).split(width, -1):
-        padded = chunk.new_zeros(chunk.shape[0], layer.shape[3], width)
-        padded[:, patches, : chunk.shape[-1]] = chunk
-        padded = padded[:, None].expand(-1, query.shape[1], -1, -1)
+        padded = F.pad(chunk, (0, width - chunk.shape[-1], layer.layout.num_other_tokens, 0))
+        padded = select(padded, 1, places)[:, None].expand(-1, query.shape[1], -1, -1)
         result = F.scaled_dot_product_attention(query, key, padded, mask, scale=layer.recorded.scale)
         attended.append(result.mean(1)[..., : chunk.shape[-1]])
     return torch.cat(attended, -1)

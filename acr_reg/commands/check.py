@@ -42,7 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patch-size", type=int, metavar="PX", help="if the model does not say it")
     parser.add_argument("--prefix-tokens", type=int, metavar="N", help="if the model does not say it")
     parser.add_argument("--suffix-tokens", type=int, metavar="N", help="tokens behind the patches (0)")
-    parser.add_argument("--class-tokens", type=int, metavar="N", help="if the model does not say it")
+    parser.add_argument(
+        "--class-tokens", type=_class_tokens, metavar="N", help="if the model does not say it; or positions as [0,-1]"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -107,6 +109,13 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
             f"{name} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns one."
         )
     return model
+
+
+def _class_tokens(given: str) -> int | list[int]:
+    try:
+        return [int(position) for position in given[1:-1].split(",")] if given[:1] == "[" else int(given)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{given} is not a count, such as 1, or positions, such as [0,-1].") from None
 
 
 def _argument(setting: str) -> tuple[str, Any]:

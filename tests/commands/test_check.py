@@ -41,6 +41,27 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 1 and re.search(r"problem: .*layer 0 .*5 prefix tokens", out, re.IGNORECASE | re.DOTALL)
 
 
+@pytest.mark.parametrize(
+    ("given", "prefix", "suffix", "shown"),
+    [("1", "1", "4", "0"), ("2", "1", "4", "0,17"), ("[-1]", "0", "5", "20"), ("[20,0]", "1", "4", "20,0")],
+)
+def test_tokens_behind_the_patches(
+    capsys: pytest.CaptureFixture[str], given: str, prefix: str, suffix: str, shown: str
+) -> None:
+    name = ["timm:vit_small_patch14_reg4_dinov2", "--set", "img_size=56", "--set", "depth=1", "--size", "56"]
+    options = ["--layers", "0", "--prefix-tokens", prefix, "--suffix-tokens", suffix, "--class-tokens", given]
+    _, out, _ = run(capsys, *name, *options)
+    heading, row = (re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[1:3])
+    found = dict(zip(heading, row, strict=True))
+    assert (found["prefix"], found["suffix"], found["class"]) == (prefix, suffix, shown)
+
+
+@pytest.mark.parametrize("given", ["last", "[", "[0;1]", "1.5"])
+def test_class_tokens_that_are_neither_a_count_nor_positions(capsys: pytest.CaptureFixture[str], given: str) -> None:
+    code, _, err = run(capsys, *TINY, "--class-tokens", given)
+    assert code == 2 and "--class-tokens" in err and given in err and "[0,-1]" in err
+
+
 def test_a_model_without_attention_is_a_problem_and_no_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "torchvision:resnet18", "--size", "32")
     assert (code, err) == (1, "")

@@ -26,6 +26,7 @@ from acr_reg import (
 )
 from tests.support.attention import says
 from tests.support.models import ExplicitBlock, MultiheadBlock
+from tests.support.orders import OrderedVit
 
 
 @pytest.fixture(autouse=True)
@@ -248,6 +249,31 @@ def test_the_text_is_a_table_of_one_line_a_layer(build: Callable[[], nn.Module])
         else:
             assert math.isclose(float(shown), layer.query_offset, abs_tol=0.005)
         assert math.isclose(float(found["A V off"]), layer.product_error, rel_tol=0.1, abs_tol=1e-12)
+
+
+@every_block
+@pytest.mark.parametrize("kind", ["behind", "around"])
+def test_tokens_behind_the_patches_have_a_column_of_their_own(block: Callable[[], nn.Module], kind: str) -> None:
+    """Their offsets are those of the same tokens in front of the patches."""
+    front, model, x = OrderedVit(None, block), OrderedVit(kind, block), images().double()
+    expected, report = (check(each, x, **each.hints) for each in (front, model))
+    assert report.ok, report.problems
+    for layer, with_prefix in zip(report.layers, expected.layers, strict=True):
+        assert (layer.prefix, layer.suffix) == (model.layout.num_prefix_tokens, model.layout.num_suffix_tokens)
+        assert (layer.between, layer.class_tokens) == (0, model.layout.class_tokens)
+        for side in ("query_offset", "key_offset"):
+            assert getattr(layer, side) == pytest.approx(getattr(with_prefix, side), abs=1e-6)
+    assert report.terms == pytest.approx(expected.terms, abs=1e-9)
+    assert "suffix" in str(report) and "between" not in str(report)
+    assert "suffix" not in str(expected)
+
+
+def test_an_order_that_is_not_stated_is_found_out() -> None:
+    """Three tokens behind the patches that are read as if they stood in front shift every patch by three places."""
+    model = OrderedVit("behind", ExplicitBlock)
+    report = check(model, images().double(), num_prefix_tokens=3, class_tokens=1)
+    assert not report.ok
+    assert "px from where the 4 x 6 grid puts them" in report.problems[0]
 
 
 # ---- where tokens stand

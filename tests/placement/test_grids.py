@@ -180,6 +180,62 @@ def test_class_tokens(fields, prefix, given, expected):
     assert layout.class_tokens == expected
 
 
+@pytest.mark.parametrize(
+    ("fields", "hints", "expected"),  # prefix, suffix, between, class tokens of 4 x 6 patches
+    [
+        (UNKNOWN, {"num_prefix_tokens": 0, "num_suffix_tokens": 1}, (0, 1, (), (24,))),
+        (UNKNOWN, {"num_prefix_tokens": 1, "num_suffix_tokens": 2}, (1, 2, (), None)),
+        (UNKNOWN, {"num_prefix_tokens": 0, "between": [12]}, (0, 0, (12,), (12,))),
+        (UNKNOWN, {"patch_size": 16, "num_suffix_tokens": 2}, (3, 2, (), None)),
+        # the fields count the tokens behind, too, or those in front alone
+        (ModelFields((16, 16), 1, 1), {"num_suffix_tokens": 1}, (0, 1, (), (24,))),
+        (ModelFields((16, 16), 1, 1), {"between": (12,)}, (0, 0, (12,), (12,))),
+        (ModelFields((16, 16), 1, 1), {"num_suffix_tokens": 4}, (1, 4, (), None)),
+        (ModelFields((16, 16), 5, 1), {"num_suffix_tokens": 4}, (1, 4, (), None)),
+        (ModelFields((16, 16), 4, 0), {"num_suffix_tokens": 4}, (0, 4, (), ())),
+        (ModelFields((16, 16), 20, 20), {"num_suffix_tokens": 20}, (0, 20, (), tuple(range(24, 44)))),
+        (ModelFields((16, 16), 0, 0), {"num_suffix_tokens": 3}, (0, 3, (), ())),
+        (ModelFields((16, 16), 1, 1), {"num_suffix_tokens": 0}, (1, 0, (), (0,))),
+        (UNKNOWN, {"num_prefix_tokens": 1, "num_suffix_tokens": 2, "between": (3, 9)}, (1, 2, (3, 9), None)),
+        (UNKNOWN, {"num_prefix_tokens": 0, "num_suffix_tokens": 2, "class_tokens": [-1]}, (0, 2, (), (25,))),
+        (UNKNOWN, {"num_prefix_tokens": 1, "num_suffix_tokens": 2, "class_tokens": 2}, (1, 2, (), (0, 25))),
+    ],
+)
+def test_tokens_behind_and_between_the_patches(fields, hints, expected):
+    prefix, suffix, between, _ = expected
+    layout = infer_layout(prefix + suffix + len(between) + 24, (64, 96), fields, LayoutHints(**hints))
+    assert (layout.query.height, layout.query.width) == (4, 6)
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.between, layout.class_tokens) == expected
+
+
+def test_tokens_behind_the_patches_of_a_layer_that_reduces_its_keys():
+    hints = LayoutHints(num_prefix_tokens=1, num_suffix_tokens=2, class_tokens=1)
+    layout = infer_layout(3 + 384, (64, 96), ModelFields((4, 4)), hints, num_keys=3 + 6)
+    assert (str(layout), layout.describe("key")) == ("1 prefix + 16 x 24 + 2 suffix", "1 prefix + 2 x 3 + 2 suffix")
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "fields", "given", "fragments"),
+    [
+        (
+            27,
+            ModelFields((16, 16), 1),
+            {"num_suffix_tokens": 3},
+            ["27 tokens", "1 prefix and 3 suffix tokens", "4 x 6"],
+        ),
+        (30, ModelFields((16, 16), 5), {"num_suffix_tokens": 3}, ["5 prefix or 2 prefix and 3 suffix tokens"]),
+        (23, ModelFields((16, 16)), {"num_suffix_tokens": 1}, ["23 tokens", "1 suffix tokens"]),
+        (26, UNKNOWN, {"num_prefix_tokens": 1, "num_suffix_tokens": 2, "patch_size": 16}, ["1 prefix and 2 suffix"]),
+        (84, UNKNOWN, {"num_suffix_tokens": 1}, ["2 prefix + 9 x 9 + 1 suffix or 19 prefix + 8 x 8 + 1 suffix"]),
+        (25, UNKNOWN, {"patch_size": 16, "num_prefix_tokens": 0, "between": (0,)}, ["(0,)", "token 0", "token 24"]),
+    ],
+)
+def test_counts_behind_the_patches_that_do_not_fit_are_named(num_tokens, fields, given, fragments):
+    with pytest.raises(LayoutError) as error:
+        infer_layout(num_tokens, (128, 128) if num_tokens == 84 else (64, 96), fields, LayoutHints(**given))
+    assert says(error, *fragments)
+
+
 def test_class_tokens_that_nobody_knows_raise_when_they_are_needed():
     layout = infer_layout(28, (64, 96), UNKNOWN, LayoutHints(patch_size=16))
     assert layout.num_prefix_tokens == 4
