@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -12,7 +12,7 @@ class ObservedTokens:
 
     ``rows`` and ``columns`` are the pixels y and x of the grid's patches on images of ``image_size``; None if there is no
     such grid, with the reason ``why_no_grid``. ``windows`` counts the parts of an image that attend apart, ``groups``
-    these times the heads. ``is_padded``: padding around the patches takes part. ``are_channels``: each of them is spread
+    these times the heads; ``images`` were in the batch. ``is_padded``: padding around the patches takes part. ``are_channels``: each of them is spread
     over the tokens. ``of_image``: some come from an image.
     """
 
@@ -25,6 +25,7 @@ class ObservedTokens:
     why_no_grid: str | None = None
     windows: int = 1
     groups: int = 1
+    images: int = field(default=1, compare=False)
     is_padded: bool = False
     are_channels: bool = False
     of_image: bool = True

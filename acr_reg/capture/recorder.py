@@ -179,8 +179,7 @@ class Recorder:
         if run is None or run is not state.run:  # else the module makes several maps in one call
             run = entry.run = self._run_of(state, module)
             run.fired[module] += 1
-        number = run.reports[module]
-        call.observed = self.placer.observed(module, number, call.observed)
+        self.placer.remember(call, module, run.reports[module])
         run.reports[module] += 1
         if not run.of_image and (call.observed is None or call.observed.is_of_image):
             run.of_image = True
@@ -240,6 +239,8 @@ class Recorder:
 
     def _narrow(self, runs: list[Run]) -> None:
         # Reentrant checkpointing must be refused in later steps too, so all modules stay watched.
+        if self.placer.needs_more_images:
+            return
         if self.index.attending and not self._state.entries and not any(run.reentrant for run in runs):
             self._alike = self.index.alike() | self._unknown_modules
             self._hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])

@@ -62,6 +62,7 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
         image_size=sources.image_size(int(image_of_group[0])),
         windows=-(-len(torch.cat([image_of_group[:, None], at], 1).unique(dim=0)) // images),
         groups=len(tokens) // images,
+        images=images,
         is_padded=bool(is_padded(tokens).any()),
     )
     if here.windows > 1 or here.is_padded:

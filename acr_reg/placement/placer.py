@@ -31,6 +31,8 @@ class Placer:
         self._unordered = unordered_tokens(index.model)
         self._trace = WindowTrace()
         self._placements: dict[Any, Placement] = {}
+        self.needs_more_images: set[tuple[nn.Module, int]] = set()
+        """Calls with images and heads in one axis: a single image does not show which comes first."""
         self._observed: dict[tuple[nn.Module, int], Observed] = {}
         self._observed_alike: dict[tuple[str, int], Observed] = {}
 
@@ -57,15 +59,19 @@ class Placer:
             self._placements[known] = placement
         return self._placements[known]
 
-    def observed(self, module: nn.Module, number: int, now: Observed | None) -> Observed | None:
-        """What a run shows of a module's attention call ``number``, or what an earlier run showed of this call, or of
-        the same call in another block."""
-        if now is not None:
-            self._observed[module, number] = now
-            self._observed_alike[self.index.pattern(module), number] = now
-            return now
-        alike = self._observed_alike.get((self.index.pattern(module), number))
-        return self._observed.get((module, number), alike)
+    def remember(self, call: AttentionCall, module: nn.Module, number: int) -> None:
+        """Remembers what a run shows of a module's attention call ``number``. If it shows nothing, the call gets what an
+        earlier run showed of this call, or of the same call in another block."""
+        now, here, alike = call.observed, (module, number), (self.index.pattern(module), number)
+        if now is None:
+            call.observed = self._observed.get(here, self._observed_alike.get(alike))
+            return
+        self._observed[here] = self._observed_alike[alike] = now
+        heads_are_flat = call.recorded.heads is None and call.recorded.seen.ndim == 3
+        if heads_are_flat and now.queries is not None and now.queries.groups > 1 and now.queries.images == 1:
+            self.needs_more_images.add(here)
+        else:
+            self.needs_more_images.discard(here)
 
     def trace(
         self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]

@@ -40,6 +40,8 @@ _HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irf
 _FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
 _SLIDING = re.compile(r"_?(conv_transpose|conv|adaptive_\w+_pool|(?:avg|max|lp)_pool)(\d)d")
 
+_DOTS = "ABCDEFGH"
+
 Roots = frozenset[int]
 
 
@@ -231,11 +233,16 @@ class Sources:
         )
         return (columns if by_columns else rows).expand(shape)
 
-    def _einsum(self, equation: Any, operands: list[Tensor]) -> Tensor | None:
+    def _einsum(self, equation: str, operands: list[Tensor]) -> Tensor | None:
         left, _, made = equation.replace(" ", "").partition("->")
+        written = [  # "...hd" with letters in the place of dots
+            letters.replace("...", _DOTS[len(letters) - 3 - operand.ndim :])
+            for letters, operand in zip(left.split(","), operands, strict=True)
+        ]
+        made = made.replace("...", "".join(letter for letter in _DOTS if letter in "".join(written)))
         sizes: dict[str, int] = {}
         best, best_varies = None, -1
-        for letters, operand in zip(left.split(","), operands, strict=True):
+        for letters, operand in zip(written, operands, strict=True):
             sizes.update(zip(letters, operand.shape, strict=True))
             places = self._shadow(operand)
             for axis in reversed(range(len(letters))):
