@@ -97,6 +97,11 @@ class Recorder:
             if not self._narrowed and isinstance(module, WINDOWED):
                 self._note_windows(state.current, entry, result)
         self._close(state, entry)
+        if not state.entries and state.sources is not None:
+            if module is self.index.model:
+                state.sources = None
+            else:
+                state.sources.keep_only(result if isinstance(result, (tuple, list)) else [result])
 
     def _pass_over(self, state: ThreadState, module: nn.Module) -> None:
         """Ignores a call under torch.no_grad, unless such calls are recorded."""

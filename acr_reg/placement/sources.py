@@ -94,6 +94,14 @@ class Sources:
         """The height and width of an image in pixels."""
         return next(size for first, size in reversed(self._sizes) if first <= number)
 
+    def keep_only(self, tensors: Iterable[Any]) -> None:
+        """Forgets all sources but those of these tensors."""
+        kept = [(tensor, source) for tensor in tensors if (source := self.of(tensor)) is not None]
+        self._known.clear()
+        self._at_memory.clear()
+        for tensor, source in kept:
+            self._note(tensor, source)
+
     def note_images(self, images: Tensor) -> None:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed."""
         known = self.of(images)
@@ -117,18 +125,17 @@ class Sources:
         return source if alias is not None and alias() is not None else None
 
     def _note(self, tensor: Tensor, source: Source) -> None:
-        number, memory = id(tensor), _memory(tensor)
-        known, at_memory = self._known, self._at_memory
+        number, memory, me = id(tensor), _memory(tensor), weakref.ref(self)
 
         def forget(alias: weakref.ref[Tensor]) -> None:
-            if number in known and known[number][0] is alias:
-                del known[number]
-                if at_memory.get(memory) == number:
-                    del at_memory[memory]
+            if (sources := me()) is not None and sources._known.get(number, (None,))[0] is alias:
+                del sources._known[number]
+                if sources._at_memory.get(memory) == number:
+                    del sources._at_memory[memory]
 
-        known[number] = weakref.ref(tensor, forget), source
+        self._known[number] = weakref.ref(tensor, forget), source
         if memory is not None:
-            at_memory[memory] = number
+            self._at_memory[memory] = number
 
     def _new_root(self) -> Roots:
         return frozenset([next(self._roots)])
@@ -168,6 +175,7 @@ class Sources:
         for tensor, where in zip(made, places, strict=False):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
                 right = where is not None and where.shape == tensor.shape
+                where = _compact(where) if right and name in _MOVES else where
                 self._note(tensor, Source(where if right else None, roots, embedded, None if right else lost_in))
 
     def _places(
@@ -314,6 +322,15 @@ class Sources:
             index = torch.arange(count, device=places.device) * step - around + apart * (kernel - 1) // 2
             places = _at(places, places.ndim + axis, index)
         return places.flatten(-2)[..., :1, :].expand(result.shape)
+
+
+def _compact(places: Tensor) -> Tensor:
+    """The same places, held once for all channels of a token: the last axis, or the second of a map (B, C, h, w)."""
+    for axis in {places.ndim - 1, 1} if places.ndim == 4 else {places.ndim - 1}:
+        one = places.narrow(axis, 0, 1) if places.ndim and places.shape[axis] > 1 and places.stride(axis) else None
+        if one is not None and torch.equal(one.expand(places.shape), places):
+            return one.clone().expand(places.shape)
+    return places
 
 
 def _memory(tensor: Tensor) -> Any:
