@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ObservedTokens:
-    """What one axis of a map holds, the same for every image: patches, and ``others`` (class tokens, registers, prompts)
-    at these positions among ``count`` tokens; ``class_tokens`` are some of them, in the order of classes.
+    """What one axis of a map holds, the same for every image: patches, and ``others`` (class tokens, registers ...) at
+    these positions among ``count`` tokens; ``class_tokens`` are some of them, in the order of classes.
 
-    ``rows`` and ``columns`` are the pixels y and x of the grid's patches on images of ``image_size``; None if there is no
-    such grid, with the reason ``why_no_grid``. ``windows`` counts the parts of an image that attend apart, ``groups``
-    these times the heads; ``images`` were in the batch. ``is_padded``: padding around the patches takes part. ``are_channels``: each of them is spread
-    over the tokens. ``of_image``: some come from an image.
+    ``rows`` and ``columns`` are the pixels y and x of the grid's patches on images of ``image_size``; None if there is
+    no such grid, with the reason ``why_no_grid``. ``windows`` counts the parts of an image that attend apart,
+    ``groups`` these times the heads; ``images`` were in the batch. ``is_padded``: padding around the patches takes
+    part. ``are_channels``: each of them is spread over the tokens. ``of_image``: some come from an image.
     """
 
     count: int = 0

@@ -61,7 +61,7 @@ _inside = _MultiHead()
 class AttentionMode(TorchFunctionMode):
     """Reports every :class:`AttentionCall` made on this thread while it is entered.
 
-    It passes on the modules that hold the whole call, of those that ``running`` lists, outermost first. ``starts_graph``
+    It passes on which of the modules that ``running`` lists, outermost first, hold the whole call. ``starts_graph``
     decides whether a layer without gradient becomes the first of a graph. ``record_products`` also keeps query, key and
     A V of unfused layers, which only a check needs. ``sources`` follows the tokens of a first run.
     """

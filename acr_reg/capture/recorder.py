@@ -123,7 +123,7 @@ class Recorder:
         first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
         if self.images.note(module, first, state.images, outermost, is_root):
             state.end_run()
-            if state.sources is not None:
+            if state.sources is not None and isinstance(first, torch.Tensor):
                 state.sources.note_images(first)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 from acr_reg.attention.observed import Observed, ObservedTokens
 from acr_reg.errors import LayoutError
@@ -20,7 +21,12 @@ def arrange(
 ) -> TokenLayout:
     """The layout of a call's queries and keys on images of ``image_size``. Raises :class:`~acr_reg.LayoutError`."""
     told = hints.num_prefix_tokens is not None or hints.num_suffix_tokens is not None
-    if observed is None or observed.queries is None or observed.keys is None or _is_outdated(observed.queries, num_queries):
+    if (
+        observed is None
+        or observed.queries is None
+        or observed.keys is None
+        or _is_outdated(observed.queries, num_queries)
+    ):
         layout = infer_layout(num_queries, image_size, fields, hints, num_keys)
         if layout.num_other_tokens and not told and not fields.states_prefix:
             count = layout.num_other_tokens
@@ -118,7 +124,7 @@ def _class_tokens(tokens: ObservedTokens) -> tuple[int, ...] | None:
 
 def _step(tokens: ObservedTokens) -> tuple[int, int] | None:
     """Rows and columns of pixels from one patch to the next, if these are whole and everywhere the same."""
-    steps = [{b - a for a, b in zip(at, at[1:], strict=False)} for at in (tokens.rows or (), tokens.columns or ())]
+    steps = [{b - a for a, b in pairwise(at)} for at in (tokens.rows or (), tokens.columns or ())]
     found = [step.pop() for step in steps if len(step) == 1]
     return (int(found[0]), int(found[1])) if len(found) == 2 and all(f == int(f) for f in found) else None
 

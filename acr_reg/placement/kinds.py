@@ -106,12 +106,12 @@ def place(
     model's tokens lie on no grid, or None.
     """
     recorded, heads = call.recorded, None
-    seen = call.observed if call.observed is not None and call.observed.is_known else None
+    seen = call.observed.queries if call.observed is not None and call.observed.is_known else None
     batch = recorded.seen.shape[0]
     if recorded.heads is None and recorded.seen.ndim == 3 and images is not None and batch % images[0] == 0:
         heads = batch // images[0]  # (B H, N, M) or (B, N, M): H is not stated
-        if seen is not None and seen.queries.of_image:
-            heads = seen.queries.groups // seen.queries.windows
+        if seen is not None and seen.of_image:
+            heads = seen.groups // seen.windows
     layer = Placement(heads).layer(0, call)
     is_cross = call.cross if call.observed is None else call.observed.is_cross(call.cross)
     queries, keys = layer.shape[2:]

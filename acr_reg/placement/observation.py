@@ -76,7 +76,7 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     rows, columns = y[0][are_patches[0]].unique(), x[0][are_patches[0]].unique()
     if not torch.equal(at[0][are_patches[0]], (rows[:, None] * _LARGEST + columns).flatten()):
         return replace(here, why_no_grid="they are not the patches of a grid, row by row")
-    if not _covers(rows.tolist(), columns.tolist(), here.image_size):
+    if not _covers(rows.tolist(), columns.tolist(), sources.image_size(int(image_of_group[0]))):
         return replace(here, why_no_grid="they are patches of a part of the image")
     return replace(here, rows=tuple(rows.tolist()), columns=tuple(columns.tolist()))
 

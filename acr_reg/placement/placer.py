@@ -60,8 +60,8 @@ class Placer:
         return self._placements[known]
 
     def remember(self, call: AttentionCall, module: nn.Module, number: int) -> None:
-        """Remembers what a run shows of a module's attention call ``number``. If it shows nothing, the call gets what an
-        earlier run showed of this call, or of the same call in another block."""
+        """Remembers what a run shows of a module's attention call ``number``. If it shows nothing, the call gets what
+        an earlier run showed of this call, or of the same call in another block."""
         now, here, alike = call.observed, (module, number), (self.index.pattern(module), number)
         if now is None:
             call.observed = self._observed.get(here, self._observed_alike.get(alike))

@@ -50,9 +50,9 @@ class Source:
     """Where the values of a tensor come from.
 
     ``places`` has the tensor's shape: positive for a pixel or padding (:func:`split_places`), negative for a class
-    token (-1 is the first), 0 for anything else. It is None if an operation, ``lost_in``, hides it. ``roots`` are the tensors that
-    went into it since the last attention: tensors with equal roots hold the same tokens. ``embedded`` tells tokens
-    from images that no weights have met.
+    token (-1 is the first), 0 for anything else. It is None if an operation, ``lost_in``, hides it. ``roots`` are the
+    tensors that went into it since the last attention: tensors with equal roots hold the same tokens. ``embedded``
+    tells tokens from images that no weights have met.
     """
 
     places: Tensor | None
@@ -174,9 +174,10 @@ class Sources:
         lost_in = next((s.lost_in for s in sources if s.lost_in), name)
         for tensor, where in zip(made, places, strict=False):
             if isinstance(tensor, Tensor) and tensor.is_floating_point():
-                right = where is not None and where.shape == tensor.shape
-                where = _compact(where) if right and name in _MOVES else where
-                self._note(tensor, Source(where if right else None, roots, embedded, None if right else lost_in))
+                if where is None or where.shape != tensor.shape:
+                    self._note(tensor, Source(None, roots, embedded, lost_in))
+                else:
+                    self._note(tensor, Source(_compact(where) if name in _MOVES else where, roots, embedded))
 
     def _places(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
@@ -236,9 +237,7 @@ class Sources:
         """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
         left, right = operands
         rows, columns = self._shadow(left)[..., :1], self._shadow(right)[..., :1, :]
-        by_columns = _varies(columns, -1) and (
-            self.of(left) is None or (rows.shape[-2] > 1 and not _varies(rows, -2))
-        )
+        by_columns = _varies(columns, -1) and (self.of(left) is None or (rows.shape[-2] > 1 and not _varies(rows, -2)))
         return (columns if by_columns else rows).expand(shape)
 
     def _einsum(self, equation: str, operands: list[Tensor]) -> Tensor | None:
@@ -273,7 +272,7 @@ class Sources:
         if not isinstance(first, Tensor) or dims is None:
             return None
         spread = _is_spread(places)
-        for axis in sorted((d % places.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims])))[::-1]:
+        for axis in sorted(d % places.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims]))[::-1]:
             places = places.narrow(axis, 0, 1) if first.ndim == args[0].ndim else places.select(axis, 0)
         if spread and not _is_spread(places):
             places = torch.zeros_like(places)
@@ -307,7 +306,6 @@ class Sources:
             places = places.narrow(channel, 0, 1)
         places = places.expand(made.shape)
         return [places] if isinstance(result, tuple) else places
-
 
     def _unfolded(
         self, result: Tensor, images: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
@@ -394,8 +392,10 @@ def _window_settings(kind: str, spatial: int, args: Sequence[Any], kwargs: dict[
     def setting(position: int, name: str, default: Any) -> list[int]:
         value = kwargs.get(name, args[position] if len(args) > position else None)
         value = default if value is None or value == [] else value
-        return [int(v) for v in value] * (spatial if len(value) == 1 else 1) if isinstance(value, (tuple, list)) else (
-            [int(value)] * spatial
+        return (
+            [int(v) for v in value] * (spatial if len(value) == 1 else 1)
+            if isinstance(value, (tuple, list))
+            else ([int(value)] * spatial)
         )
 
     if kind.startswith("adaptive") or kind == "conv_transpose":

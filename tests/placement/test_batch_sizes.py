@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acr_reg import CaptureError, capture_attention
@@ -71,7 +70,10 @@ def describe(model: nn.Module, batch: Tensor) -> tuple[Any, list[Tensor]]:
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "global": (lambda: Tokens(Attention(), Attention(fused=True)), (32, 48)),
-    "channels": (lambda: Tokens(Attention(), ChannelAttention(), ChannelAttention(fused=True), GroupedChannels()), (32, 48)),
+    "channels": (
+        lambda: Tokens(Attention(), ChannelAttention(), ChannelAttention(fused=True), GroupedChannels()),
+        (32, 48),
+    ),
     "windows": (lambda: Tokens(Windows(), Windows(axes="windows"), Windows(fused=True), Attention()), (32, 48)),
     "padded windows": (lambda: Tokens(Windows((3, 5)), Windows((6, 7), fused=True), Attention()), (32, 48)),
     "flat windows": (lambda: Tokens(FlatWindows(), FlatWindows(fused=True), Attention()), (32, 48)),
@@ -85,7 +87,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "timm twins": (timm_model("twins_svt_small", img_size=64, depths=(1, 1, 1, 1)), (64, 64)),
     "timm swin": (
         timm_model(
-            "swin_tiny_patch4_window7_224", img_size=64, window_size=4, embed_dim=24, depths=(1, 1, 1), num_heads=(2, 4, 8)
+            "swin_tiny_patch4_window7_224",
+            img_size=64,
+            window_size=4,
+            embed_dim=24,
+            depths=(1, 1, 1),
+            num_heads=(2, 4, 8),
         ),
         (64, 64),
     ),

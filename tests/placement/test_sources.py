@@ -18,10 +18,12 @@ COUNT = GRID[0] * GRID[1]
 
 
 class Arranged(nn.Module):
-    """A transformer of two blocks whose tokens ``arrange(model, patches, others)`` puts together; ``others`` are a class
-    token, two registers and three prompts of every image."""
+    """Two blocks over tokens that ``arrange(model, patches, others)`` puts together; ``others`` are a class token, two
+    registers and three prompts of every image."""
 
-    def __init__(self, arrange: Callable[..., Tensor], embed: Callable[[Arranged, Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self, arrange: Callable[..., Tensor], embed: Callable[[Arranged, Tensor], Tensor] | None = None
+    ) -> None:
         super().__init__()
         self.patch_embed, self.linear = nn.Conv2d(3, 32, 16, 16), nn.Linear(3 * 256, 32)
         self.cls_token = nn.Parameter(torch.randn(1, 1, 32))
@@ -106,9 +108,9 @@ ORDERS = {
     "a mean in front": (mean_in_front, 1, 0, (), (0,)),
     "padded in front": (lambda m, p, o: F.pad(p, (0, 0, 1, 0)), 1, 0, (), (0,)),
     "class token by repeat and rearrange": (
-        lambda m, p, o: torch.cat([rearrange(p, "b n c -> n b c"), repeat(m.cls_token, "1 n c -> n b c", b=len(p))]).transpose(
-            0, 1
-        ),
+        lambda m, p, o: torch.cat(
+            [rearrange(p, "b n c -> n b c"), repeat(m.cls_token, "1 n c -> n b c", b=len(p))]
+        ).transpose(0, 1),
         0,
         1,
         (),
@@ -146,9 +148,9 @@ EMBEDDINGS = {
     ),
     "normalised and resized": lambda m, x: m.patch_embed(F.interpolate((x - 0.5) / 0.2, (64, 96))).flatten(2).mT,
     "overlapping windows": lambda m, x: F.conv2d(x, m.patch_embed.weight, stride=16, padding=4).flatten(2).mT,
-    "a chain of convolutions": lambda m, x: F.max_pool2d(F.conv2d(x, m.patch_embed.weight[..., :3, :3], None, 4, 1), 4)
-    .flatten(2)
-    .mT,
+    "a chain of convolutions": lambda m, x: (
+        F.max_pool2d(F.conv2d(x, m.patch_embed.weight[..., :3, :3], None, 4, 1), 4).flatten(2).mT
+    ),
     "pixel unshuffle": lambda m, x: m.linear(F.pixel_unshuffle(x, 16).flatten(2).mT),
     "a loop over patches": lambda m, x: m.linear(
         torch.stack([x[:, :, i : i + 16, j : j + 16].flatten(1) for i in range(0, 64, 16) for j in range(0, 96, 16)], 1)
@@ -226,7 +228,11 @@ def test_tokens_that_are_no_patches_of_a_grid_lie_nowhere(order: str) -> None:
 
 def test_loss_of_an_equivariant_model_is_zero_wherever_its_class_token_stands() -> None:
     acr = AllPairsConsistencyLoss(HorizontalFlip())
-    for arrange in (ORDERS["class token last"][0], ORDERS["class token in the middle"][0], ORDERS["registers behind"][0]):
+    for arrange in (
+        ORDERS["class token last"][0],
+        ORDERS["class token in the middle"][0],
+        ORDERS["registers behind"][0],
+    ):
         model = Arranged(arrange)
         with torch.no_grad():
             model.patch_embed.weight += model.patch_embed.weight.flip(-1)  # sees no left and right
