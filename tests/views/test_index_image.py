@@ -11,7 +11,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from acr_reg import Compose, Crop, HorizontalFlip, Lattice, Rotate90, Scale, VerticalFlip
+from acr_reg import Compose, Crop, HorizontalFlip, Lattice, PerImage, Rotate90, Scale, VerticalFlip
 from acr_reg.views.view import map_between
 
 # Steps: each gives a view, the size of its output, and the place (y, x) in pixels that an output place reads.
@@ -135,7 +135,9 @@ def random_lattice(rng, size):
         return Lattice(*size)
     strides = [rng.choice([0.5, 1, 2, 3]) for _ in size]
     offsets = [rng.choice([-0.5, 0, 0, 0.25, 1]) for _ in size]
-    counts = [max(1, min(9, round(side / stride) + rng.randint(-1, 1))) for side, stride in zip(size, strides, strict=True)]
+    counts = [
+        max(1, min(9, round(side / stride) + rng.randint(-1, 1))) for side, stride in zip(size, strides, strict=True)
+    ]
     return Lattice(*counts, tuple(map(float, strides)), tuple(map(float, offsets)), tuple(map(float, size)))
 
 
@@ -157,10 +159,13 @@ def check(case, source, target):
     )
     read = mapping.tokens(ramps.flatten(1)[None])[0].T.tolist()
     valid = mapping.valid[0].tolist()
+    # The image's pixels between neighbouring target tokens along both axes.
+    corner, along_y, along_x = case.place(0, 0), case.place(target.stride[0], 0), case.place(0, target.stride[1])
+    steps = [float(abs(y - at) + abs(x - at)) for at, y, x in zip(corner, along_y, along_x, strict=True)]
     places = 0
     for token, (row, column) in enumerate((y, x) for y in centres(target, 0) for x in centres(target, 1)):
         place = case.place(row, column)
-        expected, reach = shown is not None, []
+        expected, positions = shown is not None, []
         for axis, (at, side) in enumerate(zip(place, (height, width), strict=True)):
             count, stride = (source.height, source.width)[axis], Fraction(source.stride[axis])
             position = (at - Fraction(source.offset[axis])) / stride - Fraction(1, 2)
@@ -168,38 +173,117 @@ def check(case, source, target):
             if shown is not None:  # at the image's own edges the lattice decides
                 low, high = shown[axis]
                 expected = expected and (low == 0 or at >= low) and (high == side or at <= high)
-            reach.append((position, count))
+            positions.append((position, count))
         assert valid[token] == expected, (case, source, target, token)
         if not expected:
             assert read[token] == [0, 0]
             continue
         places += 1
-        for axis, (position, count) in enumerate(reach):
+        for axis, (position, count) in enumerate(positions):
             nearest = float(min(max(position, 0), count - 1))
-            if mapping.is_exact:
-                assert read[token][axis] == nearest, (case, source, target, token)
-            else:  # not antialiased by more than a cell of the output, nor cut further than the cell that an edge cuts
-                step = abs(case.place(row, column)[axis] - case.place(row + 1, column + 1)[axis]) * Fraction(
-                    [target.stride[0], target.stride[1]][axis if not turned(case) else 1 - axis]
-                )
-                most = max(1.0, float(step / Fraction(source.stride[axis])))
-                assert abs(read[token][axis] - nearest) <= most + 1e-9, (case, source, target, token)
+            # A filter of the width of the coarser token, of which the edge of a crop may cut off one half.
+            most = 0 if mapping.is_exact else max(1.0, steps[axis] / source.stride[axis]) + 1e-9
+            assert abs(read[token][axis] - nearest) <= most, (case, source, target, token)
     return len(valid), places
 
 
-def turned(case):
-    return case.view.affines[0].transposed
+def check_sizes(case):
+    first, last = case.sizes[0], case.sizes[-1]
+    assert case.view.output_size(first) == last
+    assert case.view.inverse.output_size(last) == first
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_a_random_composition_reads_what_the_steps_read(seed):
     rng, tokens, places = random.Random(seed), 0, 0
     for _ in range(100):
         case = random_case(rng)
-        assert case.view.output_size(case.sizes[0]) == case.sizes[-1]
-        assert case.view.inverse.output_size(case.sizes[-1]) == case.sizes[0]
-        source, target = random_lattice(rng, case.sizes[0]), random_lattice(rng, case.sizes[-1])
-        found = check(case, source, target)
+        check_sizes(case)
+        found = check(case, random_lattice(rng, case.sizes[0]), random_lattice(rng, case.sizes[-1]))
         tokens, places = tokens + found[0], places + found[1]
     assert tokens > 1000
     assert tokens / 10 < places < tokens
+
+
+# What such draws found.
+FOUND = {
+    "an edge of the image inside a pixel of a pixel": (
+        (5, 4),
+        lambda size: crop(size, 1, 2, 1, 3, (7, 8)),
+        lambda size: crop(size, 1, 5, 1, 1, (1, 8)),
+        lambda size: crop(size, 0, 2, 1, 1, (6, 2)),
+        lambda size: crop(size, 5, 1, 1, 1, (6, 8)),
+        lambda size: crop(size, 1, 2, 1, 1, (1, 8)),
+    ),
+    "an edge of the image further inside": (
+        (1, 2),
+        lambda size: crop(size, 0, -2, 1, 5, (8, 8)),
+        lambda size: crop(size, 3, 3, 1, 1, (3, 2)),
+        lambda size: crop(size, 0, 0, 1, 1, (9, 6)),
+        lambda size: crop(size, 8, 2, 1, 1, (5, 8)),
+        lambda size: crop(size, 2, 3, 1, 1, (8, 6)),
+        lambda size: crop(size, 7, 1, 1, 1, (2, 3)),
+    ),
+    "one pixel, scaled and cropped again": (
+        (3, 8),
+        lambda size: crop(size, 0, 3, 1, 1),
+        flip,
+        lambda size: scale(size, 1.5),
+        lambda size: crop(size, 0, 0, 2, 1),
+        upend,
+    ),
+    "one pixel, resized and scaled": (
+        (8, 6),
+        lambda size: crop(size, 0, 1, 7, 1),
+        lambda size: crop(size, 3, 0, 1, 1, (1, 2)),
+        lambda size: scale(size, 1.5),
+    ),
+    "one pixel, turned and scaled": (
+        (6, 9),
+        lambda size: crop(size, 0, 7, 1, 2),
+        turn,
+        lambda size: scale(size, 1.5),
+        lambda size: crop(size, 0, 0, 1, 2, (9, 4)),
+    ),
+    "a scale, then a crop that is scaled down": (
+        (2, 5),
+        lambda size: scale(size, 3),
+        lambda size: crop(size, 0, 0, 6, 15, (4, 9)),
+        lambda size: scale(size, 0.3),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_compositions_that_were_wrong(name):
+    size, *steps = FOUND[name]
+    case = of_steps(size, *steps)
+    check_sizes(case)
+    check(case, Lattice(*size), Lattice(*case.sizes[-1]))
+    images = torch.rand(1, 1, *size)
+    assert case.view.inverse(case.view(images)).shape == images.shape
+    stepwise = images
+    for view in case.views:
+        stepwise = view(stepwise)
+    assert stepwise.shape == case.view(images).shape
+
+
+def test_the_views_of_a_batch_keep_exact_sizes_too():
+    crops = PerImage([Crop(top, 0, 3, 3, image_size=(5, 5)) for top in (0, 2)])
+    steps = [crops, PerImage([Rotate90(), HorizontalFlip()]), Scale(1.5)]
+    view = Compose(steps)
+    assert view.output_size((5, 5)) == (4, 4)
+    assert view.inverse.output_size((4, 4)) == (5, 5)
+    for image in range(2):
+        assert view.of_image(image).affines == Compose([step.of_image(image) for step in steps]).affines
+
+
+def zoom_to_edge(size):
+    return crop(size, 0, 4, 1, 2, (1, 10))
+
+
+def test_zooming_into_the_edge_of_an_image_keeps_it():
+    """The last pixels are 6e-5 pixels of the image wide, and the edge lies between two of them."""
+    case = of_steps((1, 2), lambda size: crop(size, 0, -1, 1, 2, (1, 10)), *[zoom_to_edge] * 5)
+    check(case, Lattice(1, 2), Lattice(*case.sizes[-1]))
+    assert case.view.valid((1, 2)).sum() == 5
