@@ -66,7 +66,7 @@ class BlockedLayer:
         tensors = RecordedTensors(query=rows, key=self._key_leaf(keys), scale=self.layer.recorded.scale)
         if len(self.inputs) > 2:
             tensors = replace(tensors, mask=self._mask_leaf(queries, keys))
-        return replace(self.layer, recorded=tensors, images=slice(None)).weights()
+        return _Centred.apply(replace(self.layer, recorded=tensors, images=slice(None)).weights())
 
     def _leaf(self, number: int, tensor: Tensor) -> Tensor:
         if self._learning[number] and torch.is_grad_enabled():
@@ -122,6 +122,24 @@ class BlockedLayer:
         if self._key is not None and (found := self._found[1]) is not None:
             self._found[1] = _put_back(found, 2, self._key[0], self.layer.shape[3])
         self._key = None
+
+
+class _Centred(torch.autograd.Function):
+    """Returns softmax rows unchanged, and subtracts from their gradient its mean, weighted by the row.
+
+    The softmax subtracts this mean too. Where one key has almost all the mass, the mean is almost that key's gradient,
+    and the rounding of their difference may exceed the gradient of the logits. After two subtractions it does not.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return rows.view_as(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return gradient - (rows * gradient).sum(-1, keepdim=True)
 
 
 def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:

@@ -162,9 +162,17 @@ def _then(first: View, second: View) -> View:
     if fixed_size is None and given is not None:
         fixed_size = second.output_size(given)
     count = max(first.num_images, second.num_images)
-    pairs = zip(_for_all(first, count), _for_all(second, count), strict=True)
-    affines = tuple(one.then(other) for one, other in pairs)
-    return View(affines, input_size, fixed_size, second.label, first.rounds or second.rounds)
+    later = _for_all(second, count)
+    if given is not None and fixed_size is not None:
+        later = (_between_sizes(affine, given, fixed_size) for affine in later)
+    affines = tuple(one.then(other) for one, other in zip(_for_all(first, count), later, strict=True))
+    return View(affines, input_size, fixed_size, second.label, first.rounds or (second.rounds and given is None))
+
+
+def _between_sizes(affine: Affine, given: Size, size: Size) -> Affine:
+    """The affine with the zoom between two known sizes, for a scale's factor before rounding would not undo it."""
+    height, width = (given[1], given[0]) if affine.transposed else (given[0], given[1])
+    return replace(affine, zoom=(Fraction(size[0], height), Fraction(size[1], width)))
 
 
 def _for_all(view: View, count: int) -> Iterator[Affine]:

@@ -21,6 +21,10 @@ from acr_reg.views.affine import Affine, Axis
 # Centres this close, in units of the source's spacing, coincide: far below any visible resampling.
 _ON_LATTICE = 1e-4
 
+# An edge includes centres this close to it, in source tokens: the rounding of coordinates, and no more, for a crop of a
+# crop of one pixel shows differences as small as 1e-5 pixels.
+_ON_EDGE = 1e-9
+
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
@@ -225,15 +229,15 @@ class _Positions:
         self.step = (slope * target.stride / target.extent * source.extent / source.stride)[:, 0]
         self.positions = source.tokens(slope * target.places() + start)
         nothing = low > high
-        within = (self.positions > -0.5 - _ON_LATTICE) & (self.positions < source.count - 0.5 + _ON_LATTICE)
+        within = (self.positions > -0.5 - _ON_EDGE) & (self.positions < source.count - 0.5 + _ON_EDGE)
         # At the image's own edges the lattice decides which tokens are shown: it may reach beyond or leave a margin.
         low = source.tokens(low).where(low > 0, -torch.inf)
         high = source.tokens(high).where(high < 1, torch.inf)
-        shown = (self.positions >= low - _ON_LATTICE) & (self.positions <= high + _ON_LATTICE)
+        shown = (self.positions >= low - _ON_EDGE) & (self.positions <= high + _ON_EDGE)
         self.valid = within & shown & ~nothing
         # Only tokens that are at least partly shown are read, up to the tokens whose cells contain the edges.
-        self.first = (low + 0.5 + _ON_LATTICE).floor().clamp(0, source.count - 1)
-        self.last = ((high + 0.5 - _ON_LATTICE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
+        self.first = (low + 0.5 + _ON_EDGE).floor().clamp(0, source.count - 1)
+        self.last = ((high + 0.5 - _ON_EDGE).ceil() - 1).clamp(0, source.count - 1).maximum(self.first)
 
     @property
     def fall_on_source(self) -> bool:

@@ -48,7 +48,7 @@ class View:
     fixed_size: tuple[int, int] | None = None
     label: str = field(default="Identity()", compare=False)
     rounds: bool = field(default=False, compare=False)
-    """Whether it contains a scale for images of any size, and so rounds its output size."""
+    """Whether it scales images of any size, before any step that fixes the size, and so rounds it."""
 
     def __repr__(self) -> str:
         return self.label

@@ -1,6 +1,7 @@
 """The blockwise evaluation against the dense one, which is the oracle: value, gradient, memory, precision."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -193,6 +194,77 @@ def test_float32_is_as_precise_as_the_dense_evaluation(name):
             errors[blockwise] = sum((f.double() - e).norm() for f, e in zip(found, exact, strict=True))
         assert errors[True] <= 2 * errors[False] + 1e-9
         assert errors[False] < 1e-3 * sum(e.norm() for e in exact)
+
+
+SHARP_VIEWS = ["flip", "half as large", "crop of whole tokens", "another resized crop for each image", "little overlap"]
+
+
+def sharp_factors(name, dtype, logits, seed):
+    """Query and key of both views, with logits of about this size, and their grids."""
+    grids = GRID, {**VIEWS, **LITTLE_OVERLAP}[name].output_size(GRID)
+    factors = [random_factors(grid, 2, 10 * seed + side, width=12) for side, grid in enumerate(grids)]
+    return [tensor.detach().mul(logits**0.5).to(dtype) for pair in factors for tensor in pair], grids
+
+
+LITTLE_OVERLAP = {
+    "little overlap": PerImage(
+        [Crop(0, 0, 3, 3, size=(4, 6), image_size=GRID), Crop(2, 3, 2, 3, size=(4, 6), image_size=GRID)]
+    )
+}
+
+
+def gradient_of(acr, blockwise, tensors, grids, dtype):
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in tensors]
+    attention = [attention_of(inputs[2 * side : 2 * side + 2], grid) for side, grid in enumerate(grids)]
+    return value_and_gradient(acr, blockwise, attention, inputs, 5)[1]
+
+
+def norm_of(gradient):
+    return sum(one.double().square().sum() for one in gradient).sqrt().item()
+
+
+def error_of(found, exact):
+    return norm_of([one.double() - other for one, other in zip(found, exact, strict=True)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("distance", ["l1", "l2", "js"])
+@pytest.mark.parametrize("logits", [1e2, 1e3, 1e4, 1e6])
+def test_extreme_logits_are_as_precise_as_the_dense_evaluation(logits, distance, dtype):
+    """Summed over views: which way a logit of 1e4 is rounded, to 1e-3, depends on how many rows a product has, so that
+    either may be the better one on a single view. Below 1e-9 are gradients that float16 cannot hold either."""
+    errors, norm = {False: 0.0, True: 0.0}, 0.0
+    for seed, name in enumerate(SHARP_VIEWS):
+        tensors, grids = sharp_factors(name, dtype, logits, seed)
+        for heads in ("mean", "each"):
+            acr = AllPairsConsistencyLoss({**VIEWS, **LITTLE_OVERLAP}[name], distance=distance, heads=heads)
+            exact = gradient_of(acr, False, tensors, grids, torch.float64)
+            norm += norm_of(exact)
+            for blockwise in errors:
+                found = gradient_of(acr, blockwise, tensors, grids, dtype)
+                assert all(one.isfinite().all() for one in found)
+                errors[blockwise] += error_of(found, exact)
+    assert errors[True] <= 2 * errors[False] + 1e-9
+    assert norm > 1e-3 or logits > 1e3  # there was something to be wrong about
+
+
+@pytest.mark.parametrize("distance", ["l1", "l2", "js"])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize("rest", [1e-6, 1e-8, 1e-12])
+def test_a_row_with_one_key_of_almost_all_mass_keeps_its_gradient(rest, heads, distance):
+    """Each of the other keys has about ``rest``, and the gradient is as small. The softmax subtracts the row's mean
+    gradient, which is almost that of the large key: their rounding exceeded the gradient, and does so in dense."""
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), distance=distance, heads=heads)
+    tensors = []
+    for seed in (1, 2):
+        query, key = 0.1 * torch.randn(2, 2, 2, 26, 8, generator=generator(seed))
+        query[..., 0] = 1
+        key[..., 6 * seed - 3, 0] = -(8**0.5) * math.log(rest)  # one key, another in each view, for every query
+        tensors += [query, key]
+    exact = gradient_of(acr, False, tensors, (GRID, GRID), torch.float64)
+    found = gradient_of(acr, True, tensors, (GRID, GRID), torch.float32)
+    assert 10 * rest < norm_of(exact) < 1000 * rest
+    assert error_of(found, exact) < 1e-4 * norm_of(exact)
 
 
 def test_half_precision_under_a_loss_scale_flushes_nothing_to_zero():
