@@ -9,6 +9,7 @@ from torch import nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
+from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
 from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial
 from acr_reg.capture.removable import Removable
@@ -91,7 +92,9 @@ class AttentionCapture(Removable):
 
     def clear(self) -> None:
         """Forgets the runs not yet taken, for instance after an exception in a training step."""
-        self._running().log.clear()
+        recorder = self._running()
+        recorder.refuse_inside("clear()")
+        recorder.log.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
@@ -100,6 +103,7 @@ class AttentionCapture(Removable):
         :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows.
         """
         recorder = self._running()
+        recorder.refuse_inside("take()")
         position = recorder.log.started - 1
         runs = self._finished(recorder)
         chosen = one_of(runs, recorder.log.keep, run)
@@ -109,9 +113,13 @@ class AttentionCapture(Removable):
         """The maps of every encoder run since the last take, with ``keep="all"``. Raises :class:`~acr_reg.CaptureError`
         if there was none."""
         recorder = self._running()
+        recorder.refuse_inside("take_all()")
         if recorder.log.keep != "all":
             raise CaptureError(f'take_all() needs keep="all". This capture has keep="{recorder.log.keep}".')
         return [self._maps(recorder, run) for run in self._finished(recorder)]
+
+    def _alone(self) -> Alone:
+        return Alone(self._running().hooks)
 
     def _running(self) -> Recorder:
         if self._recorder is None:
@@ -147,3 +155,8 @@ class AttentionCapture(Removable):
         recorder.last_count = len(layers)
         maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
+
+
+def alone(attention: AttentionCapture) -> Alone:
+    """A block whose forwards, on this thread, no other capture records, unless it was made within the block."""
+    return attention._alone()

@@ -6,11 +6,13 @@ called.
 
 from __future__ import annotations
 
+import inspect
 import sys
+import threading
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import count
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
@@ -28,14 +30,16 @@ class Watcher(Protocol):
 
 _WATCHERS: dict[int, weakref.ref[Watcher]] = {}
 _NUMBERS = count()
+_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _TRACED = (
     "{} is tracing a captured model, which cannot be traced. Run it uncompiled, or remove the capture before tracing."
 )
 
 
 def _watcher(number: int) -> Watcher | None:
+    """The watcher, if it is alive and hears what now runs on this thread."""
     reference = _WATCHERS.get(number)
-    return None if reference is None else reference()
+    return None if reference is None or not _solo.admits(number) else reference()
 
 
 class _ScriptingError(CaptureError, AttributeError):
@@ -82,28 +86,37 @@ class HookSet:
     """The hooks of one watcher; they end with :meth:`remove` or with the watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
-        self._number = next(_NUMBERS)
-        _WATCHERS[self._number] = weakref.ref(watcher)
+        self.number = next(_NUMBERS)
         self._handles: dict[nn.Module, list[Any]] = {}
         # The finalizer must not hold the watcher, which holds this set.
-        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self._number)
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self.number)
+        _WATCHERS[self.number] = weakref.ref(watcher)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the watcher hears what now runs on this thread: not once removed, nor while another runs alone."""
+        return _watcher(self.number) is not None
 
     def watch_only(self, modules: Iterable[nn.Module]) -> None:
         """Hooks these modules and no others."""
         wanted = dict.fromkeys(modules)
+        # One line each, so that no interruption comes between hooks and the handles that remove them.
         for module in [m for m in self._handles if m not in wanted]:
-            for handle in self._handles.pop(module):
+            for handle in self._handles[module]:
                 handle.remove()
+            del self._handles[module]
+        enter, leave = _EnterHook(self.number), _LeaveHook(self.number)
         for module in wanted:
             if module not in self._handles:
+                handles = self._handles[module] = []
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 # Prepended, so that of two captures the one entered last leaves first.
-                self._handles[module] = [
-                    module.register_forward_pre_hook(_EnterHook(self._number), with_kwargs=True),
-                    module.register_forward_hook(_LeaveHook(self._number), prepend=True, always_call=True),
-                ]
+                handles.append(module.register_forward_hook(leave, prepend=True, always_call=True))
 
     def remove(self) -> None:
-        self._finalizer()
+        """Removes every hook. May be called again, also after an interruption."""
+        _remove_all(self._handles, self.number)
+        self._finalizer.detach()
 
 
 def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
@@ -114,14 +127,84 @@ def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
     handles.clear()
 
 
-def is_running(frame: FrameType) -> bool:
-    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
-    current: FrameType | None = sys._getframe(1)
+class _Solo(threading.local):
+    """The blocks of this thread in which one watcher alone hears what runs, innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Alone] = []
+
+    def admits(self, number: int) -> bool:
+        """Whether this watcher hears: the innermost block is its own, or began before it."""
+        while self.blocks and not is_running(self.blocks[-1].frame):
+            self.blocks.pop()  # an interruption left it behind
+        return not self.blocks or number == self.blocks[-1].number or number > self.blocks[-1].latest
+
+
+_solo = _Solo()
+
+
+class Alone:
+    """A block in which, on this thread, only one watcher and those made within hear the forwards that run.
+
+    It ends with its function at the latest, even if an interruption skips its end.
+    """
+
+    def __init__(self, hooks: HookSet) -> None:
+        self.number = hooks.number
+
+    def __enter__(self) -> None:
+        self.latest = next(_NUMBERS)
+        self.frame = sys._getframe(1)
+        _solo.blocks.append(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self in _solo.blocks:
+            _solo.blocks.remove(self)
+
+
+def _top(thread: int | None) -> FrameType | None:
+    """The innermost frame of a thread, by default of this one."""
+    return sys._getframe(1) if thread in (None, threading.get_ident()) else sys._current_frames().get(thread or 0)
+
+
+def is_running(frame: FrameType, thread: int | None = None) -> bool:
+    """Whether the frame is still on its thread's stack: a KeyboardInterrupt skips even always-called hooks."""
+    current = _top(thread)
     while current is not None:
         if current is frame:
             return True
         current = current.f_back
     return False
+
+
+def running_module(counts: Callable[[nn.Module], bool], thread: int | None = None) -> tuple[nn.Module, FrameType] | None:
+    """The outermost module that counts and whose call a thread is in, by default this one, with the call's frame."""
+    found, frame = None, _top(thread)
+    while frame is not None:
+        if frame.f_code is nn.Module.__call__.__code__:
+            module = frame.f_locals["self"]
+            found = (module, frame) if counts(module) else found
+        frame = frame.f_back
+    return found
+
+
+def running_modules_elsewhere(counts: Callable[[nn.Module], bool]) -> dict[int, FrameType]:
+    """For every other thread that is in the call of a module that counts, the frame of that call."""
+    threads = [thread for thread in sys._current_frames() if thread != threading.get_ident()]
+    found = {thread: running_module(counts, thread) for thread in threads}
+    return {thread: running[1] for thread, running in found.items() if running is not None}
+
+
+def suspendable_callers(frame: FrameType) -> tuple[FrameType, ...]:
+    """The generators and coroutines that run this frame, outermost first. Each may be suspended between forwards."""
+    found, above = [], frame.f_back
+    while above is not None:
+        if above.f_code.co_flags & _SUSPENDABLE:
+            found.append(above)
+        above = above.f_back
+    return tuple(reversed(found))
 
 
 def is_recomputing() -> bool:
