@@ -44,7 +44,9 @@ class Recorder:
         modes: dict[int, AttentionMode] = {}  # by thread
         self._state = ThreadState(modes)
         weakref.finalize(self, _remove_left, modes)
-        self.refuse_inside("A capture begun")
+        running = running_module(self._attends)
+        if running is not None:
+            refuse_inside(running[0], "A capture begun")
         self._begun_before = running_modules_elsewhere(self._attends)
         self.hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
@@ -121,6 +123,7 @@ class Recorder:
         first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
         images = ImageState() if state.is_suspended else state.images
         if self.images.note(module, first, images, outermost, is_root):
+            state.leave_suspended()
             state.end_run()
             state.strand.images = images
 
@@ -251,8 +254,10 @@ class Recorder:
         return runs
 
     def _narrow(self, runs: list[Run]) -> None:
-        # Reentrant checkpointing must be refused in later steps too, so all modules stay watched.
-        if self.index.attending and not self._state.entries and not any(run.reentrant for run in runs):
+        # Reentrant checkpointing must be refused in later steps too, so all modules stay watched. So they do while
+        # another thread is inside one: its hook would not tell when it is left.
+        inside = self._state.entries or running_modules_elsewhere(self.index.names.__contains__)
+        if self.index.attending and not inside and not any(run.reentrant for run in runs):
             self._alike = self.index.alike() | self._unknown_modules
             self._narrowed = True  # first: modules that an interruption leaves watched cost time only
             self.hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
@@ -260,8 +265,11 @@ class Recorder:
     def refuse_inside(self, action: str) -> None:
         """Raises if this thread is inside the forward of a captured module, of which more layers may come."""
         running = running_module(self._attends)
-        if running is not None:
-            refuse_inside(running[0], action)
+        if running is None:
+            return
+        module, entries = running[0], self._state.entries
+        if module is not self.index.model or any(entry.module is module for entry in entries):  # else only hooks are left
+            refuse_inside(module, action)
 
     def stop(self) -> None:
         state = self._state

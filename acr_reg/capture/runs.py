@@ -137,8 +137,11 @@ class Strand:
     @property
     def is_open(self) -> bool:
         """Whether a run has begun and may go on."""
-        coming = bool(self.coming.silent) or self.images.size is not None
-        return coming or (self.run is not None and not self.run.closed)
+        return self.is_running or bool(self.coming.silent) or self.images.size is not None
+
+    @property
+    def is_running(self) -> bool:
+        return self.run is not None and not self.run.closed
 
 
 class ThreadState(threading.local):
@@ -191,11 +194,18 @@ class ThreadState(threading.local):
 
     @property
     def is_suspended(self) -> bool:
-        """Whether the strand's run began in a generator or coroutine that does not run now and may go on later."""
+        """Whether generators or coroutines began the strand that do not run now, and so may go on later."""
         return self.strand.is_open and self.strand.callers != self._callers[: len(self.strand.callers)]
+
+    def leave_suspended(self) -> None:
+        if self.is_suspended:
+            strands = [strand for strand in self._strands if strand.is_open]
+            self.strand = Strand(self._callers)
+            self._strands = [*strands[-_STRANDS:], self.strand]
 
     def begin_visit(self, entry: Entry) -> None:
         """Begins a run with a call of the whole model, whether or not the run before it finished."""
+        self.leave_suspended()
         self.end_run()
         entry.visit = Visit(entry.frame)
         self.strand.coming = Run(visit=entry.visit)
@@ -211,17 +221,16 @@ class ThreadState(threading.local):
         self.strand.coming = Run()
 
     def end_run(self) -> None:
-        """Ends the run, or leaves it to the suspended code that began it and turns to a strand of its own."""
-        if self.is_suspended:
-            self.strand = Strand(self._callers)
-            self._strands = [*(strand for strand in self._strands if strand.is_open)][-_STRANDS:] + [self.strand]
-            return
+        # What came before a run's first attention may be of another coroutine of the same task, which has ended.
+        if self.strand.is_running or not _shared(self.strand.callers, self._callers):
+            self.leave_suspended()
         if self.run is not None:
             self.run.closed = True
         self.strand.callers = self._callers
 
     def forget(self) -> None:
         """Frees the frames of code whose runs were taken."""
+        self._callers = ()
         self._strands = [strand for strand in self._strands if strand.is_open or strand is self.strand]
         if not self.strand.is_open:
             self.strand.callers = ()
