@@ -164,14 +164,17 @@ class Alone:
             _solo.blocks.remove(self)
 
 
-def _top(thread: int | None) -> FrameType | None:
-    """The innermost frame of a thread, by default of this one."""
-    return sys._getframe(1) if thread in (None, threading.get_ident()) else sys._current_frames().get(thread or 0)
+def is_running(frame: FrameType) -> bool:
+    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
+    return _leads_to(sys._getframe(1), frame)
 
 
-def is_running(frame: FrameType, thread: int | None = None) -> bool:
-    """Whether the frame is still on its thread's stack: a KeyboardInterrupt skips even always-called hooks."""
-    current = _top(thread)
+def is_running_on(thread: int, frame: FrameType) -> bool:
+    """Whether the frame is still on that thread's stack."""
+    return _leads_to(sys._current_frames().get(thread), frame)
+
+
+def _leads_to(current: FrameType | None, frame: FrameType) -> bool:
     while current is not None:
         if current is frame:
             return True
@@ -179,9 +182,9 @@ def is_running(frame: FrameType, thread: int | None = None) -> bool:
     return False
 
 
-def running_module(counts: Callable[[nn.Module], bool], thread: int | None = None) -> tuple[nn.Module, FrameType] | None:
-    """The outermost module that counts and whose call a thread is in, by default this one, with the call's frame."""
-    found, frame = None, _top(thread)
+def running_module(thread: int, counts: Callable[[nn.Module], bool]) -> tuple[nn.Module, FrameType] | None:
+    """The outermost module that counts and whose call a thread is in, with the frame of that call."""
+    found, frame = None, sys._current_frames().get(thread)
     while frame is not None:
         if frame.f_code is nn.Module.__call__.__code__:
             module = frame.f_locals["self"]
@@ -193,7 +196,7 @@ def running_module(counts: Callable[[nn.Module], bool], thread: int | None = Non
 def running_modules_elsewhere(counts: Callable[[nn.Module], bool]) -> dict[int, FrameType]:
     """For every other thread that is in the call of a module that counts, the frame of that call."""
     threads = [thread for thread in sys._current_frames() if thread != threading.get_ident()]
-    found = {thread: running_module(counts, thread) for thread in threads}
+    found = {thread: running_module(thread, counts) for thread in threads}
     return {thread: running[1] for thread, running in found.items() if running is not None}
 
 

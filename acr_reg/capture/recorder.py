@@ -44,7 +44,7 @@ class Recorder:
         modes: dict[int, AttentionMode] = {}  # by thread
         self._state = ThreadState(modes)
         weakref.finalize(self, _remove_left, modes)
-        running = running_module(self._attends)
+        running = running_module(threading.get_ident(), self._attends)
         if running is not None:
             refuse_inside(running[0], "A capture begun")
         self._begun_before = running_modules_elsewhere(self._attends)
@@ -264,7 +264,7 @@ class Recorder:
 
     def refuse_inside(self, action: str) -> None:
         """Raises if this thread is inside the forward of a captured module, of which more layers may come."""
-        running = running_module(self._attends)
+        running = running_module(threading.get_ident(), self._attends)
         if running is None:
             return
         module, entries = running[0], self._state.entries

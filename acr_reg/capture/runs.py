@@ -12,7 +12,7 @@ from typing import Any, Literal
 from torch import nn
 
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.hooks import is_running
+from acr_reg.capture.hooks import is_running, is_running_on
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.placement.images import ImageState
 from acr_reg.placement.windows import WindowedOp
@@ -32,7 +32,7 @@ class Visit:
 
     @property
     def is_running(self) -> bool:
-        return self.frame is not None and is_running(self.frame, self.thread)
+        return self.frame is not None and is_running_on(self.thread, self.frame)
 
 
 @dataclass(eq=False)
