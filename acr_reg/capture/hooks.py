@@ -6,11 +6,10 @@ called.
 
 from __future__ import annotations
 
-import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 
 from acr_reg._torch_private import break_graph, in_backward, is_compiling
+from acr_reg.capture.stacks import is_running
 from acr_reg.errors import CaptureError
 
 
@@ -30,7 +30,6 @@ class Watcher(Protocol):
 
 _WATCHERS: dict[int, weakref.ref[Watcher]] = {}
 _NUMBERS = count()
-_SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 _TRACED = (
     "{} is tracing a captured model, which cannot be traced. Run it uncompiled, or remove the capture before tracing."
 )
@@ -162,52 +161,6 @@ class Alone:
     ) -> None:
         if self in _solo.blocks:
             _solo.blocks.remove(self)
-
-
-def is_running(frame: FrameType) -> bool:
-    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
-    return _leads_to(sys._getframe(1), frame)
-
-
-def is_running_on(thread: int, frame: FrameType) -> bool:
-    """Whether the frame is still on that thread's stack."""
-    return _leads_to(sys._current_frames().get(thread), frame)
-
-
-def _leads_to(current: FrameType | None, frame: FrameType) -> bool:
-    while current is not None:
-        if current is frame:
-            return True
-        current = current.f_back
-    return False
-
-
-def running_module(thread: int, counts: Callable[[nn.Module], bool]) -> tuple[nn.Module, FrameType] | None:
-    """The outermost module that counts and whose call a thread is in, with the frame of that call."""
-    found, frame = None, sys._current_frames().get(thread)
-    while frame is not None:
-        if frame.f_code is nn.Module.__call__.__code__:
-            module = frame.f_locals["self"]
-            found = (module, frame) if counts(module) else found
-        frame = frame.f_back
-    return found
-
-
-def running_modules_elsewhere(counts: Callable[[nn.Module], bool]) -> dict[int, FrameType]:
-    """For every other thread that is in the call of a module that counts, the frame of that call."""
-    threads = [thread for thread in sys._current_frames() if thread != threading.get_ident()]
-    found = {thread: running_module(thread, counts) for thread in threads}
-    return {thread: running[1] for thread, running in found.items() if running is not None}
-
-
-def suspendable_callers(frame: FrameType) -> tuple[FrameType, ...]:
-    """The generators and coroutines that run this frame, outermost first. Each may be suspended between forwards."""
-    found, above = [], frame.f_back
-    while above is not None:
-        if above.f_code.co_flags & _SUSPENDABLE:
-            found.append(above)
-        above = above.f_back
-    return tuple(reversed(found))
 
 
 def is_recomputing() -> bool:

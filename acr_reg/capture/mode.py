@@ -77,6 +77,7 @@ class AttentionMode(TorchFunctionMode):
         self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
+        self._ended = False
 
     def forget(self) -> list[str]:
         """Stops following and returns descriptions of the softmaxes that met no V."""
@@ -86,10 +87,15 @@ class AttentionMode(TorchFunctionMode):
         self._met.clear()
         return unmet
 
+    def end(self) -> None:
+        """From now on only hands calls on: no thread can take a mode off another's stack."""
+        self._ended = True
+        self.forget()
+
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         role = ROLES.get(func) or learn_role(func)
-        if role is Role.OTHER and not self._followed:
+        if self._ended or (role is Role.OTHER and not self._followed):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:

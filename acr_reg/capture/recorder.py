@@ -13,10 +13,11 @@ from torch import nn
 
 from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.hooks import HookSet, is_running, running_module, running_modules_elsewhere, suspendable_callers
+from acr_reg.capture.hooks import HookSet
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.refusals import refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.placement.images import ImageState, ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
@@ -43,11 +44,10 @@ class Recorder:
         self._narrowed = False  # to these, the model, and modules that read its images
         modes: dict[int, AttentionMode] = {}  # by thread
         self._state = ThreadState(modes)
-        weakref.finalize(self, _remove_left, modes)
-        running = running_module(threading.get_ident(), self._attends)
-        if running is not None:
-            refuse_inside(running[0], "A capture begun")
-        self._begun_before = running_modules_elsewhere(self._attends)
+        weakref.finalize(self, _remove_modes, modes)
+        self._running = RunningForwards(self.index.names)
+        if (inside := self._running.here(self.index.counts)) is not None:
+            refuse_inside(inside, "A capture begun")
         self.hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
         self.hooks.watch_only(self.index.names)
@@ -60,7 +60,7 @@ class Recorder:
             refuse_unknown_module(module)
         if state.entries:
             self._drop_interrupted(state)
-        if self._begun_before and self._has_begun_before():
+        if self._running.began_before():
             return
         if not torch.is_grad_enabled() and not self._no_grad:
             self._pass_over(state, module)
@@ -121,29 +121,21 @@ class Recorder:
         if self._narrowed and not is_root and module not in self.images.modules:
             return  # the input of an attention module may look like an image of few rows
         first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
-        images = ImageState() if state.is_suspended else state.images
+        # Images of other code's run begin a run of their own, and must not replace those of the other.
+        images = ImageState() if outermost and state.is_suspended else state.images
         if self.images.note(module, first, images, outermost, is_root):
-            state.leave_suspended()
+            if images is not state.images:
+                state.leave_suspended()
             state.end_run()
             state.strand.images = images
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
-        if with_mode and state.mode is None:
+        entry.opened_mode = with_mode and state.mode is None
+        state.entries.append(entry)
+        if entry.opened_mode:
+            report, unknown = _weakly(self._report), _weakly(self._report_unknown)
             graph = None if self._graph_from is None else _weakly(self._starts_graph)
-            mode = AttentionMode(
-                _weakly(self._report),
-                _weakly(self._report_unknown),
-                self._double_backward,
-                graph,
-                self._record_products,
-            )
-            # Noted before it is entered: an interruption must leave no mode that nobody knows.
-            entry.opened_mode = True
-            state.entries.append(entry)
-            state.modes[threading.get_ident()] = mode
-            mode.__enter__()  # type: ignore[no-untyped-call]
-        else:
-            state.entries.append(entry)
+            state.enter(AttentionMode(report, unknown, self._double_backward, graph, self._record_products))
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
@@ -160,19 +152,6 @@ class Recorder:
             del state.modes[threading.get_ident()]
         if entry.visit is not None:
             entry.visit.frame = None
-
-    def _attends(self, module: nn.Module) -> bool:
-        """Whether attention that was asked for may run in this module."""
-        return module in self.index.names and self.index.counts(module)
-
-    def _has_begun_before(self) -> bool:
-        """Whether this thread is in a forward that had begun before the capture, which would be seen in part."""
-        thread = threading.get_ident()
-        frame = self._begun_before.get(thread)
-        if frame is not None and not is_running(frame):
-            frame = None
-            del self._begun_before[thread]
-        return frame is not None
 
     def _drop_interrupted(self, state: ThreadState) -> None:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
@@ -256,7 +235,7 @@ class Recorder:
     def _narrow(self, runs: list[Run]) -> None:
         # Reentrant checkpointing must be refused in later steps too, so all modules stay watched. So they do while
         # another thread is inside one: its hook would not tell when it is left.
-        inside = self._state.entries or running_modules_elsewhere(self.index.names.__contains__)
+        inside = self._state.entries or self._running.is_elsewhere()
         if self.index.attending and not inside and not any(run.reentrant for run in runs):
             self._alike = self.index.alike() | self._unknown_modules
             self._narrowed = True  # first: modules that an interruption leaves watched cost time only
@@ -264,19 +243,17 @@ class Recorder:
 
     def refuse_inside(self, action: str) -> None:
         """Raises if this thread is inside the forward of a captured module, of which more layers may come."""
-        running = running_module(threading.get_ident(), self._attends)
-        if running is None:
-            return
-        module, entries = running[0], self._state.entries
-        if module is not self.index.model or any(entry.module is module for entry in entries):  # else only hooks are left
+        module = self._running.here(self.index.counts)
+        # A hook of the model may ask once the model has left its forward.
+        if module is not None and (module is not self.index.model or self._state.is_inside(module)):
             refuse_inside(module, action)
 
     def stop(self) -> None:
         state = self._state
-        self._drop_interrupted(state)
-        while state.entries:  # in the middle of a forward
+        while state.entries:  # interrupted, or in the middle of a forward
             self._close(state, state.entries[-1])
             state.entries.pop()
+        _remove_modes(state.modes)
         self.hooks.remove()
         self.log.clear()
 
@@ -292,8 +269,10 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _remove_left(modes: dict[int, AttentionMode]) -> None:
-    """Removes the mode that an interruption left on this thread."""
-    mode = modes.pop(threading.get_ident(), None)
-    if mode is not None:
-        remove_mode(mode)
+def _remove_modes(modes: dict[int, AttentionMode]) -> None:
+    """Removes the mode that is left on this thread. Those of forwards on other threads only fall silent."""
+    here = modes.pop(threading.get_ident(), None)
+    if here is not None:
+        remove_mode(here)
+    for mode in list(modes.values()):
+        mode.end()

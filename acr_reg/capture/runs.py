@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.hooks import is_running, is_running_on
 from acr_reg.capture.mode import AttentionMode
+from acr_reg.capture.stacks import is_running, is_running_on
 from acr_reg.placement.images import ImageState
 from acr_reg.placement.windows import WindowedOp
 
@@ -137,10 +137,10 @@ class Strand:
     @property
     def is_open(self) -> bool:
         """Whether a run has begun and may go on."""
-        return self.is_running or bool(self.coming.silent) or self.images.size is not None
+        return self.has_open_run or bool(self.coming.silent) or self.images.size is not None
 
     @property
-    def is_running(self) -> bool:
+    def has_open_run(self) -> bool:
         return self.run is not None and not self.run.closed
 
 
@@ -158,6 +158,10 @@ class ThreadState(threading.local):
     def mode(self) -> AttentionMode | None:
         """The mode entered on this thread."""
         return self.modes.get(threading.get_ident())
+
+    def enter(self, mode: AttentionMode) -> None:
+        self.modes[threading.get_ident()] = mode  # first: an interruption must leave no mode that nobody knows
+        mode.__enter__()  # type: ignore[no-untyped-call]
 
     @property
     def run(self) -> Run | None:
@@ -182,6 +186,9 @@ class ThreadState(threading.local):
         entry = self.entries[-1] if self.entries else None
         return entry if entry is not None and is_running(entry.frame) and not entry.recomputes else None
 
+    def is_inside(self, module: nn.Module) -> bool:
+        return any(entry.module is module for entry in self.entries)
+
     def resume(self, callers: tuple[FrameType, ...]) -> None:
         """Goes on with the strand of these generators and coroutines: the one that shares most of them, or the last."""
         self._callers = callers
@@ -198,6 +205,7 @@ class ThreadState(threading.local):
         return self.strand.is_open and self.strand.callers != self._callers[: len(self.strand.callers)]
 
     def leave_suspended(self) -> None:
+        """Leaves the strand to its code, if that is suspended, and turns to a new one."""
         if self.is_suspended:
             strands = [strand for strand in self._strands if strand.is_open]
             self.strand = Strand(self._callers)
@@ -222,7 +230,7 @@ class ThreadState(threading.local):
 
     def end_run(self) -> None:
         # What came before a run's first attention may be of another coroutine of the same task, which has ended.
-        if self.strand.is_running or not _shared(self.strand.callers, self._callers):
+        if self.strand.has_open_run or not _shared(self.strand.callers, self._callers):
             self.leave_suspended()
         if self.run is not None:
             self.run.closed = True

@@ -225,17 +225,31 @@ def test_a_take_or_clear_while_another_thread_is_in_a_forward_does_not_cut_it(ke
         assert attention.take().batch_size == 2
 
 
-def test_remove_while_another_thread_is_in_a_forward_keeps_nothing_of_it() -> None:
+@pytest.mark.parametrize("end", ["remove", "drop"])
+def test_an_end_while_another_thread_is_in_a_forward_keeps_nothing_of_it(end: str) -> None:
     model, middle = calling_vit()
-    expected = model(x := images(3))
+    expected, maps = plain_pass(model, x := images(3))
     attention = capture_attention(model)
-    with in_the_middle_of(model, middle, x) as results:
-        attention.remove()
+    freed = []
+
+    class Then(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            logits = model(x)
+            later = (expected @ expected.mT).softmax(-1)[None] @ expected
+            freed.append(weakref.ref(later))
+            return logits
+
+    with in_the_middle_of(Then(), middle, x) as results:
         recorder = weakref.ref(attention)
+        if end == "remove":
+            attention.remove()
         del attention
+        assert recorder() is None
     assert torch.equal(results[0], expected)
-    assert recorder() is None
+    assert freed[0]() is None
     assert hooks(model) == 0
+    with capture_attention(model) as attention:
+        is_captured_right(model, attention, x, expected, maps)
 
 
 # ---- by turns on one thread
@@ -420,10 +434,13 @@ def test_a_task_that_is_cancelled_in_a_forward_leaves_no_run_of_the_next() -> No
     def stop() -> None:
         raise asyncio.CancelledError
 
+    async def step() -> None:
+        model(images(3))
+
     async def main(attention: AttentionCapture) -> None:
         middle.call = stop
         with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.create_task(in_a_task(iter([]) if model(images(3)) is None else iter([])))
+            await asyncio.create_task(step())
         middle.call = None
         is_captured_right(model, attention, x, output, maps)
 
