@@ -53,9 +53,12 @@ def capture_attention(
         record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
             :func:`~acr_reg.check`.
 
+    Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
+    :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
+
     Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
     leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
-    scripted, traced or exported, because their kernels cannot be seen.
+    scripted, traced or exported, because their kernels cannot be seen, and inside a forward of the model.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
@@ -91,7 +94,8 @@ class AttentionCapture(Removable):
         self._recorder = None
 
     def clear(self) -> None:
-        """Forgets the runs not yet taken, for instance after an exception in a training step."""
+        """Forgets the runs not yet taken, for instance after an exception in a training step. Raises
+        :class:`~acr_reg.CaptureError` inside a forward of the model, as ``take()`` does."""
         recorder = self._running()
         recorder.refuse_inside("clear()")
         recorder.log.clear()
@@ -100,7 +104,8 @@ class AttentionCapture(Removable):
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
 
         With ``keep="all"``, ``run`` picks one of several, counted from 0; the others are forgotten too. Raises
-        :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows.
+        :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows, and inside a forward of
+        what is captured, because layers may be missing.
         """
         recorder = self._running()
         recorder.refuse_inside("take()")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import GradientCam, HorizontalFlip, capture_attention, check
+from acr_reg.integrations.host import FeatureRecorder, HostCapture
 from tests.support.capturing import hooks, images, modes, recorded
 from tests.support.models.plain import BUILDERS, Calling, calling_vit, explicit_vit, multihead_vit
 
@@ -128,6 +129,17 @@ def test_a_part_that_is_watched_by_the_training_capture_is_run_by_them_in_the_mi
             middle.call = None
             maps = attention.take()
             assert [(layer.name, layer.shape[0]) for layer in maps] == [("encoder.0", 2), ("encoder.2.attention", 2)]
+
+
+def test_a_tensor_that_a_host_file_records_is_not_that_of_a_cam() -> None:
+    model = explicit_vit()
+    with HostCapture(model, capture_attention(model), FeatureRecorder(model.head)) as host:
+        for _ in range(2):
+            logits = model(images(2))
+            by_cam(model)
+            view = host.take()
+            assert view.attention.batch_size == 2
+            assert view.features is logits
 
 
 def test_another_threads_training_is_heard_meanwhile() -> None:
