@@ -27,7 +27,11 @@ Line = tuple[str, int]
 
 
 def is_final(frame: FrameType) -> bool:
-    return frame.f_back is not None and frame.f_back.f_code is weakref.finalize.__call__.__code__
+    """Whether a finalizer that a lost reference started runs this frame."""
+    above = frame.f_back
+    if above is None or above.f_code is not weakref.finalize.__call__.__code__:
+        return False
+    return above.f_locals["_"] is not None  # the reference; None where code calls a finalizer itself
 
 
 @contextmanager
