@@ -56,15 +56,15 @@ def in_reentrant_checkpoint() -> bool:
 
 
 def remove_mode(mode: TorchFunctionMode) -> None:
-    """Removes a mode from this thread's stack; after an interruption others may lie above it."""
-    above = []
-    while overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
-        top = overrides._pop_mode()
-        if top is mode:
-            break
-        above.append(top)
-    for other in reversed(above):
-        overrides._push_mode(other)
+    """Removes a mode from this thread's stack, if it is there; after an interruption others may lie above it."""
+    taken: list[TorchFunctionMode] = []
+    try:
+        while mode not in taken and overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
+            taken.append(overrides._pop_mode())
+    finally:
+        for other in reversed(taken):
+            if other is not mode:
+                overrides._push_mode(other)
 
 
 def math_kernel() -> AbstractContextManager[Any]:

@@ -13,7 +13,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.capture.evaluation import eval_mode
-from acr_reg.capture.handle import AttentionCapture, capture_attention
+from acr_reg.capture.handle import AttentionCapture, alone, capture_attention
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 from acr_reg.tokens import Lattice
@@ -133,7 +133,8 @@ class GradientCam(Removable):
     def _run(self, attention: AttentionCapture, images: Tensor) -> tuple[Tensor, AttentionMaps]:
         """The logits and the maps of one forward. Refuses several encoder runs itself: its caller has no ``keep``."""
         attention.clear()
-        logits = self.forward(images)
+        with alone(attention):
+            logits = self.forward(images)
         runs = attention.take_all()
         if len(runs) > 1:
             raise CaptureError(

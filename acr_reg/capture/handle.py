@@ -9,6 +9,7 @@ from torch import nn
 
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
+from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
 from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial
 from acr_reg.capture.removable import Removable
@@ -54,9 +55,12 @@ def capture_attention(
         record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
             :func:`~acr_reg.check`.
 
+    Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
+    :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
+
     Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
     leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
-    scripted, traced or exported, because their kernels cannot be seen.
+    scripted, traced or exported, because their kernels cannot be seen, and inside a forward of the model.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
@@ -93,16 +97,21 @@ class AttentionCapture(Removable):
         self._recorder = None
 
     def clear(self) -> None:
-        """Forgets the runs not yet taken, for instance after an exception in a training step."""
-        self._running().log.clear()
+        """Forgets the runs not yet taken, for instance after an exception in a training step. Raises
+        :class:`~acr_reg.CaptureError` inside a forward of the model, as ``take()`` does."""
+        recorder = self._running()
+        recorder.refuse_inside("clear()")
+        recorder.log.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
 
         With ``keep="all"``, ``run`` picks one of several, counted from 0; the others are forgotten too. Raises
-        :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows.
+        :class:`~acr_reg.CaptureError` if there was no run, or more runs than ``keep`` allows, and inside a forward of
+        what is captured, because layers may be missing.
         """
         recorder = self._running()
+        recorder.refuse_inside("take()")
         position = recorder.log.started - 1
         runs = self._finished(recorder)
         chosen = one_of(runs, recorder.log.keep, run)
@@ -112,9 +121,13 @@ class AttentionCapture(Removable):
         """The maps of every encoder run since the last take, with ``keep="all"``. Raises :class:`~acr_reg.CaptureError`
         if there was none."""
         recorder = self._running()
+        recorder.refuse_inside("take_all()")
         if recorder.log.keep != "all":
             raise CaptureError(f'take_all() needs keep="all". This capture has keep="{recorder.log.keep}".')
         return [self._maps(recorder, run) for run in self._finished(recorder)]
+
+    def _alone(self) -> Alone:
+        return Alone(self._running().hooks)
 
     def _running(self) -> Recorder:
         if self._recorder is None:
@@ -163,3 +176,8 @@ class AttentionCapture(Removable):
         recorder.last_count = len(layers)
         maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
+
+
+def alone(attention: AttentionCapture) -> Alone:
+    """A block whose forwards, on this thread, no other capture records, unless it was made within the block."""
+    return attention._alone()

@@ -7,16 +7,18 @@ called.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Iterable
 from itertools import count
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from acr_reg._torch_private import break_graph, in_backward, is_compiling
+from acr_reg.capture.stacks import is_running
 from acr_reg.errors import CaptureError
 
 
@@ -34,8 +36,9 @@ _TRACED = (
 
 
 def _watcher(number: int) -> Watcher | None:
+    """The watcher, if it is alive and hears what now runs on this thread."""
     reference = _WATCHERS.get(number)
-    return None if reference is None else reference()
+    return None if reference is None or not _solo.admits(number) else reference()
 
 
 class _ScriptingError(CaptureError, AttributeError):
@@ -82,28 +85,37 @@ class HookSet:
     """The hooks of one watcher; they end with :meth:`remove` or with the watcher."""
 
     def __init__(self, watcher: Watcher) -> None:
-        self._number = next(_NUMBERS)
-        _WATCHERS[self._number] = weakref.ref(watcher)
+        self.number = next(_NUMBERS)
         self._handles: dict[nn.Module, list[Any]] = {}
         # The finalizer must not hold the watcher, which holds this set.
-        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self._number)
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self.number)
+        _WATCHERS[self.number] = weakref.ref(watcher)
+
+    @property
+    def is_heard(self) -> bool:
+        """Whether the watcher hears what now runs on this thread: not once removed, nor while another runs alone."""
+        return _watcher(self.number) is not None
 
     def watch_only(self, modules: Iterable[nn.Module]) -> None:
         """Hooks these modules and no others."""
         wanted = dict.fromkeys(modules)
+        # One line each, so that no interruption comes between hooks and the handles that remove them.
         for module in [m for m in self._handles if m not in wanted]:
-            for handle in self._handles.pop(module):
+            for handle in self._handles[module]:
                 handle.remove()
+            del self._handles[module]
+        enter, leave = _EnterHook(self.number), _LeaveHook(self.number)
         for module in wanted:
             if module not in self._handles:
+                handles = self._handles[module] = []
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 # Prepended, so that of two captures the one entered last leaves first.
-                self._handles[module] = [
-                    module.register_forward_pre_hook(_EnterHook(self._number), with_kwargs=True),
-                    module.register_forward_hook(_LeaveHook(self._number), prepend=True, always_call=True),
-                ]
+                handles.append(module.register_forward_hook(leave, prepend=True, always_call=True))
 
     def remove(self) -> None:
-        self._finalizer()
+        """Removes every hook. May be called again, also after an interruption."""
+        _remove_all(self._handles, self.number)
+        self._finalizer.detach()
 
 
 def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
@@ -114,14 +126,41 @@ def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
     handles.clear()
 
 
-def is_running(frame: FrameType) -> bool:
-    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
-    current: FrameType | None = sys._getframe(1)
-    while current is not None:
-        if current is frame:
-            return True
-        current = current.f_back
-    return False
+class _Solo(threading.local):
+    """The blocks of this thread in which one watcher alone hears what runs, innermost last."""
+
+    def __init__(self) -> None:
+        self.blocks: list[Alone] = []
+
+    def admits(self, number: int) -> bool:
+        """Whether this watcher hears: the innermost block is its own, or began before it."""
+        while self.blocks and not is_running(self.blocks[-1].frame):
+            self.blocks.pop()  # an interruption left it behind
+        return not self.blocks or number == self.blocks[-1].number or number > self.blocks[-1].latest
+
+
+_solo = _Solo()
+
+
+class Alone:
+    """A block in which, on this thread, only one watcher and those made within hear the forwards that run.
+
+    It ends with its function at the latest, even if an interruption skips its end.
+    """
+
+    def __init__(self, hooks: HookSet) -> None:
+        self.number = hooks.number
+
+    def __enter__(self) -> None:
+        self.latest = next(_NUMBERS)
+        self.frame = sys._getframe(1)
+        _solo.blocks.append(self)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self in _solo.blocks:
+            _solo.blocks.remove(self)
 
 
 def is_recomputing() -> bool:

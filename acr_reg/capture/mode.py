@@ -69,7 +69,7 @@ class AttentionMode(TorchFunctionMode):
     def __init__(
         self,
         report: Callable[[AttentionCall, Sequence[Any]], None],
-        running: Callable[[], Sequence[Any]],
+        running: Callable[[], Sequence[Any] | None],
         report_unknown: Callable[[str], None],
         math_kernel: bool = False,
         starts_graph: Callable[[], bool] | None = None,
@@ -87,6 +87,7 @@ class AttentionMode(TorchFunctionMode):
         self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
+        self._ended = False
 
     def forget(self) -> list[str]:
         """Stops following and returns descriptions of the softmaxes that met no V."""
@@ -96,10 +97,15 @@ class AttentionMode(TorchFunctionMode):
         self._met.clear()
         return unmet
 
+    def end(self) -> None:
+        """From now on only hands calls on: no thread can take a mode off another's stack."""
+        self._ended = True
+        self.forget()
+
     @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         role = ROLES.get(func) or learn_role(func)
-        if role is Role.OTHER and not self._followed and self._sources is None:
+        if self._ended or (role is Role.OTHER and not self._followed and self._sources is None):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
@@ -137,7 +143,7 @@ class AttentionMode(TorchFunctionMode):
             cross=_inside.cross,
             observed=self._observed(query, key),
         )
-        self._report(call, self._running())
+        self._report(call, self._running() or ())
         return output
 
     def _observed(self, query: Tensor, key: Tensor) -> Observed | None:
@@ -258,7 +264,7 @@ class AttentionMode(TorchFunctionMode):
             weakref.ref(result),
             kernels.score_factors(equation, operands) if self._record_products else None,
             observed=self._observed_product(equation, operands),
-            running=tuple(self._running()),
+            running=tuple(self._running() or ()),
         )
 
     def _met_values(self, equation: str | None, operands: list[Tensor], followed: list[Any], output: Tensor) -> None:
@@ -295,6 +301,6 @@ class AttentionMode(TorchFunctionMode):
             cross=_inside.cross,
             observed=known.observed,
         )
-        now = self._running()
+        now = self._running() or ()
         both = [entry for entry, before in zip(now, known.running, strict=False) if entry is before]
         self._report(call, both or now)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Callable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -11,12 +13,13 @@ from torch import nn
 
 from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.hooks import HookSet, is_running
+from acr_reg.capture.hooks import HookSet
 from acr_reg.capture.mode import AttentionMode
-from acr_reg.capture.refusals import refuse_unknown_module
+from acr_reg.capture.refusals import refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.placement.grids import class_token_parameters
-from acr_reg.placement.images import ImageWatch
+from acr_reg.placement.images import ImageState, ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
 from acr_reg.placement.sources import Sources
@@ -41,10 +44,15 @@ class Recorder:
         self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
-        self._state = ThreadState()
-        self._hooks = HookSet(self)
+        modes: dict[int, AttentionMode] = {}  # by thread
+        self._state = ThreadState(modes)
+        weakref.finalize(self, _remove_modes, modes)
+        self._running = RunningForwards(self.index.names)
+        if (inside := self._running.here(self.index.counts)) is not None:
+            refuse_inside(inside, "A capture begun")
+        self.hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
-        self._hooks.watch_only(self.index.names)
+        self.hooks.watch_only(self.index.names)
 
     # ---- called by the hooks
 
@@ -54,6 +62,8 @@ class Recorder:
             refuse_unknown_module(module)
         if state.entries:
             self._drop_interrupted(state)
+        if self._running.began_before():
+            return
         if not torch.is_grad_enabled() and not self._no_grad:
             self._pass_over(state, module)
             return
@@ -62,6 +72,8 @@ class Recorder:
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
         outermost = not state.entries
+        if outermost:
+            state.resume(suspendable_callers(frame))
         entry = Entry(module, args, kwargs, frame)
         if module is self.index.model and outermost:
             state.begin_visit(entry)
@@ -74,9 +86,11 @@ class Recorder:
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
         state = self._state
+        if state.entries and state.entries[-1].module is not module:
+            self._drop_interrupted(state)  # the model may have caught the interruption itself
         if not state.entries or state.entries[-1].module is not module:
             return
-        entry = state.entries.pop()
+        entry = state.entries[-1]
         if entry.recomputes:
             pass
         elif failed:
@@ -86,8 +100,8 @@ class Recorder:
                 shape = None if (tensor := first_tensor(result)) is None else tensor.shape
                 for call in entry.calls:
                     call.output_shape = shape
-            if state.entries:
-                state.entries[-1].reported = True
+            if len(state.entries) > 1:
+                state.entries[-2].reported = True
         else:
             state.current.silent.add(module)
             if state.sources is not None:
@@ -97,6 +111,7 @@ class Recorder:
             if not self._narrowed and isinstance(module, WINDOWED):
                 self._note_windows(state.current, entry, result)
         self._close(state, entry)
+        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
         if not state.entries and state.sources is not None:
             if module is self.index.model:
                 state.sources = None
@@ -121,49 +136,50 @@ class Recorder:
         if self._narrowed and not is_root and module not in self.images.modules:
             return  # the input of an attention module may look like an image of few rows
         first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
-        if self.images.note(module, first, state.images, outermost, is_root):
+        # Images of other code's run begin a run of their own, and must not replace those of the other.
+        images = ImageState() if outermost and state.is_suspended else state.images
+        if self.images.note(module, first, images, outermost, is_root):
+            if images is not state.images:
+                state.leave_suspended()
             state.end_run()
+            state.strand.images = images
             if state.sources is not None and isinstance(first, torch.Tensor):
                 state.sources.note_images(first)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
-        if with_mode and state.mode is None:
-            graph = None if self._graph_from is None else self._starts_graph
-            mode = AttentionMode(
-                self._report,
-                lambda: state.entries,
-                self._report_unknown,
-                self._double_backward,
-                graph,
-                self._record_products,
-                None if entry.recomputes else state.sources,
-            )
-            mode.__enter__()  # type: ignore[no-untyped-call]
-            state.mode = mode
-            entry.opened_mode = True
+        entry.opened_mode = with_mode and state.mode is None
         state.entries.append(entry)
+        if entry.opened_mode:
+            report, unknown = _weakly(self._report), _weakly(self._report_unknown)
+            graph = None if self._graph_from is None else _weakly(self._starts_graph)
+            running = _weakly(self._entries)
+            sources = None if entry.recomputes else state.sources
+            state.enter(
+                AttentionMode(report, running, unknown, self._double_backward, graph, self._record_products, sources)
+            )
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
+        """Undoes what the entry did to the thread. May be called again, after an interruption."""
+        mode = state.mode
+        if entry.opened_mode and mode is not None:
+            remove_mode(mode)
+            state.images.seen = None
+            unmet = mode.forget()
+            if not entry.recomputes:
+                name = self.index.names[entry.module]
+                state.current.skipped += [(name, what) for what in unmet]
+                if state.current is state.coming:
+                    self.log.outside += [f"{name}: {what}" for what in unmet]
+            del state.modes[threading.get_ident()]
         if entry.visit is not None:
-            entry.visit.clear()
-        if not entry.opened_mode or state.mode is None:
-            return
-        mode, state.mode = state.mode, None
-        remove_mode(mode)
-        state.images.seen = None
-        unmet = mode.forget()
-        if entry.recomputes:
-            return
-        name = self.index.names[entry.module]
-        state.current.skipped += [(name, what) for what in unmet]
-        if state.current is state.coming:
-            self.log.outside += [f"{name}: {what}" for what in unmet]
+            entry.visit.frame = None
 
     def _drop_interrupted(self, state: ThreadState) -> None:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
         while state.entries and not is_running(state.entries[-1].frame):
             state.fail()
-            self._close(state, state.entries.pop())
+            self._close(state, state.entries[-1])
+            state.entries.pop()
 
     # ---- called by the mode
 
@@ -173,7 +189,7 @@ class Recorder:
         if state.innermost is None:
             return
         entry = within[-1]
-        if not self.index.counts(entry.module) or is_faked():
+        if not self.index.counts(entry.module) or not self.hooks.is_heard or is_faked():
             return
         module = entry.module
         if not torch.is_grad_enabled() and not self._no_grad:  # turned off within the module's own forward
@@ -202,9 +218,12 @@ class Recorder:
             entry.calls = [call] if entry.calls is None else [*entry.calls, call]
             run.calls.append(call)
 
+    def _entries(self) -> Sequence[Entry]:
+        return self._state.entries
+
     def _report_unknown(self, kernel: str) -> None:
         entry = self._state.innermost
-        if entry is not None and self.index.counts(entry.module):
+        if entry is not None and self.index.counts(entry.module) and self.hooks.is_heard:
             entry.reported = True
             self._unknown_modules.add(entry.module)
             self._state.current.unknown.append((self.index.names[entry.module], kernel))
@@ -212,6 +231,8 @@ class Recorder:
     def _starts_graph(self) -> bool:
         """Whether the coming layer is at ``graph_from`` or above."""
         assert self._graph_from is not None
+        if not self.hooks.is_heard:
+            return False
         first = self._graph_from if self._graph_from >= 0 else self.last_count + self._graph_from
         return torch.is_grad_enabled() and self._state.innermost is not None and len(self._state.current.calls) >= first
 
@@ -235,7 +256,10 @@ class Recorder:
     def finish(self) -> list[Run]:
         """The runs since the last call; from then on only attention modules are watched."""
         self._drop_interrupted(self._state)
+        if self.log.keep != "all" and any(run.is_elsewhere for run in self.log.runs):
+            refuse_elsewhere(self.index.model)
         runs = self.log.take()
+        self._state.forget()
         if not self._narrowed:
             for run in runs:
                 self.placer.trace(run.windowed, run.images, run.preceded)
@@ -243,19 +267,47 @@ class Recorder:
         return runs
 
     def _narrow(self, runs: list[Run]) -> None:
-        # Reentrant checkpointing must be refused in later steps too, so all modules stay watched.
-        if self.placer.needs_more_images:
-            return
-        if self.index.attending and not self._state.entries and not any(run.reentrant for run in runs):
+        # Reentrant checkpointing must be refused in later steps too, so all modules stay watched. So they do while
+        # another thread is inside one: its hook would not tell when it is left.
+        inside = self._state.entries or self._running.is_elsewhere() or self.placer.needs_more_images
+        if self.index.attending and not inside and not any(run.reentrant for run in runs):
             self._alike = self.index.alike() | self._unknown_modules
-            self._hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
-            self._narrowed = True
+            self._narrowed = True  # first: modules that an interruption leaves watched cost time only
             self._state.sources = None
+            self.hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
+
+    def refuse_inside(self, action: str) -> None:
+        """Raises if this thread is inside the forward of a captured module, of which more layers may come."""
+        module = self._running.here(self.index.counts)
+        # A hook of the model may ask once the model has left its forward.
+        if module is not None and (module is not self.index.model or self._state.is_inside(module)):
+            refuse_inside(module, action)
 
     def stop(self) -> None:
         state = self._state
-        self._drop_interrupted(state)
-        while state.entries:  # in the middle of a forward
-            self._close(state, state.entries.pop())
-        self._hooks.remove()
+        while state.entries:  # interrupted, or in the middle of a forward
+            self._close(state, state.entries[-1])
+            state.entries.pop()
+        _remove_modes(state.modes)
+        self.hooks.remove()
         self.log.clear()
+
+
+def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method, or nothing once its object is gone: a mode that was left behind must not keep the recorder alive."""
+    reference = weakref.WeakMethod(method)
+
+    def call(*args: Any) -> Any:
+        alive = reference()
+        return None if alive is None else alive(*args)
+
+    return call
+
+
+def _remove_modes(modes: dict[int, AttentionMode]) -> None:
+    """Removes the mode that is left on this thread. Those of forwards on other threads only fall silent."""
+    here = modes.pop(threading.get_ident(), None)
+    if here is not None:
+        remove_mode(here)
+    for mode in list(modes.values()):
+        mode.end()

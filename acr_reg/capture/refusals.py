@@ -25,6 +25,22 @@ def refuse_unknown_module(module: nn.Module) -> NoReturn:
     )
 
 
+def refuse_inside(module: nn.Module, action: str) -> NoReturn:
+    """Raises because layers would be missing: the module's forward is still running."""
+    raise CaptureError(
+        f"{action} inside the forward of {type(module).__name__} would miss layers. Wait for its end, or capture only "
+        "modules= that are not running."
+    )
+
+
+def refuse_elsewhere(model: nn.Module) -> NoReturn:
+    """Raises because another thread runs the model: its run is not whole, and the one asked for may be released."""
+    raise CaptureError(
+        f"Another thread is inside the forward of {type(model).__name__}. Call take() after it, or capture a copy for "
+        "each thread."
+    )
+
+
 def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
     """The run that ``take(run)`` asks for."""
     if keep == "only" and len(runs) > 1:

@@ -12,8 +12,8 @@ from typing import Any, Literal
 from torch import nn
 
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.hooks import is_running
 from acr_reg.capture.mode import AttentionMode
+from acr_reg.capture.stacks import is_running, is_running_on
 from acr_reg.placement.images import ImageState
 from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WindowedOp
@@ -21,6 +21,19 @@ from acr_reg.placement.windows import WindowedOp
 Keep = Literal["only", "first", "last", "all"]
 
 REMEMBERED = 8  # runs not yet taken: an error lists this many
+_STRANDS = 64  # pieces of code that run a model in turns; more may be abandoned ones
+
+
+@dataclass(eq=False)
+class Visit:
+    """One call of the whole model."""
+
+    frame: FrameType | None  # None once it has returned
+    thread: int = field(default_factory=threading.get_ident)
+
+    @property
+    def is_running(self) -> bool:
+        return self.frame is not None and is_running_on(self.thread, self.frame)
 
 
 @dataclass(eq=False)
@@ -38,7 +51,7 @@ class Run:
     reentrant: set[nn.Module] = field(default_factory=set)  # checkpointed by use_reentrant=True
     windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by name, in order, while all is watched
     preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # ops before the first and last call
-    visit: list[FrameType] = field(default_factory=list)  # the frame of the whole model's call, until it returns
+    visit: Visit | None = None
     of_image: bool = False  # whether any of its tokens may come from an image: else it is a text tower's
     kept: bool = True
     failed: bool = False
@@ -46,7 +59,13 @@ class Run:
 
     @property
     def is_whole(self) -> bool:
-        return not self.failed and all(is_running(frame) for frame in self.visit)
+        return not self.failed and (self.visit is None or self.visit.frame is None or self.visit.is_running)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """Whether another thread is still in the call of the model that this run belongs to."""
+        visit = None if self.failed else self.visit
+        return visit is not None and visit.thread != threading.get_ident() and visit.is_running
 
     def release(self) -> None:
         self.kept = False
@@ -78,16 +97,19 @@ class RunLog:
     def take(self) -> list[Run]:
         """Returns the complete runs and forgets them."""
         # Copies, because a thread still refers to its last run but must not keep the tensors.
-        runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole]
+        runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole and not run.is_elsewhere]
         self.clear()
         return runs
 
     def clear(self) -> None:
+        """Forgets the runs, but for those that another thread is still in the middle of."""
+        elsewhere = [run for run in self.runs if run.is_elsewhere]
         for run in self.runs:
-            run.closed = True
-            run.release()
-        self.runs = []
-        self.started = 0
+            if run not in elsewhere:
+                run.closed = True
+                run.release()
+        self.runs = elsewhere
+        self.started = len(elsewhere)
 
 
 @dataclass(eq=False, slots=True)
@@ -100,22 +122,62 @@ class Entry:
     frame: FrameType
     opened_mode: bool = False
     recomputes: bool = False  # in a backward, a forward that checkpointing discarded
-    visit: list[FrameType] | None = None  # for a call of the whole model; shared with its runs
+    visit: Visit | None = None  # for a call of the whole model; shared with its runs
     run: Run | None = None
     reported: bool = False
     calls: list[AttentionCall] | None = None
 
 
+@dataclass(eq=False)
+class Strand:
+    """The runs of one piece of code, among several on a thread that call the model in turns."""
+
+    callers: tuple[FrameType, ...] = ()  # the generators and coroutines that began its run, outermost first
+    run: Run | None = None
+    coming: Run = field(default_factory=Run)  # holds what comes before the next run's first attention
+    images: ImageState = field(default_factory=ImageState)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether a run has begun and may go on."""
+        return self.has_open_run or bool(self.coming.silent) or self.images.size is not None
+
+    @property
+    def has_open_run(self) -> bool:
+        return self.run is not None and not self.run.closed
+
+
 class ThreadState(threading.local):
     """The hooked modules running on this thread, innermost last, and their run."""
 
-    def __init__(self) -> None:
+    def __init__(self, modes: dict[int, AttentionMode]) -> None:
         self.entries: list[Entry] = []
-        self.mode: AttentionMode | None = None
-        self.run: Run | None = None
-        self.coming = Run()  # holds what comes before the next run's first attention
-        self.images = ImageState()
         self.sources: Sources | None = None  # while all modules are watched
+        self.modes = modes  # by thread
+        self._callers: tuple[FrameType, ...] = ()
+        self._strands = [Strand()]
+        self.strand = self._strands[0]
+
+    @property
+    def mode(self) -> AttentionMode | None:
+        """The mode entered on this thread."""
+        return self.modes.get(threading.get_ident())
+
+    def enter(self, mode: AttentionMode) -> None:
+        self.modes[threading.get_ident()] = mode  # first: an interruption must leave no mode that nobody knows
+        mode.__enter__()  # type: ignore[no-untyped-call]
+
+    @property
+    def run(self) -> Run | None:
+        return self.strand.run
+
+    @property
+    def coming(self) -> Run:
+        return self.strand.coming
+
+    @property
+    def images(self) -> ImageState:
+        return self.strand.images
 
     @property
     def current(self) -> Run:
@@ -128,22 +190,65 @@ class ThreadState(threading.local):
         entry = self.entries[-1] if self.entries else None
         return entry if entry is not None and is_running(entry.frame) and not entry.recomputes else None
 
+    def is_inside(self, module: nn.Module) -> bool:
+        return any(entry.module is module for entry in self.entries)
+
+    def resume(self, callers: tuple[FrameType, ...]) -> None:
+        """Goes on with the strand of these generators and coroutines: the one that shares most of them, or the last."""
+        self._callers = callers
+        if len(self._strands) > 1:
+            self.strand = max(reversed(self._strands), key=lambda strand: _shared(strand.callers, callers))
+            self._strands.remove(self.strand)
+            self._strands.append(self.strand)
+        if not self.strand.is_open:
+            self.strand.callers = callers
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether generators or coroutines began the strand that do not run now, and so may go on later."""
+        return self.strand.is_open and self.strand.callers != self._callers[: len(self.strand.callers)]
+
+    def leave_suspended(self) -> None:
+        """Leaves the strand to its code, if that is suspended, and turns to a new one."""
+        if self.is_suspended:
+            strands = [strand for strand in self._strands if strand.is_open]
+            self.strand = Strand(self._callers)
+            self._strands = [*strands[-_STRANDS:], self.strand]
+
     def begin_visit(self, entry: Entry) -> None:
         """Begins a run with a call of the whole model, whether or not the run before it finished."""
+        self.leave_suspended()
         self.end_run()
-        entry.visit = [entry.frame]
-        self.coming = Run(visit=entry.visit)
+        entry.visit = Visit(entry.frame)
+        self.strand.coming = Run(visit=entry.visit)
 
     def begin_run(self) -> Run:
         self.end_run()
-        self.run, self.coming = self.coming, Run(visit=self.coming.visit)
-        return self.run
+        self.strand.run, self.strand.coming = self.coming, Run(visit=self.coming.visit)
+        return self.strand.run
 
     def fail(self) -> None:
         if self.run is not None and not self.run.closed:
             self.run.failed = True
-        self.coming = Run()
+        self.strand.coming = Run()
 
     def end_run(self) -> None:
+        # What came before a run's first attention may be of another coroutine of the same task, which has ended.
+        if self.strand.has_open_run or not _shared(self.strand.callers, self._callers):
+            self.leave_suspended()
         if self.run is not None:
             self.run.closed = True
+        self.strand.callers = self._callers
+
+    def forget(self) -> None:
+        """Frees the frames of code whose runs were taken."""
+        self._callers = ()
+        self._strands = [strand for strand in self._strands if strand.is_open or strand is self.strand]
+        if not self.strand.is_open:
+            self.strand.callers = ()
+
+
+def _shared(some: tuple[FrameType, ...], others: tuple[FrameType, ...]) -> int:
+    """How many frames two stacks have in common, from the outermost on."""
+    same = [a is b for a, b in zip(some, others, strict=False)]
+    return same.index(False) if False in same else len(same)

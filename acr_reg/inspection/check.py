@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.evaluation import eval_mode
-from acr_reg.capture.handle import capture_attention
+from acr_reg.capture.handle import alone, capture_attention
 from acr_reg.errors import CaptureError, LayoutError
 from acr_reg.inspection.offsets import Offset, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck
@@ -96,7 +96,8 @@ def check(
 
                 def observe(batch: Tensor) -> AttentionMaps:
                     attention.clear()
-                    call(batch)
+                    with alone(attention):
+                        call(batch)
                     return attention.take()
 
                 # The images need a gradient, so that a frozen backbone is seen as a whole.
