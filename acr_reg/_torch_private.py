@@ -19,6 +19,11 @@ from torch.utils import _python_dispatch, checkpoint
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The class that all BatchNorm modules share."""
 
+try:
+    from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_operator
+except ImportError:  # torch < 2.4
+    flex_attention_operator = None
+
 _DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
 
@@ -39,6 +44,11 @@ def body_of(function: types.FunctionType) -> Callable[..., Any]:
     )
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def in_transform() -> bool:
+    """Whether torch.vmap or a transform of torch.func runs this line: its tensors are of no use once it has ended."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def in_backward() -> bool:

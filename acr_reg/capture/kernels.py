@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from acr_reg._torch_private import body_of, dispatches
+from acr_reg._tensors import is_dense
+from acr_reg._torch_private import body_of, dispatches, in_transform
 
 
 class Role(Enum):
@@ -89,6 +90,15 @@ def dropout_of(args: Any, kwargs: Any) -> float:
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return float(p) if training else 0.0
+
+
+def unrecordable(*tensors: Any) -> str | None:
+    """Why these arguments or results of a kernel leave nothing to record, or None."""
+    if in_transform():
+        return "under torch.vmap or another transform of torch.func"
+    if all(is_dense(tensor) for tensor in tensors if isinstance(tensor, Tensor)):
+        return None
+    return "of nested or sparse tensors"
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

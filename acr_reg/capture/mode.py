@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from acr_reg._torch_private import math_kernel, never_traced
+from acr_reg._torch_private import flex_attention_operator, is_compiling, math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
 from acr_reg.capture import kernels
@@ -86,8 +86,15 @@ class AttentionMode(TorchFunctionMode):
         self._met.clear()
         return unmet
 
-    @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is flex_attention_operator:  # compiles itself under this mode, which torch must be able to trace here
+            if not is_compiling():
+                self._report_unknown("flex_attention")
+            return func(*args, **(kwargs or {}))
+        return self._watch(func, args, kwargs)
+
+    @never_traced
+    def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
         role = ROLES.get(func) or learn_role(func)
         if role is Role.OTHER and not self._followed:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -112,12 +119,21 @@ class AttentionMode(TorchFunctionMode):
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
+        if self._refuses("scaled_dot_product_attention", query, key, value):
+            return output
         self._start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, _inside.heads if query.ndim == 3 else None
         )
         self._report(AttentionCall(recorded, *kernels.laid_out(value), dropout, True, _inside.refusal))
         return output
+
+    def _refuses(self, kernel: str, *tensors: Any) -> bool:
+        """Whether a kernel ran on tensors that cannot be recorded, which is then reported."""
+        why = kernels.unrecordable(*tensors)
+        if why is not None:
+            self._report_unknown(f"{kernel} {why}")
+        return why is not None
 
     def _start_graph(self, tensor: Tensor) -> None:
         if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
@@ -129,6 +145,8 @@ class AttentionMode(TorchFunctionMode):
         The weights that it returns are not on the path to its output, so the output's gradient does not reach them.
         """
         query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
+        if self._refuses(kernels.name_of(func), query, key):
+            return func(*args, **kwargs)
         before = _inside.heads, _inside.refusal
         _inside.heads = heads
         _inside.refusal = None if kernels.is_same(query, key) else "cross-attention: the keys are of other tokens"
@@ -143,8 +161,12 @@ class AttentionMode(TorchFunctionMode):
         return known if known is not None and known.alias() is tensor else None
 
     def _softmax(self, probability: Tensor, input: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
-        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
         scores = self._followed_as(input)
+        if why := kernels.unrecordable(probability):
+            if scores is not None:
+                self._report_unknown(f"softmax {why}")
+            return
+        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
         if len(shape) < (2 if scores is not None else 3):  # probabilities of classes
             return
         refusal = None
@@ -177,6 +199,8 @@ class AttentionMode(TorchFunctionMode):
             if sum(probable) > 1 or len(followed) != 2:
                 return
             if not isinstance(operands[probable.index(False)], nn.Parameter):
+                if self._refuses(name, *operands):
+                    return
                 self._met_values(equation, operands, followed, result)
                 return
             # else a matrix of weights mixes the heads: not values
@@ -190,6 +214,8 @@ class AttentionMode(TorchFunctionMode):
             return
         alias = known.alias()
         assert alias is not None
+        if kernels.unrecordable(result):
+            return
         same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
         turned = not same_rows and kernels.is_transposed(result, alias)
         dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0

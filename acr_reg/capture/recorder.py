@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from acr_reg._tensors import is_dense
 from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet, is_running
@@ -95,7 +96,7 @@ class Recorder:
 
     def _note_windows(self, run: Run, entry: Entry, result: Any) -> None:
         name, given = self.index.names[entry.module], first_tensor(entry.args, entry.kwargs)
-        if name not in run.windowed and given is not None and isinstance(result, torch.Tensor):
+        if name not in run.windowed and given is not None and is_dense(result):
             op = windowed_op(name, entry.module, given.shape, result.shape)
             if op is not None:
                 run.windowed[name] = op
@@ -175,7 +176,10 @@ class Recorder:
         if entry is not None and self.index.counts(entry.module):
             entry.reported = True
             self._unknown_modules.add(entry.module)
-            self._state.current.unknown.append((self.index.names[entry.module], kernel))
+            name, current = self.index.names[entry.module], self._state.current
+            current.unknown.append((name, kernel))
+            if current is self._state.coming:
+                self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
     def _starts_graph(self) -> bool:
         """Whether the coming layer is at ``graph_from`` or above."""
