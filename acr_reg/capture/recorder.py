@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from acr_reg._tensors import is_dense
-from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
+from acr_reg._torch_private import enter_mode, in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet, is_running
 from acr_reg.capture.mode import AttentionMode
@@ -19,6 +19,14 @@ from acr_reg.placement.images import ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
 from acr_reg.placement.windows import WINDOWED, windowed_op
+
+
+def _attends_to_nested(entry: Entry) -> bool:
+    """Whether it is torch's multi-head attention of nested tensors, which torch refuses to run under a mode."""
+    if not isinstance(entry.module, nn.MultiheadAttention):
+        return False
+    query = entry.args[0] if entry.args else entry.kwargs.get("query")
+    return isinstance(query, torch.Tensor) and query.is_nested
 
 
 class Recorder:
@@ -110,7 +118,11 @@ class Recorder:
             state.end_run()
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
-        if with_mode and state.mode is None:
+        nested = with_mode and _attends_to_nested(entry)
+        if nested and state.mode is not None:
+            remove_mode(state.mode)
+            entry.set_aside, state.mode = state.mode, None
+        elif with_mode and not nested and state.mode is None:
             graph = None if self._graph_from is None else self._starts_graph
             mode = AttentionMode(
                 self._report, self._report_unknown, self._double_backward, graph, self._record_products
@@ -119,10 +131,15 @@ class Recorder:
             state.mode = mode
             entry.opened_mode = True
         state.entries.append(entry)
+        if nested:
+            self._report_unknown("multi_head_attention_forward of nested tensors")
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         if entry.visit is not None:
             entry.visit.clear()
+        if entry.set_aside is not None:
+            enter_mode(entry.set_aside)
+            state.mode = entry.set_aside
         if not entry.opened_mode or state.mode is None:
             return
         mode, state.mode = state.mode, None
@@ -215,7 +232,9 @@ class Recorder:
     def _narrow(self, runs: list[Run]) -> None:
         # Reentrant checkpointing must be refused in later steps too, so all modules stay watched.
         if self.index.attending and not self._state.entries and not any(run.reentrant for run in runs):
-            self._alike = self.index.alike() | self._unknown_modules
+            # The encoder makes nested tensors of padded ones where no mode is on, and they could not be recorded.
+            encoders = {m for m in self.index.names if isinstance(m, nn.TransformerEncoder) and self.index.counts(m)}
+            self._alike = self.index.alike() | self._unknown_modules | encoders
             self._hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
             self._narrowed = True
 

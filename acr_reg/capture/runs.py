@@ -96,6 +96,7 @@ class Entry:
     kwargs: dict[str, Any]
     frame: FrameType
     opened_mode: bool = False
+    set_aside: AttentionMode | None = None  # the mode that is off the stack while this module runs
     recomputes: bool = False  # in a backward, a forward that checkpointing discarded
     visit: list[FrameType] | None = None  # for a call of the whole model; shared with its runs
     run: Run | None = None
