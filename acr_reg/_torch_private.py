@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils import _python_dispatch, checkpoint
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The class that all BatchNorm modules share."""
 
-try:
-    from torch._higher_order_ops.flex_attention import flex_attention as flex_attention_operator
-except ImportError:  # torch < 2.4
-    flex_attention_operator = None
+flex_attention_operator: Any = None
+"""What flex_attention calls, on whichever device; None if torch has no flex_attention."""
+with suppress(ImportError):
+    from torch._higher_order_ops.flex_attention import flex_attention as _flex_attention
+
+    flex_attention_operator = _flex_attention
 
 _DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -22,6 +22,7 @@ from acr_reg._torch_private import flex_attention_operator, is_compiling, math_k
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
 from acr_reg.capture import kernels
+from acr_reg.capture.functions import FunctionWatch
 from acr_reg.capture.kernels import ROLES, Role, learn_role
 
 
@@ -74,12 +75,14 @@ class AttentionMode(TorchFunctionMode):
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
         self._record_products = record_products
+        self.functions = FunctionWatch(self._external)  # for whoever enters the mode to start
         self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
 
     def forget(self) -> list[str]:
-        """Stops following and returns descriptions of the softmaxes that met no V."""
+        """Stops watching and following, and returns descriptions of the softmaxes that met no V."""
+        self.functions.stop()
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._followed.clear()
         self._unmet.clear()
@@ -95,6 +98,8 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.functions.inside:
+            return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
         if role is Role.OTHER and not self._followed:
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -127,6 +132,20 @@ class AttentionMode(TorchFunctionMode):
         )
         self._report(AttentionCall(recorded, *kernels.laid_out(value), dropout, True, _inside.refusal))
         return output
+
+    def _external(self, kernel: str, arguments: Mapping[str, Any], result: Any) -> None:
+        """Reports a kernel of xformers or flash_attn. It has a result and no way to its inside."""
+        output = result[0] if isinstance(result, tuple) else result
+        if self._math_kernel:
+            self._report_unknown(f"{kernel}, which has no second derivative,")
+            return
+        try:
+            call = kernels.external_call(kernel, arguments, output)
+        except kernels.Unrecordable as error:
+            self._report_unknown(f"{kernel} {error}")
+            return
+        self._start_graph(output)
+        self._report(call)
 
     def _refuses(self, kernel: str, *tensors: Any) -> bool:
         """Whether a kernel ran on tensors that cannot be recorded, which is then reported."""
