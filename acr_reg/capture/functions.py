@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -35,14 +36,19 @@ _PACKAGES = {
 Returned = Callable[[str, Mapping[str, Any], Any], None]
 
 
+@lru_cache(maxsize=64)  # this runs whenever attention begins
+def _code_of(function: Callable[..., Any]) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
 def _kernels() -> dict[CodeType, str]:
     """The name of each kernel that was imported, by its code."""
     found: dict[CodeType, str] = {}
     for package, names in _PACKAGES.items():
-        attributes = getattr(sys.modules.get(package), "__dict__", {})
-        for name in names:
-            function = attributes.get(name)
-            code = None if function is None else getattr(inspect.unwrap(function), "__code__", None)
+        module = sys.modules.get(package)
+        for name in names if module is not None else ():
+            function = vars(module).get(name)
+            code = None if function is None else _code_of(function)
             if code is not None:
                 found.setdefault(code, getattr(function, "__name__", name))
     return found

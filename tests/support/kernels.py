@@ -7,6 +7,7 @@ Signatures: xformers 0.0.16 to 0.0.35, flash_attn 2.8 and, with ``version=3``, 3
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -163,7 +164,7 @@ def flash_attn_kvpacked_func(
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
-    parts = [flash_attn_func(*(t[a:b][None] for t in (q, k, v))) for a, b in zip(starts, starts[1:], strict=False)]
+    parts = [flash_attn_func(*(t[a:b][None] for t in (q, k, v))) for a, b in pairwise(starts.tolist())]
     return torch.cat([part[0] for part in parts])
 
 
