@@ -79,11 +79,6 @@ def remove_mode(mode: TorchFunctionMode) -> None:
         overrides._push_mode(other)
 
 
-def enter_mode(mode: TorchFunctionMode) -> None:
-    """Puts a mode that :func:`remove_mode` took away back on this thread's stack."""
-    overrides._push_mode(mode)
-
-
 def math_kernel() -> AbstractContextManager[Any]:
     """Selects the SDPA kernel that can be differentiated twice."""
     try:

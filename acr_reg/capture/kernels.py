@@ -174,7 +174,8 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 def is_transposed(result: Tensor, alias: Tensor) -> bool:
     """Whether one is the other with its last two axes swapped, on the same memory."""
     return (
-        result.ndim == alias.ndim >= 2
+        unrecordable(result, alias) is None
+        and result.ndim == alias.ndim >= 2
         and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
         and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
         and result.data_ptr() == alias.data_ptr()

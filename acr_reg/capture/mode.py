@@ -233,8 +233,6 @@ class AttentionMode(TorchFunctionMode):
             return
         alias = known.alias()
         assert alias is not None
-        if kernels.unrecordable(result):
-            return
         same_rows = name in kernels.SAME_ROWS_NAMES and result.shape[-1:] == alias.shape[-1:]
         turned = not same_rows and kernels.is_transposed(result, alias)
         dropped = kernels.dropout_of(args, kwargs) if "dropout" in name else 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from acr_reg._tensors import is_dense
-from acr_reg._torch_private import enter_mode, in_backward, in_reentrant_checkpoint, is_faked, remove_mode
+from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet, is_running
 from acr_reg.capture.mode import AttentionMode
@@ -139,8 +139,8 @@ class Recorder:
         if entry.visit is not None:
             entry.visit.clear()
         if entry.set_aside is not None:
-            enter_mode(entry.set_aside)
             state.mode = entry.set_aside
+            state.mode.__enter__()  # type: ignore[no-untyped-call]
         if not entry.opened_mode or state.mode is None:
             return
         mode, state.mode = state.mode, None
