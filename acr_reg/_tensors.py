@@ -1,9 +1,17 @@
-"""The tensor operations that every room must do alike: raising half precision, and picking tokens by an index."""
+"""The tensor operations that every room must do alike: raising half precision, picking tokens by an index, telling
+ordinary tensors."""
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor
+
+
+def is_dense(value: Any) -> TypeGuard[Tensor]:
+    """Whether a value is a tensor with a shape of numbers, strides and an address: not nested, and not sparse."""
+    return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
@@ -18,6 +18,13 @@ from torch.utils import _python_dispatch, checkpoint
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """The class that all BatchNorm modules share."""
+
+flex_attention_operator: Any = None
+"""What flex_attention calls, on whichever device; None if torch has no flex_attention."""
+with suppress(ImportError):
+    from torch._higher_order_ops.flex_attention import flex_attention as _flex_attention
+
+    flex_attention_operator = _flex_attention
 
 _DISPATCHES = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
 
@@ -39,6 +46,11 @@ def body_of(function: types.FunctionType) -> Callable[..., Any]:
     )
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+def in_transform() -> bool:
+    """Whether torch.vmap or a transform of torch.func runs this line: its tensors are of no use once it has ended."""
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def in_backward() -> bool:

@@ -31,7 +31,8 @@ class RecordedTensors:
     """The tensors of one layer on their graph, in the model's own shapes: (B, H, N, d), (B, N, d) or (B H, N, M).
 
     A fused kernel leaves ``query`` and ``key``, an unfused layer its ``map``; checks see both. ``heads`` unflattens
-    (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part.
+    (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part. ``kernel`` names a
+    function of xformers or flash_attn. Its ``output`` stays (B, N, H, d): the logits do not depend on a view of it.
     """
 
     query: Tensor | None = None
@@ -43,6 +44,7 @@ class RecordedTensors:
     causal: bool = False
     scale: float | None = None
     heads: int | None = None
+    kernel: str | None = None
 
     @property
     def seen(self) -> Tensor:
@@ -119,7 +121,7 @@ class LayerAttention:
     @property
     def output(self) -> Tensor | None:
         """A V, (B, H, N, d), of a fused kernel; None for an explicit map."""
-        return self.batched(self.recorded.output)
+        return self.batched_output(self.recorded.output)
 
     @property
     def explicit(self) -> Tensor | None:
@@ -165,6 +167,12 @@ class LayerAttention:
         elif tensor.ndim > 4:  # windows beside heads
             tensor = tensor.flatten(1, -3)
         return tensor[self.images]
+
+    def batched_output(self, tensor: Tensor | None) -> Tensor | None:
+        """The recorded output or map, or a gradient of it, as (B, H, N, ...), for this part of the batch."""
+        if tensor is not None and tensor.ndim == 4 and self.recorded.kernel is not None:
+            tensor = tensor.transpose(1, 2)
+        return self.batched(tensor)
 
     def _per_query_head(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None:

@@ -180,7 +180,7 @@ def _named(layers: list[LayerAttention]) -> str:
 
 def _has_second_derivative(layer: LayerAttention) -> bool:
     """The math kernel leaves ordinary operations on the graph; a fused kernel leaves a node with its own name."""
-    output = layer.recorded.output
+    output = layer.recorded.output if layer.recorded.kernel is None else None
     return output is not None and "ScaledDotProduct" not in type(output.grad_fn).__name__
 
 
@@ -212,7 +212,7 @@ def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) 
         raise
     if all(gradient is None for gradient in found):
         raise ValueError("The logits do not depend on these maps. Logits and maps must come from the same forward.")
-    return [layer.batched(gradient) for layer, gradient in zip(layers, found, strict=True)]
+    return [layer.batched_output(gradient) for layer, gradient in zip(layers, found, strict=True)]
 
 
 def _contribution(

@@ -5,6 +5,7 @@ A new spelling is added here.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
@@ -13,9 +14,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from acr_reg._torch_private import body_of, dispatches
+from acr_reg._tensors import is_dense
+from acr_reg._torch_private import body_of, dispatches, in_transform
+from acr_reg.attention.call import AttentionCall
+from acr_reg.attention.layer import RecordedTensors
 
 
 class Role(Enum):
@@ -84,11 +88,82 @@ def sdpa_arguments(
     return query, key, value, attn_mask, dropout_p, is_causal, scale
 
 
+class Unrecordable(Exception):
+    """A kernel that the library does not record; its text says of which arguments."""
+
+
+# Arguments of xformers and flash_attn that change no probability: the implementation, and what is returned beside.
+_OF_NO_CONSEQUENCE = {"op", "deterministic", "num_splits", "pack_gqa", "sm_margin", "return_attn_probs", "return_lse"}
+
+
+def external_call(kernel: str, arguments: Mapping[str, Any], output: Any) -> AttentionCall:
+    """What a kernel of xformers or flash_attn computed, by the names of its arguments, which the two and their versions
+    share: q, k, v (B, N, H, d) or (B H, N, d), kv (B, M, 2, H, d) or qkv (B, N, 3, H, d).
+
+    Raises :class:`Unrecordable`, also for arguments that are not known here and were given.
+    """
+    given = {name: value for name, value in arguments.items() if name not in _OF_NO_CONSEQUENCE}
+
+    def take(*names: str) -> Any:
+        return next((given.pop(name) for name in names if name in given), None)
+
+    packed, query = take("qkv", "kv"), take("query", "q")
+    key, value, bias = take("key", "k"), take("value", "v"), take("attn_bias")
+    dropout, scale, causal = take("dropout_p", "p"), take("softmax_scale", "scale"), take("causal")
+    window = tuple(-1 if size is None else size for size in take("window_size") or (-1, -1))
+    unknown = [name for name, of in given.items() if isinstance(of, Tensor) or of]
+    if unknown:
+        raise Unrecordable(f"with {unknown[0]}=")
+    if isinstance(packed, Tensor) and packed.ndim == 5:
+        *first, key, value = packed.unbind(2)
+        query = first[0] if first else query
+    tensors = query, key, value, output
+    if not all(isinstance(tensor, Tensor) and tensor.ndim in (3, 4) for tensor in tensors):
+        raise Unrecordable("of tensors that are not (B, N, H, d)")
+    if why := unrecordable(*tensors, bias):
+        raise Unrecordable(why)
+    if query.ndim == 4:
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    mask, causal = _external_mask(bias, bool(causal), window, query, key)
+    recorded = RecordedTensors(query, key, value, output, None, mask, causal, scale, kernel=kernel)
+    return AttentionCall(recorded, value.shape[-1], dropout=dropout or 0.0)
+
+
+def _external_mask(
+    bias: Any, causal: bool, window: tuple[int, ...], query: Tensor, key: Tensor
+) -> tuple[Tensor | None, bool]:
+    """The mask, and whether the kernel is causal, of a bias (a tensor or xformers' class for one) or a window of
+    flash_attn's: the numbers of keys (before, after) each query, negative for all."""
+    if type(bias).__name__ == "LowerTriangularMask":
+        return None, True
+    if bias is not None and type(bias) not in (Tensor, nn.Parameter):
+        raise Unrecordable(f"with attn_bias={type(bias).__name__}")
+    before, after = window
+    queries, keys = query.shape[-2], key.shape[-2]
+    if queries != keys and (causal or max(window) >= 0):
+        raise Unrecordable("with causal= or window_size= for other numbers of keys than queries")
+    if max(window) < 0:
+        return bias, causal
+    band = torch.ones(queries, keys, dtype=torch.bool, device=query.device)
+    band = band.triu(-before) if before >= 0 else band
+    after = 0 if causal else after
+    return band.tril(after) if after >= 0 else band, False
+
+
 def dropout_of(args: Any, kwargs: Any) -> float:
     """p of an active F.dropout(input, p=0.5, training=True), or torch.dropout(input, p, train)."""
     p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
     training = kwargs.get("training", kwargs.get("train", args[2] if len(args) > 2 else True))
     return float(p) if training else 0.0
+
+
+def unrecordable(*tensors: Any) -> str | None:
+    """Why these arguments or results of a kernel leave nothing to record, or None."""
+    if in_transform():
+        return "under torch.vmap or another transform of torch.func"
+    if all(is_dense(tensor) for tensor in tensors if isinstance(tensor, Tensor)):
+        return None
+    return "of nested or sparse tensors"
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:
@@ -99,7 +174,8 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 def is_transposed(result: Tensor, alias: Tensor) -> bool:
     """Whether one is the other with its last two axes swapped, on the same memory."""
     return (
-        result.ndim == alias.ndim >= 2
+        unrecordable(result, alias) is None
+        and result.ndim == alias.ndim >= 2
         and result.shape == alias.shape[:-2] + (alias.shape[-1], alias.shape[-2])
         and result.stride() == alias.stride()[:-2] + (alias.stride(-1), alias.stride(-2))
         and result.data_ptr() == alias.data_ptr()

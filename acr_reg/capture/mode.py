@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import FunctionType
 from typing import Any
@@ -18,11 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from acr_reg._torch_private import math_kernel, never_traced
+from acr_reg._torch_private import flex_attention_operator, is_compiling, math_kernel, never_traced
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
 from acr_reg.attention.observed import Observed
 from acr_reg.capture import kernels
+from acr_reg.capture.functions import FunctionWatch
 from acr_reg.capture.kernels import ROLES, Role, learn_role
 from acr_reg.placement.observation import observe
 from acr_reg.placement.sources import Sources
@@ -84,13 +85,15 @@ class AttentionMode(TorchFunctionMode):
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
         self._record_products = record_products
+        self.functions = FunctionWatch(self._external)  # for whoever enters the mode to start
         self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
         self._ended = False
 
     def forget(self) -> list[str]:
-        """Stops following and returns descriptions of the softmaxes that met no V."""
+        """Stops watching and following, and returns descriptions of the softmaxes that met no V."""
+        self.functions.stop()
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._followed.clear()
         self._unmet.clear()
@@ -102,8 +105,17 @@ class AttentionMode(TorchFunctionMode):
         self._ended = True
         self.forget()
 
-    @never_traced
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is flex_attention_operator:  # compiles itself under this mode, which torch must be able to trace here
+            if not is_compiling():
+                self._report_unknown("flex_attention")
+            return func(*args, **(kwargs or {}))
+        return self._watch(func, args, kwargs)
+
+    @never_traced
+    def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.functions.inside:
+            return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
         if self._ended or (role is Role.OTHER and not self._followed and self._sources is None):
             return func(*args, **kwargs) if kwargs else func(*args)
@@ -130,6 +142,8 @@ class AttentionMode(TorchFunctionMode):
         else:
             output = F.scaled_dot_product_attention(*args, **kwargs)
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
+        if self._refuses("scaled_dot_product_attention", query, key, value):
+            return output
         if self._sources is not None:
             self._sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
         self._start_graph(output)
@@ -145,6 +159,35 @@ class AttentionMode(TorchFunctionMode):
         )
         self._report(call, self._running() or ())
         return output
+
+    def _external(self, kernel: str, arguments: Mapping[str, Any], result: Any) -> None:
+        """Reports a kernel of xformers or flash_attn. It has a result and no way to its inside."""
+        output = result[0] if isinstance(result, tuple) else result
+        if self._math_kernel:
+            self._report_unknown(f"{kernel}, which has no second derivative,")
+            return
+        try:
+            with self:  # so that the views of query, key and value are followed
+                call = kernels.external_call(kernel, arguments, output)
+        except kernels.Unrecordable as error:
+            self._report_unknown(f"{kernel} {error}")
+            return
+        if self._sources is not None:
+            tensors = call.recorded
+            assert tensors.query is not None and tensors.key is not None
+            call.observed = self._observed(tensors.query, tensors.key)
+            self._sources.follow(F.scaled_dot_product_attention, (tensors.query, tensors.key), {}, tensors.output)
+            with self:
+                self._sources.same(output, tensors.output.transpose(1, 2))
+        self._start_graph(output)
+        self._report(call, self._running() or ())
+
+    def _refuses(self, kernel: str, *tensors: Any) -> bool:
+        """Whether a kernel ran on tensors that cannot be recorded, which is then reported."""
+        why = kernels.unrecordable(*tensors)
+        if why is not None:
+            self._report_unknown(f"{kernel} {why}")
+        return why is not None
 
     def _observed(self, query: Tensor, key: Tensor) -> Observed | None:
         if self._sources is None or not self._sources.follows_images or min(query.ndim, key.ndim) < 3:
@@ -179,6 +222,8 @@ class AttentionMode(TorchFunctionMode):
         The weights that it returns are not on the path to its output, so the output's gradient does not reach them.
         """
         query, key, heads = (kernels.argument(func, name, args, kwargs) for name in ("query", "key", "num_heads"))
+        if self._refuses(kernels.name_of(func), query, key):
+            return func(*args, **kwargs)
         before = _inside.heads, _inside.cross
         _inside.heads, _inside.cross = heads, not kernels.is_same(query, key)
         try:
@@ -192,8 +237,12 @@ class AttentionMode(TorchFunctionMode):
         return known if known is not None and known.alias() is tensor else None
 
     def _softmax(self, probability: Tensor, input: Tensor, dim: int | None = None, *_: Any, **kwargs: Any) -> None:
-        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
         scores = self._followed_as(input)
+        if why := kernels.unrecordable(probability):
+            if scores is not None:
+                self._report_unknown(f"softmax {why}")
+            return
+        dim, shape = kwargs.get("dim", dim), tuple(probability.shape)
         if len(shape) < (2 if scores is not None else 3):  # probabilities of classes
             return
         refusal = None
@@ -228,7 +277,7 @@ class AttentionMode(TorchFunctionMode):
             mixes = any(followed) and any(isinstance(operand, nn.Parameter) for operand in operands)
             if not mixes and not any(probable):
                 self._start_scores(equation, operands, result)
-            elif not mixes and sum(probable) == 1 and len(followed) == 2:
+            elif not mixes and sum(probable) == 1 and len(followed) == 2 and not self._refuses(name, *operands):
                 self._met_values(equation, operands, followed, result)
             if not mixes:
                 return

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from acr_reg._tensors import is_dense
 from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
@@ -24,6 +25,14 @@ from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
 from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WINDOWED, windowed_op
+
+
+def _attends_to_nested(entry: Entry) -> bool:
+    """Whether it is torch's multi-head attention of nested tensors, which torch refuses to run under a mode."""
+    if not isinstance(entry.module, nn.MultiheadAttention):
+        return False
+    query = entry.args[0] if entry.args else entry.kwargs.get("query")
+    return isinstance(query, torch.Tensor) and query.is_nested
 
 
 class Recorder:
@@ -126,7 +135,7 @@ class Recorder:
 
     def _note_windows(self, run: Run, entry: Entry, result: Any) -> None:
         name, given = self.index.names[entry.module], first_tensor(entry.args, entry.kwargs)
-        if name not in run.windowed and given is not None and isinstance(result, torch.Tensor):
+        if name not in run.windowed and given is not None and is_dense(result):
             op = windowed_op(name, entry.module, given.shape, result.shape)
             if op is not None:
                 run.windowed[name] = op
@@ -147,16 +156,20 @@ class Recorder:
                 state.sources.note_images(first)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
-        entry.opened_mode = with_mode and state.mode is None
+        nested = with_mode and _attends_to_nested(entry)
+        entry.opened_mode = with_mode and not nested and state.mode is None
         state.entries.append(entry)
+        if nested:
+            entry.set_aside = state.set_aside()
+            self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
             report, unknown = _weakly(self._report), _weakly(self._report_unknown)
             graph = None if self._graph_from is None else _weakly(self._starts_graph)
             running = _weakly(self._entries)
             sources = None if entry.recomputes else state.sources
-            state.enter(
-                AttentionMode(report, running, unknown, self._double_backward, graph, self._record_products, sources)
-            )
+            mode = AttentionMode(report, running, unknown, self._double_backward, graph, self._record_products, sources)
+            state.enter(mode)
+            mode.functions.start()
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
@@ -173,6 +186,9 @@ class Recorder:
             del state.modes[threading.get_ident()]
         if entry.visit is not None:
             entry.visit.frame = None
+        if entry.set_aside is not None:
+            state.enter(entry.set_aside)
+            entry.set_aside = None
 
     def _drop_interrupted(self, state: ThreadState) -> None:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
@@ -226,7 +242,10 @@ class Recorder:
         if entry is not None and self.index.counts(entry.module) and self.hooks.is_heard:
             entry.reported = True
             self._unknown_modules.add(entry.module)
-            self._state.current.unknown.append((self.index.names[entry.module], kernel))
+            name, current = self.index.names[entry.module], self._state.current
+            current.unknown.append((name, kernel))
+            if current is self._state.coming:
+                self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
     def _starts_graph(self) -> bool:
         """Whether the coming layer is at ``graph_from`` or above."""
@@ -271,7 +290,9 @@ class Recorder:
         # another thread is inside one: its hook would not tell when it is left.
         inside = self._state.entries or self._running.is_elsewhere() or self.placer.needs_more_images
         if self.index.attending and not inside and not any(run.reentrant for run in runs):
-            self._alike = self.index.alike() | self._unknown_modules
+            # The encoder makes nested tensors of padded ones where no mode is on, and they could not be recorded.
+            encoders = {m for m in self.index.names if isinstance(m, nn.TransformerEncoder) and self.index.counts(m)}
+            self._alike = self.index.alike() | self._unknown_modules | encoders
             self._narrowed = True  # first: modules that an interruption leaves watched cost time only
             self._state.sources = None
             self.hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])

@@ -82,7 +82,7 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
         more = " and more" * (len(unseen) > 4)
         raise CaptureError(
             f"{len(run.fired)} modules were captured, but not {', '.join(unseen[:4])}{more}: "
-            "their kernel is hidden. Turn off xformers, flash_attn, flex_attention or set modules=."
+            "their kernel is hidden. Turn off xformers, flash_attn and the like, or set modules=."
         )
 
 

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from acr_reg._torch_private import remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.stacks import is_running, is_running_on
@@ -121,6 +122,7 @@ class Entry:
     kwargs: dict[str, Any]
     frame: FrameType
     opened_mode: bool = False
+    set_aside: AttentionMode | None = None  # the mode that is off the stack while this module runs
     recomputes: bool = False  # in a backward, a forward that checkpointing discarded
     visit: Visit | None = None  # for a call of the whole model; shared with its runs
     run: Run | None = None
@@ -166,6 +168,13 @@ class ThreadState(threading.local):
     def enter(self, mode: AttentionMode) -> None:
         self.modes[threading.get_ident()] = mode  # first: an interruption must leave no mode that nobody knows
         mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def set_aside(self) -> AttentionMode | None:
+        """Leaves the mode of this thread for a while, and returns it."""
+        mode = self.modes.pop(threading.get_ident(), None)
+        if mode is not None:
+            remove_mode(mode)
+        return mode
 
     @property
     def run(self) -> Run | None:

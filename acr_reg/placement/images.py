@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from acr_reg._tensors import is_dense
+
 _PADDED_AT_MOST = 64  # pixels: no patch is larger
 _SHRUNK_AT_MOST = 4  # the factor by which a model may shrink its images
 
@@ -38,7 +40,7 @@ class ImageWatch:
         The outermost module reads images. So do inner modules that are given the same tensor, and a convolution over
         as many channels. Elsewhere a (B, C, H, W) tensor may be the queries of three heads.
         """
-        if not isinstance(first, Tensor) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
+        if not is_dense(first) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
             return False
         batch, channels, height, width = first.shape
         if outermost and (is_root or _reads(module, channels, state)):

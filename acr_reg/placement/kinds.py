@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from acr_reg._tensors import is_dense
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import TokenLayout, Window
@@ -56,10 +57,11 @@ class Placement:
 
 
 def first_tensor(*values: Any) -> Tensor | None:
-    """The first tensor among values, which may be tuples or dicts of tensors."""
+    """The first tensor among values, which may be tuples or dicts of tensors. Nested tensors are passed over:
+    their shapes are not all numbers."""
     for value in values:
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-        found = value if isinstance(value, Tensor) else first_tensor(*inner) if inner else None
+        found = value if is_dense(value) else first_tensor(*inner) if inner else None
         if found is not None:
             return found
     return None
@@ -90,7 +92,7 @@ def is_cross_attention(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     named = [kwargs[name] for name in _OTHER_TOKENS & kwargs.keys()]
     if any(isinstance(other, Tensor) and other is not query for other in named):
         return True
-    if query is None or not isinstance(second, Tensor) or second is query or not second.is_floating_point():
+    if query is None or not is_dense(second) or second is query or not second.is_floating_point():
         return False
     alike = second.ndim == query.ndim == 3 and second.shape[0] == query.shape[0]
     return alike and second.shape[1] != query.shape[1]

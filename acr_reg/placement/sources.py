@@ -140,6 +140,12 @@ class Sources:
     def _new_root(self) -> Roots:
         return frozenset([next(self._roots)])
 
+    def same(self, tensor: Tensor, other: Tensor) -> None:
+        """Notes that a tensor comes from where another does."""
+        source = self.of(other)
+        if source is not None and other.shape == tensor.shape:
+            self._note(tensor, source)
+
     def lose(self, made: Iterable[Any], lost_in: str, given: Iterable[Any] | None = None) -> None:
         """Notes as lost what operations that nobody saw made of ``given`` tensors; None: of unknown ones."""
         roots = None if given is None else _united(s for s in map(self.of, given) if s is not None)

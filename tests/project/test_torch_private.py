@@ -79,7 +79,34 @@ def test_multi_head_attention_body_is_the_public_function(need_weights: bool) ->
     assert "multi_head_attention_forward" not in seen.names, note
 
 
+def test_flex_attention_operator_is_what_flex_attention_calls() -> None:
+    flex = pytest.importorskip("torch.nn.attention.flex_attention", reason="torch < 2.5 has no flex_attention")
+    note = changed("torch._higher_order_ops.flex_attention", "what torch.nn.attention.flex_attention calls in the end")
+    assert private.flex_attention_operator is not None, note
+    assert private.flex_attention_operator in flex.flex_attention.__globals__.values(), note
+
+
 # ---- where the calling code runs
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by torch's own forward derivatives
+def test_in_transform() -> None:
+    note = changed("torch._C._are_functorch_transforms_active", "how torch.autograd.Function.apply asks for torch.func")
+    seen: list[bool] = []
+
+    def forward(x: Tensor) -> Tensor:
+        seen.append(private.in_transform())
+        return x.exp().sum()
+
+    x = torch.randn(3, requires_grad=True)
+    torch.vmap(forward)(x[None]), torch.func.grad(forward)(x), torch.func.vjp(forward, x)
+    torch.func.jvp(forward, (x,), (x,)), torch.func.hessian(forward)(x)
+    assert len(seen) == 5 and all(seen), note
+    seen.clear()
+    forward(x).backward()
+    torch.autograd.functional.jacobian(forward, x)
+    torch.func.functional_call(nn.Linear(3, 3), {}, (x,))
+    assert not any(seen) and not private.in_transform(), note
 
 
 def test_in_backward() -> None:

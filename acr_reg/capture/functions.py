@@ -1,0 +1,102 @@
+"""Sees calls of the attention kernels of xformers and flash_attn: Python functions, which no function mode sees.
+
+Whoever calls one of them, and by whatever name, runs its code. This thread's profile function sees that, and nothing of
+the package or of its callers is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any
+
+_MEMORY_EFFICIENT = ("memory_efficient_attention",)
+_FLASH = (
+    "flash_attn_func",
+    "flash_attn_kvpacked_func",
+    "flash_attn_qkvpacked_func",
+    "flash_attn_varlen_func",
+    "flash_attn_varlen_kvpacked_func",
+    "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
+)
+_PACKAGES = {
+    "xformers.ops": _MEMORY_EFFICIENT,
+    "mslk.attention.fmha": _MEMORY_EFFICIENT,  # where xformers has it from since 2026
+    "flash_attn": _FLASH,
+    "flash_attn.flash_attn_interface": _FLASH,
+    "flash_attn.cute": _FLASH,  # version 4
+    "flash_attn_interface": _FLASH,  # version 3
+    "transformers.modeling_flash_attention_utils": ("_flash_fn", "_flash_varlen_fn"),  # from whichever package
+}
+
+Returned = Callable[[str, Mapping[str, Any], Any], None]
+
+
+@lru_cache(maxsize=64)  # this runs whenever attention begins
+def _code_of(function: Callable[..., Any]) -> CodeType | None:
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def _kernels() -> dict[CodeType, str]:
+    """The name of each kernel that was imported, by its code."""
+    found: dict[CodeType, str] = {}
+    for package, names in _PACKAGES.items():
+        module = sys.modules.get(package)
+        for name in names if module is not None else ():
+            function = vars(module).get(name)
+            code = None if function is None else _code_of(function)
+            if code is not None:
+                found.setdefault(code, getattr(function, "__name__", name))
+    return found
+
+
+class FunctionWatch:
+    """Tells ``returned`` the name, the arguments by name, and the result of every kernel that this thread calls between
+    :meth:`start` and :meth:`stop`."""
+
+    def __init__(self, returned: Returned) -> None:
+        self._returned = returned
+        self._kernels: dict[CodeType, str] = {}
+        self._before: Callable[..., Any] | None = None  # another profile function of this thread
+        self._frame: FrameType | None = None
+        self._arguments: dict[str, Any] = {}
+        self._stopped = False
+
+    @property
+    def inside(self) -> bool:
+        """Whether a kernel is running."""
+        return self._frame is not None
+
+    def start(self) -> None:
+        """Does nothing if no kernel was imported, or under a profiler in C such as cProfile before Python 3.12, which
+        could not go on beside this."""
+        self._kernels = _kernels()
+        before = sys.getprofile()
+        if self._kernels and (before is None or callable(before)):
+            self._before = before
+            sys.setprofile(self)
+
+    def stop(self) -> None:
+        self._stopped, self._frame = True, None
+        if sys.getprofile() is self:
+            before = self._before
+            while isinstance(before, FunctionWatch) and before._stopped:
+                before = before._before
+            sys.setprofile(before)
+
+    def __call__(self, frame: FrameType, event: str, result: Any) -> None:
+        if self._before is not None:
+            self._before(frame, event, result)
+        if self._stopped:
+            return
+        if event == "call":
+            if self._frame is None and frame.f_code in self._kernels:
+                self._frame, self._arguments = frame, dict(frame.f_locals)
+        elif event == "return" and frame is self._frame:
+            arguments, self._frame, self._arguments = self._arguments, None, {}
+            if result is not None:  # else it raised
+                self._returned(self._kernels[frame.f_code], arguments, result)
