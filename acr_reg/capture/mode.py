@@ -174,7 +174,7 @@ class AttentionMode(TorchFunctionMode):
             return
         if self._sources is not None:
             tensors = call.recorded
-            assert tensors.query is not None and tensors.key is not None
+            assert tensors.query is not None and tensors.key is not None and tensors.output is not None
             call.observed = self._observed(tensors.query, tensors.key)
             self._sources.follow(F.scaled_dot_product_attention, (tensors.query, tensors.key), {}, tensors.output)
             with self:
