@@ -217,10 +217,11 @@ class Recorder:
             run = entry.run = self._run_of(state, module)
             run.fired[module] += 1
         self.placer.remember(call, module, run.reports[module])
-        run.reports[module] += 1
-        if not run.of_image and (call.observed is None or call.observed.is_of_image):
-            run.of_image = True
+        of_image = call.observed is None or call.observed.is_of_image
+        if not run.reports or of_image > run.of_image:
+            run.of_image = of_image
             self.log.add(run)
+        run.reports[module] += 1
         run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
         if not self._narrowed:

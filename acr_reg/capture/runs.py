@@ -84,6 +84,17 @@ class RunLog:
         self.without_grad = 0  # module calls under torch.no_grad that were not recorded
 
     def add(self, run: Run) -> None:
+        """Adds a run at its first call, or at its first call of an image: those of text alone give way to it."""
+        if run.of_image:
+            apart = [r for r in self.runs if not r.of_image]
+            for other in apart:
+                other.release()
+            self.runs = [r for r in self.runs if r.of_image]
+            self.started -= len(apart)
+        elif any(r.of_image for r in self.runs):
+            return
+        if run in self.runs:
+            return
         self.started += 1
         finished = [r for r in self.runs if not r.failed]
         if self.keep in ("only", "last"):

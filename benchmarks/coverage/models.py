@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.coverage.candidate import CLASSES, Candidate, images_of, named, tensor_of
+from benchmarks.coverage.structures import STRUCTURES
 from benchmarks.coverage.timm_models import TIMM
 from benchmarks.coverage.transformers_models import TRANSFORMERS
 
@@ -365,4 +366,4 @@ TORCH = [
     _torch("nn.MultiheadAttention (sequence first)", lambda: _self_attention(batch_first=False), 1),
 ]
 
-CANDIDATES = [*TIMM, *TRANSFORMERS, *TORCHVISION, *OPEN_CLIP, *VIT_PYTORCH, *TORCH]
+CANDIDATES = [*TIMM, *TRANSFORMERS, *TORCHVISION, *OPEN_CLIP, *VIT_PYTORCH, *TORCH, *STRUCTURES]
