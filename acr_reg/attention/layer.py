@@ -31,7 +31,8 @@ class RecordedTensors:
     """The tensors of one layer on their graph, in the model's own shapes: (B, H, N, d), (B, N, d) or (B H, N, M).
 
     A fused kernel leaves ``query`` and ``key``, an unfused layer its ``map``; checks see both. ``heads`` unflattens
-    (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part.
+    (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part. ``sharded``: whether
+    FSDP gathers the model's parameters for a backward, which must then come through the model's output.
     """
 
     query: Tensor | None = None
@@ -43,6 +44,7 @@ class RecordedTensors:
     causal: bool = False
     scale: float | None = None
     heads: int | None = None
+    sharded: bool = False
 
     @property
     def seen(self) -> Tensor:

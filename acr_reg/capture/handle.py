@@ -10,7 +10,7 @@ from torch import nn
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial
+from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
 from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
@@ -128,6 +128,7 @@ class AttentionCapture(Removable):
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
         index = recorder.index
         refuse_partial(index, run)
+        refuse_split(index, run, recorder.split)
         layers: list[LayerAttention] = []
         beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
         skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
