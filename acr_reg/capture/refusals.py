@@ -113,7 +113,7 @@ def refuse_sharded() -> NoReturn:
     """Raises for what needs several backwards of a forward: ranks make different numbers of them, and FSDP, which
     communicates in each, frees the parameters after the first."""
     raise CaptureError(
-        "Class maps and checks take several backwards, which FSDP cannot run. Use the model without FSDP, or "
+        "Class maps and checks take several backwards, which FSDP cannot run. Use a plain model or "
         "DistributedDataParallel."
     )
 

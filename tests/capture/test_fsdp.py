@@ -191,10 +191,11 @@ def cases() -> dict[tuple[str, str, str], Work]:
             found[name, kind, "trained"] = lambda model, part, wrap=wrap: train(wrap(model), part)
     for name in ("FSDP", "fully_shard", "fully_shard, of the whole"):
         wrap = WRAPPINGS[name]
-        found[name, "fused", "captured before"] = partial(train, wrap=wrap)
-        for spoil in (alone, one_after_the_other):
-            found[name, "fused", spoil.__name__] = partial(spoiled, wrap=wrap, spoil=spoil)
+        found[name, "fused", "alone"] = partial(spoiled, wrap=wrap, spoil=alone)
         found[name, "fused", "refused"] = lambda model, part, wrap=wrap: refusals(wrap(model), part)
+    for name in ("FSDP", "fully_shard"):
+        found[name, "fused", "captured before"] = partial(train, wrap=WRAPPINGS[name])
+        found[name, "fused", "apart"] = partial(spoiled, wrap=WRAPPINGS[name], spoil=one_after_the_other)
     return found
 
 
