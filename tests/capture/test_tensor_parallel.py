@@ -97,6 +97,10 @@ def split_head(model: nn.Module) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (2,)), {"head": whole_output})
 
 
+def split_over_one(model: nn.Module) -> nn.Module:
+    return split(model, projections, init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "tensor"))["tensor"])
+
+
 STYLES: dict[str, tuple[type[nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "heads": (SplitBlock, lambda model: split(model, projections)),
     "heads and tokens": (SplitBlock, split_tokens_too),
@@ -108,6 +112,7 @@ STYLES: dict[str, tuple[type[nn.Module], Callable[[nn.Module], nn.Module]]] = {
     "MLP": (SplitBlock, lambda model: split(model, mlp)),
     "MLP in one module with attention": (InlineBlock, lambda model: split(model, mlp)),
     "classifier": (SplitBlock, split_head),
+    "heads over one rank": (SplitBlock, split_over_one),
 }
 
 
@@ -201,7 +206,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[Any, Any]]:
     return on_two_ranks(work, tmp_path_factory.mktemp("ranks"))
 
 
-WHOLE = ("MLP", "MLP in one module with attention", "classifier")
+WHOLE = ("MLP", "MLP in one module with attention", "classifier", "heads over one rank")
 
 
 @needs_gloo
