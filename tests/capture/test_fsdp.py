@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,10 @@ from acr_reg import (
     check,
     class_token_gradient_cam,
 )
+from acr_reg.attention.call import AttentionCall
+from acr_reg.attention.layer import RecordedTensors
+from acr_reg.capture.refusals import insist_on_output
+from acr_reg.capture.runs import Run
 from tests.support.attention import says
 from tests.support.capturing import modes, query_and_key
 from tests.support.models.plain import BUILDERS, ExplicitBlock, MultiheadBlock
@@ -218,3 +223,31 @@ def test_each_half_of_a_batch_under_fsdp_gives_the_update_of_one_process(tmp_pat
         allowed = 0.03 if "bfloat16" in case[0] else 1e-9
         for rank in ranks:
             assert difference(rank[case], expected[case[1]]) < allowed, case
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    name: str = "logits"
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [lambda t: t, lambda t: (None, t), lambda t: {"x": [t]}, Output, lambda t: {"out": Output(t)}],
+    ids=["tensor", "tuple", "dict", "dataclass", "nested"],
+)
+def test_a_backward_through_any_tensor_of_the_output_is_enough(pack: Callable[[Tensor], Any]) -> None:
+    weights = torch.randn(1, 1, 3, 3, requires_grad=True).softmax(-1)
+    logits, run = weights @ torch.randn(3, 2), Run(calls=[AttentionCall(RecordedTensors(map=weights))])
+    insist_on_output(pack(logits), run)
+    assert run.calls[0].recorded.sharded
+    (logits.sum() + weights.square().sum()).backward(retain_graph=True)
+    with pytest.raises(CaptureError, match="output"):
+        weights.square().sum().backward(retain_graph=True)
+    torch.autograd.grad(logits.sum(), weights, retain_graph=True)
+
+
+def test_an_output_without_a_tensor_asks_for_nothing() -> None:
+    weights = torch.randn(1, 1, 3, 3, requires_grad=True).softmax(-1)
+    insist_on_output(None, Run(calls=[AttentionCall(RecordedTensors(map=weights))]))
+    weights.square().sum().backward()
