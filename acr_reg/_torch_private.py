@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn, overrides
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch, checkpoint
@@ -55,7 +56,12 @@ def in_transform() -> bool:
 
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
+
+
+def backward_number() -> int:
+    """The number of the backward that runs on this thread; -1 if none does."""
+    return torch._C._current_graph_task_id()
 
 
 def in_reentrant_checkpoint() -> bool:
@@ -144,6 +150,65 @@ def is_exported(module: nn.Module) -> bool:
     if not isinstance(module, torch.fx.GraphModule):
         return False
     return any(isinstance(node.target, torch._ops.OpOverload) for node in module.graph.nodes)
+
+
+def _distributed(name: str, *modules: str) -> type | None:
+    """A class of torch.distributed, if its module was imported: before that nothing is of it, and importing is slow."""
+    found = (getattr(sys.modules.get(f"torch.distributed.{module}"), name, None) for module in modules)
+    return next(filter(None, found), None)
+
+
+def _dtensor() -> type | None:
+    return _distributed("DTensor", "tensor", "_tensor")  # torch < 2.5: _tensor
+
+
+def shards_parameters(model: nn.Module) -> bool:
+    """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs."""
+    kinds = (
+        _distributed("FullyShardedDataParallel", "fsdp"),
+        _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
+    )
+    known = tuple(filter(None, kinds))
+    return bool(known) and any(isinstance(module, known) for module in model.modules())
+
+
+def has_dtensors() -> bool:
+    """Whether there may be DTensors in this process."""
+    return _dtensor() is not None and dist.is_available() and dist.is_initialized()
+
+
+def is_dtensor(tensor: Any) -> bool:
+    kind = _dtensor()
+    return kind is not None and isinstance(tensor, kind)
+
+
+def is_split(tensor: Any) -> bool:
+    """Whether this is a DTensor of which each rank holds a part: a shard, or a summand."""
+    return is_dtensor(tensor) and _splits(tensor.placements, tensor.device_mesh)
+
+
+def _splits(placements: Any, mesh: Any) -> bool:
+    return any(mesh.size(axis) > 1 and not placement.is_replicate() for axis, placement in enumerate(placements))
+
+
+def comes_from_split(tensor: Tensor, seen: set[Any]) -> bool:
+    """Whether DTensor.to_local() made this tensor of a part of a DTensor, with no whole DTensor on the way.
+
+    So parallelize_module hands on what a split layer computes. Nodes of the graph in ``seen`` are passed over, and
+    those visited join them.
+    """
+    todo: list[Any] = [tensor.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        spec = getattr(node, "dtensor_spec", None)  # of _ToTorchTensor, whose context is the node
+        if spec is None:
+            todo += [before for before, _ in node.next_functions]
+        elif _splits(spec.placements, spec.mesh):
+            return True
+    return False
 
 
 def is_freed(tensor: Tensor) -> bool:

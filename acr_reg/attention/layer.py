@@ -33,6 +33,8 @@ class RecordedTensors:
     A fused kernel leaves ``query`` and ``key``, an unfused layer its ``map``; checks see both. ``heads`` unflattens
     (B H, ...). ``mask`` is the kernel's: additive, or boolean with True for keys that take part. ``kernel`` names a
     function of xformers or flash_attn. Its ``output`` stays (B, N, H, d): the logits do not depend on a view of it.
+    ``sharded``: whether FSDP gathers the model's parameters for a backward, which must then come through the model's
+    output.
     """
 
     query: Tensor | None = None
@@ -45,6 +47,7 @@ class RecordedTensors:
     scale: float | None = None
     heads: int | None = None
     kernel: str | None = None
+    sharded: bool = False
 
     @property
     def seen(self) -> Tensor:

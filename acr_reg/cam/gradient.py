@@ -21,6 +21,7 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import check_finite
+from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.tokens import patch_index
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
@@ -67,6 +68,8 @@ def class_token_gradient_cam(
     torch.Size([1, 4, 2, 3])
     """
     layers = _layers_from(attention, start_layer)
+    if any(layer.recorded.sharded for layer in layers):
+        refuse_sharded()
     grids = [layer.layout.key for layer in layers]  # raises for a layer without a grid, before anything counts images
     wanted = _check_cam_inputs(logits, attention, layers, labels, method, query)
     grid = grids[0]

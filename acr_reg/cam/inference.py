@@ -9,11 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import AttentionCapture, alone, capture_attention
+from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 from acr_reg.tokens import Lattice
@@ -101,6 +103,9 @@ class GradientCam(Removable):
 
         ``size`` is (h, w), by default the token grid.
         """
+
+        if shards_parameters(self.model):
+            refuse_sharded()
 
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             logits, maps = self._run(attention, view)

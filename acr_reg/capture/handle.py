@@ -11,7 +11,7 @@ from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial
+from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
 from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
@@ -150,6 +150,7 @@ class AttentionCapture(Removable):
     def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
         index = recorder.index
         refuse_partial(index, run)
+        refuse_split(index, run, recorder.split)
         layers: list[LayerAttention] = []
         cross: list[str] = []
         beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"

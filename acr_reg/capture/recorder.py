@@ -12,11 +12,18 @@ import torch
 from torch import nn
 
 from acr_reg._tensors import is_dense
-from acr_reg._torch_private import in_backward, in_reentrant_checkpoint, is_faked, remove_mode
+from acr_reg._torch_private import (
+    in_backward,
+    in_reentrant_checkpoint,
+    is_faked,
+    is_split,
+    remove_mode,
+    shards_parameters,
+)
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
 from acr_reg.capture.mode import AttentionMode
-from acr_reg.capture.refusals import refuse_elsewhere, refuse_inside, refuse_unknown_module
+from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.placement.grids import class_token_parameters
@@ -50,6 +57,7 @@ class Recorder:
         self._double_backward = double_backward
         self._graph_from = graph_from
         self._record_products = products
+        self.split: set[nn.Module] = set()  # modules whose parameters tensor parallelism splits over ranks
         self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
@@ -91,6 +99,9 @@ class Recorder:
         self._note_images(entry, state, outermost)
         if outermost and state.sources is not None:
             state.sources.lose((*args, *kwargs.values()), "code outside the captured model")
+        # While the module runs, fully_shard has gathered its parameters; those that are still split stay so.
+        if not self._narrowed and any(map(is_split, module.parameters(recurse=False))):
+            self.split.add(module)
         self._begin(state, entry, with_mode=not self._narrowed or module in self._alike)
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
@@ -119,6 +130,10 @@ class Recorder:
                 state.sources.lose(made, type(module).__name__, given)
             if not self._narrowed and isinstance(module, WINDOWED):
                 self._note_windows(state.current, entry, result)
+        if entry.visit is not None and not failed and shards_parameters(module):
+            for run in self.log.runs:
+                if run.visit is entry.visit:
+                    insist_on_output(result, run)
         self._close(state, entry)
         state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
         if not state.entries and state.sources is not None:

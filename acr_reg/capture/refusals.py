@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import is_dataclass, replace
+from typing import Any, NoReturn
 
-from torch import nn
+from torch import Tensor, nn
 
-from acr_reg._torch_private import is_replica
+from acr_reg._torch_private import (
+    backward_number,
+    comes_from_split,
+    has_dtensors,
+    is_dtensor,
+    is_replica,
+    is_split,
+)
+from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.runs import REMEMBERED, Keep, Run, RunLog
-from acr_reg.errors import CaptureError
+from acr_reg.errors import CaptureError, some
 from acr_reg.placement.modules import ModuleIndex
 
 
@@ -84,6 +93,87 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
             f"{len(run.fired)} modules were captured, but not {', '.join(unseen[:4])}{more}: "
             "their kernel is hidden. Turn off xformers, flash_attn and the like, or set modules=."
         )
+
+
+def refuse_split(index: ModuleIndex, run: Run, split: set[nn.Module]) -> None:
+    """Raises where this rank ran a part of the attention: its loss and its gradient would be of that part alone.
+
+    ``split`` are the modules that ran with parameters split over ranks.
+    """
+    if not has_dtensors():
+        return
+    seen: set[Any] = set()
+    parts = [call.name for call in run.calls if _is_part(index, call, split, seen)]
+    if parts:
+        raise CaptureError(
+            f"Tensor parallelism splits the attention of {some(parts)} over ranks. Leave its projections out of "
+            "parallelize_module."
+        )
+    whole = [call.name for call in run.calls if is_dtensor(call.recorded.seen)]
+    if whole:
+        raise CaptureError(f"The attention of {some(whole)} is a DTensor. Call to_local() on what its module is given.")
+
+
+def _is_part(index: ModuleIndex, call: AttentionCall, split: set[nn.Module], seen: set[Any]) -> bool:
+    tensors = [t for t in (call.recorded.map, call.recorded.query, call.recorded.key) if t is not None]
+    if any(map(is_split, tensors)):
+        return True
+    if any(tensor.grad_fn is not None for tensor in tensors):
+        return any(comes_from_split(tensor, seen) for tensor in tensors)
+    # No graph tells what made the tensors, so any split module within the attention may have.
+    part = index.part(call.module)
+    return any(not part or f"{index.names[module]}.".startswith(f"{part}.") for module in split)
+
+
+def refuse_sharded() -> NoReturn:
+    """Raises for what needs several backwards of a forward: ranks make different numbers of them, and FSDP, which
+    communicates in each, frees the parameters after the first."""
+    raise CaptureError(
+        "Class maps and checks take several backwards, which FSDP cannot run. Use a plain model or "
+        "DistributedDataParallel."
+    )
+
+
+def insist_on_output(output: Any, run: Run) -> None:
+    """Marks the recorded tensors of a run as those of an FSDP model, and makes a backward raise that reaches them but
+    not the model's output.
+
+    FSDP gathers parameters and averages gradients when a gradient reaches the output. Without one, gradients stay those
+    of a rank, or their computation fails on freed parameters.
+    """
+    reached = [-1]  # the number of the last backward that came through the output
+
+    def note(_: Tensor) -> None:
+        reached[0] = backward_number()
+
+    def insist(_: Tensor) -> None:
+        if reached[0] != backward_number():
+            raise CaptureError(
+                "FSDP needs the model's output in each backward. Add the loss on attention to your criterion, then "
+                "call backward once."
+            )
+
+    outputs = [tensor for tensor in _tensors_in(output) if tensor.requires_grad]
+    for tensor in outputs:
+        tensor.register_hook(note)
+    for call in run.calls:
+        call.recorded = replace(call.recorded, sharded=True)
+        for recorded in (call.recorded.map, call.recorded.query, call.recorded.key):
+            if outputs and recorded is not None and recorded.requires_grad:
+                recorded.register_hook(insist)
+
+
+def _tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors in whatever containers FSDP itself looks into."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (list, tuple)):
+        for part in output:
+            yield from _tensors_in(part)
+    elif isinstance(output, Mapping):
+        yield from _tensors_in(list(output.values()))
+    elif is_dataclass(output):
+        yield from _tensors_in(list(vars(output).values()))
 
 
 def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import alone, capture_attention
+from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError
 from acr_reg.inspection.offsets import Offset, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck
@@ -92,6 +94,8 @@ def check(
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         torch.manual_seed(0)
         try:
+            if shards_parameters(model):
+                refuse_sharded()
             with capture_attention(model, layers=layers, keep="first", record_products=True, **hints) as attention:
 
                 def observe(batch: Tensor) -> AttentionMaps:

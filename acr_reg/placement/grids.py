@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 
 from acr_reg.errors import LayoutError
 from acr_reg.placement.windows import pair
@@ -99,13 +99,20 @@ def class_token_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _count_parameters(model: nn.Module, names: Iterable[str]) -> int:
-    """Counts tokens in parameters of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
+    """Counts tokens in tensors of these names: (1, T, D) and (T, D) hold T, (D,) holds one. A name counts once."""
     counts: dict[str, int] = {}
-    for full_name, parameter in model.named_parameters():
-        name = full_name.rpartition(".")[2]
+    for name, tensor in _named_tensors(model):
         if name in names:
-            counts[name] = max(counts.get(name, 0), parameter.shape[-2] if parameter.ndim > 1 else 1)
+            counts[name] = max(counts.get(name, 0), tensor.shape[-2] if tensor.ndim > 1 else 1)
     return sum(counts.values())
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of all modules, and the tensors that are their attributes: FullyShardedDataParallel with
+    use_orig_params=False leaves nothing else of a parameter."""
+    for module in model.modules():
+        yield from module.named_parameters(recurse=False)
+        yield from ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
 
 
 def _image_convolutions(model: nn.Module) -> list[nn.Conv2d]:
@@ -123,7 +130,7 @@ def _stem(model: nn.Module) -> Stem | None:
 
 
 def _may_hold_tokens(model: nn.Module) -> bool:
-    names = (name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.ndim <= 3)
+    names = (name for name, tensor in _named_tensors(model) if tensor.ndim <= 3)
     return any(like in name and name != "mask_token" for name in names for like in _TOKEN_LIKE)
 
 

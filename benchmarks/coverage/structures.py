@@ -71,6 +71,7 @@ class _Structure(nn.Module):
         self.cls_token, self.registers = nn.Parameter(torch.randn(1, 1, 32)), nn.Parameter(torch.randn(1, 2, 32))
         self.prompts = nn.Parameter(torch.randn(1, 3, 32))
         self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.last = _Block()
         self.tokens = tokens
 
     def forward(self, images: Tensor) -> Tensor:
@@ -91,8 +92,8 @@ class _OtherImage(_Structure):
         other = self.patch_embed(images.roll(1, 0)).flatten(2).mT
         for block in self.blocks:
             x = block(x)
-        q, (_, k, v) = self.blocks[0].heads(x)[0], self.blocks[0].heads(other)
-        logits: Tensor = self.head((x + self.blocks[0].attend(q, k, v).transpose(1, 2).flatten(2)).mean(1))
+        q, (_, k, v) = self.last.heads(x)[0], self.last.heads(other)
+        logits: Tensor = self.head((x + self.last.attend(q, k, v).transpose(1, 2).flatten(2)).mean(1))
         return logits
 
 
@@ -104,11 +105,10 @@ class _Clip(nn.Module):
         self.text = nn.Sequential(_Block(), _Block())
         self.prompts = nn.Parameter(torch.randn(CLASSES, 16, 32))
         self.visual = _Structure(_front)
-        self.visual.head = nn.Identity()
 
     def forward(self, images: Tensor) -> Tensor:
         text = self.text(self.prompts).mean(1)
-        logits: Tensor = self.visual(images) @ text.T
+        logits: Tensor = self.visual(images) + text.mean(1)
         return logits
 
 

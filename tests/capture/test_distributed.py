@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import warnings
-from datetime import timedelta
 from pathlib import Path
 
-import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, capture_attention
 from tests.support.capturing import gradients, query_and_key
 from tests.support.models.plain import BUILDERS
+from tests.support.ranks import needs_gloo, on_two_ranks
 
 view = HorizontalFlip()
 
@@ -57,14 +52,8 @@ DISTRIBUTED = [
 ]
 
 
-def run_rank(rank: int, folder: Path) -> None:
-    """What each of the two processes does: every case on its half of the batch; its gradients go to a file."""
-    warnings.simplefilter("error")
-    torch.set_num_threads(1)
-    if sys.platform == "linux":
-        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    store = dist.FileStore(str(folder / "store"), 2)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+def work(rank: int) -> dict[tuple[str, str, int, bool], dict[str, Tensor | None]]:
+    """Every case on a rank's half of the batch."""
     x, labels = (part.chunk(2)[rank] for part in batch_and_labels())
     found = {}
     for case in DISTRIBUTED:
@@ -72,15 +61,12 @@ def run_rank(rank: int, folder: Path) -> None:
         model = built(kind, seed=rank)  # the wrapper hands the first rank's weights to the second
         wrapper = nn.parallel.DistributedDataParallel(model, find_unused_parameters=unused)
         found[case] = step(wrapper, {"wrapper": wrapper, "module": wrapper.module}[captured], x, labels, forwards)
-    torch.save(found, folder / f"rank{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@needs_gloo
 def test_two_processes_with_half_the_batch_each_get_the_gradient_of_one_with_all_of_it(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(run_rank, (tmp_path,), nprocs=2)
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    ranks = on_two_ranks(work, tmp_path)
     for case in DISTRIBUTED:
         kind, _, forwards, _ = case
         model = built(kind)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import importlib
 import inspect
 import re
 import threading
@@ -416,6 +417,65 @@ def test_is_freed_where_hooks_on_saved_tensors_are_active(name: str) -> None:
     saved.sum().backward()
     assert not private.is_freed(torch.zeros(2)), "a tensor without a graph"
     assert not private.is_freed((torch.zeros(2, requires_grad=True) + 1).clone()), "a graph that saved nothing"
+
+
+# ---- torch.distributed
+
+
+@pytest.fixture
+def mesh() -> Iterator[Any]:
+    """Two ranks in this process: what goes from one to the other is made up."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    meshes = pytest.importorskip("torch.distributed.device_mesh", reason="torch < 2.2 has no public device mesh")
+    torch.distributed.init_process_group("fake", store=fake.FakeStore(), rank=0, world_size=2)
+    yield meshes.init_device_mesh("cpu", (2,))
+    torch.distributed.destroy_process_group()
+
+
+def test_dtensors_are_known_and_so_is_what_a_rank_holds_of_one(mesh: Any) -> None:
+    api = importlib.import_module(f"torch.distributed.{'tensor' if torch.__version__ >= (2, 5) else '_tensor'}")
+    note = changed("DTensor", "its class, placements, and the dtensor_spec that _ToTorchTensor puts on its node")
+    x = torch.randn(4, 3, requires_grad=True)
+    assert private.has_dtensors(), note
+    assert not private.is_dtensor(x), note
+    rows, whole = (api.distribute_tensor(x, mesh, [kind]) for kind in (api.Shard(0), api.Replicate()))
+    for tensor, is_part in ((rows, True), (whole, False)):
+        assert private.is_dtensor(tensor), note
+        assert private.is_split(tensor) == is_part, note
+        local = (tensor * 2).to_local() + 1
+        assert not private.is_dtensor(local), note
+        assert private.comes_from_split(local, set()) == is_part, note
+        again = api.DTensor.from_local(local, mesh, tensor.placements).redistribute(mesh, [api.Replicate()])
+        assert not private.comes_from_split(again.to_local() + 1, set()), note
+    assert not private.comes_from_split(x * 2, set()), note
+
+
+def test_without_a_process_group_there_are_no_dtensors() -> None:
+    assert not private.has_dtensors()
+
+
+def test_models_whose_parameters_are_sharded_are_known(mesh: Any) -> None:
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    note = changed("FullyShardedDataParallel and fully_shard", "the names of their classes in torch.distributed.fsdp")
+    model = nn.Sequential(nn.Linear(4, 4))
+    assert not private.shards_parameters(model), note
+    if not hasattr(fsdp, "fully_shard"):
+        pytest.skip("this torch has no fully_shard in torch.distributed.fsdp")
+    fsdp.fully_shard(model[0], mesh=mesh)
+    assert private.shards_parameters(model), note
+    wrapped = nn.Sequential(fsdp.FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
+    assert private.shards_parameters(wrapped), note
+
+
+def test_each_backward_has_a_number_of_its_own() -> None:
+    x, numbers = torch.ones(1, requires_grad=True), list[int]()
+    y = x * 2
+    y.register_hook(lambda _: numbers.append(private.backward_number()))
+    for _ in range(2):
+        (y * 3).backward(retain_graph=True)
+    assert -1 not in numbers, changed("torch._C._current_graph_task_id", "how autograd numbers its backwards")
+    assert len(set(numbers)) == 2
+    assert private.backward_number() == -1
 
 
 # ---- nobody else
