@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices, valid_tokens
+from acr_reg.alignment.token_maps import NO_MASS, AlignmentMaps, check_lattices, valid_tokens
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout, token_order
 from acr_reg.views.view import View
-
-_NO_MASS = 1e-30  # a row with less mass on tokens visible in both views counts nothing; its gradient stays finite
 
 
 def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
@@ -121,9 +119,9 @@ class AlignedRows:
                 full[..., :others].sum(-1) + rows.sum(-1)
                 for full, rows, others in ((self.full_a, a, self.others[0]), (self.full_b, b, self.others[1]))
             )
-            a, b = (rows / mass.clamp_min(_NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
+            a, b = (rows / mass.clamp_min(NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
             weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
-            share = weight / weight.sum(1, keepdim=True).clamp_min(_NO_MASS)
+            share = weight / weight.sum(1, keepdim=True).clamp_min(NO_MASS)
         if heads == "mean":
             a, b = ((rows * share[..., None]).sum(1, keepdim=True) for rows in (a, b))
             weight = weight.mean(1, keepdim=True)

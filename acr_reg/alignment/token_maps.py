@@ -13,6 +13,8 @@ from acr_reg.tokens import Lattice, TokenLayout, token_order
 from acr_reg.views.resampling import Line
 from acr_reg.views.view import View, map_between
 
+NO_MASS = 1e-30  # a row with less mass on tokens visible in both views counts nothing; its gradient stays finite
+
 
 class AlignmentMaps:
     """P for queries and for keys, from the layout ``source`` of a view to the layout ``target`` of its image.
@@ -81,8 +83,8 @@ class AlignmentMaps:
             return moved * self.keys.area.to(moved)[:, None, None, None]
         if not self.keys_shown.is_complete:
             patches = patches * self.keys_shown.valid[:, None, None]
-        tiny = torch.finfo(moved.dtype).tiny
-        return moved * (patches.sum(-1, keepdim=True) / moved.sum(-1, keepdim=True).clamp_min(tiny))
+        # Divided first: the gradient of mass / sum is mass / sum^2, which overflows if the sum is 1e-20.
+        return moved / moved.sum(-1, keepdim=True).clamp_min(NO_MASS) * patches.sum(-1, keepdim=True)
 
 
 def check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> None:

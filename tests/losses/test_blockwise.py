@@ -267,6 +267,38 @@ def test_a_row_with_one_key_of_almost_all_mass_keeps_its_gradient(rest, heads, d
     assert error_of(found, exact) < 1e-4 * norm_of(exact)
 
 
+# An image token reads but a few of the view's tokens, and rows may give all of their mass to the others.
+SPARSE = {
+    "two pixels, resized, then shrunk in place": Compose(
+        [Crop(1, 2, 1, 2, size=(7, 1), image_size=GRID), Scale(2), Scale(0.5, keep_size=True)]
+    ),
+    "one pixel, resized": Crop(1, 2, 1, 1, size=(9, 7), image_size=GRID),
+    "shrunk in place": Scale(0.3, keep_size=True),
+    "a strip of fractions of a pixel": Compose(
+        [Crop(0, 1, 4, 2, size=(6, 5), image_size=GRID), Crop(1, 1, 3, 2, size=(8, 9), image_size=(6, 5))]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SPARSE)
+@pytest.mark.parametrize("distance", ["l1", "l2", "js"])
+def test_rows_that_look_elsewhere_have_a_finite_gradient(name, distance):
+    """The squared mass on the tokens that are read underflows; the mass itself does not."""
+    view = SPARSE[name]
+    grids = GRID, view.output_size(GRID)
+    for logits, seed in itertools.product((60, 100), range(2)):
+        tensors = []
+        for side, grid in enumerate(grids):
+            tensors += [one.detach().mul(logits**0.5) for one in random_factors(grid, 1, 10 * seed + side)]
+        inputs = [tensor.float().requires_grad_() for tensor in tensors]
+        attention = [attention_of(inputs[2 * side : 2 * side + 2], grid, 1) for side, grid in enumerate(grids)]
+        for blockwise in (False, True):
+            acr = AllPairsConsistencyLoss(view, distance=distance, heads="each")
+            loss, gradients, _ = value_and_gradient(acr, blockwise, attention, inputs, 5)
+            assert loss.isfinite()
+            assert all(gradient.isfinite().all() for gradient in gradients)
+
+
 def test_half_precision_under_a_loss_scale_flushes_nothing_to_zero():
     """784 tokens, 32 images: the unscaled gradient lies far below what float16 can hold."""
     grid, layout = (28, 28), layout_of((28, 28), 1)
