@@ -128,7 +128,7 @@ class Recorder:
                 self._report, self._report_unknown, self._double_backward, graph, self._record_products
             )
             mode.__enter__()  # type: ignore[no-untyped-call]
-            mode.functions.start()
+            mode.watch_functions()
             state.mode = mode
             entry.opened_mode = True
         state.entries.append(entry)
