@@ -55,43 +55,44 @@ def _kernels() -> dict[CodeType, str]:
 
 
 class FunctionWatch:
-    """Tells ``returned`` the name, the arguments by name, and the result of every kernel that this thread calls between
-    :meth:`start` and :meth:`stop`."""
+    """Watches the kernels that this thread calls between :meth:`start` and :meth:`stop`, once."""
 
-    def __init__(self, returned: Returned) -> None:
-        self._returned = returned
+    def __init__(self) -> None:
+        self._returned: Returned | None = None
         self._kernels: dict[CodeType, str] = {}
         self._before: Callable[..., Any] | None = None  # another profile function of this thread
         self._frame: FrameType | None = None
         self._arguments: dict[str, Any] = {}
-        self._stopped = False
 
     @property
     def inside(self) -> bool:
         """Whether a kernel is running."""
         return self._frame is not None
 
-    def start(self) -> None:
-        """Does nothing if no kernel was imported, or under a profiler in C such as cProfile before Python 3.12, which
-        could not go on beside this."""
-        self._kernels = _kernels()
+    def start(self, returned: Returned) -> None:
+        """Tells ``returned`` the name, the arguments by name, and the result of every kernel from now on.
+
+        Does nothing if none was imported, or under a profiler in C such as cProfile before Python 3.12, which could
+        not go on beside this.
+        """
+        self._returned, self._kernels = returned, _kernels()
         before = sys.getprofile()
         if self._kernels and (before is None or callable(before)):
             self._before = before
             sys.setprofile(self)
 
     def stop(self) -> None:
-        self._stopped, self._frame = True, None
+        self._returned = self._frame = None  # whoever started it may hold this too
         if sys.getprofile() is self:
             before = self._before
-            while isinstance(before, FunctionWatch) and before._stopped:
+            while isinstance(before, FunctionWatch) and before._returned is None:
                 before = before._before
             sys.setprofile(before)
 
     def __call__(self, frame: FrameType, event: str, result: Any) -> None:
         if self._before is not None:
             self._before(frame, event, result)
-        if self._stopped:
+        if self._returned is None:
             return
         if event == "call":
             if self._frame is None and frame.f_code in self._kernels:

@@ -85,15 +85,19 @@ class AttentionMode(TorchFunctionMode):
         self._math_kernel = math_kernel
         self._starts_graph = starts_graph
         self._record_products = record_products
-        self.functions = FunctionWatch(self._external)  # for whoever enters the mode to start
+        self._functions = FunctionWatch()
         self._followed: dict[int, _Followed] = {}
         self._unmet: dict[int, str] = {}  # probabilities that have met no values so far, in words
         self._met: set[int] = set()
         self._ended = False
 
+    def watch_functions(self) -> None:
+        """Also reports kernels that no mode sees, until :meth:`forget`. torch must be able to trace ``__enter__``."""
+        self._functions.start(self._external)
+
     def forget(self) -> list[str]:
         """Stops watching and following, and returns descriptions of the softmaxes that met no V."""
-        self.functions.stop()
+        self._functions.stop()
         unmet = list(dict.fromkeys(self._unmet.values()))
         self._followed.clear()
         self._unmet.clear()
@@ -114,7 +118,7 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.functions.inside:
+        if self._functions.inside:
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
         if self._ended or (role is Role.OTHER and not self._followed and self._sources is None):

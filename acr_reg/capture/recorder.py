@@ -184,7 +184,7 @@ class Recorder:
             sources = None if entry.recomputes else state.sources
             mode = AttentionMode(report, running, unknown, self._double_backward, graph, self._record_products, sources)
             state.enter(mode)
-            mode.functions.start()
+            mode.watch_functions()
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
