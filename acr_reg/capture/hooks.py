@@ -38,7 +38,7 @@ _TRACED = (
 def _watcher(number: int) -> Watcher | None:
     """The watcher, if it is alive and hears what now runs on this thread."""
     reference = _WATCHERS.get(number)
-    return None if reference is None or not _solo.admits(number) else reference()
+    return None if reference is None or (_solo.blocks and not _solo.admits(number)) else reference()
 
 
 class _ScriptingError(CaptureError, AttributeError):

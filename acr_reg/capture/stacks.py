@@ -13,22 +13,23 @@ from torch import nn
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-def is_running(frame: FrameType) -> bool:
-    """Whether the frame is still on this thread's stack: a KeyboardInterrupt skips even always-called hooks."""
-    return _leads_to(sys._getframe(1), frame)
+def is_running(frame: FrameType, current: FrameType | None = None) -> bool:
+    """Whether the frame is still on this thread's stack, or on that of the frame ``current``.
 
-
-def is_running_on(thread: int, frame: FrameType) -> bool:
-    """Whether the frame is still on that thread's stack."""
-    return _leads_to(sys._current_frames().get(thread), frame)
-
-
-def _leads_to(current: FrameType | None, frame: FrameType) -> bool:
+    A KeyboardInterrupt skips even always-called hooks.
+    """
+    current = sys._getframe(1) if current is None else current
     while current is not None:
         if current is frame:
             return True
         current = current.f_back
     return False
+
+
+def is_running_on(thread: int, frame: FrameType) -> bool:
+    """Whether the frame is still on that thread's stack."""
+    current = sys._current_frames().get(thread)
+    return current is not None and is_running(frame, current)
 
 
 def suspendable_callers(frame: FrameType) -> tuple[FrameType, ...]:
