@@ -11,7 +11,7 @@ import argparse
 import gc
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,10 @@ def differing(candidate: Candidate) -> dict[int, str]:
         elif any((a - b).abs().max() > ALLOWED for a, b in zip(maps, other_maps, strict=True)):
             found[batch] = "the map of the first image"
     return found
+
+
+def _others(expected: tuple[Any, ...], found: tuple[Any, ...]) -> Iterator[str]:
+    return (str(b)[:160] for a, b in zip(expected, found, strict=False) if a != b)
 
 
 def _own_numbers(maps: Sequence[Tensor]) -> list[int]:
@@ -78,9 +82,7 @@ def _describe(model: nn.Module, inputs: Any) -> Description:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.coverage.batches", description="Is a batch read as its images?"
-    )
+    parser = argparse.ArgumentParser("python -m benchmarks.coverage.batches", description="Are batches read alike?")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose library or name contains one of these")
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

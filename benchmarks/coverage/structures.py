@@ -85,11 +85,11 @@ class _Structure(nn.Module):
 
 
 class _OtherImage(_Structure):
-    """Tokens of an image attend to as many of the next image, given by position (CroCo's decoder, trackers)."""
+    """Tokens of an image attend to as many of another, mirrored here, given by position (CroCo's decoder, trackers)."""
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.patch_embed(images).flatten(2).mT
-        other = self.patch_embed(images.roll(1, 0)).flatten(2).mT
+        other = self.patch_embed(images.flip(-1)).flatten(2).mT
         for block in self.blocks:
             x = block(x)
         q, (_, k, v) = self.last.heads(x)[0], self.last.heads(other)
