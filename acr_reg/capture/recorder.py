@@ -14,6 +14,7 @@ from acr_reg.capture.hooks import HookSet, is_running
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.refusals import refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.starts import GraphStarts
 from acr_reg.placement.images import ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.placer import Placer
@@ -34,6 +35,7 @@ class Recorder:
         self._no_grad = no_grad
         self._double_backward = double_backward
         self._graph_from = graph_from
+        self._starts = GraphStarts()
         self._record_products = products
         self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
@@ -55,7 +57,7 @@ class Recorder:
             self._pass_over(state, module)
             return
         if in_backward():  # checkpointing repeats a pass that was already seen
-            if self._double_backward:  # with the kernel of the first pass
+            if self._double_backward or self._graph_from is not None:  # by the kernel and the graph of the first pass
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
         outermost = not state.entries
@@ -177,11 +179,19 @@ class Recorder:
             self._unknown_modules.add(entry.module)
             self._state.current.unknown.append((self.index.names[entry.module], kernel))
 
-    def _starts_graph(self) -> bool:
-        """Whether the coming layer is at ``graph_from`` or above."""
+    def _starts_graph(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph starts at this tensor of the coming layer: at ``graph_from`` or above, or where a pass that
+        checkpointing repeats started it."""
         assert self._graph_from is not None
+        if not torch.is_grad_enabled() or not self._state.entries:
+            return False
+        if in_backward():
+            return self._starts.has(tensor, self._state.entries[-1].module)
         first = self._graph_from if self._graph_from >= 0 else self.last_count + self._graph_from
-        return torch.is_grad_enabled() and self._state.innermost is not None and len(self._state.current.calls) >= first
+        starts = self._state.innermost is not None and len(self._state.current.calls) >= first
+        if starts:
+            self._starts.add(tensor, (entry.module for entry in self._state.entries))
+        return starts
 
     def _run_of(self, state: ThreadState, module: nn.Module) -> Run:
         """The run of this call: a new one once the module has fired as often as it is registered."""
