@@ -26,7 +26,7 @@ class GraphStarts:
 
     def has(self, tensor: Tensor, module: nn.Module) -> bool:
         """Whether ``tensor``, computed in ``module``, repeats one of them."""
-        started = [known() for known, around in self._known ]
+        started = [known() for known, around in self._known if module in around]
         return any(other is not None and _is_copy(other.detach(), tensor) for other in started)
 
 
