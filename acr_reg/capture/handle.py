@@ -28,6 +28,7 @@ def capture_attention(
     patch_size: int | Sequence[int] | None = None,
     num_prefix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
+    image_channels: int | None = None,
     keep: Keep = "only",
     no_grad: bool = False,
     double_backward: bool = False,
@@ -42,6 +43,7 @@ def capture_attention(
         modules: capture only attention within these modules or names, such as one of two encoders; None means all.
         patch_size, num_prefix_tokens, class_tokens: describe the tokens if the model's own fields are missing or wrong.
             ``class_tokens`` is a count from the first prefix token, or positions; token c belongs to class c.
+        image_channels: the number of bands of the images, if they have more than four.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
             once, "all" keeps all for ``take(i)``.
@@ -68,7 +70,7 @@ def capture_attention(
         raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
     if isinstance(layers, int):
         raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
-    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens))
+    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens, image_channels))
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 

@@ -30,7 +30,7 @@ class Recorder:
         self.placer = placer
         self.index = placer.index
         self.log = RunLog(keep)
-        self.images = ImageWatch()
+        self.images = ImageWatch(placer.image_channels)
         self.last_count = 0  # layers of the last run taken, for a negative graph_from
         self._no_grad = no_grad
         self._double_backward = double_backward
