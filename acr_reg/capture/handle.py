@@ -70,7 +70,8 @@ def capture_attention(
         raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
     if isinstance(layers, int):
         raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
-    placer = Placer(ModuleIndex(model, modules), LayoutHints(patch_size, num_prefix_tokens, class_tokens, image_channels))
+    hints = LayoutHints(patch_size, num_prefix_tokens, class_tokens, image_channels)
+    placer = Placer(ModuleIndex(model, modules), hints)
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
 

@@ -1,0 +1,129 @@
+"""Finds the layers that class maps of a model can use, and says at once which settings it needs otherwise."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from acr_reg.attention.layer import LayerAttention
+from acr_reg.cam.gradient import has_graph
+from acr_reg.errors import CaptureError, LayoutError, some
+from acr_reg.tokens import TokenLayout
+
+
+@dataclass(frozen=True)
+class CamSettings:
+    """The settings of a :class:`~acr_reg.GradientCam` that depend on the model's layers."""
+
+    start_layer: int
+    query: str
+    steps: int
+    propagation_layers: tuple[int, ...] | None
+    no_grad: bool | None
+
+    def first_layer(self, model: str, seen: Sequence[LayerAttention], classes: int) -> int:
+        """The index of the first layer whose gradient is used. ``seen``: every layer, on a graph if it can have one.
+
+        Raises :class:`~acr_reg.LayoutError` if these settings do not suit the layers; it names all that do. Warns of
+        layers that are left out because they have no graph.
+        """
+        bare = [layer for layer in seen if not has_graph(layer)]
+        if len(bare) == len(seen):
+            raise CaptureError(
+                f"All {len(seen)} layers of {model} ran under torch.no_grad or reentrant checkpointing. Pass forward= "
+                "that runs them with a graph."
+            )
+        if not self.no_grad:  # the others are then counted alone
+            layers = [replace(layer, index=i) for i, layer in enumerate(filter(has_graph, seen))]
+            model = f"{model}, where {len(bare)} layers ran without a graph," if bare else model
+        else:
+            layers = list(seen)
+        first = self._first_of(model, layers, classes)
+        if bare and self.no_grad is None and self.steps:
+            warnings.warn(
+                f"Maps do not propagate over {len(bare)} layers that ran without a graph "
+                f"({some([layer.name for layer in bare])}). Pass no_grad=True to use them, False to leave them out.",
+                stacklevel=4,
+            )
+        return first
+
+    def _first_of(self, model: str, layers: Sequence[LayerAttention], classes: int) -> int:
+        first = self.start_layer + len(layers) if self.start_layer < 0 else self.start_layer
+        whys = [_why_unfit(layer, layers[-1]) for layer in layers]
+        if whys[-1] is not None:
+            raise LayoutError(f"{model} needs other settings: {whys[-1]}. {_instead_of_last(layers)}")
+        lowest = max((index + 1 for index, why in enumerate(whys) if why is not None), default=0)
+        reasons, needed = [], []
+        if not lowest <= first < len(layers):
+            within = 0 <= first < len(layers)
+            none = f"start_layer={self.start_layer} is none of its layers {tuple(layer.index for layer in layers)}"
+            reasons.append(str(whys[lowest - 1]) if within else none)
+            first = max(lowest, len(layers) - 2)
+            needed.append(f"start_layer={first - len(layers)}")
+        if self.query == "class" and (found := _lack_of_class_tokens(layers[first:], classes)) is not None:
+            reasons.append(found[0])
+            needed.append(found[1])
+        if self.steps and (wrong := self._not_on_grid(layers)) is not None:
+            reasons.append(wrong[0])
+            needed.append(wrong[1])
+        if needed:
+            raise LayoutError(f"{model} needs other settings: {'; '.join(reasons)}. Pass {', '.join(needed)}.")
+        return first
+
+    def _not_on_grid(self, layers: Sequence[LayerAttention]) -> tuple[str, str] | None:
+        """Why maps cannot be propagated over the chosen layers, and what to pass instead."""
+        grid, everything = layers[-1].layout.key, range(len(layers))
+        chosen = everything if self.propagation_layers is None else self.propagation_layers
+        fitting = [i for i in everything if (at := layers[i].placed) is not None and at.query == at.key == grid]
+        wrong = [i for i in chosen if i not in everything and i + len(layers) not in everything]
+        wrong = wrong or [i for i in chosen if everything[i] not in fitting]
+        if not wrong and chosen:
+            return None
+        instead = f"propagation_layers={fitting}" if fitting else "steps=0"
+        return f"maps on {grid} do not propagate over layers {wrong}", instead
+
+
+def _why_unfit(layer: LayerAttention, last: LayerAttention) -> str | None:
+    """Why a layer gives no class maps on the grid of the last layer."""
+    said = f"layer {layer.index} ({layer.name})"
+    if not has_graph(layer):
+        return f"{said} ran without a graph, under torch.no_grad or reentrant checkpointing"
+    if layer.window is not None:
+        return f"{said} attends within {layer.window}"
+    if layer.placed is None:
+        return f"the grid of the {layer.shape[2]} tokens of {said} is unknown"
+    if last.placed is not None and (layer.placed.query, layer.placed.key) != (last.placed.query, last.placed.key):
+        return f"{said} lies on {_grids(layer.placed)}, the last layer on {_grids(last.placed)}"
+    return None
+
+
+def _grids(layout: TokenLayout) -> str:
+    return str(layout.query) if layout.query == layout.key else f"{layout.query} with keys on {layout.key}"
+
+
+def _instead_of_last(layers: Sequence[LayerAttention]) -> str:
+    """What to do if the last layer gives no class maps."""
+    last = layers[-1]
+    fitting = [layer for layer in layers if layer.placed is not None]
+    fitting = [layer for layer in fitting if layer.placed == fitting[-1].placed]
+    if last.placed is not None:
+        return "Pass forward= that runs it with a graph."
+    if fitting:
+        start = ", start_layer=-1" if len(fitting) == 1 else ""
+        return f"Pass modules={list(dict.fromkeys(layer.name for layer in fitting))}{start}."
+    if last.window is None:
+        return "Pass grid=(height, width) in tokens, and num_prefix_tokens= for those before them."
+    return "No layer sees the whole image. Use another model, or larger windows."
+
+
+def _lack_of_class_tokens(layers: Sequence[LayerAttention], classes: int) -> tuple[str, str] | None:
+    """Why the class tokens of these layers do not serve the classes, and what to pass instead."""
+    for layer in layers:
+        layout, said = layer.layout, f"layer {layer.index} ({layer.name})"
+        if layout.class_tokens is None:
+            return f"it is unknown which prefix tokens of {said} are class tokens", 'class_tokens= or query="all"'
+        if len(layout.class_tokens) not in (1, classes):
+            told = 'class_tokens= or query="all"' if layout.num_prefix_tokens else 'query="all"'
+            return f"{said} has {len(layout.class_tokens)} class tokens for {classes} classes", told
+    return None
