@@ -152,6 +152,8 @@ class GradientCam(Removable):
             frozen(self.model) as parameters,
         ):
             logits, maps = self._run(attention, image, image_size, parameters)
+        if maps[-1].placed is None and (unordered := unordered_tokens(self.model)) is not None:
+            raise LayoutError(unordered)
         settings = CamSettings(self.start_layer, self.query, self.steps, self.propagation_layers, self.no_grad)
         first = settings.first_layer(type(self.model).__name__, maps, logits.shape[1])
         return capture_attention(self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints)

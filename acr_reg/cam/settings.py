@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.cam.gradient import has_graph
 from acr_reg.errors import CaptureError, LayoutError, some
-from acr_reg.tokens import TokenLayout
 
 
 @dataclass(frozen=True)
@@ -61,45 +60,57 @@ class CamSettings:
             reasons.append(str(whys[lowest - 1]) if within else none)
             first = max(lowest, len(layers) - 2)
             needed.append(f"start_layer={first - len(layers)}")
-        if self.query == "class" and (found := _lack_of_class_tokens(layers[first:], classes)) is not None:
-            reasons.append(found[0])
-            needed.append(found[1])
-        if self.steps and (wrong := self._not_on_grid(layers)) is not None:
-            reasons.append(wrong[0])
-            needed.append(wrong[1])
+        lacks = [_lack_of_grid(layers[-1], self.query)]
+        if self.query == "class":
+            lacks.append(_lack_of_class_tokens(layers[first:], classes))
+        if self.steps:
+            lacks.append(self._lack_of_propagation(layers))
+        for reason, instead in filter(None, lacks):
+            reasons.append(reason)
+            needed.append(instead)
         if needed:
             raise LayoutError(f"{model} needs other settings: {'; '.join(reasons)}. Pass {', '.join(needed)}.")
         return first
 
-    def _not_on_grid(self, layers: Sequence[LayerAttention]) -> tuple[str, str] | None:
-        """Why maps cannot be propagated over the chosen layers, and what to pass instead."""
-        grid, everything = layers[-1].layout.key, range(len(layers))
+    def _lack_of_propagation(self, layers: Sequence[LayerAttention]) -> _Lack | None:
+        _, grid = _place(layers[-1])
+        everything = range(len(layers))
         chosen = everything if self.propagation_layers is None else self.propagation_layers
-        fitting = [i for i in everything if (at := layers[i].placed) is not None and at.query == at.key == grid]
+        fitting = [layer.index for layer in layers if _place(layer) == (grid, grid)]
         wrong = [i for i in chosen if i not in everything and i + len(layers) not in everything]
         wrong = wrong or [i for i in chosen if everything[i] not in fitting]
         if not wrong and chosen:
             return None
         instead = f"propagation_layers={fitting}" if fitting else "steps=0"
-        return f"maps on {grid} do not propagate over layers {wrong}", instead
+        return f"maps of {_said(layers[-1])} do not propagate over layers {wrong}", instead
+
+
+_Lack = tuple[str, str]  # what is wrong, and what to pass instead
+
+
+def _said(layer: LayerAttention) -> str:
+    return f"layer {layer.index} ({layer.name})"
+
+
+def _place(layer: LayerAttention) -> tuple[object, object]:
+    """The grids of queries and keys, or if unknown their numbers."""
+    if layer.window is not None:
+        return None, layer.window
+    return layer.shape[2:] if layer.placed is None else (layer.placed.query, layer.placed.key)
 
 
 def _why_unfit(layer: LayerAttention, last: LayerAttention) -> str | None:
     """Why a layer gives no class maps on the grid of the last layer."""
-    said = f"layer {layer.index} ({layer.name})"
+    said, (queries, keys), grids = _said(layer), layer.shape[2:], _place(layer)
     if not has_graph(layer):
         return f"{said} ran without a graph, under torch.no_grad or reentrant checkpointing"
     if layer.window is not None:
         return f"{said} attends within {layer.window}"
-    if layer.placed is None:
-        return f"the grid of the {layer.shape[2]} tokens of {said} is unknown"
-    if last.placed is not None and (layer.placed.query, layer.placed.key) != (last.placed.query, last.placed.key):
-        return f"{said} lies on {_grids(layer.placed)}, the last layer on {_grids(last.placed)}"
+    if layer.placed is None and queries != keys:
+        return f"the grids of {queries} queries and {keys} keys of {said} are unknown"
+    if grids != _place(last):
+        return f"queries and keys of {said} lie on {grids[0]} and {grids[1]}, not on those of the last layer"
     return None
-
-
-def _grids(layout: TokenLayout) -> str:
-    return str(layout.query) if layout.query == layout.key else f"{layout.query} with keys on {layout.key}"
 
 
 def _instead_of_last(layers: Sequence[LayerAttention]) -> str:
@@ -107,20 +118,27 @@ def _instead_of_last(layers: Sequence[LayerAttention]) -> str:
     last = layers[-1]
     fitting = [layer for layer in layers if layer.placed is not None]
     fitting = [layer for layer in fitting if layer.placed == fitting[-1].placed]
-    if last.placed is not None:
+    if not has_graph(last):
         return "Pass forward= that runs it with a graph."
     if fitting:
         start = ", start_layer=-1" if len(fitting) == 1 else ""
         return f"Pass modules={list(dict.fromkeys(layer.name for layer in fitting))}{start}."
-    if last.window is None:
-        return "Pass grid=(height, width) in tokens, and num_prefix_tokens= for those before them."
-    return "No layer sees the whole image. Use another model, or larger windows."
+    return "No layer sees the whole image. Use another model."
 
 
-def _lack_of_class_tokens(layers: Sequence[LayerAttention], classes: int) -> tuple[str, str] | None:
-    """Why the class tokens of these layers do not serve the classes, and what to pass instead."""
+def _lack_of_grid(last: LayerAttention, query: str) -> _Lack | None:
+    if last.placed is not None:
+        return None
+    reason = f"the grid of the {last.shape[2]} tokens of {_said(last)} is unknown"
+    tokens = 'query="all" (num_prefix_tokens= if a class token stands first)' if query == "class" else None
+    return reason, ", ".join(filter(None, ["grid=(height, width)", tokens]))
+
+
+def _lack_of_class_tokens(layers: Sequence[LayerAttention], classes: int) -> _Lack | None:
     for layer in layers:
-        layout, said = layer.layout, f"layer {layer.index} ({layer.name})"
+        layout, said = layer.placed, _said(layer)
+        if layout is None:
+            return None  # it shows once the grid is known
         if layout.class_tokens is None:
             return f"it is unknown which prefix tokens of {said} are class tokens", 'class_tokens= or query="all"'
         if len(layout.class_tokens) not in (1, classes):
