@@ -223,7 +223,7 @@ def _logits_of(found: Any, images: int) -> Tensor:
     """The logits (B, C) in what the forward returned."""
     logits = found["logits"] if isinstance(found, Mapping) and "logits" in found else getattr(found, "logits", found)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"The forward returned {_brief(found)}. Pass forward= that returns the logits ({images}, C).")
+        raise TypeError(f"The forward returned {_brief(found)}. Pass forward= that returns the logits (B, C).")
     if logits.ndim != 2 or len(logits) != images:
         raise ValueError(
             f"The forward returned logits of shape {tuple(logits.shape)} for {images} images. Pass forward= that "
