@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, class_token_gradient_cam
+from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode, frozen
@@ -72,7 +72,7 @@ class GradientCam(Removable):
         propagation_layers: Iterable[int] | None = None,
         views: Sequence[View] | None = None,
         merge: Literal["sum", "max", "mean"] = "sum",
-        forward: Callable[[Tensor], Tensor] | None = None,
+        forward: Callable[[Tensor], Any] | None = None,
         *,
         modules: Iterable[str | nn.Module] | None = None,
         patch_size: int | Sequence[int] | None = None,
@@ -125,7 +125,11 @@ class GradientCam(Removable):
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             assert self._attention is not None
             with frozen(self.model) as parameters:
-                logits, maps = self._run(self._attention, view, image_size, parameters)
+                logits = self._logits(self._attention, view, parameters)
+                maps = self._attention.take()
+                if maps.run:
+                    _refuse_runs(maps.run + 1)
+                maps = self._placed(maps, (view.shape[-2], view.shape[-1]), image_size)
                 cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
                 grid = maps[-1].layout.key
                 if self.steps:
@@ -148,20 +152,24 @@ class GradientCam(Removable):
         hints = {**self._hints, "image_channels": image.shape[1]}
         # A graph from the first layer on shows which layers the model runs with one.
         with (
-            capture_attention(self.model, keep="last", no_grad=True, graph_from=0, **hints) as attention,
+            capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints) as attention,
             frozen(self.model) as parameters,
         ):
-            logits, maps = self._run(attention, image, image_size, parameters)
+            logits = self._logits(attention, image, parameters)
+            runs = attention.take_all()
+        if not self.no_grad:  # the forward may run the encoder under no_grad, too
+            runs = [run for run in runs if any(map(has_graph, run))] or runs[:1]
+        if len(runs) > 1:
+            _refuse_runs(len(runs))
+        maps = self._placed(runs[0], image_size, image_size)
         if maps[-1].placed is None and (unordered := unordered_tokens(self.model)) is not None:
             raise LayoutError(unordered)
         settings = CamSettings(self.start_layer, self.query, self.steps, self.propagation_layers, self.no_grad)
         first = settings.first_layer(type(self.model).__name__, maps, logits.shape[1])
         return capture_attention(self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints)
 
-    def _run(
-        self, attention: AttentionCapture, images: Tensor, image_size: tuple[int, int], parameters: frozen
-    ) -> tuple[Tensor, AttentionMaps]:
-        """The logits and the maps of one forward. Refuses several encoder runs itself: its caller has no ``keep``."""
+    def _logits(self, attention: AttentionCapture, images: Tensor, parameters: frozen) -> Tensor:
+        """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
         attention.clear()
         if not self._whole_graph:
             try:
@@ -175,14 +183,7 @@ class GradientCam(Removable):
             parameters.restore()
             images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
             found = self.forward(images.requires_grad_() if images.is_floating_point() else images)
-        logits = _logits_of(found, len(images))
-        maps = attention.take()
-        if maps.run:
-            raise CaptureError(
-                f"The forward ran the encoder {maps.run + 1} times. Pass a forward= that runs it once, or modules= of "
-                "one encoder."
-            )
-        return logits, self._placed(maps, (images.shape[-2], images.shape[-1]), image_size)
+        return _logits_of(found, len(images))
 
     def _placed(self, maps: AttentionMaps, size: tuple[int, int], image_size: tuple[int, int]) -> AttentionMaps:
         """The maps on the ``grid`` that the user gives, in proportion for a view of another ``size``."""
@@ -217,6 +218,12 @@ def _check_images(images: Tensor) -> None:
         )
     if images.ndim != 4 or not images.numel():
         raise ValueError(f"The images have shape {tuple(images.shape)}. Pass (B, bands, H, W), at least one image.")
+
+
+def _refuse_runs(count: int) -> NoReturn:
+    raise CaptureError(
+        f"The forward ran the encoder {count} times. Pass a forward= that runs it once, or modules= of one encoder."
+    )
 
 
 def _logits_of(found: Any, images: int) -> Tensor:
