@@ -35,14 +35,14 @@ class CamSettings:
             )
         if not self.no_grad:  # the others are then counted alone
             layers = [replace(layer, index=i) for i, layer in enumerate(filter(has_graph, seen))]
-            model = f"{model}, where {len(bare)} layers ran without a graph," if bare else model
+            model = f"{model} (layers that ran without a graph: {len(bare)})" if bare else model
         else:
             layers = list(seen)
         first = self._first_of(model, layers, classes)
         if bare and self.no_grad is None and self.steps:
             warnings.warn(
-                f"Maps do not propagate over {len(bare)} layers that ran without a graph "
-                f"({some([layer.name for layer in bare])}). Pass no_grad=True to use them, False to leave them out.",
+                f"Maps do not propagate over layers that ran without a graph: {some([layer.name for layer in bare])}. "
+                "Pass no_grad=True to use them, False to leave them out.",
                 stacklevel=4,
             )
         return first
