@@ -128,6 +128,11 @@ def _check_cam_inputs(
         )
     if labels is not None and not isinstance(labels, Tensor):
         raise TypeError(f"The labels are a {type(labels).__name__}. Pass a tensor of shape {tuple(logits.shape)}.")
+    if labels is not None and labels.ndim == 1 and not labels.is_floating_point():
+        raise ValueError(
+            f"The labels have shape {tuple(labels.shape)}, as class indices have. Pass rows of 0 and 1: "
+            f"torch.nn.functional.one_hot(labels, {logits.shape[1]})."
+        )
     if labels is not None and labels.shape != logits.shape:
         raise ValueError(
             f"The labels have shape {tuple(labels.shape)} and the logits {tuple(logits.shape)}. Pass one row of 0 and "
@@ -160,8 +165,7 @@ def _check_cam_inputs(
 
 
 def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_graph: bool) -> None:
-    targets = [_target(layer) for layer in layers]
-    lost = [layer for layer, target in zip(layers, targets, strict=True) if not target.requires_grad]
+    lost = [layer for layer in layers if not has_graph(layer)]
     if lost:
         raise ValueError(
             f"There is no graph to {_named(lost)}. Enable gradients in the forward; for a frozen model use "
@@ -185,6 +189,11 @@ def _has_second_derivative(layer: LayerAttention) -> bool:
     """The math kernel leaves ordinary operations on the graph; a fused kernel leaves a node with its own name."""
     output = layer.recorded.output if layer.recorded.kernel is None else None
     return output is not None and "ScaledDotProduct" not in type(output.grad_fn).__name__
+
+
+def has_graph(layer: LayerAttention) -> bool:
+    """Whether a gradient with respect to the layer's attention can be computed."""
+    return _target(layer).requires_grad
 
 
 def _target(layer: LayerAttention) -> Tensor:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, class_token_gradient_cam
+from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
-from acr_reg.capture.evaluation import eval_mode
+from acr_reg.cam.settings import CamSettings
+from acr_reg.capture.evaluation import eval_mode, frozen
 from acr_reg.capture.handle import AttentionCapture, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.capture.removable import Removable
-from acr_reg.errors import CaptureError
+from acr_reg.errors import CaptureError, LayoutError, some
+from acr_reg.placement.kinds import unordered_tokens
 from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
@@ -28,8 +30,9 @@ class GradientCam(Removable):
 
     This is the inference that ACR publishes (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`, one step of
     :func:`~acr_reg.propagate_cam` over all layers, summed over the image and its flip. The model runs in eval mode, no
-    parameter needs a gradient, and layers below ``start_layer`` run without a graph; if it is negative, the first call
-    runs one more image to count the layers. The model's modes and flags are restored afterwards.
+    parameter needs a gradient, and layers below ``start_layer`` run without a graph, unless the model itself needs one
+    there, as for hooks on its tensors. The first call runs one more image to see the layers. The model's modes and
+    flags are restored afterwards.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`.
@@ -37,11 +40,18 @@ class GradientCam(Removable):
         steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`, which needs layers on one grid, so the last
             stage of a pyramid; 0 steps leave propagation out.
         views, merge: as for :func:`~acr_reg.multi_view_cam`; merge by "mean" if the views are crops.
-        forward: returns the logits (B, C) of images, if ``model(images)`` does not.
+        forward: returns the logits (B, C) of images, if ``model(images)`` does not. Of an output that is no tensor,
+            ``.logits`` or ``["logits"]`` is taken.
         modules, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: as for
             :func:`~acr_reg.capture_attention`.
+        grid: (height, width) of the images in tokens, where the capture cannot infer it; a view of another size has a
+            grid in proportion.
+        no_grad: whether layers that the model runs under ``torch.no_grad`` count as layers, and propagate. They have no
+            gradient, so ``start_layer`` must lie above. None leaves them out with a warning.
 
-    ``remove()``, or leaving a ``with`` block, ends the capture.
+    ``remove()``, or leaving a ``with`` block, ends the capture. Calls raise :class:`~acr_reg.LayoutError` if the
+    settings do not suit the model, with all those that do, and :class:`~acr_reg.CaptureError` if its attention cannot
+    be captured.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
@@ -66,22 +76,27 @@ class GradientCam(Removable):
         propagation_layers: Iterable[int] | None = None,
         views: Sequence[View] | None = None,
         merge: Literal["sum", "max", "mean"] = "sum",
-        forward: Callable[[Tensor], Tensor] | None = None,
+        forward: Callable[[Tensor], Any] | None = None,
         *,
         modules: Iterable[str | nn.Module] | None = None,
         patch_size: int | Sequence[int] | None = None,
         num_prefix_tokens: int | None = None,
         num_suffix_tokens: int | None = None,
         class_tokens: int | Sequence[int] | None = None,
+        grid: tuple[int, int] | None = None,
+        no_grad: bool | None = None,
     ) -> None:
         if steps < 0:
             raise ValueError(f"steps={steps} is negative. Pass 0 or more; 0 leaves propagation out.")
+        if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 2 or min(grid) < 1):
+            raise LayoutError(f"grid={grid!r} is not (height, width) in tokens. Pass grid=(14, 14) for 196 patches.")
         self.model, self.forward = model, model if forward is None else forward
         self.start_layer, self.method, self.query = start_layer, method, query
         self.steps = steps
         self.propagation_layers = None if propagation_layers is None else tuple(propagation_layers)
         self.views = (Identity(), HorizontalFlip()) if views is None else tuple(views)
         self.merge = merge
+        self.grid, self.no_grad = grid, no_grad
         self._hints: dict[str, Any] = {
             "modules": modules if modules is None else tuple(modules),
             "patch_size": patch_size,
@@ -90,73 +105,160 @@ class GradientCam(Removable):
             "class_tokens": class_tokens,
         }
         self._attention: AttentionCapture | None = None
+        self._whole_graph = False  # the model needs a graph below start_layer too
         self._removed = False
 
     def remove(self) -> None:
         """Removes every hook from the model. May be called more than once."""
         self._removed = True
+        self._end_capture()
+
+    def _end_capture(self) -> None:
         if self._attention is not None:
             self._attention.remove()
+        self._attention, self._whole_graph = None, False
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Class maps (B, C, h, w) >= 0, detached, not normalised; 0 where ``labels`` (B, C), if given, are not > 0.
 
-        ``size`` is (h, w), by default the token grid.
+        ``images`` (B, bands, H, W) have any number of bands. ``size`` is (h, w), by default the token grid.
         """
+        _check_images(images)
+        if self._removed:
+            raise CaptureError("This GradientCam was removed. Make another one.")
+        image_size = (images.shape[-2], images.shape[-1])
 
         if shards_parameters(self.model):
             refuse_sharded()
 
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
-            logits, maps = self._run(attention, view)
-            cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
-            grid = maps[-1].layout.key
-            if self.steps:
-                with torch.no_grad():
-                    cam = propagate_cam(cam, maps, self.propagation_layers, self.steps)
+            assert self._attention is not None
+            with frozen(self.model) as parameters:
+                logits = self._logits(self._attention, view, parameters)
+                maps = self._attention.take()
+                if maps.run:
+                    _refuse_runs(maps.run + 1)
+                maps = self._placed(maps, (view.shape[-2], view.shape[-1]), image_size)
+                cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
+                grid = maps[-1].layout.key
+                if self.steps:
+                    with torch.no_grad():
+                        cam = propagate_cam(cam, maps, self.propagation_layers, self.steps)
             return cam, grid
 
         images = images.detach()
-        with eval_mode(self.model), _frozen(self.model), torch.inference_mode(False), torch.enable_grad():
-            attention = self._running(images)
-            return multi_view_cam(one_view, images, self.views, self.merge, size)
+        try:
+            with eval_mode(self.model), torch.inference_mode(False):  # which enables gradients, too
+                if self._attention is None:
+                    self._attention = self._begin(images[:1], image_size)
+                return multi_view_cam(one_view, images, self.views, self.merge, size)
+        except BaseException:
+            self._end_capture()  # an interruption may have left it in the middle of a forward
+            raise
 
-    def _running(self, images: Tensor) -> AttentionCapture:
-        """The capture. It needs the index of the first layer with a graph."""
-        if self._removed:
-            raise CaptureError("This GradientCam was removed. Make another one.")
-        if self._attention is None:
-            first = self.start_layer
-            if first < 0:
-                # No parameter needs a gradient, so no graph is made. Under no_grad, the count would include layers that
-                # the model itself runs under no_grad, which the capture does not record later.
-                with capture_attention(self.model, keep="all", **self._hints) as attention:
-                    first = max(0, len(self._run(attention, images[:1])[1]) + first)
-            self._attention = capture_attention(self.model, keep="all", graph_from=first, **self._hints)
-        return self._attention
-
-    def _run(self, attention: AttentionCapture, images: Tensor) -> tuple[Tensor, AttentionMaps]:
-        """The logits and the maps of one forward. Refuses several encoder runs itself: its caller has no ``keep``."""
-        attention.clear()
-        with alone(attention):
-            logits = self.forward(images)
-        runs = attention.take_all()
+    def _begin(self, image: Tensor, image_size: tuple[int, int]) -> AttentionCapture:
+        """The capture, whose graph starts at the first layer used; one image shows which that is."""
+        hints = {**self._hints, "image_channels": image.shape[1]}
+        # A graph from the first layer on shows which layers the model runs with one.
+        with (
+            capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints) as attention,
+            frozen(self.model) as parameters,
+        ):
+            logits = self._logits(attention, image, parameters)
+            runs = attention.take_all()
+        if not self.no_grad:  # the forward may run the encoder under no_grad, too
+            runs = [run for run in runs if any(map(has_graph, run))] or runs[:1]
         if len(runs) > 1:
-            raise CaptureError(
-                f"The forward ran the encoder {len(runs)} times. Pass a forward= that runs it once, or modules= of one "
-                "encoder."
+            _refuse_runs(len(runs))
+        maps = self._placed(runs[0], image_size, image_size)
+        if maps[-1].placed is None and (unordered := unordered_tokens(self.model)) is not None:
+            raise LayoutError(unordered)
+        settings = CamSettings(self.start_layer, self.query, self.steps, self.propagation_layers, self.no_grad)
+        first = settings.first_layer(type(self.model).__name__, maps, logits.shape[1])
+        return capture_attention(self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints)
+
+    def _logits(self, attention: AttentionCapture, images: Tensor, parameters: frozen) -> Tensor:
+        """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
+        attention.clear()
+        if not self._whole_graph:
+            try:
+                with alone(attention):
+                    found = self.forward(images)
+            except CaptureError:
+                raise
+            except RuntimeError:  # the model may need a graph below start_layer, as to hook its tensors
+                self._whole_graph = True
+                attention.clear()
+        if self._whole_graph:
+            parameters.restore()
+            images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
+            with alone(attention):
+                found = self.forward(images.requires_grad_() if images.is_floating_point() else images)
+        return _logits_of(found, len(images))
+
+    def _placed(self, maps: AttentionMaps, size: tuple[int, int], image_size: tuple[int, int]) -> AttentionMaps:
+        """The maps on the ``grid`` that the user gives, in proportion for a view of another ``size``."""
+        if self.grid is None:
+            return maps
+        if (unordered := unordered_tokens(self.model)) is not None:
+            raise LayoutError(unordered)
+        rows, columns = (self.grid[i] * size[i] / image_size[i] for i in (0, 1))
+        if rows % 1 or columns % 1:
+            raise LayoutError(
+                f"grid={self.grid} of {image_size[0]} x {image_size[1]} px gives no whole grid for a view of {size[0]} "
+                f"x {size[1]} px. Choose other views=."
             )
-        return logits, runs[0]
+        stride = size[0] / rows, size[1] / columns
+        lattice = Lattice(int(rows), int(columns), stride, extent=(float(size[0]), float(size[1])))
+        prefix, suffix = (self._hints[name] or 0 for name in ("num_prefix_tokens", "num_suffix_tokens"))
+        layout = partial(
+            AttentionMaps.with_layout,
+            grid=lattice,
+            num_prefix_tokens=prefix,
+            num_suffix_tokens=suffix,
+            class_tokens=self._hints["class_tokens"],
+        )
+        tokens = prefix + len(lattice) + suffix
+        given = [layer.window is None and layer.shape[2:] == (tokens, tokens) for layer in maps]
+        if not any(given):
+            return layout(maps)  # which says what the layers have instead
+        layers = [layout(maps.select([layer.index]))[0] if on else layer for layer, on in zip(maps, given, strict=True)]
+        return AttentionMaps(layers, maps.batch_norms, maps.run)
 
 
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """Freezes every parameter inside the block and restores it afterwards."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
+def _check_images(images: Tensor) -> None:
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            f"The images are a {type(images).__name__}. Pass a tensor (B, bands, H, W), such as torch.from_numpy(...)."
+        )
+    if images.ndim != 4 or not images.numel():
+        raise ValueError(f"The images have shape {tuple(images.shape)}. Pass (B, bands, H, W), at least one image.")
+
+
+def _refuse_runs(count: int) -> NoReturn:
+    raise CaptureError(
+        f"The forward ran the encoder {count} times. Pass a forward= that runs it once, or modules= of one encoder."
+    )
+
+
+def _logits_of(found: Any, images: int) -> Tensor:
+    """The logits (B, C) in what the forward returned."""
+    logits = found["logits"] if isinstance(found, Mapping) and "logits" in found else getattr(found, "logits", found)
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"The forward returned {_brief(found)}. Pass forward= that returns the logits (B, C).")
+    if logits.ndim != 2 or len(logits) != images:
+        raise ValueError(
+            f"The forward returned logits of shape {tuple(logits.shape)} for {images} images. Pass forward= that "
+            f"returns (B, C), one row per image."
+        )
+    return logits
+
+
+def _brief(found: Any) -> str:
+    """What was returned, in words: the kind and what it holds."""
+    kind = type(found).__name__
+    if isinstance(found, Mapping):
+        return f"a {kind} of {some([str(key) for key in found])}"
+    if isinstance(found, (tuple, list)):
+        return f"a {kind} of {some([type(each).__name__ for each in found])}"
+    return f"a {kind}"

@@ -30,6 +30,7 @@ def capture_attention(
     num_prefix_tokens: int | None = None,
     num_suffix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
+    image_channels: int | None = None,
     keep: Keep = "only",
     no_grad: bool = False,
     double_backward: bool = False,
@@ -45,6 +46,7 @@ def capture_attention(
         patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: describe the tokens if the model's own fields
             are missing or wrong. Prefix tokens stand before the patches and suffix tokens behind. ``class_tokens``
             counts the first of these, or gives positions among all tokens (-1 is the last); token c belongs to class c.
+        image_channels: the number of bands of the images, if they have more than four.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
             once, "all" keeps all for ``take(i)``.
@@ -74,7 +76,7 @@ def capture_attention(
         raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
     if isinstance(layers, int):
         raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
-    hints = LayoutHints(patch_size, num_prefix_tokens, class_tokens, num_suffix_tokens)
+    hints = LayoutHints(patch_size, num_prefix_tokens, class_tokens, num_suffix_tokens, image_channels=image_channels)
     placer = Placer(ModuleIndex(model, modules), hints)
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)

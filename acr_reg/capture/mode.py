@@ -73,7 +73,7 @@ class AttentionMode(TorchFunctionMode):
         running: Callable[[], Sequence[Any] | None],
         report_unknown: Callable[[str], None],
         math_kernel: bool = False,
-        starts_graph: Callable[[], bool] | None = None,
+        starts_graph: Callable[[Tensor], bool] | None = None,
         record_products: bool = False,
         sources: Sources | None = None,
     ) -> None:
@@ -217,7 +217,7 @@ class AttentionMode(TorchFunctionMode):
         return observe(self._sources, query, key)
 
     def _start_graph(self, tensor: Tensor) -> None:
-        if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph():
+        if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph(tensor):
             tensor.requires_grad_()
 
     def _multi_head(self, func: FunctionType, args: Any, kwargs: Any) -> Any:

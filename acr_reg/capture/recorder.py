@@ -26,6 +26,7 @@ from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
+from acr_reg.capture.starts import GraphStarts
 from acr_reg.placement.grids import class_token_parameters
 from acr_reg.placement.images import ImageState, ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
@@ -51,11 +52,12 @@ class Recorder:
         self.placer = placer
         self.index = placer.index
         self.log = RunLog(keep)
-        self.images = ImageWatch()
+        self.images = ImageWatch(placer.image_channels)
         self.last_count = 0  # layers of the last run taken, for a negative graph_from
         self._no_grad = no_grad
         self._double_backward = double_backward
         self._graph_from = graph_from
+        self._starts = GraphStarts()
         self._record_products = products
         self.split: set[nn.Module] = set()  # modules whose parameters tensor parallelism splits over ranks
         self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
@@ -85,7 +87,7 @@ class Recorder:
             self._pass_over(state, module)
             return
         if in_backward():  # checkpointing repeats a pass that was already seen
-            if self._double_backward:  # with the kernel of the first pass
+            if self._double_backward or self._graph_from is not None:  # by the kernel and the graph of the first pass
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
         outermost = not state.entries
@@ -263,13 +265,19 @@ class Recorder:
             if current is self._state.coming:
                 self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
-    def _starts_graph(self) -> bool:
-        """Whether the coming layer is at ``graph_from`` or above."""
+    def _starts_graph(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph starts at this tensor of the coming layer: at ``graph_from`` or above, or where a pass that
+        checkpointing repeats started it."""
         assert self._graph_from is not None
-        if not self.hooks.is_heard:
+        if not torch.is_grad_enabled() or not self._state.entries or not self.hooks.is_heard:
             return False
+        if in_backward():
+            return self._starts.has(tensor, self._state.entries[-1].module)
         first = self._graph_from if self._graph_from >= 0 else self.last_count + self._graph_from
-        return torch.is_grad_enabled() and self._state.innermost is not None and len(self._state.current.calls) >= first
+        starts = self._state.innermost is not None and len(self._state.current.calls) >= first
+        if starts:
+            self._starts.add(tensor, (entry.module for entry in self._state.entries))
+        return starts
 
     def _run_of(self, state: ThreadState, module: nn.Module) -> Run:
         """The run of this call: a new one once the module has fired as often as it is registered."""

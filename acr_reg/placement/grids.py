@@ -69,28 +69,28 @@ class LayoutHints:
     class_tokens: int | Sequence[int] | None = None
     num_suffix_tokens: int | None = None
     between: Sequence[int] = ()
+    image_channels: int | None = None
 
     def __post_init__(self) -> None:
         check_counts(num_prefix_tokens=self.num_prefix_tokens, num_suffix_tokens=self.num_suffix_tokens)
 
 
-def read_fields(model: nn.Module) -> ModelFields:
+def read_fields(model: nn.Module, channels: int | None = None) -> ModelFields:
     """Reads patch size and prefix tokens by the names that timm, torchvision, transformers and WSSS hosts use."""
     class_tokens = _count_parameters(model, _CLASS_TOKEN_NAMES)
     others = _count_parameters(model, _REGISTER_NAMES)
     stated = {n for m in model.modules() if isinstance(n := getattr(m, "num_prefix_tokens", None), int)}
     states_prefix = len(stated) == 1
     prefix = stated.pop() if states_prefix else (class_tokens + others if class_tokens + others else None)
-    if prefix is None and not stated and _image_convolutions(model) and not _may_hold_tokens(model):
+    if prefix is None and not stated and _image_convolutions(model, channels) and not _may_hold_tokens(model):
         prefix = 0
     known = prefix is not None and class_tokens <= prefix and (class_tokens > 0 or bool(others) or prefix == 0)
-    patches = _patches_cut(model)
+    patches = _patches_cut(model, channels)
     reads_patches = bool(patches)
     patches = patches or _patches_stated(model)
     patch = patches.pop() if len(patches) == 1 else None
-    return ModelFields(
-        patch, prefix, class_tokens if known else None, _stem(model), reads_patches, states_prefix=states_prefix
-    )
+    class_count = class_tokens if known else None
+    return ModelFields(patch, prefix, class_count, _stem(model, channels), reads_patches, states_prefix=states_prefix)
 
 
 def class_token_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -115,12 +115,13 @@ def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         yield from ((name, value) for name, value in vars(module).items() if isinstance(value, Tensor))
 
 
-def _image_convolutions(model: nn.Module) -> list[nn.Conv2d]:
-    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels in (1, 3, 4) and m.groups == 1]
+def _image_convolutions(model: nn.Module, channels: int | None) -> list[nn.Conv2d]:
+    read = (1, 3, 4, channels)
+    return [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels in read and m.groups == 1]
 
 
-def _stem(model: nn.Module) -> Stem | None:
-    convolutions = _image_convolutions(model)
+def _stem(model: nn.Module, channels: int | None) -> Stem | None:
+    convolutions = _image_convolutions(model, channels)
     if len(convolutions) != 1 or isinstance(convolutions[0].padding, str):  # "same", "valid"
         return None
     (conv,) = convolutions
@@ -134,8 +135,9 @@ def _may_hold_tokens(model: nn.Module) -> bool:
     return any(like in name and name != "mask_token" for name in names for like in _TOKEN_LIKE)
 
 
-def _patches_cut(model: nn.Module) -> set[tuple[int, int]]:
-    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels <= 4]
+def _patches_cut(model: nn.Module, channels: int | None) -> set[tuple[int, int]]:
+    read = (1, 2, 3, 4, channels)
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.in_channels in read]
     return {pair(m.stride) for m in convolutions if m.kernel_size == m.stride and m.stride[0] > 1}
 
 

@@ -30,7 +30,8 @@ class ImageState:
 class ImageWatch:
     """Tells images from other tensors among the arguments of modules."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int | None = None) -> None:
+        self._channels = channels  # of images with more than four, as the user says
         self.modules: set[nn.Module] = set()
         self.padding: str | None = None  # the warning to give if the model pads its images
 
@@ -40,7 +41,9 @@ class ImageWatch:
         The outermost module reads images. So do inner modules that are given the same tensor, and a convolution over
         as many channels. Elsewhere a (B, C, H, W) tensor may be the queries of three heads.
         """
-        if not is_dense(first) or first.ndim != 4 or first.shape[1] > 4 or not first.is_floating_point():
+        if not is_dense(first) or first.ndim != 4 or not first.is_floating_point():
+            return False
+        if first.shape[1] > 4 and first.shape[1] != self._channels:
             return False
         batch, channels, height, width = first.shape
         if outermost and (is_root or _reads(module, channels, state)):

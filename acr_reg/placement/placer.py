@@ -28,6 +28,7 @@ class Placer:
     def __init__(self, index: ModuleIndex, hints: LayoutHints) -> None:
         self.index = index
         self._hints = hints
+        self.image_channels = hints.image_channels
         self._unordered = unordered_tokens(index.model)
         self._trace = WindowTrace()
         self._placements: dict[Any, Placement] = {}
@@ -38,7 +39,7 @@ class Placer:
 
     @cached_property
     def _fields(self) -> ModelFields:
-        return read_fields(self.index.model)
+        return read_fields(self.index.model, self.image_channels)
 
     def placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
         """The placement of a call, computed once for each sort of call."""
@@ -83,7 +84,7 @@ class Placer:
             for module, (first, last) in preceded.items():
                 known = calls.get(self.index.part(module), (first, last))
                 calls[self.index.part(module)] = min(first, known[0]), max(last, known[1])
-            self._trace = WindowTrace(tuple(ops.values()), images, calls)
+            self._trace = WindowTrace(tuple(ops.values()), images, calls, self.image_channels)
 
     def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
         """The layout with its lattices moved to where the model's windows put the tokens, on images of ``size``. Only

@@ -18,7 +18,7 @@ Shape = tuple[int, int, int]  # channels, height, width
 _ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
 _PADS = (nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
 WINDOWED = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d, nn.Unfold, *_ADAPTIVE, *_PADS)
-_IMAGE_CHANNELS = 4
+_IMAGE_CHANNELS = (1, 2, 3, 4)
 _DYNAMIC = None  # padding as TensorFlow's "same", which depends on the size
 
 
@@ -144,19 +144,22 @@ class Spot:
         return self.centre[0] - self.stride[0] / 2, self.centre[1] - self.stride[1] / 2
 
 
-def spots(ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid) -> dict[Shape, set[Spot | None]]:
+def spots(
+    ops: Iterable[tuple[WindowedOp, bool, bool]], seen: Shape, size: Grid, channels_told: int | None = None
+) -> dict[Shape, set[Spot | None]]:
     """Where each grid lies on images of ``size``, for the chains of ops that start at images ``seen``, (batch, height,
     width). Several entries if chains disagree; None is among them if one is unknown.
 
     An op (op, inside, loose) follows the ops that made its input or, if ``loose``, a grid of its input's size. A grid
     that no op made comes from an unseen operation, or belongs to part of an image."""
     start = Spot((1.0, 1.0), (0.5, 0.5), size)
-    reached: dict[Grid, dict[int, set[Spot | None]]] = {seen[1:]: {c: {start} for c in range(1, _IMAGE_CHANNELS + 1)}}
+    of_images = _IMAGE_CHANNELS if channels_told is None else (*_IMAGE_CHANNELS, channels_told)
+    reached: dict[Grid, dict[int, set[Spot | None]]] = {seen[1:]: {c: {start} for c in of_images}}
     for op, inside, loose in ops:
         channels = reached.get(op.source[1:], {op.source[0]: {None}} if op.batch == seen[0] else {})
         sources = channels.values() if loose else [channels.get(op.source[0], set())]
         made = {spot and spot.through(op, inside) for source in sources for spot in source}
-        if made and not (op.target[1:] == seen[1:] and op.target[0] <= _IMAGE_CHANNELS):  # what counts as the images
+        if made and not (op.target[1:] == seen[1:] and op.target[0] in of_images):  # what counts as the images
             reached.setdefault(op.target[1:], {}).setdefault(op.target[0], set()).update(made)
     return {(c, *grid): found for grid, channels in reached.items() for c, found in channels.items()}
 
@@ -169,6 +172,7 @@ class WindowTrace:
     ops: tuple[WindowedOp, ...] = ()
     seen: Shape = (0, 0, 0)
     calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    channels: int | None = None  # of the images, if more than four
 
     def find(self, part: str, size: Grid, grid: Grid, widths: Iterable[int], inside: bool = False) -> Spot | None:
         """Where a ``grid`` of tokens that attend in ``part`` lies on images of ``size``; None if no chain leads to it
@@ -183,7 +187,7 @@ class WindowTrace:
             ops = list(self._before(part, only_trunk))
             for widths_known, loose_inside, loose in _LINKS:
                 links = [(op, within, loose or (loose_inside and within)) for op, within in ops]
-                reached = spots(links, self.seen, size)
+                reached = spots(links, self.seen, size, self.channels)
                 grids = {shape[1:] for shape, at in reached.items() if any(s and s.size == grid for s in at)}
                 wanted = [
                     at for shape, at in reached.items() if not widths_known or shape[0] in widths if shape[1:] in grids

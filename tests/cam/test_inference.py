@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from acr_reg import (
     GradientCam,
     HorizontalFlip,
     Identity,
+    LayoutError,
     capture_attention,
     class_token_gradient_cam,
     multi_view_cam,
@@ -100,26 +102,82 @@ def test_layers_below_the_first_used_run_without_a_graph():
         block.register_forward_hook(lambda module, args, result: seen.append(result.requires_grad))
     with GradientCam(model, views=[Identity()]) as cam:
         cam(images(), LABELS)
-        assert seen == [False] * 4 + [False, False, True, True]  # the layers are counted first, without a graph
+        assert seen == [True] * 4 + [False, False, True, True]  # one image first shows which layers have a graph
         cam(images(), LABELS)
     assert seen[8:] == [False, False, True, True]
     seen.clear()
     with GradientCam(model, start_layer=3, views=[Identity()]) as cam:
         cam(images(), LABELS)
-    assert seen == [False, False, False, True]
+    assert seen == [True] * 4 + [False, False, False, True]
+
+
+def lower_without_grad(build, lower, depth=4):
+    """A model whose lower layers run under no_grad, as frozen backbones are often written."""
+    model = build(depth).eval()
+    below = nn.Sequential(*model.encoder[:lower])
+    below.forward = torch.no_grad()(below.forward)
+    model.encoder = nn.Sequential(below, *model.encoder[lower:])
+    return model
 
 
 @every_model
-def test_a_lower_half_that_the_model_runs_under_no_grad_is_not_counted(build):
-    """Frozen backbones are often written so. Were it counted, no layer of the upper half would be on a graph."""
-    model = build(4).eval()
-    lower = nn.Sequential(*model.encoder[:2])
-    lower.forward = torch.no_grad()(lower.forward)
-    model.encoder = nn.Sequential(lower, *model.encoder[2:])
+def test_layers_that_the_model_runs_under_no_grad_are_left_out_with_a_warning(build):
+    """Were they counted, no layer of the upper half would be on a graph."""
+    model = lower_without_grad(build, 2)
     expected = by_hand(model, start_layer=0)
     for start_layer in (-2, 0):
-        with GradientCam(model, start_layer) as cam:
+        for no_grad in (None, False):
+            with GradientCam(model, start_layer, no_grad=no_grad) as cam:
+                with (
+                    nullcontext() if no_grad is False else pytest.warns(UserWarning, match="without a graph") as warned
+                ):
+                    found = cam(images(), LABELS)
+                if no_grad is None:
+                    (warning,) = warned
+                    facts = "encoder.0.0", "encoder.0.1", "no_grad=True", "False"
+                    assert all(fact in str(warning.message) for fact in facts)
+                    assert warning.filename == __file__
+                torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-9)
+                torch.testing.assert_close(cam(images(), LABELS), expected, rtol=1e-4, atol=1e-9)  # warned of once
+    with GradientCam(model, steps=0) as cam:  # nothing is propagated, nothing to warn of
+        cam(images(), LABELS)
+
+
+@every_model
+@pytest.mark.parametrize("lower", [1, 2, 3])
+def test_maps_propagate_over_layers_under_no_grad_if_asked_to(build, lower):
+    model = lower_without_grad(build, lower)
+    with capture_attention(model, no_grad=True) as attention:
+
+        def by_functions(batch):
+            logits = model(batch)
+            maps = attention.take()
+            return propagate_cam(class_token_gradient_cam(logits, maps, LABELS, start_layer=lower), maps)
+
+        expected = multi_view_cam(by_functions, images(), PUBLISHED).detach()
+    for start_layer in (lower, lower - 4):
+        with GradientCam(model, start_layer, no_grad=True) as cam:
             torch.testing.assert_close(cam(images(), LABELS), expected, rtol=1e-4, atol=1e-9)
+    with GradientCam(model, lower - 1, no_grad=True) as cam, pytest.raises(LayoutError) as error:
+        cam(images(), LABELS)
+    assert says(
+        error, f"layer {lower - 1} (encoder.0.{lower - 1}", "torch.no_grad", f"start_layer={max(lower - 4, -2)}"
+    )
+
+
+@every_model
+@pytest.mark.parametrize("no_grad", [None, False, True])
+def test_too_few_layers_with_a_graph_are_an_error_that_says_so(build, no_grad):
+    model = lower_without_grad(build, 3)
+    with GradientCam(model, no_grad=no_grad) as cam, pytest.raises(LayoutError) as error:
+        cam(images(), LABELS)
+    assert says(error, "start_layer=-1")
+    assert says(error, "layer 2 (encoder.0.2" if no_grad else "ran without a graph: 3")
+    model = lower_without_grad(build, 4)
+    for run in (model, torch.no_grad()(model.forward)):
+        with GradientCam(model, forward=run, no_grad=no_grad) as cam, pytest.raises(CaptureError) as error:
+            cam(images(), LABELS)
+        assert says(error, "All 4 layers", "torch.no_grad", "forward=")
 
 
 def test_dropout_is_off_meanwhile():

@@ -6,6 +6,7 @@ import gc
 import weakref
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -125,3 +126,17 @@ def test_no_image_outlives_its_run() -> None:
         assert probe() is None
         model(images())
         assert len(attention.take()) == 1
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "pvt_v2_b0"])
+@pytest.mark.parametrize("bands", [1, 2, 5, 13])
+def test_images_of_any_number_of_bands_if_told(name: str, bands: int) -> None:
+    size = {"img_size": 64} if "vit" in name else {}
+    layouts = []
+    for channels in (3, bands):
+        model = timm.create_model(name, num_classes=5, in_chans=channels, **size)
+        with capture_attention(model, image_channels=channels) as attention:
+            for _ in range(2):  # the second run watches fewer modules
+                model(torch.rand(2, channels, 64, 64))
+                layouts.append([layer.layout for layer in attention.take()])
+    assert layouts[0] == layouts[1] == layouts[2] == layouts[3]
