@@ -12,21 +12,25 @@ loss.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
+from acr_reg._torch_private import replace_buffers
 from acr_reg.capture.hooks import HookSet, is_recomputing
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 
 Keep = Literal["only", "first", "last", "all"]
+_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -63,13 +67,19 @@ class HostCapture(Removable):
         return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
-        """Runs ``forward()`` and returns its view. Dropout and stochastic depth draw from a separate generator, so the
-        host's random numbers continue as if nothing had run. Pass ``features(output)`` if the pass ends below the
-        module whose tensor is recorded."""
+        """Runs ``forward()`` and returns its view. Pass ``features(output)`` if the pass ends below the module whose
+        tensor is recorded.
+
+        The host goes on as if nothing had run. Dropout and stochastic depth draw from separate generators (torch, numpy
+        and ``random``). The pass has copies of all buffers, such as BatchNorm's running statistics, spectral norm's
+        vectors and a queue of keys, and DDP broadcasts into the copies. What it assigns to attributes of modules is set
+        back. Not undone: what it writes into parameters (a momentum encoder) or into lists that a module holds, and
+        what activation checkpointing repeats of it in backward."""
         self.clear()
-        with self._numbers_of_its_own():
+        with self._numbers_of_its_own(), _state_of_its_own(self.model):
             output = forward()
-        return self._view(output, None if features is None else features(output))
+            found = None if features is None else features(output)
+        return self._view(output, found)
 
     def _view(self, output: Any, features: Tensor | None, run: int | None = None) -> HostView:
         try:
@@ -95,9 +105,17 @@ class HostCapture(Removable):
     @contextmanager
     def _numbers_of_its_own(self) -> Iterator[None]:
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
+        seed = int(torch.randint(2**62, (), generator=self._seeds))
+        of_python, of_numpy = random.getstate(), np.random.get_state()
         with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
-            yield
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            try:
+                yield
+            finally:
+                random.setstate(of_python)
+                np.random.set_state(of_numpy)
 
 
 class FeatureRecorder:
@@ -158,6 +176,31 @@ class FeatureRecorder:
         self._hooks.remove()
 
 
+@contextmanager
+def _state_of_its_own(model: nn.Module) -> Iterator[None]:
+    """Within it, the modules have copies of their buffers; after it, they have the attributes and buffers of before.
+
+    The buffers are not written to and restored: the first view's graph may need them, and backward would refuse."""
+    copies: dict[Tensor, Tensor] = {}  # modules that share a buffer share its copy
+
+    def copy(buffer: Tensor) -> Tensor:
+        if buffer not in copies:
+            copies[buffer] = buffer.clone()
+        return copies[buffer]
+
+    # A wrapper's attributes are those of the step and not of the host.
+    kept = [(module, dict(vars(module))) for module in model.modules() if not isinstance(module, _PARALLEL)]
+    try:
+        for module, _ in kept:
+            replace_buffers(module, copy)
+        yield
+    finally:
+        for module, attributes in kept:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)
+
+
 def _rank() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0
@@ -165,8 +208,7 @@ def _rank() -> int:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel or DataParallel."""
-    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
-    while isinstance(model, parallel):
+    while isinstance(model, _PARALLEL):
         model = model.module
     return model
 
