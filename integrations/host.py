@@ -159,7 +159,7 @@ class FeatureRecorder:
     def take(self, run: int | None = None) -> Tensor:
         """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every
         encoder run must reach it."""
-        found, self._found = self._found, []
+        found = self.take_all()
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
             raise CaptureError(
@@ -167,6 +167,11 @@ class FeatureRecorder:
                 "after the host's whole forward."
             )
         return found[index]
+
+    def take_all(self) -> list[Tensor]:
+        """The tensors recorded since the last take, perhaps none."""
+        found, self._found = self._found, []
+        return found
 
     def clear(self) -> None:
         self._found = []

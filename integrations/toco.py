@@ -129,6 +129,67 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/train_voc.py, before line 239:
             cls_score = np.float64(cls_score)
+
+    fwu11/MCC at 0731ecc
+        scripts/dist_train_voc_seg_neg.py, before line 14:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/dist_train_voc_seg_neg.py, before line 234:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/dist_train_voc_seg_neg.py, before line 288:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    fwu11/MCC at 0731ecc, on today's torch and timm
+        scripts/dist_train_voc_seg_neg.py, before line 78:
+            parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
+        scripts/dist_train_voc_seg_neg.py, before line 291:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 375:
+            model.pretrained_cfg = model.default_cfg
+
+    ZaiyiHu/CTFA at ff0bb03
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 21:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 290:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 353:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    ZaiyiHu/CTFA at ff0bb03, on today's torch and timm
+        datasets/potsdam.py, in place of lines 2 to 2:
+            # numpy.lib.utils is gone, and its deprecate was not used
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 356:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 382:
+            model.pretrained_cfg = model.default_cfg
+
+    youshyee/CoSA at 01d3467 (with --decoder LargeFOV, the default; its assignment network is not captured)
+        main.py, before line 13:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        main.py, before line 76:
+            host = toco.capture(model_ON)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        main.py, before line 245:
+            first = host.take()
+            second = toco.second_view(host, acr.view(simg))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
 """
 
 from __future__ import annotations
