@@ -106,16 +106,16 @@ class HostCapture(Removable):
     def _numbers_of_its_own(self) -> Iterator[None]:
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
         seed = int(torch.randint(2**62, (), generator=self._seeds))
-        of_python, of_numpy = random.getstate(), np.random.get_state()
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what hosts draw from)
         with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
             torch.manual_seed(seed)
             random.seed(seed)
-            np.random.seed(seed % 2**32)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
             try:
                 yield
             finally:
                 random.setstate(of_python)
-                np.random.set_state(of_numpy)
+                np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 class FeatureRecorder:

@@ -1,5 +1,34 @@
 """WeCLIP, WeCLIP+ and ExCEL: a decoder learns to segment from the features of a frozen CLIP.
 
+What is regularised: the pairs of patches in the decoder's three blocks, and the probabilities that the decoder gives
+the classes. Nothing else can learn: CLIP and DINO are frozen, and the hosts' own class maps come from them. There is no
+class token, so the activation term has weight 0. WeCLIP+ runs one decoder on the features of CLIP and of DINO; both
+runs are regularised. The affinity that the hosts predict by a sigmoid (``attn_pred``) is no attention and has their own
+loss.
+
+The second view runs the frozen encoder, ``decoder_fts_fuse`` and ``decoder``. The hosts' whole forward would read the
+labels of the image from a file, compute Grad-CAM, refine it, and count an iteration.
+
+Weights to start from, which the hosts load themselves: CLIP ViT-B/16; DINOv2 ViT-S/14 from torch.hub (WeCLIP+).
+
+Run on 2026-11-29 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: two steps of
+``train()``. Replaced: the data set and its loader, CLIP by one of 12 blocks and 64 channels, DINOv2 by a patch
+embedding of its interface, ExCEL's bank of attributes, OpenCV (its resize by torch's; the boxes around contours by the
+whole map), lxml by the standard library's, TensorBoard, the GPU. Read as the hosts read them: masks (WeCLIP) and
+annotations (WeCLIP+) of made-up images. Not run: the COCO scripts, ViT-L/14, DINOv2 itself, WeCLIP past iteration
+15000, ExCEL past 14000, WeCLIP+ past 18000, where each changes its pseudo labels; several GPUs (ExCEL ran under DDP
+with one rank).
+
+Views: sides that are multiples of 16. ExCEL resizes its position table to squares only. Noise floor: above 0 in
+training, because the fused features have dropout of 0.1. Under the flip, the terms of the first step (affinity / cam)
+were: WeCLIP 0.072 / 0.093, WeCLIP+ 0.086 / 0.069, ExCEL 0.098 / 0.094.
+
+What does not work: the attention of the frozen CLIP has no gradient and is not captured. Validation runs with a graph
+in WeCLIP and WeCLIP+; each forward of the model forgets the decoder runs of the one before, so little memory is held.
+
+The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
+itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``numpy.lib.utils`` are gone, and
+``torch.distributed.launch`` passes ``--local-rank``.
 
     zbf1991/WeCLIP at 0f47db4 (WeCLIP)
         WeCLIP/scripts/dist_clip_voc.py, before line 17:
@@ -88,9 +117,9 @@ __all__ = ["cams", "capture", "inside", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the decoder's attention and the logits of its segmentation, in the model's last forward. WeCLIP+ runs the
-    decoder twice, on the features of CLIP and of DINO: layers 0, 1, ... are those of the first run, then come those of
-    the second. Raises ValueError for a model of another family."""
+    """Captures the decoder's attention and its segmentation's logits in the model's last forward. WeCLIP+ runs the
+    decoder twice, on the features of CLIP and of DINO: the layers of the first run come first, then those of the
+    second. Raises ValueError for a model of another family."""
     for name in ("encoder.visual", "decoder_fts_fuse", "decoder.transformer.resblocks"):
         part(unwrap(model), name, "WeCLIP")
     return _DecoderCapture(model)
@@ -105,22 +134,22 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
     square = _is_excel(network)
     if height % patch or width % patch or (square and height != width):
         raise ValueError(
-            f"The view is {height} x {width} px. {'The sides of its square' if square else 'Its sides'} must be multiples "
-            f"of {patch}: use flips, quarter turns, Scale(..., keep_size=True) or a crop."
+            f"The view is {height} x {width} px. Its sides must be multiples of {patch}{' and equal' if square else ''}: "
+            "use flips, quarter turns, Scale(..., keep_size=True) or a crop."
         )
     return host.run(lambda: [network.decoder(features) for features in _decoder_inputs(network, images)])
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in [0, 1]: the probability of each class in the segmentation, C without the background,
-    on the graph. WeCLIP+: by the mean of both logits, as the host segments."""
+    """The class map (B, C, h, w) in [0, 1]: the probability of each class in the segmentation, C without the
+    background, on the graph. WeCLIP+: by the mean of both logits, as the host segments."""
     assert view.features is not None
     return view.features.softmax(1)[:, 1:]
 
 
 class _DecoderCapture(HostCapture):
-    """Keeps all decoder runs of one forward. The next forward forgets them, so that validation, which the hosts run with
-    a graph, holds one image's at a time."""
+    """Keeps all decoder runs of one forward. The next forward forgets them, so that validation, which the hosts run
+    with a graph, holds one image's at a time."""
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards = HookSet(self)

@@ -1,4 +1,5 @@
-"""ToCo, DuPL, SeCo, MoRe, MCC, CTFA and CoSA themselves: their networks, and their training functions on batches made up here."""
+"""ToCo, DuPL, SeCo, MoRe, MCC, CTFA and CoSA themselves: their networks, and their training functions on batches made
+up here."""
 
 import contextlib
 import copy
@@ -37,7 +38,8 @@ def is_query_and_key(name):
     return "encoder.blocks" in name and ".attn.qkv.weight" in name
 
 
-ABSENT = ("bilateralfilter", "cv2", "omegaconf", "pydensecrf", "tensorboardX", "texttable")
+ABSENT = ("bilateralfilter", "cv2", "mmcv", "mmcv.cnn", "omegaconf", "pydensecrf", "tensorboardX", "texttable")
+ABSENT += ("pydensecrf.densecrf", "pydensecrf.utils")
 BACKBONE = "deit_small_patch16_224"
 
 
@@ -172,9 +174,7 @@ HOSTS = {
         prefix=REGISTERS + CLASSES,
         size=MORE_SIZE,
     ),
-    "MCC": Host(
-        "fwu11/MCC", "0731ecc", "scripts/dist_train_voc_seg_neg.py", build_mcc, mcc_batch, {}, size=MORE_SIZE
-    ),
+    "MCC": Host("fwu11/MCC", "0731ecc", "scripts/dist_train_voc_seg_neg.py", build_mcc, mcc_batch, {}, size=MORE_SIZE),
     "CTFA": Host(
         "ZaiyiHu/CTFA",
         "ff0bb03",
@@ -199,13 +199,27 @@ def prepare(folder):
 
 @contextlib.contextmanager
 def without_nccl():
-    """CTFA starts its process group, of one rank, where the module begins; here train() does, as those of the others."""
+    """CTFA starts its process group, of one rank, where the module begins; here it starts before train()."""
     start, port = torch.distributed.init_process_group, os.environ.get("MASTER_PORT")
     torch.distributed.init_process_group = lambda *_, **__: None
     yield
     torch.distributed.init_process_group = start
     if port is not None:
         os.environ["MASTER_PORT"] = port
+
+
+@contextlib.contextmanager
+def without_pandas():
+    """CoSA imports it for a table of losses; scikit-learn must not find the stand-in."""
+    import sklearn.metrics
+    import sklearn.mixture  # noqa: F401
+
+    absent = "pandas" not in sys.modules
+    if absent:
+        sys.modules["pandas"] = types.ModuleType("pandas")
+    yield
+    if absent:
+        del sys.modules["pandas"]
 
 
 class OnCpu(DistributedDataParallel):
@@ -233,6 +247,7 @@ def run_cosa(script, model, data):
         args.__dict__.update(output_dir=scratch, device="cpu", gpu=0, rank=0, finalval=False, crop_size=SIZE)
         args.__dict__.update(max_iters=len(data))
         script.seg_helper.get_energy_loss = lambda **_: torch.zeros(())
+        script.pd = types.SimpleNamespace(DataFrame=dict)
         script.main(args)
 
 
@@ -248,7 +263,7 @@ def run_training(host, folder, patched, model, data, **options):
     lines = today.get(host.script, [])
     if patched:
         lines = lines + added_lines(toco, host.repository, host.commit)[host.script]
-    with without_nccl():
+    with without_nccl(), without_pandas():
         script = patched_module(folder, host.script, lines)
     if host.script == "main.py":
         run_cosa(script, model, data)

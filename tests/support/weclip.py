@@ -223,8 +223,8 @@ def train_host(name, folder, root):
 
 
 def own_and_second_view(name, folder, root):
-    """What the model's own forward leaves against what the second view gives for the same images, in eval mode; then the
-    gradient of each decoder layer, and the number of decoder runs held after three forwards."""
+    """What the model's last forward leaves against what the second view gives for the same images, in eval mode: the
+    largest difference of any map (also from the decoder's own) and class map; then the gradients of the second view."""
     host = HOSTS[name]
     prepare(host, folder)
     data_set(root)
@@ -240,7 +240,10 @@ def own_and_second_view(name, folder, root):
     first = capture.take()
     model.zero_grad()  # the host's GradCAM left some
     second = weclip.second_view(capture, images)
-    maps = max((a - b).abs().max().item() for a, b in zip(first.attention.weights(), second.attention.weights()))
+    pairs = list(zip(first.attention.weights(), second.attention.weights(), strict=True))
+    returned_maps = [weights for _, of_run in second.output for weights in of_run]
+    pairs += zip([weights.mean(1) for weights in second.attention.weights()], returned_maps, strict=True)
+    maps = max((a - b).abs().max().item() for a, b in pairs)
     own = torch.stack(returned[: host.passes]).mean(0).softmax(1)[:, 1:]
     cams = max((own - weclip.cams(view)).abs().max().item() for view in (first, second))
     second.attention.weights()[-1].square().sum().backward()
