@@ -131,11 +131,11 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
     makes no pseudo labels. ExCEL takes squares only. Raises ValueError for images of another size."""
     network: Any = host.network
     patch, (height, width) = _patch_size(network), images.shape[-2:]
-    square = _is_excel(network)
-    if height % patch or width % patch or (square and height != width):
+    sides = "equal multiples" if _is_excel(network) else "multiples"
+    if height % patch or width % patch or (_is_excel(network) and height != width):
         raise ValueError(
-            f"The view is {height} x {width} px. Its sides must be multiples of {patch}{' and equal' if square else ''}: "
-            "use flips, quarter turns, Scale(..., keep_size=True) or a crop."
+            f"The view is {height} x {width} px. Its sides must be {sides} of {patch}: use flips, quarter turns, "
+            "Scale(..., keep_size=True) or a crop."
         )
     return host.run(lambda: [network.decoder(features) for features in _decoder_inputs(network, images)])
 
