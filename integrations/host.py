@@ -24,13 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
-from acr_reg._torch_private import replace_buffers
+from acr_reg.capture.evaluation import state_kept
 from acr_reg.capture.hooks import HookSet, is_recomputing
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 
 Keep = Literal["only", "first", "last", "all"]
-_PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class HostCapture(Removable):
         back. Not undone: what it writes into parameters (a momentum encoder) or into lists that a module holds, and
         what activation checkpointing repeats of it in backward."""
         self.clear()
-        with self._numbers_of_its_own(), _state_of_its_own(self.model):
+        with self._numbers_of_its_own(), state_kept(self.model):
             output = forward()
             found = None if features is None else features(output)
         return self._view(output, found)
@@ -181,31 +180,6 @@ class FeatureRecorder:
         self._hooks.remove()
 
 
-@contextmanager
-def _state_of_its_own(model: nn.Module) -> Iterator[None]:
-    """Within it, the modules have copies of their buffers; after it, they have the attributes and buffers of before.
-
-    The buffers are not written to and restored: the first view's graph may need them, and backward would refuse."""
-    copies: dict[Tensor, Tensor] = {}  # modules that share a buffer share its copy
-
-    def copy(buffer: Tensor) -> Tensor:
-        if buffer not in copies:
-            copies[buffer] = buffer.clone()
-        return copies[buffer]
-
-    # A wrapper's attributes are those of the step and not of the host.
-    kept = [(module, dict(vars(module))) for module in model.modules() if not isinstance(module, _PARALLEL)]
-    try:
-        for module, _ in kept:
-            replace_buffers(module, copy)
-        yield
-    finally:
-        for module, attributes in kept:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-
-
 def _rank() -> int:
     ready = torch.distributed.is_available() and torch.distributed.is_initialized()
     return torch.distributed.get_rank() if ready else 0
@@ -213,7 +187,8 @@ def _rank() -> int:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The model inside DistributedDataParallel or DataParallel."""
-    while isinstance(model, _PARALLEL):
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    while isinstance(model, parallel):
         model = model.module
     return model
 

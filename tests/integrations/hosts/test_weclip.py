@@ -195,7 +195,7 @@ def test_the_next_forward_forgets_the_runs_of_the_last():
 def test_sizes_and_models_of_other_families_are_refused():
     with (
         weclip.capture(Network("ExCEL")) as host,
-        pytest.raises(ValueError, match=r"96 x 64 px.*equal multiples of 16"),
+        pytest.raises(ValueError, match=r"96 x 64 px.* equal multiples of 16"),
     ):
         weclip.second_view(host, torch.zeros(2, 3, 96, 64))
     with weclip.capture(Network("WeCLIP")) as host, pytest.raises(ValueError, match=r"90 x 64 px.*multiples of 16"):
