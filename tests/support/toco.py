@@ -45,8 +45,9 @@ BACKBONE = "deit_small_patch16_224"
 
 @dataclass(frozen=True)
 class Host:
-    """``data(seed)`` is a batch of the host's loader; ``options`` are arguments of its command; ``phases`` are those
-    of training that differ in how the network is called."""
+    """``data(seed)`` is a batch of the host's loader, ``images`` the place of its images; ``options`` are arguments of
+    its command; ``phases`` are those of training that differ in how the network is called; ``ranks``: may be several.
+    """
 
     repository: str
     commit: str
@@ -59,6 +60,7 @@ class Host:
     size: int = SIZE
     branches: int = 1
     ranks: bool = True
+    images: int = 1
 
 
 def boxes(size):
@@ -184,7 +186,7 @@ HOSTS = {
         {"local_crop_size": LOCAL},
         ranks=False,  # it starts its process group of one rank itself
     ),
-    "CoSA": Host("youshyee/CoSA", "01d3467", "main.py", build_cosa, cosa_batch, {}),
+    "CoSA": Host("youshyee/CoSA", "01d3467", "main.py", build_cosa, cosa_batch, {}, images=2),
 }
 
 
@@ -312,7 +314,7 @@ def taken_and_alone(name, folder):
     def observed(capture, run=None):
         first = take(capture, run)
         assert capture.network.training
-        alone = toco.second_view(capture, data[len(found) // host.branches][1])
+        alone = toco.second_view(capture, data[len(found) // host.branches][host.images])
         pairs = zip(first.attention.weights(), alone.attention.weights(), strict=True)
         maps = toco.cams(first), toco.cams(alone)
         _, terms = acr(first.attention, alone.attention, *maps, return_terms=True)
