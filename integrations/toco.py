@@ -16,8 +16,8 @@ with random weights: two steps of the scripts' ``train()`` (CoSA's ``main()``). 
 their loader, the compiled CRF loss (``bilateralfilter``), and packages that a step does not call (OpenCV, mmcv,
 omegaconf, pandas, pydensecrf, tensorboardX, texttable). Not run: the COCO scripts, ToCo, DuPL, MCC, CTFA and CoSA with
 a larger backbone than DeiT-S, CTFA on iSAID (at ff0bb03 that script calls ``profile``, which it does not import) and on
-DeepGlobe, MCC, CTFA and CoSA on two ranks, SeCo past iteration 600, and iterations past 2000, where the CRF loss and
-the segmentation loss of MoRe and SeCo begin.
+DeepGlobe, CTFA on two ranks (its scripts start one), SeCo past iteration 600, and iterations past 2000, where the CRF
+loss and the segmentation loss of MoRe and SeCo begin.
 
 Views: any whose sides are multiples of 16, oblong ones too, because the position table is resized to each size. Run
 here: ``HorizontalFlip()`` in training on squares; ``HorizontalFlip()`` and ``Scale(2.0)`` on images of 96 x 64. A scale
