@@ -140,6 +140,11 @@ def children_of(module: nn.Module) -> tuple[nn.Module | None, ...]:
     return tuple(module._modules.values())
 
 
+def replace_buffers(module: nn.Module, copy: Callable[[Tensor], Tensor]) -> None:
+    """Gives the module ``copy`` of each buffer, in a new dict: vars(module) of before holds the old one."""
+    module._buffers = {name: None if buffer is None else copy(buffer) for name, buffer in module._buffers.items()}
+
+
 def is_replica(module: nn.Module) -> bool:
     """Whether nn.DataParallel made this module, for one forward on one device."""
     return bool(getattr(module, "_is_replica", False))

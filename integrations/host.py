@@ -12,16 +12,19 @@ loss.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
+from acr_reg.capture.evaluation import state_kept
 from acr_reg.capture.hooks import HookSet, is_recomputing
 from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
@@ -63,13 +66,19 @@ class HostCapture(Removable):
         return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
-        """Runs ``forward()`` and returns its view. Dropout and stochastic depth draw from a separate generator, so the
-        host's random numbers continue as if nothing had run. Pass ``features(output)`` if the pass ends below the
-        module whose tensor is recorded."""
+        """Runs ``forward()`` and returns its view. Pass ``features(output)`` if the pass ends below the module whose
+        tensor is recorded.
+
+        The host goes on as if nothing had run. Dropout and stochastic depth draw from separate generators (torch, numpy
+        and ``random``). The pass has copies of all buffers, such as BatchNorm's running statistics, spectral norm's
+        vectors and a queue of keys, and DDP broadcasts into the copies. What it assigns to attributes of modules is set
+        back. Not undone: what it writes into parameters (a momentum encoder) or into lists that a module holds, and
+        what activation checkpointing repeats of it in backward."""
         self.clear()
-        with self._numbers_of_its_own():
+        with self._numbers_of_its_own(), state_kept(self.model):
             output = forward()
-        return self._view(output, None if features is None else features(output))
+            found = None if features is None else features(output)
+        return self._view(output, found)
 
     def _view(self, output: Any, features: Tensor | None, run: int | None = None) -> HostView:
         try:
@@ -95,9 +104,17 @@ class HostCapture(Removable):
     @contextmanager
     def _numbers_of_its_own(self) -> Iterator[None]:
         devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
+        seed = int(torch.randint(2**62, (), generator=self._seeds))
+        of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what hosts draw from)
         with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-            torch.manual_seed(int(torch.randint(2**62, (), generator=self._seeds)))
-            yield
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002
+            try:
+                yield
+            finally:
+                random.setstate(of_python)
+                np.random.set_state(of_numpy)  # noqa: NPY002
 
 
 class FeatureRecorder:
@@ -141,7 +158,7 @@ class FeatureRecorder:
     def take(self, run: int | None = None) -> Tensor:
         """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every
         encoder run must reach it."""
-        found, self._found = self._found, []
+        found = self.take_all()
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
             raise CaptureError(
@@ -149,6 +166,11 @@ class FeatureRecorder:
                 "after the host's whole forward."
             )
         return found[index]
+
+    def take_all(self) -> list[Tensor]:
+        """The tensors recorded since the last take, perhaps none."""
+        found, self._found = self._found, []
+        return found
 
     def clear(self) -> None:
         self._found = []

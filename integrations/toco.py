@@ -1,21 +1,23 @@
-"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe): a ViT encoder and a class map by 1 x 1 convolution. A
-training call may run the encoder on crops or other images as well.
+"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe, MCC, CTFA, CoSA): a ViT encoder and a class map by 1 x 1
+convolution. A training call may run the encoder on crops or other images as well.
 
 What is regularised: the attention of all 12 blocks (the class token's row and the pairs of patches), in the pass on the
 training images only, and the class map by the classifier's weight. MoRe has 20 class tokens, after 4 registers that are
 not regularised. DuPL: both branches. The second view runs the encoder alone, outside DDP's wrapper: its gradients join
 those of the wrapped pass before DDP averages them. SeCo's momentum encoder is not captured. The class logits are
 max-pooled from patches, so the hosts' own losses on them give the last layer's class token no gradient; the activation
-term does.
+term does. CoSA's assignment network, a moving average that makes pseudo labels, is not captured.
 
-Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL); ViT-B of ImageNet-21k,
-fine-tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe).
+Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL, CTFA); ViT-B of ImageNet-21k,
+fine-tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe, CoSA).
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: two steps of
-the scripts' ``train()``. Stubbed: the GPU, the data sets and their loader, the compiled CRF loss (``bilateralfilter``),
-and packages that a step does not call (OpenCV, omegaconf, pydensecrf, tensorboardX, texttable). Not run: the COCO
-scripts, ToCo and DuPL with a larger backbone than DeiT-S, SeCo past iteration 600, and iterations past 2000, where the
-CRF loss and the segmentation loss of MoRe and SeCo begin.
+Run on 2026-11-25 (MCC, CTFA and CoSA on 2026-11-29) with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below,
+with random weights: two steps of the scripts' ``train()`` (CoSA's ``main()``). Stubbed: the GPU, the data sets and
+their loader, the compiled CRF loss (``bilateralfilter``), and packages that a step does not call (OpenCV, mmcv,
+omegaconf, pandas, pydensecrf, tensorboardX, texttable). Not run: the COCO scripts, ToCo, DuPL, MCC, CTFA and CoSA with
+a larger backbone than DeiT-S, CTFA on iSAID (at ff0bb03 that script calls ``profile``, which it does not import) and on
+DeepGlobe, CTFA on two ranks (its scripts start one), SeCo past iteration 600, and iterations past 2000, where the CRF
+loss and the segmentation loss of MoRe and SeCo begin.
 
 Views: any whose sides are multiples of 16, oblong ones too, because the position table is resized to each size. Run
 here: ``HorizontalFlip()`` in training on squares; ``HorizontalFlip()`` and ``Scale(2.0)`` on images of 96 x 64. A scale
@@ -25,8 +27,9 @@ little, but MoRe's 24 gave attention terms of 0.30 instead of 0.05, for 24 and 9
 Noise floor: 0. The hosts build their encoders without drop_path and dropout. Under ``Identity()`` in train mode, two
 passes on the same images gave exactly 0 for all three terms (the real networks, random weights, two images of 96 x 64),
 so the whole loss comes from the view. Under the flip the terms (activation / affinity / cam) were: ToCo 0.069 / 0.065 /
-0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28. An encoder built with
-``drop_path_rate`` has a floor above 0.
+0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28; in the first step of training MCC
+0.070 / 0.068 / 0.24, CTFA 0.067 / 0.067 / 0.23, CoSA 0.069 / 0.067 / 0.27. An encoder built with ``drop_path_rate`` has
+a floor above 0.
 
 What does not work: regularising the auxiliary classifier's map; the distilled DeiT backbones, whose features the hosts
 themselves cannot unpack; ``nn.DataParallel`` over several GPUs; DuPL with ``--gmm_iters`` below ``--cam_iters``, where
@@ -129,6 +132,67 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/train_voc.py, before line 239:
             cls_score = np.float64(cls_score)
+
+    fwu11/MCC at 0731ecc
+        scripts/dist_train_voc_seg_neg.py, before line 14:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/dist_train_voc_seg_neg.py, before line 234:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/dist_train_voc_seg_neg.py, before line 288:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    fwu11/MCC at 0731ecc, on today's torch and timm
+        scripts/dist_train_voc_seg_neg.py, before line 78:
+            parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
+        scripts/dist_train_voc_seg_neg.py, before line 291:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 375:
+            model.pretrained_cfg = model.default_cfg
+
+    ZaiyiHu/CTFA at ff0bb03
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 21:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 290:
+            host = toco.capture(model)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 353:
+            first = host.take()
+            second = toco.second_view(host, acr.view(inputs))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
+
+    ZaiyiHu/CTFA at ff0bb03, on today's torch and timm
+        datasets/potsdam.py, in place of lines 2 to 2:
+            # numpy.lib.utils is gone, and its deprecate was not used
+        scripts/dist_train_potsdam_seg_neg_fp.py, before line 356:
+            cls_score = np.float64(cls_score)
+        model/backbone/vit.py, before line 382:
+            model.pretrained_cfg = model.default_cfg
+
+    youshyee/CoSA at 01d3467 (with --decoder LargeFOV, the default; its assignment network is not captured)
+        main.py, before line 13:
+            from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+            from acr_reg.integrations import toco
+        main.py, before line 76:
+            host = toco.capture(model_ON)
+            acr = AllPairsConsistencyLoss(HorizontalFlip())
+        main.py, before line 245:
+            first = host.take()
+            second = toco.second_view(host, acr.view(simg))
+            loss = loss + acr(
+                first.attention, second.attention, toco.cams(first), toco.cams(second), labels=cls_label
+            )
+            del first, second
 """
 
 from __future__ import annotations

@@ -25,9 +25,9 @@ map's term is noise: give it a small weight, or the model a smaller drop_path.
 
 What does not work. The host's ``nn.DataParallel`` on several GPUs is refused by name. Train on one GPU
 (CUDA_VISIBLE_DEVICES=0), or with one process per GPU: in line 79 write ``DistributedDataParallel(model.cuda(rank),
-device_ids=[rank], broadcast_buffers=False)``, in lines 58 and 59 ``sampler=DistributedSampler(train_dataset)`` instead
-of ``shuffle=True``, and pass that ``model`` to ``capture``. Every parameter gets a gradient. BatchNorm normalises each
-view by itself; its running statistics stay those of the host's own passes.
+device_ids=[rank])``, in lines 58 and 59 ``sampler=DistributedSampler(train_dataset)`` instead of ``shuffle=True``, and
+pass that ``model`` to ``capture``. Every parameter gets a gradient. BatchNorm normalises each view by itself; its
+running statistics stay those of the host's own passes.
 
 The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
 itself needs the line "on today's torch and timm": Pillow has dropped a name.
@@ -55,8 +55,6 @@ itself needs the line "on today's torch and timm": Pillow has dropped a name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +62,6 @@ from torch import Tensor, nn
 
 from acr_reg import capture_attention
 from acr_reg.integrations.host import FeatureRecorder, HostCapture, HostView, part, unwrap
-from acr_reg.placement.modules import batch_norms
 
 __all__ = ["cams", "capture", "second_view"]
 
@@ -90,8 +87,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
             f"The view is {height} x {width} px. TransCAM's two branches fit together on squares of a multiple of 16 "
             "only: crop or scale to one."
         )
-    with _running_statistics_kept(host.network):
-        return host.run(lambda: host.model("convcam", images))
+    return host.run(lambda: host.model("convcam", images))
 
 
 def cams(view: HostView) -> Tensor:
@@ -106,20 +102,3 @@ class _OnOneLattice(HostCapture):
         view = super()._view(output, features, run)
         layout = view.attention[0].layout
         return replace(view, attention=view.attention.with_layout(layout.query, 1, 1))
-
-
-@contextmanager
-def _running_statistics_kept(network: nn.Module) -> Iterator[None]:
-    """Keeps what BatchNorm remembers for inference. In training it normalises by the current batch anyway."""
-    norms = batch_norms(network)
-    counts = [(count, count.clone()) for norm in norms if (count := norm.num_batches_tracked) is not None]
-    momenta = [(norm, norm.momentum) for norm in norms]
-    try:
-        for norm in norms:
-            norm.momentum = 0.0
-        yield
-    finally:
-        for norm, momentum in momenta:
-            norm.momentum = momentum
-        for count, before in counts:
-            count.copy_(before)

@@ -1,11 +1,15 @@
-"""Changes flags of a model inside a block and restores them, whatever interrupts the block or the restoring."""
+"""Runs a model and restores what its modules had, whatever interrupts the block: flags, or buffers and attributes."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
-from torch import nn
+from torch import Tensor, nn
+
+from acr_reg._torch_private import replace_buffers
 
 
 class _Restored(ABC):
@@ -58,3 +62,30 @@ class frozen(_Restored):
         for parameter in self._learning:
             parameter.requires_grad_(True)
         self._learning = []
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Inside the block the modules have copies of their buffers; afterwards they have the buffers and attributes of
+    before, whatever a forward wrote, assigned or registered.
+
+    The buffers are not written to and restored: an earlier graph may need them, and its backward would refuse."""
+    copies: dict[Tensor, Tensor] = {}  # modules that share a buffer share its copy
+
+    def copy(buffer: Tensor) -> Tensor:
+        if buffer not in copies:
+            copies[buffer] = buffer.clone()
+        return copies[buffer]
+
+    # The attributes of these are those of the step and not of the model.
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    kept = [(module, dict(vars(module))) for module in model.modules() if not isinstance(module, wrappers)]
+    try:
+        for module, _ in kept:
+            replace_buffers(module, copy)
+        yield
+    finally:
+        for module, attributes in kept:
+            for name in vars(module).keys() - attributes.keys():
+                del vars(module)[name]
+            vars(module).update(attributes)

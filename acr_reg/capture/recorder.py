@@ -96,7 +96,7 @@ class Recorder:
         entry = Entry(module, args, kwargs, frame)
         if module is self.index.model and outermost:
             state.begin_visit(entry)
-        if not self._narrowed and state.sources is None:
+        if not self._narrowed and state.sources is None and not is_faked():
             state.sources = Sources(class_token_parameters(self.index.model))
         self._note_images(entry, state, outermost)
         if outermost and state.sources is not None:

@@ -12,11 +12,13 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from acr_reg._tensors import is_dense
 
 _IMAGE, _ROW = 2**40, 2**20  # a place is image * _IMAGE + y * _ROW + x
 _FRACTION = 2**4  # y and x count sixteenths of a pixel
@@ -117,7 +119,7 @@ class Sources:
 
     def of(self, tensor: Any) -> Source | None:
         """The source of a tensor, or of one on the same memory, as autograd's hooks return them; None if unknown."""
-        if not isinstance(tensor, Tensor):
+        if not is_dense(tensor):
             return None
         alias, source = self._known.get(id(tensor), (None, None))
         if alias is None or alias() is not tensor:
@@ -150,7 +152,7 @@ class Sources:
         """Notes as lost what operations that nobody saw made of ``given`` tensors; None: of unknown ones."""
         roots = None if given is None else _united(s for s in map(self.of, given) if s is not None)
         for tensor in made if roots is None or roots else ():
-            if isinstance(tensor, Tensor) and tensor.is_floating_point() and self.of(tensor) is None:
+            if _follows(tensor) and self.of(tensor) is None:
                 self._note(tensor, Source(None, self._new_root() if roots is None else roots, lost_in=lost_in))
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
@@ -179,7 +181,7 @@ class Sources:
             roots |= self._new_root()  # attention: its output is of other tokens
         lost_in = next((s.lost_in for s in sources if s.lost_in), name)
         for tensor, where in zip(made, places, strict=False):
-            if isinstance(tensor, Tensor) and tensor.is_floating_point():
+            if _follows(tensor):
                 if where is None or where.shape != tensor.shape:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
@@ -218,7 +220,7 @@ class Sources:
         """The places of a tensor, 0 where nothing is known of it; anything else as it is."""
         if isinstance(operand, (list, tuple)) and any(isinstance(o, Tensor) for o in operand):
             return type(operand)(self._shadow(o) for o in operand)
-        if not isinstance(operand, Tensor) or not operand.is_floating_point():
+        if not _follows(operand):
             return operand
         source = self.of(operand)
         if source is None:
@@ -335,6 +337,10 @@ def _compact(places: Tensor) -> Tensor:
         if one is not None and torch.equal(one.expand(places.shape), places):
             return one.clone().expand(places.shape)
     return places
+
+
+def _follows(value: Any) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _memory(tensor: Tensor) -> Any:

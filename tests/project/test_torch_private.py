@@ -274,6 +274,24 @@ def test_is_compiled_takes_no_module_for_compiled_that_is_kept_from_it() -> None
     assert not private.is_compiled(Apart()), note
 
 
+def test_replaced_buffers_are_those_in_use_until_the_attributes_are_set_back() -> None:
+    note = changed("nn.Module._buffers", "nn.Module.register_buffer and __setattr__")
+    module = nn.BatchNorm1d(3)
+    module.register_buffer("none", None)
+    mean, before = module.running_mean, dict(vars(module))
+    private.replace_buffers(module, torch.clone)
+    assert module.none is None, note
+    assert module.running_mean is not mean, note
+    module(torch.ones(2, 3))
+    module.none = torch.ones(1)
+    assert module.running_mean.any(), note
+    assert not mean.any(), note
+    vars(module).update(before)
+    assert module.running_mean is mean, note
+    assert module.none is None, note
+    assert int(module.num_batches_tracked) == 0, note
+
+
 def test_is_replica_tells_what_data_parallel_made() -> None:
     note = changed("nn.Module._replicate_for_data_parallel", "nn.parallel.replicate")
     module = nn.Linear(2, 2)

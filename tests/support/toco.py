@@ -1,7 +1,12 @@
-"""ToCo, DuPL, SeCo and MoRe themselves: their networks, and their training functions on batches made up here."""
+"""ToCo, DuPL, SeCo, MoRe, MCC, CTFA and CoSA themselves: their networks, and their training functions on batches made
+up here."""
 
+import contextlib
+import copy
 import logging
 import os
+import sys
+import tempfile
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,14 +38,16 @@ def is_query_and_key(name):
     return "encoder.blocks" in name and ".attn.qkv.weight" in name
 
 
-ABSENT = ("bilateralfilter", "cv2", "omegaconf", "pydensecrf", "tensorboardX", "texttable")
+ABSENT = ("bilateralfilter", "cv2", "mmcv", "mmcv.cnn", "omegaconf", "pydensecrf", "tensorboardX", "texttable")
+ABSENT += ("pydensecrf.densecrf", "pydensecrf.utils")
 BACKBONE = "deit_small_patch16_224"
 
 
 @dataclass(frozen=True)
 class Host:
-    """``data(seed)`` is a batch of the host's loader; ``options`` are arguments of its command; ``phases`` are those
-    of training that differ in how the network is called."""
+    """``data(seed)`` is a batch of the host's loader, ``images`` the place of its images; ``options`` are arguments of
+    its command; ``phases`` are those of training that differ in how the network is called; ``ranks``: may be several.
+    """
 
     repository: str
     commit: str
@@ -52,6 +59,8 @@ class Host:
     prefix: int = 1
     size: int = SIZE
     branches: int = 1
+    ranks: bool = True
+    images: int = 1
 
 
 def boxes(size):
@@ -102,7 +111,40 @@ def more_batch(seed):
     return ["a", "b"], images, labels, crops
 
 
-MORE_SIZE = 128  # its loss on tokens takes windows of six of them
+def build_mcc():
+    from model.model_seg_neg import network
+
+    return network(BACKBONE, num_classes=21, pretrained=False, init_momentum=0.9, aux_layer=-3)
+
+
+def mcc_batch(seed):
+    images, labels, views = batch(seed, MORE_SIZE)
+    return ["a", "b"], images, labels, boxes(MORE_SIZE), views
+
+
+def build_ctfa():
+    from model.model_seg_neg_fp import network
+
+    return network(BACKBONE, num_classes=6, pretrained=False, init_momentum=0.9, aux_layer=-3)
+
+
+def ctfa_batch(seed):
+    images, labels, crops = batch(seed)
+    return ["a", "b"], images, labels[:, 3:8], boxes(SIZE), crops
+
+
+def build_cosa():
+    from models import VITNetwork
+
+    return VITNetwork(BACKBONE, 21, pretrained=False, decoder="LargeFOV")
+
+
+def cosa_batch(seed):
+    weak, labels, crops = batch(seed)
+    return ["a", "b"], weak, crops[0], labels, boxes(SIZE)
+
+
+MORE_SIZE = 128  # MoRe's loss on tokens takes windows of six of them, MCC masks blocks of four by four
 # Both steps of DuPL that train here run after its first phase: the images alone, then with the augmented ones.
 HOSTS = {
     "ToCo": Host(
@@ -134,6 +176,17 @@ HOSTS = {
         prefix=REGISTERS + CLASSES,
         size=MORE_SIZE,
     ),
+    "MCC": Host("fwu11/MCC", "0731ecc", "scripts/dist_train_voc_seg_neg.py", build_mcc, mcc_batch, {}, size=MORE_SIZE),
+    "CTFA": Host(
+        "ZaiyiHu/CTFA",
+        "ff0bb03",
+        "scripts/dist_train_potsdam_seg_neg_fp.py",
+        build_ctfa,
+        ctfa_batch,
+        {"local_crop_size": LOCAL},
+        ranks=False,  # it starts its process group of one rank itself
+    ),
+    "CoSA": Host("youshyee/CoSA", "01d3467", "main.py", build_cosa, cosa_batch, {}, images=2),
 }
 
 
@@ -146,18 +199,83 @@ def prepare(folder):
     logging.disable()
 
 
+@contextlib.contextmanager
+def without_nccl():
+    """CTFA starts its process group, of one rank, where the module begins; here it starts before train()."""
+    start, port = torch.distributed.init_process_group, os.environ.get("MASTER_PORT")
+    torch.distributed.init_process_group = lambda *_, **__: None
+    yield
+    torch.distributed.init_process_group = start
+    if port is not None:
+        os.environ["MASTER_PORT"] = port
+
+
+@contextlib.contextmanager
+def without_pandas():
+    """CoSA imports it for a table of losses; scikit-learn must not find the stand-in."""
+    import sklearn.metrics
+    import sklearn.mixture  # noqa: F401
+
+    absent = "pandas" not in sys.modules
+    if absent:
+        sys.modules["pandas"] = types.ModuleType("pandas")
+    yield
+    if absent:
+        del sys.modules["pandas"]
+
+
+class OnCpu(DistributedDataParallel):
+    def __init__(self, module, device_ids=None, **options):
+        super().__init__(module, **options)
+
+
+class Loader(list):
+    """A loader and its data set; the host shuffles by its sampler."""
+
+    sampler = types.SimpleNamespace(set_epoch=lambda _: None)
+    dataset = ()
+
+
+def run_cosa(script, model, data):
+    """Its main() builds the trained network and then the teacher."""
+    networks = iter([model, copy.deepcopy(model)])
+    script.build_model = lambda _: next(networks)
+    script.build_dataloader = lambda *_, **__: (Loader(data), Loader())
+    script.utils.init_distributed_mode = lambda args: torch.distributed.init_process_group("gloo")
+    torch.nn.parallel.DistributedDataParallel = OnCpu
+    parser = script.argparse.ArgumentParser(parents=[script.get_parser_voc()])
+    args, _ = script.handle_defaults_voc(parser.parse_args(["name"]))
+    with tempfile.TemporaryDirectory() as scratch:
+        args.__dict__.update(output_dir=scratch, device="cpu", gpu=0, rank=0, finalval=False, crop_size=SIZE)
+        args.__dict__.update(max_iters=len(data))
+        script.seg_helper.get_energy_loss = lambda **_: torch.zeros(())
+        script.pd = types.SimpleNamespace(DataFrame=dict)
+        script.main(args)
+
+
 def run_training(host, folder, patched, model, data, **options):
     """Runs the host's train() on these batches. Stubbed: the dataset and its loader, the network (given), the compiled
     CRF loss (weight 0 up to iteration 2000), the GPU."""
-    lines = added_lines(toco, host.repository, host.commit, today=True)[host.script]
+    today = added_lines(toco, host.repository, host.commit, today=True)
+    for file in today:
+        if file.startswith("datasets/"):
+            name = file.removesuffix(".py").replace("/", ".")
+            sys.modules[name] = patched_module(folder, file, today[file])
+            setattr(sys.modules["datasets"], name.removeprefix("datasets."), sys.modules[name])
+    lines = today.get(host.script, [])
     if patched:
         lines = lines + added_lines(toco, host.repository, host.commit)[host.script]
-    script = patched_module(folder, host.script, lines)
+    with without_nccl(), without_pandas():
+        script = patched_module(folder, host.script, lines)
+    if host.script == "main.py":
+        run_cosa(script, model, data)
+        return
     if hasattr(script, "build_network"):
         script.build_network = lambda args: (model, model.get_param_groups())
     else:
         script.network = script.siamese_network = lambda **_: model
     script.voc = types.SimpleNamespace(VOC12ClsDataset=lambda **_: data, VOC12SegDataset=lambda **_: data)
+    script.potsdam = types.SimpleNamespace(potsdamClsDataset=lambda **_: data, potsdamSegDataset=lambda **_: data)
     script.DataLoader = lambda dataset, **_: dataset
     script.DistributedDataParallel = lambda module, device_ids, **options: DistributedDataParallel(module, **options)
     script.get_energy_loss = lambda **_: torch.zeros(())
@@ -165,6 +283,8 @@ def run_training(host, folder, patched, model, data, **options):
     args = script.parser.parse_args([])
     args.__dict__.update(local_rank=torch.device("cpu"), backend="gloo", max_iters=len(data), warmup_iters=1)
     args.__dict__.update(host.options, **options)
+    if not host.ranks:
+        torch.distributed.init_process_group("gloo")
     script.train(args)
 
 
@@ -194,7 +314,7 @@ def taken_and_alone(name, folder):
     def observed(capture, run=None):
         first = take(capture, run)
         assert capture.network.training
-        alone = toco.second_view(capture, data[len(found) // host.branches][1])
+        alone = toco.second_view(capture, data[len(found) // host.branches][host.images])
         pairs = zip(first.attention.weights(), alone.attention.weights(), strict=True)
         maps = toco.cams(first), toco.cams(alone)
         _, terms = acr(first.attention, alone.attention, *maps, return_terms=True)

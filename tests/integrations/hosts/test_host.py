@@ -5,10 +5,12 @@ import importlib
 import multiprocessing
 import pickle
 import queue
+import random
 import re
 import types
 from concurrent.futures import ProcessPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -70,6 +72,177 @@ def test_noise_of_the_second_view_repeats_with_the_seed(model):
     assert not torch.equal(runs[0], runs[2])
 
 
+def draw():
+    return random.random(), np.random.rand()  # noqa: NPY002 (the generator that hosts draw from)
+
+
+def test_second_view_leaves_numpy_and_python_their_random_numbers(model):
+    def forward():
+        drawn.append(draw())
+        return model(images())
+
+    drawn = []
+    with mctformer.capture(model) as host:
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        expected = draw()
+        random.seed(1)
+        np.random.seed(1)  # noqa: NPY002
+        host.run(forward)
+        host.run(forward)
+    assert draw() == expected
+    assert len({expected, *drawn}) == 3, "each second view has numbers of its own"
+
+
+# ---------------------------------------------------------------- what the host's modules remember
+
+
+class Queue(nn.Module):
+    """Keys of earlier images beside these, as MoCo's heirs keep them: written in place, or anew."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+        self.register_buffer("queue", torch.randn(4, 3))
+        self.register_buffer("pointer", torch.zeros(1, dtype=torch.long))
+
+    def forward(self, x):
+        keys = x.mean((2, 3)).detach()
+        if self.in_place:
+            self.queue[int(self.pointer) : int(self.pointer) + len(keys)] = keys
+            self.pointer[0] = (self.pointer + len(keys)) % len(self.queue)
+        else:
+            self.queue = torch.cat([self.queue, keys])[-4:]
+        return x + self.queue.mean(0)[:, None, None]
+
+
+class Average(nn.Module):
+    """Normalises by a moving average that is on the graph, so that backward refuses where it was written since."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.ones(3, 1, 1))
+        self.register_buffer("twin", self.mean)
+        self.gain = nn.Parameter(torch.ones(3, 1, 1))
+
+    def forward(self, x):
+        self.mean.mul_(0.9).add_(0.1 * x.detach().mean((0, 2, 3))[:, None, None])
+        assert self.twin is self.mean
+        return x * self.gain * self.mean
+
+
+class Table(nn.Module):
+    """A table for the size seen last, a flag of which size that is, and a count of calls."""
+
+    size, calls = 0, 0
+
+    def forward(self, x):
+        self.calls += 1
+        if self.size != x.shape[-1]:
+            self.size = x.shape[-1]
+            self.register_buffer("table", torch.linspace(0, 1, self.size))
+            self.found = x.mean()
+        return x + self.table
+
+
+REMEMBERING = {
+    "BatchNorm": lambda: nn.BatchNorm2d(3),
+    "BatchNorm without momentum": lambda: nn.BatchNorm2d(3, momentum=None),
+    "BatchNorm without statistics": lambda: nn.BatchNorm2d(3, track_running_stats=False),
+    "SyncBatchNorm": lambda: nn.SyncBatchNorm(3),
+    "InstanceNorm": lambda: nn.InstanceNorm2d(3, track_running_stats=True),
+    "spectral norm": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(3, 3, 1)),
+    "spectral norm by hooks": lambda: nn.utils.spectral_norm(nn.Conv2d(3, 3, 1)),
+    "queue": lambda: Queue(True),
+    "queue written anew": lambda: Queue(False),
+    "average": Average,
+    "table": Table,
+}
+
+
+class Remembering(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.vit = REMEMBERING[name](), Small()
+
+    def forward(self, x):
+        return self.vit(self.first(x))
+
+
+def remembered(model):
+    """All that the modules hold, by name; tensors by value."""
+    found = {}
+    for module_name, module in model.named_modules():
+        own = {**vars(module), **dict(module.named_buffers(recurse=False))}
+        for name, value in own.items():
+            if name.startswith("_") and not isinstance(value, bool | int | float):
+                continue
+            found[f"{module_name}.{name}"] = value.detach().clone() if isinstance(value, torch.Tensor) else value
+    return found
+
+
+def same(a, b):
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_second_view_leaves_modules_what_they_remember(name, training):
+    torch.manual_seed(0)
+    model = Remembering(name).train(training)
+    with HostCapture(model, acr_reg.capture_attention(model, modules=[model.vit])) as host:
+        outputs = model(images())
+        host.take()
+        objects = {name: id(buffer) for name, buffer in model.named_buffers()}
+        before = remembered(model)
+        second = host.run(lambda: model(torch.nn.functional.interpolate(2 * images(), scale_factor=0.5)))
+        after = remembered(model)
+    assert before.keys() == after.keys()
+    assert [each for each in before if not same(before[each], after[each])] == []
+    assert {name: id(buffer) for name, buffer in model.named_buffers()} == objects
+    (outputs[0].sum() + second.attention[0].weights().square().sum()).backward()
+    assert all(p.grad is not None for p in model.first.parameters())
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "average", "queue", "table"])
+def test_a_second_view_that_fails_leaves_modules_what_they_remember(name):
+    model = Remembering(name)
+
+    def forward():
+        model(2 * images())
+        raise KeyboardInterrupt
+
+    with HostCapture(model, acr_reg.capture_attention(model, modules=[model.vit])) as host:
+        model(images())
+        before = remembered(model)
+        with pytest.raises(KeyboardInterrupt):
+            host.run(forward)
+        after = remembered(model)
+    assert all(same(before[each], after[each]) for each in before | after)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm", "spectral norm by hooks", "average", "queue"])
+def test_weight_0_is_the_run_without_the_lines_in_eval_mode_too(name):
+    def trained(patched):
+        torch.manual_seed(0)
+        model = Remembering(name)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        acr = acr_reg.AllPairsConsistencyLoss(acr_reg.HorizontalFlip(), 0.0, 0.0)
+        with HostCapture(model, acr_reg.capture_attention(model, modules=[model.vit])) as host:
+            for samples, targets in batches():
+                loss = sum(F.multilabel_soft_margin_loss(out, targets) for out in model(samples))
+                if patched:
+                    first = host.take()
+                    loss = loss + acr(first.attention, host.run(lambda x=samples: model(acr.view(x))).attention)
+                host.clear()
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return model.eval()(images())[0]
+
+    assert torch.equal(trained(True), trained(False))
+
+
 # ---------------------------------------------------------------- two ranks
 
 
@@ -87,8 +260,28 @@ def on_rank(rank, address):
     wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     step(wrapped, rank)
     gradients = {name: p.grad for name, p in model.named_parameters()}
+    statistics = [broadcast(rank, second_views) for second_views in (0, 1)]
     dist.destroy_process_group()
-    return noisy.numpy(), {name: g.numpy() for name, g in gradients.items()}
+    return noisy.numpy(), {name: g.numpy() for name, g in gradients.items()}, statistics
+
+
+def broadcast(rank, second_views):
+    """Two forwards under DDP with a second view between them, for which DDP broadcasts as well."""
+    torch.manual_seed(rank)
+    model = Remembering("average")
+    model.norm = nn.BatchNorm2d(3)
+    model.forward = lambda x: model.vit(model.norm(model.first(x)))
+    wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+    found = []
+    with HostCapture(wrapped, acr_reg.capture_attention(wrapped, modules=[model.vit])) as host:
+        for samples, _ in batches():
+            outputs = wrapped(samples * (1 + rank))
+            for _ in range(second_views):
+                host.run(lambda x=samples: wrapped(x * (1 + rank)))
+            host.clear()
+            found.append({name: buffer.clone().numpy() for name, buffer in model.named_buffers()})
+            outputs[0].sum().backward()
+    return found
 
 
 def step(model, rank):
@@ -113,8 +306,17 @@ def ranks(tmp_path_factory):
 
 
 def test_noise_of_the_second_view_differs_between_ranks(ranks):
-    (first, _), (second, _) = ranks
+    (first, *_), (second, *_) = ranks
     assert (first != second).any()
+
+
+def test_what_ddp_broadcasts_for_the_second_view_stays_out_of_the_buffers(ranks):
+    for *_, (without, with_second) in ranks:
+        for before, after in zip(without, with_second, strict=True):
+            assert before.keys() == after.keys()
+            assert all((before[name] == after[name]).all() for name in before)
+    (*_, (one, _)), (*_, (other, _)) = ranks
+    assert (one[0]["first.mean"] != other[0]["first.mean"]).any()
 
 
 def test_gradients_of_two_ranks_are_the_mean_of_both(ranks, monkeypatch):
@@ -125,7 +327,7 @@ def test_gradients_of_two_ranks_are_the_mean_of_both(ranks, monkeypatch):
         model = Small()
         step(model, rank)
         alone.append({name: p.grad for name, p in model.named_parameters()})
-    (_, first), (_, second) = ranks
+    (_, first, _), (_, second, _) = ranks
     assert first.keys() == alone[0].keys()
     for name, gradient in first.items():
         assert (gradient == second[name]).all(), name

@@ -204,8 +204,7 @@ def gradients_of(build, data):
     torch.distributed.init_process_group("gloo")
     torch.manual_seed(0)
     model = build()
-    # Where backward needs BatchNorm's buffers (eval mode, older torch), DDP must not write them anew in between.
-    wrapped = DistributedDataParallel(model, broadcast_buffers=False)
+    wrapped = DistributedDataParallel(model)
     acr = acr_reg.AllPairsConsistencyLoss(acr_reg.HorizontalFlip())
     torch.manual_seed(100 + data - torch.distributed.get_rank())  # the capture adds the rank
     host = transcam.capture(wrapped)
