@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from types import FunctionType
 from typing import Any
 
@@ -25,7 +26,7 @@ from acr_reg.attention.observed import Observed
 from acr_reg.capture import kernels
 from acr_reg.capture.functions import FunctionWatch
 from acr_reg.capture.kernels import ROLES, Role, learn_role
-from acr_reg.placement.observation import observe
+from acr_reg.placement.observation import observe, observe_views
 from acr_reg.placement.sources import Sources
 
 
@@ -159,7 +160,7 @@ class AttentionMode(TorchFunctionMode):
             *kernels.laid_out(value),
             dropout,
             cross=_inside.cross,
-            observed=self._observed(query, key),
+            observed=observe(self._sources, query, key),
         )
         self._report(call, self._running() or ())
         return output
@@ -176,13 +177,12 @@ class AttentionMode(TorchFunctionMode):
         except kernels.Unrecordable as error:
             self._report_unknown(f"{kernel} {error}")
             return
-        if self._sources is not None:
-            tensors = call.recorded
-            assert tensors.query is not None and tensors.key is not None and tensors.output is not None
-            call.observed = self._observed(tensors.query, tensors.key)
-            self._sources.follow(F.scaled_dot_product_attention, (tensors.query, tensors.key), {}, tensors.output)
+        query, key = call.recorded.query, call.recorded.key
+        if self._sources is not None and query is not None and key is not None:
+            call.observed = observe(self._sources, query, key)
             with self:
-                self._sources.same(output, tensors.output.transpose(1, 2))
+                as_output = query.transpose(1, 2) if query.ndim == output.ndim == 4 else query  # (B, N, H, d)
+            self._sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
         self._start_graph(output)
         self._report(call, self._running() or ())
 
@@ -192,29 +192,6 @@ class AttentionMode(TorchFunctionMode):
         if why is not None:
             self._report_unknown(f"{kernel} {why}")
         return why is not None
-
-    def _observed(self, query: Tensor, key: Tensor) -> Observed | None:
-        if self._sources is None or not self._sources.follows_images or min(query.ndim, key.ndim) < 3:
-            return None
-        return observe(self._sources, self._sources.of(query), self._sources.of(key))
-
-    def _observed_product(self, equation: str | None, operands: list[Tensor]) -> Observed | None:
-        if self._sources is None or not self._sources.follows_images or len(operands) < 2:
-            return None
-        sources = [self._sources.of(operand) for operand in operands[-2:]]
-        # The places, seen in the same way as the operands are seen as query and key.
-        places = [
-            operand if source is None or source.places is None else source.places
-            for operand, source in zip(operands[-2:], sources, strict=True)
-        ]
-        views = kernels.score_factors(equation, places)
-        if views is None:
-            return None
-        query, key = (
-            source if source is None or source.places is None else replace(source, places=view)
-            for source, view in zip(sources, views, strict=True)
-        )
-        return observe(self._sources, query, key)
 
     def _start_graph(self, tensor: Tensor) -> None:
         if self._starts_graph is not None and not tensor.requires_grad and self._starts_graph(tensor):
@@ -316,7 +293,7 @@ class AttentionMode(TorchFunctionMode):
         self._followed[id(result)] = _Followed(
             weakref.ref(result),
             kernels.score_factors(equation, operands) if self._record_products else None,
-            observed=self._observed_product(equation, operands),
+            observed=observe_views(self._sources, operands[-2:], partial(kernels.score_factors, equation)),
             running=tuple(self._running() or ()),
         )
 

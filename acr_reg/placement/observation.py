@@ -2,20 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from acr_reg.attention.observed import Observed, ObservedTokens
-from acr_reg.placement.sources import REORDERING, Source, Sources, is_padded, split_places
+from acr_reg.placement.places import is_padded, split_places
+from acr_reg.placement.sources import REORDERING, Source, Sources
 
 _LARGEST = 2**20  # more pixels than an image has along an axis
 _ELSEWHERE = "they do not come from the patches of the image"
 
 
-def observe(sources: Sources, query: Source | None, key: Source | None) -> Observed:
-    """Reads the sources of query (..., N, d) and key (..., M, d)."""
+def observe(sources: Sources | None, query: Tensor, key: Tensor) -> Observed | None:
+    """Reads where query (..., N, d) and key (..., M, d) come from; None if no image was followed."""
+    if sources is None or not sources.follows_images or min(query.ndim, key.ndim) < 3:
+        return None
+    return _observed(sources, sources.of(query), sources.of(key))
+
+
+def observe_views(
+    sources: Sources | None, operands: Sequence[Tensor], views: Callable[[list[Tensor]], tuple[Tensor, Tensor] | None]
+) -> Observed | None:
+    """The same for the two operands of a product, which ``views`` turns into query and key."""
+    if sources is None or not sources.follows_images or len(operands) != 2:
+        return None
+    found = [sources.of(operand) for operand in operands]
+    places = [o if s is None or s.places is None else s.places for o, s in zip(operands, found, strict=True)]
+    turned = views(places)  # as the operands are, whose views nobody follows
+    if turned is None:
+        return None
+    query, key = (
+        s if s is None or s.places is None else replace(s, places=view) for s, view in zip(found, turned, strict=True)
+    )
+    return _observed(sources, query, key)
+
+
+def _observed(sources: Sources, query: Source | None, key: Source | None) -> Observed:
     queries, keys = _read(sources, query), _read(sources, key)
     same_source = query is not None and key is not None and bool(query.roots) and query.roots == key.roots
     same_places = None

@@ -19,11 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acr_reg._tensors import is_dense
-
-_IMAGE, _ROW = 2**40, 2**20  # a place is image * _IMAGE + y * _ROW + x
-_FRACTION = 2**4  # y and x count sixteenths of a pixel
-_ORIGIN = 2**18  # added to y and x, so that padding may lie before the first pixel
-_PADDED = 2**60  # added to the place of what pads a map of tokens
+from acr_reg.placement.places import SLIDING, compact, is_spread, padded, places_of, slid, summed, unfolded, varies
 
 # Functions by what they do to places. Any other function that keeps a shape keeps the places too.
 _MOVES = {
@@ -40,9 +36,6 @@ _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm
 REORDERING = {"sort", "msort", "topk", "fold", "scatter_add", "scatter_reduce", "index_add", "index_reduce"}
 _HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"}
 _FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
-_SLIDING = re.compile(r"_?(conv_transpose|conv|adaptive_\w+_pool|(?:avg|max|lp)_pool)(\d)d")
-
-_DOTS = "ABCDEFGH"
 
 Roots = frozenset[int]
 
@@ -51,27 +44,16 @@ Roots = frozenset[int]
 class Source:
     """Where the values of a tensor come from.
 
-    ``places`` has the tensor's shape: positive for a pixel or padding (:func:`split_places`), negative for a class
-    token (-1 is the first), 0 for anything else. It is None if an operation, ``lost_in``, hides it. ``roots`` are the
-    tensors that went into it since the last attention: tensors with equal roots hold the same tokens. ``embedded``
-    tells tokens from images that no weights have met.
+    ``places`` (:mod:`~acr_reg.placement.places`) has the tensor's shape: positive for pixels and padding, negative for
+    a class token (-1 is the first), 0 for anything else. It is None if an operation, ``lost_in``, hides it. ``roots``
+    are the tensors that went into it since the last attention: tensors with equal roots hold the same tokens.
+    ``embedded`` tells tokens from images that no weights have met.
     """
 
     places: Tensor | None
     roots: Roots = frozenset()
     embedded: bool = True
     lost_in: str | None = None
-
-
-def is_padded(places: Tensor) -> Tensor:
-    """Whether these are places of padding around a map of tokens."""
-    return places >= _PADDED
-
-
-def split_places(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The image of positive places, and y and x in pixels."""
-    at = [(part - _ORIGIN) / _FRACTION for part in (places % _IMAGE // _ROW, places % _ROW)]
-    return places % _PADDED // _IMAGE, at[0], at[1]
 
 
 class Sources:
@@ -109,13 +91,10 @@ class Sources:
         known = self.of(images)
         if known is not None and known.places is not None:
             return
-        batch, _, height, width = images.shape
-        number, y, x = (torch.arange(size, device=images.device) for size in (batch, height, width))
-        rows, columns = (y * _FRACTION + _ORIGIN) * _ROW, x * _FRACTION + _ORIGIN
-        places = ((self._images + number) * _IMAGE)[:, None, None] + rows[:, None] + columns
-        self._sizes.append((self._images, (height, width)))
-        self._images += batch
-        self._note(images, Source(places[:, None].expand(images.shape), self._new_root(), embedded=False))
+        places = places_of(images, self._images)
+        self._sizes.append((self._images, (images.shape[2], images.shape[3])))
+        self._images += len(images)
+        self._note(images, Source(places, self._new_root(), embedded=False))
 
     def of(self, tensor: Any) -> Source | None:
         """The source of a tensor, or of one on the same memory, as autograd's hooks return them; None if unknown."""
@@ -169,8 +148,8 @@ class Sources:
         try:
             found = self._places(func, name, args, kwargs, operands, result)
             places = list(found) if isinstance(found, (tuple, list)) else [found]
-        except (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError):
-            pass  # an unusual spelling: the places are lost, which is said where they are missed
+        except Exception:  # the model must run whatever it calls: the places are lost, which is said if they are missed
+            pass
         roots, embedded = _united(sources), any(s.embedded for s in sources if s.roots)
         weighs = name == "linear" or name in _PRODUCTS or name.startswith("conv")
         if weighs and roots and not embedded:
@@ -185,7 +164,7 @@ class Sources:
                 if where is None or where.shape != tensor.shape:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
-                    self._note(tensor, Source(_compact(where) if name in _MOVES else where, roots, embedded))
+                    self._note(tensor, Source(compact(where) if name in _MOVES else where, roots, embedded))
 
     def _places(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
@@ -198,12 +177,13 @@ class Sources:
             places[args[1]] = self._shadow(args[2])
             return places
         if name == "unfold_patches":
-            return self._unfolded(result, *args, **kwargs)
-        sliding = _SLIDING.match(name)
-        if sliding is not None or name in ("interpolate", "upsample"):
-            return self._slid(sliding, args, kwargs, result)
+            return unfolded(result.shape, self._shadow(args[0]), *args[1:], **kwargs)
+        if SLIDING.match(name) or name in ("interpolate", "upsample"):
+            several = isinstance(result, tuple)
+            places = slid(self._shadow(args[0]), name, args, kwargs, (result[0] if several else result).shape)
+            return [places] if several else places
         if name == "einsum":
-            return self._einsum(args[0], [a for a in operands if isinstance(a, Tensor)])
+            return summed(args[0], [self._shadow(a) for a in operands if isinstance(a, Tensor)])
         if name in _REDUCTIONS and not any(isinstance(a, Tensor) for a in args[1:2]):
             return self._reduced(args, kwargs, result)
         if not isinstance(result, Tensor) or name in _HIDING:
@@ -238,40 +218,15 @@ class Sources:
             if args[0].ndim < 4:  # around tokens in rows lies nothing
                 return F.pad(moved[0], pad)
             source = self.of(args[0])
-            return _padded(moved[0], pad, _PADDED if source is not None and source.embedded else 0)
+            return padded(moved[0], pad, source is not None and source.embedded)
         return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items()})
 
     def _product(self, operands: Sequence[Tensor], shape: Any) -> Tensor:
         """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
         left, right = operands
         rows, columns = self._shadow(left)[..., :1], self._shadow(right)[..., :1, :]
-        by_columns = _varies(columns, -1) and (self.of(left) is None or (rows.shape[-2] > 1 and not _varies(rows, -2)))
+        by_columns = varies(columns, -1) and (self.of(left) is None or (rows.shape[-2] > 1 and not varies(rows, -2)))
         return (columns if by_columns else rows).expand(shape)
-
-    def _einsum(self, equation: str, operands: list[Tensor]) -> Tensor | None:
-        left, _, made = equation.replace(" ", "").partition("->")
-        written = [  # "...hd" with letters in the place of dots
-            letters.replace("...", _DOTS[len(letters) - 3 - operand.ndim :])
-            for letters, operand in zip(left.split(","), operands, strict=True)
-        ]
-        made = made.replace("...", "".join(letter for letter in _DOTS if letter in "".join(written)))
-        sizes: dict[str, int] = {}
-        best, best_varies = None, -1
-        for letters, operand in zip(written, operands, strict=True):
-            sizes.update(zip(letters, operand.shape, strict=True))
-            places = self._shadow(operand)
-            for axis in reversed(range(len(letters))):
-                if letters[axis] not in made:
-                    places = places.select(axis, 0)
-            kept = [letter for letter in letters if letter in made]
-            places = places.permute([kept.index(letter) for letter in made if letter in kept])
-            for axis, letter in enumerate(made):
-                if letter not in kept:
-                    places = places.unsqueeze(axis)
-            varies = sum(_varies(places, axis) for axis in range(places.ndim))
-            if varies > best_varies:
-                best, best_varies = places, varies
-        return None if best is None else best.expand([sizes[letter] for letter in made])
 
     def _reduced(self, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
         """Sums stay where their first term is, but a sum over a whole image is nowhere."""
@@ -279,10 +234,10 @@ class Sources:
         places, dims = self._shadow(args[0]), kwargs.get("dim", args[1] if len(args) > 1 else None)
         if not isinstance(first, Tensor) or dims is None:
             return None
-        spread = _is_spread(places)
+        spread = is_spread(places)
         for axis in sorted(d % places.ndim for d in (dims if isinstance(dims, (tuple, list)) else [dims]))[::-1]:
             places = places.narrow(axis, 0, 1) if first.ndim == args[0].ndim else places.select(axis, 0)
-        if spread and not _is_spread(places):
+        if spread and not is_spread(places):
             places = torch.zeros_like(places)
         return [places] if isinstance(result, tuple) else places
 
@@ -292,51 +247,6 @@ class Sources:
         found.sort(key=lambda places: places.shape != shape)
         pixels = found if len(found) < 2 else [places for places in found if bool((places > 0).any())]
         return (pixels or found)[0].expand(shape) if found else None
-
-    def _slid(self, sliding: re.Match[str] | None, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> Any:
-        """The places of windows that slide over a map: the one in the middle of each."""
-        places, made = self._shadow(args[0]), result[0] if isinstance(result, tuple) else result
-        places = torch.where(places >= _PADDED, places - _PADDED, places)  # windows over padding make tokens
-        spatial = int(sliding[2]) if sliding is not None else made.ndim - 2
-        settings = None if sliding is None else _window_settings(sliding[1], spatial, args, kwargs)
-        for number in range(spatial):
-            axis = places.ndim - spatial + number
-            size, out = places.shape[axis], made.shape[axis]
-            steps = torch.arange(out, device=places.device)
-            if settings is None:  # equal shares
-                index = (2 * steps + 1) * size / (2 * out) - 0.5
-            else:
-                kernel, stride, padding, dilation = (setting[number] for setting in settings)
-                index = steps * stride - padding + dilation * (kernel - 1) // 2
-            places = _at(places, axis, index)
-        channel = places.ndim - spatial - 1
-        if places.shape[channel] != made.shape[channel]:
-            places = places.narrow(channel, 0, 1)
-        places = places.expand(made.shape)
-        return [places] if isinstance(result, tuple) else places
-
-    def _unfolded(
-        self, result: Tensor, images: Tensor, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
-    ) -> Tensor:
-        """The places of windows as columns (B, C k k, N): the one in the middle of each."""
-        places = self._shadow(images)
-        for axis in (-2, -1):
-            kernel, apart, around, step = (
-                v if isinstance(v, int) else v[axis] for v in (kernel_size, dilation, padding, stride)
-            )
-            count = (places.shape[axis] + 2 * around - apart * (kernel - 1) - 1) // step + 1
-            index = torch.arange(count, device=places.device) * step - around + apart * (kernel - 1) // 2
-            places = _at(places, places.ndim + axis, index)
-        return places.flatten(-2)[..., :1, :].expand(result.shape)
-
-
-def _compact(places: Tensor) -> Tensor:
-    """The same places, held once for all channels of a token: the last axis, or the second of a map (B, C, h, w)."""
-    for axis in {places.ndim - 1, 1} if places.ndim == 4 else {places.ndim - 1}:
-        one = places.narrow(axis, 0, 1) if places.ndim and places.shape[axis] > 1 and places.stride(axis) else None
-        if one is not None and torch.equal(one.expand(places.shape), places):
-            return one.clone().expand(places.shape)
-    return places
 
 
 def _follows(value: Any) -> TypeGuard[Tensor]:
@@ -354,16 +264,6 @@ def _united(sources: Iterable[Source]) -> Roots:
     return frozenset[int]().union(*(source.roots for source in sources))
 
 
-def _varies(places: Tensor, axis: int) -> bool:
-    return places.shape[axis] > 1 and places.stride(axis) != 0 and bool((places.narrow(axis, 0, 1) != places).any())
-
-
-def _is_spread(places: Tensor) -> bool:
-    """Whether these are several places of an image."""
-    pixels = places.flatten() % _IMAGE
-    return bool((pixels != pixels[:1]).any())
-
-
 def _name(func: Any) -> str:
     name = str(getattr(func, "__name__", ""))
     if name == "__get__":  # a property, such as Tensor.mT
@@ -371,55 +271,3 @@ def _name(func: Any) -> str:
     if func is F.unfold:
         return "unfold_patches"
     return name if name.startswith("__") else name.rstrip("_")  # in place
-
-
-def _padded(places: Tensor, pad: Sequence[int], mark: int) -> Tensor:
-    """Padding around places goes on with the steps at their edge; ``mark`` is added to it."""
-    for number in range(len(pad) // 2):
-        axis, before, behind = places.ndim - 1 - number, pad[2 * number], pad[2 * number + 1]
-        size = places.shape[axis]
-        index = torch.arange(-before, size + behind, device=places.device)
-        outside = ((index < 0) | (index >= size)).view(-1, *[1] * number)
-        places = _at(places, axis, index)
-        places = torch.where(outside & (places > 0) & (places < _PADDED), places + mark, places)
-    return places
-
-
-def _at(places: Tensor, axis: int, index: Tensor) -> Tensor:
-    """Places along an axis at an index, which may be a fraction and may lie outside."""
-    size = places.shape[axis]
-    below = index.floor().long().clamp(0, max(size - 2, 0))
-    found = places.index_select(axis, below)
-    if size > 1 and bool((index != below).any()):
-        shift = ((index - below) * _FRACTION).round().long().view(-1, *[1] * (places.ndim - axis - 1))
-        above = places.index_select(axis, below + 1)
-        between = found + (above - found) * shift // _FRACTION
-        found = torch.where((found > 0) & (above > 0), between, torch.where(shift < _FRACTION, found, above))
-    return found
-
-
-def _window_settings(kind: str, spatial: int, args: Sequence[Any], kwargs: dict[str, Any]) -> list[list[int]] | None:
-    """Kernel, stride, padding and dilation of a convolution or a pooling, as torch's functions take them."""
-
-    def setting(position: int, name: str, default: Any) -> list[int]:
-        value = kwargs.get(name, args[position] if len(args) > position else None)
-        value = default if value is None or value == [] else value
-        return (
-            [int(v) for v in value] * (spatial if len(value) == 1 else 1)
-            if isinstance(value, (tuple, list))
-            else ([int(value)] * spatial)
-        )
-
-    if kind.startswith("adaptive") or kind == "conv_transpose":
-        return None
-    if kind == "conv":
-        weight = args[1] if len(args) > 1 else kwargs["weight"]
-        kernel, dilation = [int(n) for n in weight.shape[2:]], setting(5, "dilation", 1)
-        padding = kwargs.get("padding", args[4] if len(args) > 4 else 0)
-        if isinstance(padding, str):
-            half = [d * (k - 1) // 2 if padding == "same" else 0 for d, k in zip(dilation, kernel, strict=True)]
-            return [kernel, setting(3, "stride", 1), half, dilation]
-        return [kernel, setting(3, "stride", 1), setting(4, "padding", 0), dilation]
-    kernel = setting(1, "kernel_size", 1)
-    dilation = setting(4, "dilation", 1) if kind == "max_pool" else [1] * spatial
-    return [kernel, setting(2, "stride", kernel), setting(3, "padding", 0), dilation]
