@@ -53,13 +53,15 @@ class Observed:
     """What a run shows of one attention call. ``queries`` or ``keys`` are None if an operation hid where they are.
 
     ``same_source``: both were made of the same tensors. ``same_places``: as many queries as keys are the same patches
-    of the same images; if their numbers differ, they are of the same images. None if unknown.
+    of the same images; if their numbers differ, they are of the same images. None if unknown. ``hidden_by`` names the
+    operation.
     """
 
     queries: ObservedTokens | None
     keys: ObservedTokens | None
     same_source: bool
     same_places: bool | None = None
+    hidden_by: str | None = None
 
     @property
     def is_known(self) -> bool:

@@ -29,10 +29,11 @@ def arrange(
     ):
         layout = infer_layout(num_queries, image_size, fields, hints, num_keys)
         if layout.num_other_tokens and not told and not fields.states_prefix:
-            count = layout.num_other_tokens
+            count, hidden_by = layout.num_other_tokens, observed and observed.hidden_by
             raise LayoutError(
-                f"{num_queries} tokens are {layout.query} and {count} others, before or behind them. Pass "
-                f"num_prefix_tokens={count} or num_suffix_tokens={count}."
+                f"{num_queries} tokens are {layout.query} and {count} others, before or behind them"
+                f"{f', which {hidden_by} hides' if hidden_by else ''}. Pass num_prefix_tokens={count} or "
+                f"num_suffix_tokens={count}."
             )
         return layout
     seen = observed.queries

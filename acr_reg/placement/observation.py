@@ -47,7 +47,8 @@ def _observed(sources: Sources, query: Source | None, key: Source | None) -> Obs
     if query is not None and key is not None and query.places is not None and key.places is not None:
         apart = queries is None or keys is None or queries.windows > 1 or keys.windows > 1
         same_places = None if apart else _same_places(query.places, key.places)
-    return Observed(queries, keys, same_source, same_places)
+    hidden_by = next((s.lost_in for s in (query, key) if s is not None and s.lost_in is not None), None)
+    return Observed(queries, keys, same_source, same_places, hidden_by)
 
 
 def _same_places(query: Tensor, key: Tensor) -> bool:
