@@ -39,9 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", help="call model.NAME(images), e.g. forward_features")
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="capture attention within these modules only")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="check these layers only")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="if the model does not say it")
+    parser.add_argument("--patch-size", type=numbers, metavar="PX", help="if the model does not say it: 16, or 16,8")
     parser.add_argument("--prefix-tokens", type=int, metavar="N", help="if the model does not say it")
-    parser.add_argument("--class-tokens", type=int, metavar="N", help="if the model does not say it")
+    parser.add_argument(
+        "--class-tokens", type=numbers, metavar="N", help="if the model does not say it: how many, or positions as 0,2"
+    )
+    parser.add_argument("--no-grad", action="store_true", help="also see what the model runs under torch.no_grad")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,17 +60,24 @@ def run(args: argparse.Namespace) -> int:
             f"{type(model).__name__} has no method {args.method}. Leave --method out to call the model itself."
         )
     images = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0))
-    report = acr_reg.check(
-        model,
-        images,
-        VIEWS[args.view],
-        forward=None if args.method is None else getattr(model, args.method),
-        modules=args.modules,
-        layers=args.layers,
-        patch_size=args.patch_size,
-        num_prefix_tokens=args.prefix_tokens,
-        class_tokens=args.class_tokens,
-    )
+    try:
+        report = acr_reg.check(
+            model,
+            images,
+            VIEWS[args.view],
+            forward=None if args.method is None else getattr(model, args.method),
+            modules=args.modules,
+            layers=args.layers,
+            patch_size=args.patch_size,
+            num_prefix_tokens=args.prefix_tokens,
+            class_tokens=args.class_tokens,
+            no_grad=args.no_grad,
+        )
+    except Exception as error:  # of an option, or of the model on these images
+        raise CommandError(
+            f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. "
+            f"{type(error).__name__}: {error}"
+        ) from error
     print(report)
     return 0 if report.ok else 1
 
@@ -105,6 +115,11 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
             f"{name} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns one."
         )
     return model
+
+
+def numbers(text: str) -> int | tuple[int, ...]:
+    """One number, or several between commas; "2," is a single one of several."""
+    return tuple(int(number) for number in text.split(",") if number) if "," in text else int(text)
 
 
 def _argument(setting: str) -> tuple[str, Any]:
