@@ -61,8 +61,8 @@ def check_rows(maps: Tensor, index: int, layout: TokenLayout, stochastic: bool) 
     off, smallest = (rows.sum(-1) - 1).abs().max().item(), rows.min().item()
     if stochastic and (off > _ROW_ERROR or smallest < 0):
         raise ValueError(
-            f"layer {index}: rows do not sum to 1 within {_ROW_ERROR:g} (off by {off:.2g}, smallest value "
-            f"{smallest:.2g}). Pass maps after softmax(-1) and before dropout, or stochastic=False."
+            f"layer {index}: rows do not sum to 1 within {_ROW_ERROR:g} (off by {off:.2g}, min "
+            f"{smallest:.2g}). Pass maps after softmax(-1), before dropout, or stochastic=False."
         )
 
 
