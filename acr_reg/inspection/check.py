@@ -15,7 +15,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import capture_attention
 from acr_reg.errors import CaptureError, LayoutError
-from acr_reg.inspection.encoders import choose_run, other_encoders
+from acr_reg.inspection.encoders import choose_run, off_the_image, other_encoders
 from acr_reg.inspection.offsets import LayerOffsets, Offset, TokenSide, first_line, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck, row_sum
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss
@@ -123,7 +123,7 @@ def check(
             return Check(type(model).__name__, view, (), skipped, (str(error),), {}, 0, 0)
     checked = tuple(_layer(layer, offsets.get(position, LayerOffsets()), view) for position, layer in enumerate(maps_a))
     terms, refusal = _terms(maps_a, maps_b, view)
-    problems = _by_layer((layer, layer.problem) for layer in checked)
+    problems = [*_by_layer((layer, layer.problem) for layer in checked), *off_the_image(maps_a)]
     if refusal is not None and not problems:
         problems.append(refusal)
     dense, factors = (2 * sum(_bytes(layer)[i] for layer in maps_a) for i in (0, 1))

@@ -36,8 +36,12 @@ def other_encoders(runs: Sequence[AttentionMaps]) -> Iterator[str]:
             )
     elif len(runs) > 1:
         yield f'The encoder ran {len(runs)} times, and one run is checked. Capture with keep="first" or keep="all".'
+
+
+def off_the_image(maps: AttentionMaps) -> Iterator[str]:
+    """A problem if a run holds layers of another encoder too, whose tokens lie on no grid."""
     placed, unplaced = (
-        tuple(layer.name for layer in chosen if (layer.placed is None) == is_unplaced) for is_unplaced in (False, True)
+        tuple(layer.name for layer in maps if (layer.placed is None) == is_unplaced) for is_unplaced in (False, True)
     )
     path, other = _encoder(placed, unplaced), _encoder(unplaced, placed)
     # Stages of one encoder bear a number.
