@@ -59,6 +59,8 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, Lay
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
     found: dict[int, LayerOffsets] = {}
+    if probe_a.maps.layers != probe_b.maps.layers:  # which the loss refuses by name
+        return found
     layouts: set[TokenLayout] = set()
     for position, layer in enumerate(probe_a.maps):
         if layer.placed is None or layer.placed in layouts:

@@ -128,6 +128,22 @@ def test_a_layer_that_no_gradient_leaves_does_not_hide_the_next() -> None:
     assert warning.startswith("layer 0 (blocks.0): ")
 
 
+@pytest.mark.parametrize("fewer", ["the view", "the image"])
+def test_a_model_that_runs_fewer_layers_on_one_of_both_is_a_problem(fewer: str, images: Tensor) -> None:
+    class Shallow(Tokens):
+        def forward(self, x: Tensor) -> Tensor:
+            is_view = x.shape[-1] < x.shape[-2]
+            x = self.embed(x)
+            for block in self.blocks[: 1 if is_view == (fewer == "the view") else 2]:
+                x = block(x)
+            return self.head(x.mean(1))
+
+    report = check(Shallow(Attention(), Attention()), images, Rotate90())
+    assert not report.ok
+    assert "(0,)" in report.problems[0]
+    assert "(0, 1)" in report.problems[0]
+
+
 def test_a_model_may_write_into_its_images(images: Tensor) -> None:
     given = images.clone()
     report = check(Before(lambda x: x.sub_(x.mean()).mul_(2)), images)
