@@ -61,6 +61,13 @@ class Source:
     lost_in: str | None = None
 
 
+def _is_moved(images: Tensor) -> bool:
+    """Whether pixels (B, C, H, W) with these places lie elsewhere than at first."""
+    _, y, x = split_places(images)
+    rows, columns = (torch.arange(size, device=y.device) for size in y.shape[2:])
+    return not bool(((y == rows[:, None]) & (x == columns)).all())
+
+
 def is_padded(places: Tensor) -> Tensor:
     """Whether these are places of padding around a map of tokens."""
     return places >= _PADDED
@@ -102,10 +109,11 @@ class Sources:
         for tensor, source in kept:
             self._note(tensor, source)
 
-    def note_images(self, images: Tensor) -> None:
-        """Begins to follow images (B, C, H, W), unless they were made of images that are followed."""
+    def note_images(self, images: Tensor, anew: bool = False) -> None:
+        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
+        if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None:
+        if known is not None and known.places is not None and not (anew and _is_moved(known.places)):
             return
         batch, _, height, width = images.shape
         number, y, x = (torch.arange(size, device=images.device) for size in (batch, height, width))

@@ -57,6 +57,30 @@ def test_of_a_text_tower_that_runs_first_and_an_image_tower_the_latter_is_checke
         assert alone.warnings == ()
 
 
+class Words(nn.Module):
+    """Is given words before images, so that nothing shows where its text tower's tokens come from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.visual = Attention(), vit()
+
+    def forward(self, words: Tensor, images: Tensor) -> Tensor:
+        return self.text(words).mean() + self.visual(images)
+
+
+@pytest.mark.parametrize("words", [1, 2, 5, 7])
+def test_of_a_model_that_is_given_words_before_images_the_image_tower_is_checked(words: int) -> None:
+    model, given = Words(), torch.randn(words, 19, 32)
+    report = check(model, images(), forward=lambda batch: model(given, batch))
+    assert report.ok, report.problems
+    assert [layer.name for layer in report.layers] == ["visual.blocks.0", "visual.blocks.1"]
+    (warning,) = report.warnings
+    assert "visual, which is checked, and text" in warning
+    text = check(model, images(), forward=lambda batch: model(given, batch), modules=["text"])
+    assert not text.ok
+    assert all(layer.query_offset is None for layer in text.layers)
+
+
 def test_of_two_image_encoders_the_first_is_checked_and_each_is_named() -> None:
     model = Pair(first=vit(), second=vit(3))
     report = check(model, images())
