@@ -186,8 +186,9 @@ def _layer(layer: LayerAttention, offsets: LayerOffsets, view: View) -> LayerChe
         sums = layer.weights().sum(-1)
     row_error, product_error = reconstruction_errors(layer)
     problem = layer.why_unplaced if layer.window is None else None
-    for side, offset in offsets.sides.items() if layout is not None else ():
-        problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
+    if layout is not None:
+        for side, offset in offsets.sides.items():
+            problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
     allowed = _allowed(layer)
     if row_error is not None and row_error > allowed:
         problem = f"The rows of the map sum to 1 only within {row_error:.1e}. Please report this model."
