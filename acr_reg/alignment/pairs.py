@@ -3,6 +3,14 @@
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
 (:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view
 shows only part of the other, rows are compared on the tokens that both show.
+
+Rows that are no probabilities (gates, sums over heads, mixed heads) may have any scale. Both maps of such a layer are
+divided by one number for each image, a constant to the gradient:
+
+    s = max(1, mean over both views, heads and rows of sum_j |A_ij|)
+
+So a sum of H maps counts like one map, and what a gate in [0, 1] takes away stays away. Rows of either sign have an
+absolute sum, and rows near 0 are never divided by less than 1.
 """
 
 from __future__ import annotations
@@ -68,7 +76,7 @@ class AlignedRows:
     ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding, ``shown`` (1 or B, R) for rows of
     tokens visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
     all of these are known to be True. ``stochastic`` says that rows are probabilities. ``entropy`` (B, H, R), detached,
-    is the mean over both views of each row's entropy over its maximum ln M; None if not asked for.
+    is the mean over both views of each row's entropy over its maximum ln M; None if not asked for or not stochastic.
     """
 
     full_a: Tensor
@@ -156,6 +164,8 @@ class AlignedPair:
         self.a: RowSource = a
         self.b: RowSource = b
         self.with_entropy = with_entropy
+        self.stochastic = a.stochastic and b.stochastic
+        self.scale = None if self.stochastic else _row_scale(a, b)
         device = str(a.device)
         self.dtype = at_least_float32(a.recorded.seen[:0]).dtype
         image = None
@@ -200,8 +210,10 @@ class AlignedPair:
     ) -> AlignedRows:
         """Aligns rows of both maps. ``mixed`` (S, R, view rows) are the weights that mix view rows into image rows."""
         map_a, map_b = self.a.weights(rows_a, self.order_a[1]), self.b.weights(rows_b, self.maps.key_order)
-        entropies, stochastic = None, self.a.stochastic and self.b.stochastic
-        if self.with_entropy and stochastic:
+        if self.scale is not None:
+            map_a, map_b = map_a / self.scale, map_b / self.scale
+        entropies = None
+        if self.with_entropy and self.stochastic:
             entropies = [row_entropy(map_a), row_entropy(map_b)]
         map_b = self.maps.carry_keys(map_b, self.b.stochastic)
         if mixed is not None:
@@ -217,13 +229,22 @@ class AlignedPair:
             shown,
             counted,
             self.is_partial,
-            stochastic,
+            self.stochastic,
             None if entropies is None else (entropies[0] + entropies[1]) / 2,
         )
 
 
+def _row_scale(a: LayerAttention, b: LayerAttention) -> Tensor:
+    """(B, 1, 1, 1): by how much to divide the rows of both views; the formula is at the top of this file."""
+    with torch.no_grad():
+        masses = [torch.linalg.vector_norm(layer.weights(), 1, dim=-1).mean((1, 2)) for layer in (a, b)]
+    return ((masses[0] + masses[1]) / 2).clamp_min(1)[:, None, None, None]
+
+
 def row_entropy(rows: Tensor) -> Tensor:
     """Entropy (...) of probability rows (..., M) over its maximum ln M, detached: 0 means one key, 1 uniform rows."""
+    if rows.shape[-1] == 1:
+        return rows.new_zeros(rows.shape[:-1])
     rows = rows.detach()
     logs = rows.clamp_min(torch.finfo(rows.dtype).tiny).log_()  # vectorised, which torch's entr is not; 0 ln 0 stays 0
     return logs.mul_(rows).sum(-1).neg_() / math.log(rows.shape[-1])

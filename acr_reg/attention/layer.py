@@ -183,10 +183,12 @@ class LayerAttention:
         seen = self.batched(self.recorded.seen)
         assert seen is not None
         heads = seen.shape[1]
-        return tensor if tensor.shape[1] == heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
+        # A map that is summed over heads has fewer heads than its values.
+        return tensor if tensor.shape[1] >= heads else tensor.repeat_interleave(heads // tensor.shape[1], dim=1)
 
     def weights(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
-        """The attention map A, (B, H, N, M) in [0, 1], at least in float32, on the graph.
+        """The attention map A, (B, H, N, M), at least in float32, on the graph. Its rows are probabilities, but where
+        the model changed it after softmax (``stochastic`` is False).
 
         ``queries`` and ``keys``, token indices (n,) or (B, n), select and reorder rows and columns. With factors they
         do so before any product, so a permuted softmax(Q K^T) costs softmax((PQ)(PK)^T); ``keys`` must then name every

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
@@ -15,6 +13,8 @@ from acr_reg.errors import LayoutError
 from acr_reg.tokens import Lattice, TokenLayout, with_class_tokens
 
 Grid = tuple[int, int] | Lattice
+
+_ROW_ERROR = 5e-3  # what half precision makes of rows that sum to 1; weights() gives such maps in float32
 
 
 def grid_layout(
@@ -52,22 +52,21 @@ def check_tokens(shape: Sequence[int], index: int, layout: TokenLayout) -> None:
         )
 
 
-def check_probabilities(maps: Tensor, index: int, layout: TokenLayout) -> None:
-    if maps.ndim != 4 or not maps.is_floating_point():
+def check_rows(maps: Tensor, index: int, layout: TokenLayout, stochastic: bool) -> None:
+    if maps.ndim != 4 or not maps.is_floating_point() or not maps.numel():
         raise ValueError(
             f"layer {index}: a {maps.dtype} tensor of shape {tuple(maps.shape)} cannot be an attention map. Pass "
             "floating point probabilities (B, H, N, M) or (B, N, M)."
         )
     check_tokens(maps.shape, index, layout)
     rows = at_least_float32(maps.detach())
-    off = (rows.sum(-1) - 1).abs().max().item()
-    allowed = 5e-3 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-4
-    if math.isnan(off) or math.isinf(off):
+    if not rows.isfinite().all():
         raise ValueError(f"layer {index}: the map holds NaN or infinite values. Find the step that made them.")
-    if off > allowed or rows.min().item() < 0:
+    off, smallest = (rows.sum(-1) - 1).abs().max().item(), rows.min().item()
+    if stochastic and (off > _ROW_ERROR or smallest < 0):
         raise ValueError(
-            f"layer {index}: rows do not sum to 1 within {allowed:g} (off by {off:.2g}, smallest value "
-            f"{rows.min().item():.2g}). Pass maps after softmax(-1) and before dropout."
+            f"layer {index}: rows do not sum to 1 within {_ROW_ERROR:g} (off by {off:.2g}, min "
+            f"{smallest:.2g}). Pass maps after softmax(-1), before dropout, or stochastic=False."
         )
 
 
@@ -105,30 +104,44 @@ class AttentionMaps(Sequence[LayerAttention]):
         key_grid: Grid | None = None,
         *,
         num_suffix_tokens: int = 0,
+        stochastic: bool | Sequence[bool] = True,
     ) -> AttentionMaps:
-        """Attention probabilities of your own code, one tensor (B, H, N, M) or (B, N, M) per layer.
+        """Attention maps of your own code, one tensor (B, H, N, M) or (B, N, M) per layer.
 
         ``grid`` is (height, width) in tokens, and ``key_grid`` the same where a layer has fewer keys than queries, as
         in PVT and SegFormer; a :class:`~acr_reg.Lattice` also gives stride and offset. Of the N = ``num_prefix_tokens``
         + height * width + ``num_suffix_tokens`` queries, the first and the last are no patches. ``class_tokens`` counts
         the class tokens among those, from the first, or gives their positions in the N queries (-1 is the last);
-        optional with one such token or none. Raises ValueError if shapes disagree, a value is not finite, or a row does
-        not sum to 1 within 1e-4 (5e-3 in half precision), as logits do not.
+        optional with one such token or none.
+
+        ``stochastic`` says, for all layers or for each, that rows are probabilities. False is for maps that were gated,
+        summed or mixed after softmax: their rows may sum to anything. Maps of a capture keep theirs by
+        ``stochastic=[layer.stochastic for layer in maps]``. Raises ValueError if shapes disagree, a value is NaN or
+        infinite, or a row of a stochastic map holds a value below 0 or does not sum to 1 within 5e-3, as logits do not.
         """
         if isinstance(tensors, Tensor):
             raise TypeError(
                 "tensors= is one tensor. Pass a list, one tensor per layer: list(maps.unbind(dim)) if stacked."
             )
         layout = grid_layout(grid, num_prefix_tokens, class_tokens, key_grid, num_suffix_tokens)
+        tensors = list(tensors)
+        rows = [stochastic] * len(tensors) if isinstance(stochastic, bool) else list(stochastic)
+        if len(rows) != len(tensors):
+            raise ValueError(
+                f"stochastic= has {len(rows)} values for {len(tensors)} layers. Pass one for each layer, or one bool."
+            )
         layers = []
-        for index, tensor in enumerate(tensors):
+        for index, (tensor, are_probabilities) in enumerate(zip(tensors, rows, strict=True)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(
                     f"layer {index}: a {type(tensor).__name__} is not a tensor. Convert it with torch.as_tensor."
                 )
-            probabilities = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
-            check_probabilities(probabilities, index, layout)
-            layers.append(LayerAttention(index, f"tensors[{index}]", RecordedTensors(map=probabilities), layout))
+            maps = tensor.unsqueeze(1) if tensor.ndim == 3 else tensor
+            check_rows(maps, index, layout, are_probabilities)
+            recorded = RecordedTensors(map=maps)
+            layers.append(
+                LayerAttention(index, f"tensors[{index}]", recorded, layout, stochastic=bool(are_probabilities))
+            )
         if len({layer.shape[0] for layer in layers}) > 1:
             raise ValueError(
                 f"The layers hold batches of {[layer.shape[0] for layer in layers]} images. Pass maps of the same "
@@ -162,7 +175,7 @@ class AttentionMaps(Sequence[LayerAttention]):
         return min(layer.shape[0] for layer in self)
 
     def weights(self) -> list[Tensor]:
-        """The map of every layer, (B, H, N, M) in [0, 1], all at once."""
+        """The map of every layer, (B, H, N, M), all at once."""
         return [layer.weights() for layer in self]
 
     def select(self, layers: Iterable[int]) -> AttentionMaps:

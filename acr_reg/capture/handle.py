@@ -90,7 +90,7 @@ class AttentionCapture(Removable):
         self._layers = None if layers is None else tuple(layers)
         self._warned: set[str] = set()
         self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) for everything in the last run taken that is not token-to-token self-attention."""
+        """(module name, reason) for everything in the runs last taken that is not token-to-token self-attention."""
 
     def remove(self) -> None:
         """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
@@ -117,16 +117,26 @@ class AttentionCapture(Removable):
         position = recorder.log.started - 1
         runs = self._finished(recorder)
         chosen = one_of(runs, recorder.log.keep, run)
-        return self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
+        maps = self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
+        assert maps is not None
+        return maps
 
     def take_all(self) -> list[AttentionMaps]:
-        """The maps of every encoder run since the last take, with ``keep="all"``. Raises :class:`~acr_reg.CaptureError`
-        if there was none."""
+        """The maps of every encoder run since the last take that has token-to-token attention, with ``keep="all"``.
+        Raises :class:`~acr_reg.CaptureError` if none has."""
         recorder = self._running()
         recorder.refuse_inside("take_all()")
         if recorder.log.keep != "all":
             raise CaptureError(f'take_all() needs keep="all". This capture has keep="{recorder.log.keep}".')
-        return [self._maps(recorder, run) for run in self._finished(recorder)]
+        runs = self._finished(recorder)
+        found: list[AttentionMaps] = []
+        skipped: list[tuple[str, str]] = []
+        for left, run in zip(reversed(range(len(runs))), runs, strict=True):
+            maps = self._maps(recorder, run, may_be_empty=left > 0 or bool(found))
+            found += [] if maps is None else [maps]
+            skipped += self.skipped
+        self.skipped = tuple(dict.fromkeys(skipped))
+        return found
 
     def _alone(self) -> Alone:
         return Alone(self._running().hooks)
@@ -149,7 +159,9 @@ class AttentionCapture(Removable):
             self._warned.add(kind)
             warnings.warn(message, stacklevel=4)
 
-    def _maps(self, recorder: Recorder, run: Run, position: int | None = None) -> AttentionMaps:
+    def _maps(
+        self, recorder: Recorder, run: Run, position: int | None = None, may_be_empty: bool = False
+    ) -> AttentionMaps | None:
         index = recorder.index
         refuse_partial(index, run)
         refuse_split(index, run, recorder.split)
@@ -166,6 +178,8 @@ class AttentionCapture(Removable):
                 skipped.append((call.name, placement.refusal))
                 cross += [call.name] if placement.may_be_self else []
         self.skipped = tuple(dict.fromkeys(skipped))
+        if not layers and may_be_empty:
+            return None
         if not layers:
             refuse_empty(index, recorder.log, self.skipped)
         self._warn("padding", recorder.images.padding)

@@ -170,7 +170,9 @@ class Recorder:
             state.end_run()
             state.strand.images = images
             if state.sources is not None and isinstance(first, torch.Tensor):
-                state.sources.note_images(first)
+                # What a second run of one visit reads, such as a flip made within the model, are its own images.
+                ran = state.run is not None and state.run.of_image and state.run.visit is state.coming.visit is not None
+                state.sources.note_images(first, anew=ran)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
         nested = with_mode and _attends_to_nested(entry)

@@ -39,12 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--method", metavar="NAME", help="call model.NAME(images), e.g. forward_features")
     parser.add_argument("--modules", nargs="+", metavar="NAME", help="capture attention within these modules only")
     parser.add_argument("--layers", type=int, nargs="+", metavar="I", help="check these layers only")
-    parser.add_argument("--patch-size", type=int, metavar="PX", help="if the model does not say it")
+    parser.add_argument("--patch-size", type=numbers, metavar="PX", help="if the model does not say it: 16, or 16,8")
     parser.add_argument("--prefix-tokens", type=int, metavar="N", help="if the model does not say it")
     parser.add_argument("--suffix-tokens", type=int, metavar="N", help="tokens behind the patches (0)")
     parser.add_argument(
-        "--class-tokens", type=_class_tokens, metavar="N", help="if the model does not say it; or positions as [0,-1]"
+        "--class-tokens",
+        type=numbers,
+        metavar="N",
+        help="if the model does not say it: how many, or positions as 0,2 or [-1]",
     )
+    parser.add_argument("--no-grad", action="store_true", help="also see what the model runs under torch.no_grad")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -60,18 +64,25 @@ def run(args: argparse.Namespace) -> int:
             f"{type(model).__name__} has no method {args.method}. Leave --method out to call the model itself."
         )
     images = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0))
-    report = acr_reg.check(
-        model,
-        images,
-        VIEWS[args.view],
-        forward=None if args.method is None else getattr(model, args.method),
-        modules=args.modules,
-        layers=args.layers,
-        patch_size=args.patch_size,
-        num_prefix_tokens=args.prefix_tokens,
-        num_suffix_tokens=args.suffix_tokens,
-        class_tokens=args.class_tokens,
-    )
+    try:
+        report = acr_reg.check(
+            model,
+            images,
+            VIEWS[args.view],
+            forward=None if args.method is None else getattr(model, args.method),
+            modules=args.modules,
+            layers=args.layers,
+            patch_size=args.patch_size,
+            num_prefix_tokens=args.prefix_tokens,
+            num_suffix_tokens=args.suffix_tokens,
+            class_tokens=args.class_tokens,
+            no_grad=args.no_grad,
+        )
+    except Exception as error:  # of an option, or of the model on these images
+        raise CommandError(
+            f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. "
+            f"{type(error).__name__}: {error}"
+        ) from error
     print(report)
     return 0 if report.ok else 1
 
@@ -111,11 +122,15 @@ def build(name: str, arguments: dict[str, Any]) -> nn.Module:
     return model
 
 
-def _class_tokens(given: str) -> int | list[int]:
+def numbers(text: str) -> int | tuple[int, ...]:
+    """One number, or several between commas; "2," and "[2]" are a single one of several."""
     try:
-        return [int(position) for position in given[1:-1].split(",")] if given[:1] == "[" else int(given)
+        found = tuple(map(int, text.removeprefix("[").removesuffix("]").removesuffix(",").split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{given} is not a count, such as 1, or positions, such as [0,-1].") from None
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a number, such as 16, or several, such as 0,2 or [0,-1]."
+        ) from None
+    return found if "," in text or text.startswith("[") else found[0]
 
 
 def _argument(setting: str) -> tuple[str, Any]:

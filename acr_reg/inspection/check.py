@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError
-from acr_reg.inspection.offsets import Offset, token_offsets
-from acr_reg.inspection.report import Check, LayerCheck
+from acr_reg.inspection.encoders import choose_run, off_the_image, other_encoders
+from acr_reg.inspection.offsets import LayerOffsets, Offset, first_line, token_offsets
+from acr_reg.inspection.report import Check, LayerCheck, row_sum
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss
 from acr_reg.tokens import Lattice, TokenSide
 from acr_reg.views.constructors import HorizontalFlip
@@ -43,20 +45,22 @@ def check(
     num_prefix_tokens: int | None = None,
     num_suffix_tokens: int | None = None,
     class_tokens: int | Sequence[int] | None = None,
+    no_grad: bool = False,
 ) -> Check:
     """Runs a model on images (B, C, H, W) and on a view of them, and reports what a capture would give to the loss.
 
-    For every layer the report says what was captured and on which grids, how far the map's rows are from sum 1, how far
-    the map's product with the values is off the layer's own output, and how far apart on the image matched tokens lie.
-    This distance is measured by the gradient of a token with respect to the pixels. It reveals an overlapping stem,
-    padding, or another order of tokens.
+    For every layer the report says what was captured and on which grids, what the map's rows sum to, how far the map's
+    product with the values is off the layer's own output, and how far apart on the image matched tokens lie. This
+    distance is measured by the gradient of a token with respect to the pixels. It reveals an overlapping stem, padding,
+    or another order of tokens. Where no gradient reaches the pixels it is None, and a warning says why. If several
+    encoders run, the report is about the first whose tokens lie on the images, and a warning names them.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`. It runs in eval mode and is left as it was.
         images: two or more also show whether the images of a batch stay separate; a few take seconds.
         view: the view that training will use; by default HorizontalFlip().
         forward: runs the model, if ``model(images)`` does not, e.g. ``model.forward_features``.
-        modules, layers, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: as for
+        modules, layers, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens, no_grad: as for
             :func:`~acr_reg.capture_attention`.
 
     ``problems`` lists whatever a capture or the loss would refuse; the model's own errors are raised.
@@ -88,60 +92,116 @@ def check(
         "num_prefix_tokens": num_prefix_tokens,
         "num_suffix_tokens": num_suffix_tokens,
         "class_tokens": class_tokens,
+        "no_grad": no_grad,
     }
     call = model if forward is None else forward
+    chosen = None if layers is None else tuple(layers)
     skipped: tuple[tuple[str, str], ...] = ()
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         torch.manual_seed(0)
         try:
             if shards_parameters(model):
                 refuse_sharded()
-            with capture_attention(model, layers=layers, keep="first", record_products=True, **hints) as attention:
+            with capture_attention(model, keep="all", record_products=True, **hints) as attention:
 
-                def observe(batch: Tensor) -> AttentionMaps:
+                def runs_of(batch: Tensor) -> list[AttentionMaps]:
                     attention.clear()
                     with alone(attention):
-                        call(batch)
-                    return attention.take()
+                        call(batch.clone())  # a leaf that needs a gradient may not be written into
+                    return attention.take_all()
 
-                # The images need a gradient, so that a frozen backbone is seen as a whole.
-                batch = images.detach().clone().requires_grad_()
+                def observe(batch: Tensor) -> AttentionMaps:
+                    maps = choose_run(runs_of(batch))
+                    return maps if chosen is None else maps.select(chosen)
+
+                batch_a, batch_b = images.detach(), view(images.detach())
                 try:
-                    observe(batch)
-                    maps_a = observe(batch)  # from the second run on only attention modules are watched
-                    maps_b = observe(view(images.detach()).clone().requires_grad_())
+                    beside, why_unmeasured = _first_runs(runs_of, batch_a)
+                    if why_unmeasured is None:
+                        batch_a, batch_b = (each.clone().requires_grad_() for each in (batch_a, batch_b))
+                    maps_a = observe(batch_a)  # from the second run on only attention modules are watched
+                    maps_b = observe(batch_b)
                 finally:
                     skipped = attention.skipped
-                offsets = token_offsets(observe, images, view.of_image(0))
+                offsets = {0: LayerOffsets(why_unmeasured=why_unmeasured)}
+                if why_unmeasured is None:
+                    offsets = token_offsets(observe, images, view.of_image(0))
         except (CaptureError, LayoutError) as error:
             return Check(type(model).__name__, view, (), skipped, (str(error),), {}, 0, 0)
-    checked = tuple(_layer(layer, offsets.get(position, {}), view) for position, layer in enumerate(maps_a))
+    checked = tuple(_layer(layer, offsets.get(position, LayerOffsets()), view) for position, layer in enumerate(maps_a))
     terms, refusal = _terms(maps_a, maps_b, view)
-    same: dict[str, list[str]] = {}
-    for layer in checked:
-        if layer.problem:
-            same.setdefault(layer.problem, []).append(f"{layer.index} ({layer.name})")
-    problems = [f"layer {', '.join(names)}: {problem}" for problem, names in same.items()]
+    problems = [*_by_layer((layer, layer.problem) for layer in checked), *off_the_image(maps_a)]
     if refusal is not None and not problems:
         problems.append(refusal)
     dense, factors = (2 * sum(_bytes(layer)[i] for layer in maps_a) for i in (0, 1))
-    return Check(type(model).__name__, view, checked, skipped, tuple(problems), terms, dense, factors)
+    found = (*beside, *_warnings(maps_a, checked, offsets))
+    return Check(type(model).__name__, view, checked, skipped, tuple(problems), terms, dense, factors, found)
 
 
-def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: View) -> LayerCheck:
+def _first_runs(runs_of: Callable[[Tensor], list[AttentionMaps]], images: Tensor) -> tuple[list[str], str | None]:
+    """Runs the model on images that need a gradient, so that a frozen backbone is seen as a whole. Returns warnings of
+    other encoders and, if the model runs only on images that need no gradient, the reason."""
+    try:
+        return list(other_encoders(runs_of(images.clone().requires_grad_()))), None
+    except CaptureError:
+        raise
+    except RuntimeError as error:  # of numpy, for instance
+        found = list(other_encoders(runs_of(images)))  # or the model's own error
+        return found, f"the model does not run on images that need a gradient: {first_line(error)}"
+
+
+def _by_layer(found: Iterable[tuple[LayerCheck, str | None]]) -> list[str]:
+    """Each text once, behind the layers that it is about."""
+    same: dict[str, list[str]] = {}
+    for layer, text in found:
+        if text:
+            same.setdefault(text, []).append(f"{layer.index} ({layer.name})")
+    return [f"layer {', '.join(names)}: {text}" for text, names in same.items()]
+
+
+def _warnings(maps: AttentionMaps, checked: Sequence[LayerCheck], offsets: Mapping[int, LayerOffsets]) -> Iterator[str]:
+    if not any(layer.requires_grad for layer in maps):
+        yield "No map carries a gradient, so the loss would train nothing. Run the layers with gradients enabled."
+    yield from _by_layer(
+        (
+            found,
+            f"The rows sum to {row_sum(found)}, not 1: the map was changed after softmax. The loss scales sums above "
+            "1; entropy omits it.",
+        )
+        for layer, found in zip(maps, checked, strict=True)
+        if not layer.stochastic and max(abs(total - 1) for total in found.row_sums) > _allowed(layer)
+    )
+    yield from _by_layer(
+        (checked[position], f"Where its tokens lie was not measured: {of_layer.why_unmeasured}.")
+        for position, of_layer in offsets.items()
+        if of_layer.why_unmeasured
+    )
+
+
+def _allowed(layer: LayerAttention) -> float:
+    half = any(t is not None and t.dtype in _HALF for t in (layer.recorded.seen, layer.recorded.output))
+    return _OFF_IN_HALF if half else _OFF
+
+
+def _layer(layer: LayerAttention, offsets: LayerOffsets, view: View) -> LayerCheck:
     layout = layer.placed
     tokens = (layout.query, layout.key) if layout else layer.shape[2:]
+    with torch.no_grad():
+        sums = layer.weights().sum(-1)
     row_error, product_error = reconstruction_errors(layer)
     problem = layer.why_unplaced if layer.window is None else None
-    for side, offset in offsets.items():
-        assert layout is not None
-        problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
-    half = any(t is not None and t.dtype in _HALF for t in (layer.recorded.seen, layer.recorded.output))
-    allowed = _OFF_IN_HALF if half else _OFF
+    if layout is not None:
+        for side, offset in offsets.sides.items():
+            problem = problem or _offset_problem(side, layout.lattice(side), offset, view)
+    allowed = _allowed(layer)
     if row_error is not None and row_error > allowed:
         problem = f"The rows of the map sum to 1 only within {row_error:.1e}. Please report this model."
     if product_error is not None and product_error > allowed:
         problem = f"The map times V is {product_error:.1e} off the layer's own output. Please report this model."
+    tensors = {"map": sums, "value": layer.value, "output": layer.output}
+    not_finite = [name for name, tensor in tensors.items() if tensor is not None and not tensor.isfinite().all()]
+    if not_finite:
+        problem = f"Its {not_finite[0]} holds NaN or infinite values. Look for half-precision overflow or masked rows."
     return LayerCheck(
         index=layer.index,
         name=layer.name,
@@ -154,12 +214,17 @@ def _layer(layer: LayerAttention, offsets: Mapping[TokenSide, Offset], view: Vie
         between=len(layout.between) if layout else None,
         suffix=layout.num_suffix_tokens if layout else None,
         class_tokens=layout.class_tokens if layout else None,
+        row_sums=(sums.min().item(), sums.max().item()),
         row_error=row_error,
         product_error=product_error,
-        query_offset=offsets["query"].under_view if "query" in offsets else None,
-        key_offset=offsets["key"].under_view if "key" in offsets else None,
+        query_offset=_under_view(offsets, "query"),
+        key_offset=_under_view(offsets, "key"),
         problem=problem,
     )
+
+
+def _under_view(offsets: LayerOffsets, side: TokenSide) -> float | None:
+    return offsets.sides[side].under_view if side in offsets.sides else None
 
 
 def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> str | None:
@@ -201,7 +266,9 @@ def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[di
             _, terms = acr(maps_a, maps_b, return_terms=True)
     except ValueError as error:
         return {}, str(error)
-    return {name: value.item() for name, value in terms.items()}, None
+    values = {name: value.item() for name, value in terms.items()}
+    lost = [name for name, value in values.items() if not math.isfinite(value)]
+    return values, f"The terms {', '.join(lost)} are NaN or infinite. Do not train on them." if lost else None
 
 
 def _bytes(layer: LayerAttention) -> tuple[int, int]:

@@ -2,13 +2,14 @@
 
 The gradient of one token's query (or of one row of an unfused layer's map) surrounds the pixels that the token was made
 from. The centroid of its strongest part is the token's position. Tokens that a lattice matches under a view should lie
-at the same place on the image; the offset is the distance between them.
+at the same place on the image; the offset is the distance between them. Where no gradient reaches the pixels, the
+places stay unknown, with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,19 +36,34 @@ class Offset:
     from_lattice: float
 
 
-def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dict[TokenSide, Offset]]:
-    """The offsets of the first layer on each layout, by the layer's position in the maps that ``observe`` returns.
-    Measured at five tokens, on noise of the size of ``images``: an image of one colour would show nothing."""
+@dataclass
+class LayerOffsets:
+    """The offsets of one layer's tokens by side. A side that could not be measured is missing, and ``why_unmeasured``
+    says why."""
+
+    sides: dict[TokenSide, Offset] = field(default_factory=dict)
+    why_unmeasured: str | None = None
+
+
+class _UnmeasuredError(Exception):
+    """No place can be told from the gradient."""
+
+
+def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, LayerOffsets]:
+    """The offsets of the first layer on each layout that can be measured, and why those before it could not, by the
+    layer's position in the maps that ``observe`` returns. Measured at five tokens, on noise of the size of ``images``:
+    an image of one colour would show nothing."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
-    found: dict[int, dict[TokenSide, Offset]] = {}
+    found: dict[int, LayerOffsets] = {}
+    if probe_a.maps.layers != probe_b.maps.layers:  # which the loss refuses by name
+        return found
     layouts: set[TokenLayout] = set()
     for position, layer in enumerate(probe_a.maps):
         if layer.placed is None or layer.placed in layouts:
             continue
-        layouts.add(layer.placed)
-        found[position] = {}
+        offsets = found[position] = LayerOffsets()
         for side in ("query", "key"):
             lattice_a, lattice_b = layer.layout.lattice(side), probe_b.maps[position].layout.lattice(side)
             tokens_b = _inner_tokens(lattice_b)
@@ -59,12 +75,18 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, dic
             tokens_a = torch.cdist(centres_b, _centres(lattice_a)).argmin(1)
             nominal_a = _centres(lattice_a)[tokens_a]
             missed = centres_b - nominal_a  # not 0 if the view does not map one lattice onto the other
-            found_a = probe_a.positions(position, side, tokens_a)
-            found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
+            try:
+                found_a = probe_a.positions(position, side, tokens_a)
+                found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
+            except _UnmeasuredError as error:
+                offsets.why_unmeasured = str(error)
+                continue
             pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
             apart = ((found_b - missed - found_a) * pixels).norm(dim=1)
             away = ((found_a - nominal_a) * pixels).norm(dim=1)
-            found[position][side] = Offset(apart.max().item(), away.max().item())
+            offsets.sides[side] = Offset(apart.max().item(), away.max().item())
+        if offsets.why_unmeasured is None:
+            layouts.add(layer.placed)
     return found
 
 
@@ -76,16 +98,36 @@ class _Probe:
         self.maps = observe(self.images)
 
     def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> Tensor:
-        """(P, 2): y and x of the pixels that each token was made from, from 0 to 1 over the image."""
+        """(P, 2): y and x of the pixels that each token was made from, from 0 to 1 over the image. Raises
+        _UnmeasuredError if the gradient does not tell."""
         seen = self.maps[layer]
         of_patch = _of_token(seen, side)[:, :, patch_index(seen.layout, side, str(seen.device))]
         of_token = of_patch[torch.arange(len(tokens)), :, tokens]
         weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
-        (gradient,) = torch.autograd.grad((of_token * weights).sum(), self.images, retain_graph=True)
+        gradient = self._gradient((of_token * weights).sum())
         energy = gradient.double().square().sum(1).cpu()
+        if not energy.isfinite().all():
+            raise _UnmeasuredError("its gradient to the pixels is NaN or infinite")
+        if not energy.amax((1, 2)).all():
+            raise _UnmeasuredError("its gradient to the pixels is 0, as below a rounding")
         strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
         y, x = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in energy.shape[1:])
         return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
+
+    def _gradient(self, of_tokens: Tensor) -> Tensor:
+        gradient = None
+        if of_tokens.requires_grad:
+            try:
+                (gradient,) = torch.autograd.grad(of_tokens, self.images, retain_graph=True, allow_unused=True)
+            except RuntimeError as error:
+                raise _UnmeasuredError(f"torch cannot differentiate it: {first_line(error)}") from error
+        if gradient is None:
+            raise _UnmeasuredError("no gradient reaches the pixels, as below no_grad, detach() or integers")
+        return gradient
+
+
+def first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _centres(lattice: Lattice) -> Tensor:

@@ -11,7 +11,9 @@ from acr_reg.views.view import View
 
 @dataclass(frozen=True)
 class LayerCheck:
-    """One captured layer. Errors are relative; offsets are in pixels of the images, None if not measured."""
+    """One captured layer. ``row_sums`` are the smallest and the largest sum of a row of its map, ``row_error`` is how
+    far they are from 1, None for a mixed map. Errors are relative; offsets are in pixels of the images, None if not
+    measured."""
 
     index: int
     name: str
@@ -25,6 +27,7 @@ class LayerCheck:
     between: int | None
     suffix: int | None
     class_tokens: tuple[int, ...] | None
+    row_sums: tuple[float, float]
     row_error: float | None
     product_error: float | None
     query_offset: float | None
@@ -35,7 +38,8 @@ class LayerCheck:
 @dataclass(frozen=True)
 class Check:
     """The report of :func:`~acr_reg.check`. Print it to see the table; ``ok`` says whether a loss on all its layers
-    would be right.
+    would be right. ``warnings`` are no errors: rows that do not sum to 1, offsets that could not be measured, other
+    encoders that ran.
 
     ``dense_bytes`` is the memory of all layers' maps if a loss forms them. ``factor_bytes`` is the memory of query,
     key, value and output if they outlive the graph. Both count two views.
@@ -49,6 +53,7 @@ class Check:
     terms: dict[str, float]
     dense_bytes: int
     factor_bytes: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -61,7 +66,7 @@ class Check:
 _HEADINGS = {
     "index": "layer",
     "class_tokens": "class",
-    "row_error": "rows off",
+    "row_sums": "row sum",
     "product_error": "A V off",
     "query_offset": "query off, px",
     "key_offset": "key off, px",
@@ -70,12 +75,15 @@ _HEADINGS = {
 
 def _lines(report: Check) -> Iterator[str]:
     yield f"{report.model}: {len(report.layers)} layers of token-to-token attention captured, view {report.view!r}"
-    names = [f.name for f in fields(LayerCheck) if f.name != "problem"]
+    names = [f.name for f in fields(LayerCheck) if f.name not in ("problem", "row_error")]
     for name in ("between", "suffix"):  # few models have such tokens
         if not any(getattr(layer, name) for layer in report.layers):
             names.remove(name)
     rows = [[_HEADINGS.get(name, name) for name in names]]
-    rows += [[_cell(getattr(layer, name)) for name in names] for layer in report.layers]
+    rows += [
+        [row_sum(layer) if name == "row_sums" else _cell(getattr(layer, name)) for name in names]
+        for layer in report.layers
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if report.layers:
         for row in rows:
@@ -89,8 +97,14 @@ def _lines(report: Check) -> Iterator[str]:
         )
     if report.terms:
         yield "terms: " + ", ".join(f"{name} {value:.3f}" for name, value in report.terms.items())
+    yield from (f"warning: {warning}" for warning in report.warnings)
     yield from (f"problem: {problem}" for problem in report.problems)
     yield "ok" if report.ok else f"problems: {len(report.problems)}"
+
+
+def row_sum(layer: LayerCheck) -> str:
+    """The sum of the rows to three digits, as "1" or "0.5 to 0.7"."""
+    return " to ".join(dict.fromkeys(f"{value:.3g}" for value in layer.row_sums))
 
 
 def _cell(value: Any) -> str:

@@ -33,6 +33,14 @@ class AllPairsConsistencyLoss(nn.Module):
     rows, averaged over layers; cam is :func:`~acr_reg.losses.functional.cam_consistency`. Both views carry gradient
     unless you detach one. Uniform attention is a trivial minimum: watch the ``entropy`` term, 1 means collapse.
 
+    Maps that a model changed after softmax need not sum to 1. Both maps of such a layer are divided by one constant for
+    each image::
+
+        s = max(1, mean over both views, heads and rows of sum_j |A_ij|)
+
+    A map summed over H heads thus counts like one map. A gate in [0, 1] lowers the loss of its layer, as it lowers the
+    layer's share of the output.
+
     Args:
         view: the view that was applied to the images of the second maps; may be given per call instead.
         activation_weight, affinity_weight: 0.17 per row by default, which is the paper's 100 at 576 tokens.
@@ -152,9 +160,9 @@ class AllPairsConsistencyLoss(nn.Module):
                 itself adds or cuts off is left out in any case.
             scale: your schedule, e.g. a warm-up; multiplies the loss, not the terms.
 
-        The terms (activation, affinity, cam if used, all unweighted; entropy) are detached. Raises ValueError if
-        shapes, layers or grids disagree, if no map carries gradient although gradients are enabled, or if a map holds
-        NaN.
+        The terms (activation, affinity, cam if used, all unweighted; entropy) are detached. The entropy is the mean
+        over layers whose rows are probabilities; without such a layer the term is absent. Raises ValueError if shapes,
+        layers or grids disagree, if no map carries gradient although gradients are enabled, or if a map holds NaN.
         """
         if not math.isfinite(scale):
             raise ValueError(f"scale={scale} is not a finite number. Look at the schedule that computed it.")
@@ -189,8 +197,9 @@ class AllPairsConsistencyLoss(nn.Module):
         return (loss, {name: term.detach().float() for name, term in terms.items()}) if return_terms else loss
 
     def _attention_terms(self, given: LossInputs, with_entropy: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Means over layers: activation_weight * activation + affinity_weight * affinity, then each term and entropy,
-        detached. Weights apply within a layer, because its terms share one gradient of query and key."""
+        """Means over layers: activation_weight * activation + affinity_weight * affinity, then each term and entropy
+        over the layers that have it, detached. Weights apply within a layer, because its terms share one gradient of
+        query and key."""
         names: tuple[Term, ...] = ("activation", "affinity")
         weights = {name: self.weights[name] for name in names if name in given.terms}
         weighted, reports = [], []
@@ -203,7 +212,8 @@ class AllPairsConsistencyLoss(nn.Module):
                 value, report = evaluate_blockwise(layer, self.block_rows) if blockwise else evaluate_dense(layer)
                 weighted.append(value)
                 reports.append(report)
-        terms = {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
+        reported = dict.fromkeys(name for report in reports for name in report)
+        terms = {name: torch.stack([r[name] for r in reports if name in r]).mean() for name in reported}
         return torch.stack(weighted).mean(), terms
 
     def _cam_term(self, given: LossInputs) -> Tensor:

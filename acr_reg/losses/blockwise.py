@@ -201,7 +201,7 @@ def _in_blocks(
         report[term] = whole.mean()
         weighted.append(weight * report[term])
     value = torch.stack(weighted).sum()
-    report["entropy"] = mean_entropy(entropies, value)
+    report.update(mean_entropy(entropies))
     return value
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -45,14 +44,14 @@ class LayerTerms:
 
 
 def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
-    """The weighted sum of the layer's terms, on the graph, and each term and the entropy, detached.
+    """The weighted sum of the layer's terms, on the graph; each term, and the entropy if it has one, detached.
 
     All maps of the layer are formed at once, and autograd keeps them for the backward pass.
     """
     compared = {term: layer.compare(term, layer.tokens, row_consistency) for term in layer.weights}
     weighted = torch.stack([layer.weights[term] * value for term, (value, _) in compared.items()]).sum()
     terms: dict[str, Tensor] = {term: value.detach() for term, (value, _) in compared.items()}
-    return weighted, terms | {"entropy": mean_entropy([entropy for _, entropy in compared.values()], weighted)}
+    return weighted, terms | mean_entropy([entropy for _, entropy in compared.values()])
 
 
 def sample_rows(count: int, share: float, device: str) -> Tensor:
@@ -62,10 +61,10 @@ def sample_rows(count: int, share: float, device: str) -> Tensor:
     return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
 
 
-def mean_entropy(entropies: Sequence[Tensor | None], like: Tensor) -> Tensor:
-    """The mean over all rows of several blocks; NaN if no block has one."""
+def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """The mean over all rows of several blocks as the term "entropy"; no term if no block has one."""
     found = [entropy.flatten() for entropy in entropies if entropy is not None]
-    return torch.cat(found).mean() if found else like.new_full((), math.nan)
+    return {"entropy": torch.cat(found).mean()} if found else {}
 
 
 def can_be_blockwise(pair: AlignedPair) -> bool:

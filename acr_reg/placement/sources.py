@@ -86,10 +86,11 @@ class Sources:
         for tensor, source in kept:
             self._note(tensor, source)
 
-    def note_images(self, images: Tensor) -> None:
-        """Begins to follow images (B, C, H, W), unless they were made of images that are followed."""
+    def note_images(self, images: Tensor, anew: bool = False) -> None:
+        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
+        if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None:
+        if known is not None and known.places is not None and not (anew and _is_moved(known.places)):
             return
         places = places_of(images, self._images)
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))

@@ -145,8 +145,8 @@ def measure(name: str, config: Config) -> list[Result]:
             layer.index,
             (layer.layout.query.offset[1], layer.layout.query.stride[1]),
             (layer.layout.key.offset[1], layer.layout.key.stride[1]),
-            (before[i]["query"].under_view, after[i]["query"].under_view),
-            (before[i]["key"].under_view, after[i]["key"].under_view),
+            (before[i].sides["query"].under_view, after[i].sides["query"].under_view),
+            (before[i].sides["key"].under_view, after[i].sides["key"].under_view),
             plain[i],
             without_side[i],
         )

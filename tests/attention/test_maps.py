@@ -5,8 +5,17 @@ import itertools
 import pytest
 import torch
 
-from acr_reg import AttentionMaps, Lattice, LayoutError
+from acr_reg import (
+    AllPairsConsistencyLoss,
+    AttentionMaps,
+    HorizontalFlip,
+    Lattice,
+    LayoutError,
+    capture_attention,
+)
 from tests.support.attention import random_maps, says, wrap
+from tests.support.models.spellings import MIXED, Heads
+from tests.support.models.tokens import GRID, Attention, Tokens
 
 
 def test_from_tensors_keeps_the_tensors_and_their_graph():
@@ -45,15 +54,15 @@ def test_logits_given_as_attention(shift):
     }[shift]
     with pytest.raises(ValueError, match="sum to 1") as error:
         wrap([logits.softmax(-1), given], (3, 5))
-    assert says(error, "layer 1", "within 0.0001", "softmax(-1)", "dropout")
+    assert says(error, "layer 1", "within 0.005", "softmax(-1)", "dropout", "stochastic=False")
 
 
 @pytest.mark.parametrize(
     ("dtype", "off", "allowed"),
     [
-        (torch.float32, 0.9e-4, True),
-        (torch.float32, 1.2e-4, False),
-        (torch.float64, 1.2e-4, False),
+        (torch.float32, 4e-3, True),
+        (torch.float32, 6e-3, False),
+        (torch.float64, 6e-3, False),
         (torch.bfloat16, 4e-3, True),
         (torch.float16, 4e-3, True),
         (torch.float16, 8e-3, False),
@@ -67,7 +76,7 @@ def test_rows_may_be_off_one_by_rounding(dtype, off, allowed):
     else:
         with pytest.raises(ValueError, match="sum to 1") as error:
             AttentionMaps.from_tensors([rows], 0, (1, 2))
-        assert says(error, f"within {5e-3 if dtype == torch.float16 else 1e-4:g}")
+        assert says(error, "within 0.005")
 
 
 def test_maps_behind_dropout_are_no_probabilities():
@@ -85,6 +94,55 @@ def test_not_finite_maps(value):
     with pytest.raises(ValueError, match="NaN or infinite") as error:
         wrap(maps, (3, 5))
     assert says(error, "layer 2")
+
+
+def test_maps_that_are_no_probabilities_are_taken_if_said_so():
+    plain = random_maps((3, 5))
+    given = [plain[0], 3 * plain[1], plain[0] - plain[1], 0 * plain[0]]
+    attention = AttentionMaps.from_tensors(given, 1, (3, 5), stochastic=[True, False, False, False])
+    assert [layer.stochastic for layer in attention] == [True, False, False, False]
+    assert all(torch.equal(found, tensor) for found, tensor in zip(attention.weights(), given, strict=True))
+    assert not any(layer.stochastic for layer in AttentionMaps.from_tensors(given, 1, (3, 5), stochastic=False))
+    with pytest.raises(ValueError, match="layer 1") as error:
+        AttentionMaps.from_tensors(given, 1, (3, 5), stochastic=[True, True, False, False])
+    assert says(error, "sum to 1", "stochastic=False")
+    with pytest.raises(ValueError, match="2 values for 4 layers") as error:
+        AttentionMaps.from_tensors(given, 1, (3, 5), stochastic=[True, False])
+    assert says(error, "stochastic=")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_maps_that_are_no_probabilities_are_finite_all_the_same(value):
+    maps = [3 * m.detach().clone() for m in random_maps((3, 5), layers=3)]
+    maps[2][1, 2, 3, 4] = value
+    with pytest.raises(ValueError, match="NaN or infinite") as error:
+        AttentionMaps.from_tensors(maps, 1, (3, 5), stochastic=False)
+    assert says(error, "layer 2")
+
+
+def test_maps_of_no_image_are_no_maps():
+    with pytest.raises(ValueError, match=r"\(0, 3, 16, 16\)") as error:
+        wrap([torch.zeros(0, 3, 16, 16)], (3, 5))
+    assert says(error, "layer 0", "(B, H, N, M)")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fused", [False, True], ids=["explicit", "fused"])
+def test_what_a_capture_returns_can_be_given(dtype, fused):
+    """weights() is in float32, whatever the precision that the rows were rounded to."""
+    torch.manual_seed(0)
+    others = [build() for build in MIXED.values()] if dtype == torch.float32 else []  # some compute in float32
+    model = Tokens(Attention(fused=fused), Heads("summed"), Heads("subtracted"), *others)
+    with capture_attention(model.to(dtype)) as attention:
+        model(torch.randn(2, 3, 32, 48, dtype=dtype))
+        maps = attention.take()
+    given = AttentionMaps.from_tensors(maps.weights(), 0, GRID, stochastic=[layer.stochastic for layer in maps])
+    assert [layer.stochastic for layer in given] == [True] + [False] * (len(maps) - 1)
+    assert len(maps) == 3 + len(others)
+    found, expected = (
+        AllPairsConsistencyLoss(HorizontalFlip(), activation_weight=0)(each, each) for each in (given, maps)
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+from acr_reg import check
 from acr_reg.__main__ import main
+from acr_reg.commands.check import add_arguments, numbers
 
 TINY = ["timm:vit_tiny_patch16_224", "--set", "img_size=64", "--set", "depth=2", "--size", "64"]
 
@@ -38,7 +42,21 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert "1 layers" in out.splitlines()[0] and "Rotate90(1)" in out and "blocks.0.attn" not in out
     code, out, _ = run(capsys, *TINY, "--prefix-tokens", "5")
-    assert code == 1 and re.search(r"problem: .*layer 0 .*5 prefix tokens", out, re.IGNORECASE | re.DOTALL)
+    assert code == 1 and re.search(r"problem: layer 0 .*num_prefix_tokens=5 .* 1 tokens stand before", out)
+
+
+AROUND = """
+import torch
+class Vit(torch.nn.Module):
+    def __init__(self, before, behind):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, 32, 8, 8)
+        self.before, self.behind = (torch.nn.Parameter(torch.randn(1, count, 32)) for count in (before, behind))
+        self.block = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    def forward(self, images):
+        before, behind = (tokens.expand(len(images), -1, -1) for tokens in (self.before, self.behind))
+        return self.block(torch.cat([before, self.patch(images).flatten(2).mT, behind], 1)).mean(1)
+"""
 
 
 @pytest.mark.parametrize(
@@ -46,17 +64,28 @@ def test_options_reach_the_check(capsys: pytest.CaptureFixture[str]) -> None:
     [("1", "1", "4", "0"), ("2", "1", "4", "0,17"), ("[-1]", "0", "5", "20"), ("[20,0]", "1", "4", "20,0")],
 )
 def test_tokens_behind_the_patches(
-    capsys: pytest.CaptureFixture[str], given: str, prefix: str, suffix: str, shown: str
+    given: str,
+    prefix: str,
+    suffix: str,
+    shown: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    name = ["timm:vit_small_patch14_reg4_dinov2", "--set", "img_size=56", "--set", "depth=1", "--size", "56"]
-    options = ["--layers", "0", "--prefix-tokens", prefix, "--suffix-tokens", suffix, "--class-tokens", given]
-    _, out, _ = run(capsys, *name, *options)
+    (tmp_path / "models_around.py").write_text(AROUND)
+    monkeypatch.chdir(tmp_path)
+    model = ["models_around:Vit", "--set", f"before={prefix}", "--set", f"behind={suffix}", "--size", "32"]
+    options = ["--prefix-tokens", prefix, "--suffix-tokens", suffix, "--class-tokens", given]
+    code, out, _ = run(capsys, *model, *options)
+    assert code == 0
     heading, row = (re.split(r"\s{2,}", line.strip()) for line in out.splitlines()[1:3])
     found = dict(zip(heading, row, strict=True))
     assert (found["prefix"], found["suffix"], found["class"]) == (prefix, suffix, shown)
+    code, out, _ = run(capsys, *model, "--suffix-tokens", "3")
+    assert code == 1 and "num_suffix_tokens=3" in out and f"{suffix} behind" in out
 
 
-@pytest.mark.parametrize("given", ["last", "[", "[0;1]", "1.5"])
+@pytest.mark.parametrize("given", ["last", "[", "[]", ",", "[0;1]", "1.5"])
 def test_class_tokens_that_are_neither_a_count_nor_positions(capsys: pytest.CaptureFixture[str], given: str) -> None:
     code, _, err = run(capsys, *TINY, "--class-tokens", given)
     assert code == 2 and "--class-tokens" in err and given in err and "[0,-1]" in err
@@ -93,9 +122,57 @@ def test_a_model_of_the_users_own(
     assert code == 2 and re.search(r"my_models:number .*\bint\b.*torch\.nn\.Module", err)
 
 
+def test_every_hint_of_a_capture_is_an_option() -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = {action.dest for action in parser._actions}
+    names = {"num_prefix_tokens": "prefix_tokens", "num_suffix_tokens": "suffix_tokens", "forward": "method"}
+    assert {names.get(name, name) for name in inspect.signature(check).parameters} - {"images"} <= options
+
+
+def test_hints_of_several_numbers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, *TINY, "--patch-size", "16,16", "--class-tokens", "0,")[0] == 0
+    assert numbers("2") == 2 and numbers("2,") == numbers("[2]") == (2,) and numbers("0,3") == (0, 3)
+    code, out, _ = run(capsys, *TINY, "--patch-size", "16,8")
+    assert code == 1 and "16 x 8" in out
+    assert run(capsys, "--patch-size", "16", *TINY)[0] == 0  # the option does not take the model for a number
+    code, _, err = run(capsys, *TINY, "--class-tokens", "two")
+    assert code == 2 and "--class-tokens" in err and "'two'" in err
+
+
+FROZEN = """
+import torch
+class Frozen(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patch = torch.nn.Conv2d(3, 32, 8, 8)
+        self.block = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    def forward(self, images):
+        with torch.no_grad():
+            return self.block(self.patch(images).flatten(2).mT).mean(1)
+"""
+
+
+def test_a_model_under_no_grad_is_seen_by_no_grad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "frozen_models.py").write_text(FROZEN)
+    monkeypatch.chdir(tmp_path)
+    code, out, _ = run(capsys, "frozen_models:Frozen", "--size", "32")
+    assert code == 1 and "no_grad=True" in out
+    code, out, err = run(capsys, "frozen_models:Frozen", "--size", "32", "--no-grad")
+    assert (code, err) == (0, "") and "4 x 4" in out and "warning: " in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
+        ([*TINY, "--layers", "9"], ["VisionTransformer ", "no layers [9]", "[0, 1]"]),
+        ([*TINY, "--layers", "0", "-3"], ["no layers [-3]"]),
+        ([*TINY, "--modules", "zz"], ["'zz' is not a module", "named_modules()"]),
+        ([*TINY, "--size", "60"], ["images (2, 3, 60, 60)", "AssertionError: Input height (60)"]),
+        ([*TINY, "--method", "train"], ["VisionTransformer ", "mode"]),
+        ([*TINY, "--method", "eval"], ["VisionTransformer ", "TypeError: "]),
         (["vit"], ["'vit'", "SOURCE:NAME"]),
         (
             ["timm:no_such_model"],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,8 @@ from acr_reg import (
 )
 from tests.support.attention import says
 from tests.support.models import ExplicitBlock, MultiheadBlock
+from tests.support.models.spellings import MIXED, Heads
+from tests.support.models.tokens import Attention, Tokens
 from tests.support.orders import OrderedVit
 
 
@@ -89,6 +92,21 @@ class ColumnsFirst(Vit):
 
     def tokens(self, images: Tensor) -> Tensor:
         return self.patch_embed(images).transpose(2, 3).flatten(2).transpose(1, 2)
+
+
+class Mirrored(Vit):
+    """Its rows of tokens run from right to left."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return self.patch_embed(images).flip(-1).flatten(2).transpose(1, 2)
+
+
+class Woven(Vit):
+    """The even tokens of the image stand before the odd ones."""
+
+    def tokens(self, images: Tensor) -> Tensor:
+        tokens = super().tokens(images)
+        return torch.cat([tokens[:, ::2], tokens[:, 1::2]], 1)
 
 
 def fused() -> nn.Module:
@@ -268,12 +286,12 @@ def test_tokens_behind_the_patches_have_a_column_of_their_own(block: Callable[[]
     assert "suffix" not in str(expected)
 
 
-def test_an_order_that_is_not_stated_is_found_out() -> None:
-    """Three tokens behind the patches that are read as if they stood in front shift every patch by three places."""
+def test_an_order_that_is_stated_wrong_is_found_out() -> None:
+    """Three tokens behind the patches that are read as if they stood in front would shift every patch."""
     model = OrderedVit("behind", ExplicitBlock)
     report = check(model, images().double(), num_prefix_tokens=3, class_tokens=1)
     assert not report.ok
-    assert "px from where the 4 x 6 grid puts them" in report.problems[0]
+    assert all(fact in report.problems[0] for fact in ("num_prefix_tokens=3", "0 tokens", "3 behind"))
 
 
 # ---- where tokens stand
@@ -345,16 +363,32 @@ def test_a_stem_that_overlaps_along_rows_alone_is_told_from_one_along_columns(vi
     assert report.ok == (expected == 0)
 
 
-def test_tokens_in_another_order_are_found_out() -> None:
-    for size in ((32, 48), (64, 64)):  # as many columns as rows, or not
-        report = check(ColumnsFirst(plain, fused), images(size))
+SIZES = ((32, 48), (64, 64))  # as many columns as rows, or not
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("other", [ColumnsFirst, Mirrored, Woven])
+def test_tokens_in_another_order_are_found_out(other: type[Vit], size: tuple[int, int]) -> None:
+    report = check(other(plain, fused), images(size))
+    assert not report.ok
+    (problem,) = report.problems
+    assert problem.startswith("layer 0 (blocks.0.attention), 1 (blocks.1.attention): ")
+    assert "lie on no grid of the image" in problem
+    assert (report.layers[0].prefix, report.layers[0].query_offset, report.terms) == (None, None, {})
+    assert check(Vit(plain, fused), images(size)).ok
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("other", [ColumnsFirst, Mirrored, Woven])
+def test_the_offsets_find_tokens_out_of_the_order_that_the_user_names(other: type[Vit], size: tuple[int, int]) -> None:
+    for class_token in (True, False):
+        report = check(other(plain, fused, class_token), images(size), num_prefix_tokens=int(class_token))
         assert not report.ok
         (problem,) = report.problems
         grid = f"{size[0] // 8} x {size[1] // 8}"
         assert problem.startswith("layer 0 (blocks.0.attention): The query tokens ")
         assert f"px from where the {grid} grid puts them" in problem
         assert "AttentionMaps.from_tensors" in problem
-    assert check(Vit(plain, fused), images((64, 64))).ok
 
 
 def test_a_model_that_pads_its_images_is_told_by_the_offset() -> None:
@@ -466,7 +500,127 @@ def test_a_forward_under_autocast_is_ok(block: Callable[[], nn.Module]) -> None:
     assert report.ok, report.problems
 
 
+# ---- rows, and what is not finite
+
+
+ROWS = {
+    "gated": "0.5",
+    "gated by query": None,
+    "summed": "4",
+    "self-self": "2",
+    "sparse": None,
+    "subtracted": "0",
+    "zero": "0",
+}
+
+
+@pytest.mark.parametrize("how", ROWS)
+def test_rows_that_do_not_sum_to_one_are_shown_and_warned_of(how: str) -> None:
+    report = check(Tokens(Attention(), Heads(how), Attention()), images())
+    assert report.ok, report.problems
+    low, high = report.layers[1].row_sums
+    assert [layer.row_sums for layer in report.layers[::2]] == [pytest.approx((1, 1), abs=1e-5)] * 2
+    (warning,) = report.warnings
+    assert warning.startswith("layer 1 (blocks.1): ")
+    lines = str(report).splitlines()
+    assert f"warning: {warning}" in lines
+    begin = lines[1].index("row sum")
+    shown = [line[begin:].split("  ")[0].strip() for line in lines[2:5]]
+    assert shown[::2] == ["1", "1"]
+    assert f"sum to {shown[1]}, not 1" in warning
+    if ROWS[how] is not None:
+        assert low == pytest.approx(high, abs=1e-5)
+        if ROWS[how] != "0":
+            assert shown[1] == ROWS[how]
+    else:
+        assert low < high < 1
+        assert shown[1] == f"{low:.3g} to {high:.3g}"
+    assert report.layers[1].row_error is None
+    plain = check(Tokens(Attention(), Attention()), images())
+    assert math.isfinite(report.terms["entropy"])
+    assert sorted(report.terms) == sorted(plain.terms) == ["affinity", "entropy"]
+
+
+def test_maps_that_are_brought_back_to_one_are_not_warned_of() -> None:
+    for block in (Heads("sparse, renormalised"), MIXED["gate"]()):
+        report = check(Tokens(Attention(), block), images())
+        assert report.ok
+        assert report.warnings == ()
+        assert report.layers[1].source == "mixed"
+        assert report.layers[1].row_sums == pytest.approx((1, 1), abs=1e-4)
+
+
+def test_where_no_layer_is_stochastic_there_is_no_entropy() -> None:
+    report = check(Tokens(Heads("gated"), Heads("summed")), images())
+    assert report.ok
+    assert sorted(report.terms) == ["affinity"]
+    assert "nan" not in str(report)
+    assert len(report.warnings) == 2
+
+
+class NotFinite(Attention):
+    """One value of one of its tensors is none."""
+
+    def __init__(self, where: str, value: float) -> None:
+        super().__init__()
+        self.where, self.value = where, value
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        spot = torch.zeros_like(v)
+        spot[0, 1, 2, 0] = self.value
+        if self.where == "v":
+            v = v + spot
+        maps = (q @ k.mT).softmax(-1)
+        if self.where == "map":
+            maps = maps + spot[..., :1]
+        return maps @ v
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["v", "map"])
+def test_a_value_that_is_not_finite_is_never_ok(where: str, value: float) -> None:
+    report = check(Tokens(Attention(), NotFinite(where, value), Attention()), images())
+    assert not report.ok
+    assert "layer 1 (blocks.1)" in report.problems[0]
+    assert "NaN or infinite" in report.problems[0]
+    chosen = check(Tokens(Attention(), NotFinite(where, value), Attention()), images(), layers=[0])
+    assert chosen.ok  # the first layer has nothing of it
+
+
+def test_fully_masked_rows_are_never_ok() -> None:
+    class Masked(Attention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            mask = torch.ones(24, 24, dtype=torch.bool)
+            mask[5] = False
+            return (q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1) @ v
+
+    report = check(Tokens(Masked(), Attention()), images())
+    assert not report.ok
+    assert "layer 0 (blocks.0)" in report.problems[0]
+    assert "masked rows" in report.problems[0]
+
+
+def test_only_the_views_maps_are_not_finite() -> None:
+    class Dark(Tokens):
+        def embed(self, x: Tensor) -> Tensor:
+            return super().embed(x) / (x[0, 0, 0, 0] != dark)
+
+    x = images()
+    dark = x[0, 0, 0, -1]
+    report = check(Dark(Attention()), x)
+    assert not report.ok
+    assert "NaN or infinite" in report.problems[0]
+    assert "attn_b" in report.problems[0]
+
+
 # ---- arguments
+
+
+def test_every_hint_of_a_capture_is_one_of_check() -> None:
+    """The others say what a capture does with its runs, not what it sees."""
+    of_capture = set(inspect.signature(capture_attention).parameters)
+    of_runs = {"keep", "double_backward", "graph_from", "record_products"}
+    assert of_capture - of_runs <= set(inspect.signature(check).parameters)
 
 
 def test_what_a_capture_takes_is_passed_on() -> None:

@@ -283,7 +283,8 @@ def test_mixed_maps_of_either_sign_are_resampled_by_area():
     rows = F.interpolate(
         b[:, :, 0, 1:].unflatten(-1, (4, 6)), (2, 3), mode="bilinear", antialias=True, align_corners=False
     )
-    torch.testing.assert_close(class_rows.b[:, :, 0], 4 * rows.flatten(-2))
+    scale = literal_scale(a, b)[:, None, None]
+    torch.testing.assert_close(class_rows.b[:, :, 0], 4 * rows.flatten(-2) / scale)
     assert patch_rows.b.abs().max() < 10
 
 
@@ -564,14 +565,131 @@ def test_entropy_is_the_mean_over_views_and_layers(name):
     )
 
 
+def literal_scale(a, b):
+    """(B,): max(1, the mean over both maps, heads and rows of the absolute sum of a row), by loops."""
+    scales = []
+    for image in range(len(a)):
+        means = []
+        for rows in (a[image].flatten(0, 1).tolist(), b[image].flatten(0, 1).tolist()):
+            means.append(sum(sum(abs(x) for x in row) for row in rows) / len(rows))
+        scales.append(max(1.0, sum(means) / 2))
+    return torch.tensor(scales, dtype=a.dtype)
+
+
+def mixed_pair(change, grid=(2, 3), seeds=(1, 2)):
+    """One layer of both views, changed after softmax: its tensors, and their AttentionMaps."""
+    tensors = [change(random_maps(grid, layers=1, heads=4, seed=seed)[0]) for seed in seeds]
+    return tensors, [AttentionMaps([explicit(each, layout_of(grid), stochastic=False)]) for each in tensors]
+
+
+CHANGES = {
+    "three times as much": lambda a: 3 * a,
+    "summed over heads": lambda a: a.sum(1, keepdim=True),
+    "gated": lambda a: 0.3 * a,
+    "gated by head": lambda a: a * torch.tensor([0.0, 0.5, 1.0, 7.0], dtype=a.dtype)[:, None, None],
+    "gated by row": lambda a: a * torch.linspace(0, 1, a.shape[-2], dtype=a.dtype)[:, None],
+    "gated by image": lambda a: a * torch.tensor([0.1, 9.0], dtype=a.dtype)[:, None, None, None],
+    "of either sign": lambda a: 2 * a - 3 * a.flip(1),
+    "rows that sum to 0": lambda a: 5 * (a - a.mean(-1, keepdim=True)),
+    "zero": lambda a: 0 * a,
+}
+
+
+@pytest.mark.parametrize("heads", ["mean", "each"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_rows_that_are_no_probabilities_are_brought_to_one_scale(change, heads):
+    (a, b), attention = mixed_pair(CHANGES[change])
+    scale = literal_scale(a, b)[:, None, None, None]
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0, heads=heads)
+    loss = acr(*attention)
+    expected = sum(oracles.pairwise_terms([a / scale], [b / scale], (2, 3), oracles.mirror, heads=heads))
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+    assert loss.isfinite()
+    gradients = torch.autograd.grad(loss, (a, b), retain_graph=True)
+    probabilities = [  # divided by hand: a constant to the gradient
+        AttentionMaps([explicit(each / scale, layout_of((2, 3)), stochastic=True)]) for each in (a, b)
+    ]
+    references = torch.autograd.grad(acr(*probabilities), (a, b))
+    for found, reference in zip(gradients, references, strict=True):
+        torch.testing.assert_close(found, reference)
+
+
+def test_a_map_summed_over_heads_weighs_as_much_as_the_mean_and_a_gate_keeps_what_it_means():
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0)
+    plain = acr(*mixed_pair(lambda a: a)[1])
+    assert acr(*mixed_pair(lambda a: a.sum(1, keepdim=True))[1]).item() == pytest.approx(plain.item(), rel=1e-9)
+    assert acr(*mixed_pair(lambda a: 0.3 * a)[1]).item() == pytest.approx(0.3 * plain.item(), rel=1e-9)
+    heads = torch.tensor([0.0, 1.0, 0.0, 1.0], dtype=torch.float64)[:, None, None]
+    (a, b), attention = mixed_pair(lambda a: a * heads)
+    expected = sum(oracles.pairwise_terms([a], [b], (2, 3), oracles.mirror))
+    assert acr(*attention).item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_the_scale_of_an_image_does_not_depend_on_the_others():
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0)
+    attention = mixed_pair(CHANGES["gated by image"])[1]
+    alone = [acr(a, b).item() for a, b in zip(*(each.chunk(2) for each in attention), strict=True)]
+    assert acr(*attention).item() == pytest.approx(sum(alone) / 2, rel=1e-9)
+
+
+@pytest.mark.parametrize("change", ["three times as much", "gated by head", "of either sign"])
+def test_the_scale_is_the_same_in_blocks_and_for_sampled_rows(change):
+    _, (a, b) = mixed_pair(CHANGES[change], (3, 5))
+    a, b = a.detach(), b.detach()
+    for view in (HorizontalFlip(), Compose([HorizontalFlip(), VerticalFlip()])):
+        values = [
+            AllPairsConsistencyLoss(view, 1.0, 1.0, blockwise=blockwise, block_rows=4) for blockwise in (False, True)
+        ]
+        with torch.no_grad():
+            dense, blocks = (acr(a, b).item() for acr in values)
+        assert blocks == pytest.approx(dense, rel=1e-9)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        sampled = [AllPairsConsistencyLoss(HorizontalFlip(), 0.0, 1.0, rows=0.4)(a, b).item() for _ in range(60)]
+        whole = AllPairsConsistencyLoss(HorizontalFlip(), 0.0, 1.0)(a, b).item()
+    assert sum(sampled) / 60 == pytest.approx(whole, rel=0.1)
+
+
+def test_large_maps_in_half_precision_do_not_overflow():
+    """A row of 300 keys of up to 600 sums to more than float16 holds."""
+    rows = torch.full((1, 1, 301, 301), 600.0, dtype=torch.float16)
+    other = rows.clone()
+    other[..., 1:] = 0
+    a, b = (AttentionMaps([explicit(each, layout_of((15, 20)), stochastic=False)]) for each in (rows, other))
+    with torch.no_grad():
+        loss = AllPairsConsistencyLoss(HorizontalFlip(), 0.0, 1.0)(a, b)
+    assert loss.item() == pytest.approx(300 * 600 / ((301 * 600 + 600) / 2), rel=1e-3)
+
+
+def test_entropy_is_the_mean_over_stochastic_layers():
+    plain = [random_maps((2, 3), layers=2, seed=seed) for seed in (1, 2)]
+    layout = layout_of((2, 3))
+    with_gate = [
+        AttentionMaps(
+            [explicit(t[0], layout), explicit(0.5 * t[0], layout, 1, stochastic=False), explicit(t[1], layout, 2)]
+        )
+        for t in plain
+    ]
+    for blockwise in (None, True):
+        acr = AllPairsConsistencyLoss(HorizontalFlip(), blockwise=blockwise)
+        with torch.no_grad():
+            found, expected = (
+                acr(*pair, return_terms=True)[1] for pair in (with_gate, [wrap(tensors, (2, 3)) for tensors in plain])
+            )
+        assert found["entropy"].item() == pytest.approx(expected["entropy"].item(), rel=1e-6)
+
+
+def test_one_key_has_an_entropy_of_0():
+    attention = wrap([torch.ones(2, 3, 1, 1, requires_grad=True)], (1, 1), 0)
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), activation_weight=0)
+    assert terms_of(acr, attention, attention)[1]["entropy"] == 0
+
+
 def test_maps_mixed_after_softmax_have_no_entropy_and_no_js():
-    weights = [3 * random_maps((2, 3), layers=1, seed=seed)[0] for seed in (1, 2)]
-    a, b = (AttentionMaps([explicit(w, layout_of((2, 3)), stochastic=False)]) for w in weights)
-    loss, terms = terms_of(AllPairsConsistencyLoss(HorizontalFlip(), 1.0, 1.0), a, b)
-    assert loss.item() == pytest.approx(
-        sum(oracles.pairwise_terms([weights[0]], [weights[1]], (2, 3), oracles.mirror)), rel=1e-9
-    )
-    assert math.isnan(terms["entropy"])
+    _, (a, b) = mixed_pair(CHANGES["three times as much"])
+    for blockwise in (None, True):
+        terms = terms_of(AllPairsConsistencyLoss(HorizontalFlip(), blockwise=blockwise), a, b)[1]
+        assert sorted(terms) == ["activation", "affinity"]
     with pytest.raises(ValueError, match="js") as error:
         AllPairsConsistencyLoss(HorizontalFlip(), distance="js")(a, b)
     assert says(error, "layer 0 (blocks.0.attn)", '"l1" or "l2"')

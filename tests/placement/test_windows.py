@@ -424,9 +424,9 @@ def test_a_flip_matches_tokens_at_the_same_place() -> None:
 
         apart = token_offsets(observe, torch.randn(1, 3, 128, 192), HorizontalFlip())
     first, second, *_ = apart.values()
-    assert first["query"].under_view < 1
-    assert second["query"].under_view < 2
-    assert max(first["key"].under_view, second["key"].under_view) < 8
+    assert first.sides["query"].under_view < 1
+    assert second.sides["query"].under_view < 2
+    assert max(first.sides["key"].under_view, second.sides["key"].under_view) < 8
 
 
 # ---------------------------------------------------------------- small models

@@ -174,6 +174,37 @@ class Subtracted(Attention):
         return torch.cat([self.seen @ v[:, :2], self.seen @ v[:, 2:]], 1)
 
 
+class Heads(Attention):
+    """Maps that are changed after softmax as ``how`` says. Their rows sum to 1 only if they are renormalised."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        maps = (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+        if self.how == "gated":
+            maps = maps * 0.5
+        elif self.how == "gated by query":
+            maps = maps * q.mean(-1, keepdim=True).sigmoid()
+        elif self.how == "summed":
+            maps = maps.sum(1, keepdim=True)
+        elif self.how == "self-self":  # SCLIP, ExCEL
+            maps = (q @ q.mT).softmax(-1) + (k @ k.mT).softmax(-1)
+        elif self.how == "sparse":
+            maps = maps * (maps >= maps.topk(5, dim=-1).values[..., -1:])
+        elif self.how == "sparse, renormalised":
+            maps = maps * (maps >= maps.topk(5, dim=-1).values[..., -1:])
+            maps = maps / maps.sum(-1, keepdim=True)
+        elif self.how == "subtracted":
+            maps = maps - maps.flip(1)
+        else:
+            assert self.how == "zero"
+            maps = 0 * maps
+        self.seen = maps
+        return maps @ v
+
+
 MIXED = {
     "talking heads": TalkingHeads,
     "talking heads by convolution": lambda: TalkingHeads("convolution"),
