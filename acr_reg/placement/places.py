@@ -40,6 +40,13 @@ def split_places(places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return places % _PADDED // _IMAGE, at[0], at[1]
 
 
+def is_moved(images: Tensor) -> bool:
+    """Whether pixels (B, C, H, W) with these places lie elsewhere than at first."""
+    _, y, x = split_places(images)
+    rows, columns = (torch.arange(size, device=y.device) for size in y.shape[2:])
+    return not bool(((y == rows[:, None]) & (x == columns)).all())
+
+
 def compact(places: Tensor) -> Tensor:
     """The same places, held once for all channels of a token: the last axis, or the second of a map (B, C, h, w)."""
     for axis in {places.ndim - 1, 1} if places.ndim == 4 else {places.ndim - 1}:

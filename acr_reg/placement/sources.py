@@ -19,7 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from acr_reg._tensors import is_dense
-from acr_reg.placement.places import SLIDING, compact, is_spread, padded, places_of, slid, summed, unfolded, varies
+from acr_reg.placement.places import (
+    SLIDING,
+    compact,
+    is_moved,
+    is_spread,
+    padded,
+    places_of,
+    slid,
+    summed,
+    unfolded,
+    varies,
+)
 
 # Functions by what they do to places. Any other function that keeps a shape keeps the places too.
 _MOVES = {
@@ -90,7 +101,7 @@ class Sources:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
         if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None and not (anew and _is_moved(known.places)):
+        if known is not None and known.places is not None and not (anew and is_moved(known.places)):
             return
         places = places_of(images, self._images)
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))
