@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from typing import Any
 
@@ -143,6 +143,12 @@ def children_of(module: nn.Module) -> tuple[nn.Module | None, ...]:
 def replace_buffers(module: nn.Module, copy: Callable[[Tensor], Tensor]) -> None:
     """Gives the module ``copy`` of each buffer, in a new dict: vars(module) of before holds the old one."""
     module._buffers = {name: None if buffer is None else copy(buffer) for name, buffer in module._buffers.items()}
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The tensors that a module itself holds now; FSDP replaces them in the course of a forward."""
+    for held in (module._parameters, module._buffers, vars(module)):
+        yield from (value for value in held.values() if isinstance(value, Tensor))
 
 
 def is_replica(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from acr_reg._torch_private import (
     is_split,
     remove_mode,
     shards_parameters,
+    tensors_of,
 )
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
@@ -98,7 +99,10 @@ class Recorder:
             state.begin_visit(entry)
         if not self._narrowed and state.sources is None and not is_faked():
             state.sources = Sources(class_token_parameters(self.index.model))
+            state.sources.hold(tensor for each in self.index.names for tensor in tensors_of(each))
         self._note_images(entry, state, outermost)
+        if state.sources is not None:
+            state.sources.hold(tensors_of(module))
         if outermost and state.sources is not None:
             state.sources.lose((*args, *kwargs.values()), "code outside the captured model")
         # While the module runs, fully_shard has gathered its parameters; those that are still split stay so.
@@ -137,12 +141,12 @@ class Recorder:
                 if run.visit is entry.visit:
                     insist_on_output(result, run)
         self._close(state, entry)
-        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
-        if not state.entries and state.sources is not None:
+        if len(state.entries) == 1 and state.sources is not None:
             if module is self.index.model:
                 state.sources = None
             else:
                 state.sources.keep_only(result if isinstance(result, (tuple, list)) else [result])
+        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
 
     def _pass_over(self, state: ThreadState, module: nn.Module) -> None:
         """Ignores a call under torch.no_grad, unless such calls are recorded."""

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE", help="an argument of the builder, e.g. img_size=384"
     )
     parser.add_argument("--size", type=int, nargs="+", default=[224], metavar="PX", help="height and width (224)")
+    parser.add_argument("--channels", type=int, default=3, metavar="N", help="bands of the images (3)")
     parser.add_argument("--batch", type=int, default=2, metavar="N", help="images (2)")
     parser.add_argument("--view", choices=VIEWS, default="hflip", help="the second view (hflip)")
     parser.add_argument("--method", metavar="NAME", help="call model.NAME(images), e.g. forward_features")
@@ -53,17 +54,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns 1 if it lists problems, else 0."""
-    if len(args.size) > 2 or min(args.size) < 1 or args.batch < 1:
+    if len(args.size) > 2 or min(args.size) < 1 or min(args.batch, args.channels) < 1:
         raise CommandError(
-            f"--size {' '.join(map(str, args.size))} must be one or two numbers of pixels, and --batch {args.batch} at "
-            "least 1. Try --size 224 or --size 224 320."
+            f"--size {' '.join(map(str, args.size))} must be one or two numbers of pixels, --batch {args.batch} and "
+            f"--channels {args.channels} at least 1. Try --size 224 or --size 224 320."
         )
     model = build(args.model, dict(map(_argument, args.set)))
     if args.method is not None and not callable(getattr(model, args.method, None)):
         raise CommandError(
             f"{type(model).__name__} has no method {args.method}. Leave --method out to call the model itself."
         )
-    images = torch.randn(args.batch, 3, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        args.batch, args.channels, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0)
+    )
     try:
         report = acr_reg.check(
             model,

@@ -92,6 +92,7 @@ def check(
         "num_prefix_tokens": num_prefix_tokens,
         "num_suffix_tokens": num_suffix_tokens,
         "class_tokens": class_tokens,
+        "image_channels": images.shape[1],
         "no_grad": no_grad,
     }
     call = model if forward is None else forward

@@ -89,6 +89,8 @@ def _as_observed(
             f"Tokens stand between the patches at {queries.count} tokens; where they do at {num_queries} is unknown. "
             "Capture anew for this image size."
         )
+    if fields.num_class_tokens == 0 and len(queries.others) > (fields.num_prefix_tokens or 0):
+        fields = replace(fields, num_class_tokens=None)  # the fields know of no tokens such as these
     counts = LayoutHints(
         hints.patch_size,
         queries.num_prefix_tokens,

@@ -116,10 +116,10 @@ def place(
             heads = seen.groups // seen.windows
     layer = Placement(heads).layer(0, call)
     is_cross = call.cross if call.observed is None else call.observed.is_cross(call.cross)
-    queries, keys = layer.shape[2:]
     refusal = call.refusal or _refusal(layer, call, images, is_cross)
     if refusal is not None:
         return Placement(refusal=refusal)
+    queries, keys = layer.shape[2:]
     window = _window(layer, call, around, images)
     if window is not None:
         return Placement(heads, window)

@@ -46,6 +46,7 @@ _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm
 # These join tokens, or put them in an order that places do not follow.
 REORDERING = {"sort", "msort", "topk", "fold", "scatter_add", "scatter_reduce", "index_add", "index_reduce"}
 _HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"}
+_CASTS = {"to", "type", "type_as", "byte", "char", "short", "int", "long"}
 _FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
 
 Roots = frozenset[int]
@@ -71,6 +72,7 @@ class Sources:
     """The sources of all tensors that are alive, by identity."""
 
     def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
+        self._held: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
         self._at_memory: dict[Any, int] = {}
         self._roots = count()
@@ -133,6 +135,10 @@ class Sources:
     def _new_root(self) -> Roots:
         return frozenset([next(self._roots)])
 
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Notes what the model holds: it comes from no image, wherever it was made."""
+        self._held.update(map(id, tensors))
+
     def same(self, tensor: Tensor, other: Tensor) -> None:
         """Notes that a tensor comes from where another does."""
         source = self.of(other)
@@ -143,19 +149,24 @@ class Sources:
         """Notes as lost what operations that nobody saw made of ``given`` tensors; None: of unknown ones."""
         roots = None if given is None else _united(s for s in map(self.of, given) if s is not None)
         for tensor in made if roots is None or roots else ():
-            if _follows(tensor) and self.of(tensor) is None:
+            if _is_real(tensor) and self.of(tensor) is None:
                 self._note(tensor, Source(None, self._new_root() if roots is None else roots, lost_in=lost_in))
 
     def follow(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> None:
         """Notes where the ``result`` of a function comes from."""
         name = _name(func)
         operands = [a for a in (*args, *kwargs.values()) for a in (a if isinstance(a, (tuple, list)) else (a,))]
-        sources = [source for operand in operands if (source := self.of(operand)) is not None]
-        if not sources or _FACTORY.match(name):
-            return
+        makes = _FACTORY.match(name) is not None
+        sources = [] if makes else [source for operand in operands if (source := self._source(operand)) is not None]
         if name == "__setitem__":
             result = args[0]
         made = list(result) if isinstance(result, (tuple, list)) else [result]
+        if not sources:
+            for tensor in filter(_is_real, made):
+                self._note(tensor, Source(_nothing(tensor)))
+            return
+        # Integers are followed where they are pixels, cast from what is followed; others are indices.
+        are_pixels = name in _CASTS or any(not _is_real(o) and self.of(o) is not None for o in operands)
         places = [None] * len(made)
         try:
             found = self._places(func, name, args, kwargs, operands, result)
@@ -172,7 +183,7 @@ class Sources:
             roots |= self._new_root()  # attention: its output is of other tokens
         lost_in = next((s.lost_in for s in sources if s.lost_in), name)
         for tensor, where in zip(made, places, strict=False):
-            if _follows(tensor):
+            if _is_real(tensor) or (are_pixels and isinstance(tensor, Tensor)):
                 if where is None or where.shape != tensor.shape:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
@@ -208,15 +219,25 @@ class Sources:
             return self._shadow(args[1]).expand(result.shape)
         return self._elementwise(operands, result.shape)
 
+    def _source(self, operand: Any) -> Source | None:
+        """The source of an operand; None for what the model holds, which comes from no image. Anything else that is not
+        known was made where nobody saw it."""
+        source = self.of(operand)
+        if source is not None and (source.places is not None or id(operand) not in self._held):
+            return source
+        if not _is_real(operand) or id(operand) in self._held:
+            return None
+        source = Source(None, self._new_root(), lost_in="code that calls no function of torch")
+        self._note(operand, source)
+        return source
+
     def _shadow(self, operand: Any) -> Any:
         """The places of a tensor, 0 where nothing is known of it; anything else as it is."""
         if isinstance(operand, (list, tuple)) and any(isinstance(o, Tensor) for o in operand):
             return type(operand)(self._shadow(o) for o in operand)
-        if not _follows(operand):
-            return operand
-        source = self.of(operand)
+        source = self._source(operand)
         if source is None:
-            return torch.zeros((), dtype=torch.long, device=operand.device).expand(operand.shape)
+            return _nothing(operand) if _is_real(operand) else operand
         if source.places is None:
             raise ValueError(source.lost_in)
         return source.places
@@ -261,7 +282,12 @@ class Sources:
         return (pixels or found)[0].expand(shape) if found else None
 
 
-def _follows(value: Any) -> TypeGuard[Tensor]:
+def _nothing(tensor: Tensor) -> Tensor:
+    return torch.zeros((), dtype=torch.long, device=tensor.device).expand(tensor.shape)
+
+
+def _is_real(value: Any) -> TypeGuard[Tensor]:
+    """Whether this is a tensor of values, not of indices."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 

@@ -122,7 +122,8 @@ STYLES: dict[str, tuple[type[nn.Module], Callable[[nn.Module], nn.Module]]] = {
 def train(model: nn.Module, change: Callable[[nn.Module], Any] = lambda model: None) -> dict[str, Tensor]:
     """The gradients of the second of two steps; ``change`` is made after the first, which watches all modules."""
     x, acr = images(), AllPairsConsistencyLoss(view)
-    with capture_attention(model) as attention:
+    # The hooks of parallelize_module hide where tokens come from, so the user says where the class token stands.
+    with capture_attention(model, num_prefix_tokens=1) as attention:
         for _ in range(2):
             model.zero_grad()
             logits_a, attn_a = model(x), attention.take()
@@ -134,7 +135,7 @@ def train(model: nn.Module, change: Callable[[nn.Module], Any] = lambda model: N
 
 
 def run_without_graph(model: nn.Module) -> dict[str, Tensor]:
-    with capture_attention(model, no_grad=True) as attention, torch.no_grad():
+    with capture_attention(model, num_prefix_tokens=1, no_grad=True) as attention, torch.no_grad():
         model(images())
         return {layer.name: layer.weights() for layer in attention.take()}
 

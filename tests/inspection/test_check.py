@@ -620,7 +620,17 @@ def test_every_hint_of_a_capture_is_one_of_check() -> None:
     """The others say what a capture does with its runs, not what it sees."""
     of_capture = set(inspect.signature(capture_attention).parameters)
     of_runs = {"keep", "double_backward", "graph_from", "record_products"}
-    assert of_capture - of_runs <= set(inspect.signature(check).parameters)
+    of_images = {"image_channels"}  # check sees the images
+    assert of_capture - of_runs - of_images <= set(inspect.signature(check).parameters)
+
+
+def test_images_of_any_number_of_bands_are_checked() -> None:
+    for bands in (1, 2, 5, 13):
+        model = toy()
+        conv = next(m for m in model.modules() if isinstance(m, nn.Conv2d))
+        conv.in_channels, conv.weight = bands, nn.Parameter(torch.randn(conv.out_channels, bands, *conv.kernel_size))
+        report = check(model, torch.randn(2, bands, *images().shape[2:]))
+        assert report.layers[0].queries == check(toy(), images()).layers[0].queries
 
 
 def test_what_a_capture_takes_is_passed_on() -> None:

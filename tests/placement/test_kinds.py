@@ -16,6 +16,9 @@ from tests.support.models.other import ChannelAttention, ClassAttention, Decoder
 from tests.support.models.reduced import PoolingOfFour
 from tests.support.models.tokens import SIZE, Attention, ByConvolution, Maps, Tokens
 
+# test_self_or_cross.py tests this warning
+pytestmark = pytest.mark.filterwarnings("ignore:The maps leave out")
+
 # ---- attention between channels
 
 
