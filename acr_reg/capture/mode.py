@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from acr_reg._torch_private import flex_attention_operator, is_compiling, math_kernel, never_traced
+from acr_reg._torch_private import (
+    flex_attention_operator,
+    is_compiling,
+    math_kernel,
+    never_compiled,
+    never_traced,
+)
 from acr_reg.attention.call import AttentionCall
 from acr_reg.attention.layer import RecordedTensors
 from acr_reg.capture import kernels
@@ -61,6 +67,7 @@ class AttentionMode(TorchFunctionMode):
         self._ended = True
         self.forget()
 
+    @never_compiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is flex_attention_operator:  # compiles itself under this mode, which torch must be able to trace here
             if not is_compiling():
