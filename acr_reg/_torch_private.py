@@ -114,6 +114,18 @@ def never_traced(function: Any) -> Any:
     return function
 
 
+def never_compiled(function: Any) -> Any:
+    """Keeps torch.compile, under which a function mode is called, from compiling the mode's handler and what it calls:
+    its code for one function would serve another. A graph that is being traced still goes through the handler."""
+    frames = torch._C._dynamo.eval_frame
+    if hasattr(frames, "set_code_exec_strategy"):
+        skip = frames._FrameAction.SKIP
+        frames.set_code_exec_strategy(function.__code__, frames._FrameExecStrategy(skip, skip))
+    elif hasattr(frames, "skip_code"):  # older torch, for the handler alone
+        frames.skip_code(function.__code__)
+    return function
+
+
 def break_graph(why: str) -> None:
     """Ends the graph that is being traced, because torch swallows exceptions raised during tracing.
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from acr_reg import AttentionCapture, AttentionMaps
 from acr_reg.capture.evaluation import state_kept
+from acr_reg.capture.handle import Removable
 from acr_reg.capture.hooks import HookSet, is_recomputing
-from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError
 
 Keep = Literal["only", "first", "last", "all"]

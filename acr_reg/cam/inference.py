@@ -15,9 +15,8 @@ from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode, frozen
-from acr_reg.capture.handle import AttentionCapture, alone, capture_attention
+from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.capture.removable import Removable
 from acr_reg.errors import CaptureError, LayoutError, some
 from acr_reg.placement.kinds import unordered_tokens
 from acr_reg.tokens import Lattice

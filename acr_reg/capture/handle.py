@@ -1,9 +1,15 @@
-"""The handle of a capture: :func:`capture_attention` starts it, :class:`AttentionCapture` hands out the maps."""
+"""The handle of a capture: :func:`capture_attention` starts it, :class:`AttentionCapture` hands out the maps.
+
+:class:`Removable` is the base of every handle on a hooked model.
+"""
 
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TypeVar
 
 from torch import nn
 
@@ -12,13 +18,14 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
 from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
-from acr_reg.capture.removable import Removable
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError
 from acr_reg.placement.grids import LayoutHints
 from acr_reg.placement.kinds import explain_windows, is_pyramid
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.placer import Placer
+
+Self = TypeVar("Self", bound="Removable")
 
 
 def capture_attention(
@@ -80,6 +87,22 @@ def capture_attention(
     placer = Placer(ModuleIndex(model, modules), hints)
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
     return AttentionCapture(recorder, layers)
+
+
+class Removable(ABC):
+    """Hooks a model until :meth:`remove` is called or its ``with`` block is left."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Removes every hook. May be called again."""
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
 
 
 class AttentionCapture(Removable):
@@ -190,7 +213,7 @@ class AttentionCapture(Removable):
                 f"The maps leave out {names}: as many keys as queries, but other tokens. Wrap such maps by "
                 "AttentionMaps.from_tensors if they are self-attention.",
             )
-        recorder.last_count = len(layers)
+        recorder.starts.last_count = len(layers)
         maps = AttentionMaps(explain_windows(layers), index.training_batch_norms(), position)
         return maps if self._layers is None else maps.select(self._layers)
 

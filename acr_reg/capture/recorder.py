@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from acr_reg._tensors import is_dense
 from acr_reg._torch_private import (
     in_backward,
     in_reentrant_checkpoint,
@@ -26,14 +26,15 @@ from acr_reg.capture.hooks import HookSet
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.scores import Listener
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.capture.starts import GraphStarts
 from acr_reg.placement.grids import class_token_parameters
-from acr_reg.placement.images import ImageState, ImageWatch
-from acr_reg.placement.kinds import first_tensor, is_cross_attention
+from acr_reg.placement.images import ImageWatch
+from acr_reg.placement.kinds import first_tensor
 from acr_reg.placement.placer import Placer
 from acr_reg.placement.sources import Sources
-from acr_reg.placement.windows import WINDOWED, windowed_op
+from acr_reg.placement.windows import WINDOWED
 
 
 def _attends_to_nested(entry: Entry) -> bool:
@@ -54,19 +55,20 @@ class Recorder:
         self.index = placer.index
         self.log = RunLog(keep)
         self.images = ImageWatch(placer.image_channels)
-        self.last_count = 0  # layers of the last run taken, for a negative graph_from
         self._no_grad = no_grad
         self._double_backward = double_backward
-        self._graph_from = graph_from
-        self._starts = GraphStarts()
-        self._record_products = products
+        self.starts = GraphStarts(graph_from)
         self.split: set[nn.Module] = set()  # modules whose parameters tensor parallelism splits over ranks
         self._unknown_modules: set[nn.Module] = set()  # their kernels cannot be recorded
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
         modes: dict[int, AttentionMode] = {}  # by thread
-        self._state = ThreadState(modes)
+        self._state = ThreadState(modes, self.images)
         weakref.finalize(self, _remove_modes, modes)
+        graph = None if graph_from is None else _weakly(self._starts_graph)
+        running = _weakly(self._state.running)
+        listener = Listener(_weakly(self._report), running, _weakly(self._report_unknown), graph)
+        self._new_mode = partial(AttentionMode, listener, double_backward, products)
         self._running = RunningForwards(self.index.names)
         if (inside := self._running.here(self.index.counts)) is not None:
             refuse_inside(inside, "A capture begun")
@@ -88,19 +90,23 @@ class Recorder:
             self._pass_over(state, module)
             return
         if in_backward():  # checkpointing repeats a pass that was already seen
-            if self._double_backward or self._graph_from is not None:  # by the kernel and the graph of the first pass
+            # by the kernel and the graph of the first pass
+            if self._double_backward or self.starts.graph_from is not None:
                 self._begin(state, Entry(module, args, kwargs, frame, recomputes=True), with_mode=True)
             return
-        outermost = not state.entries
+        is_root, outermost = module is self.index.model, not state.entries
         if outermost:
             state.resume(suspendable_callers(frame))
         entry = Entry(module, args, kwargs, frame)
-        if module is self.index.model and outermost:
+        if is_root and outermost:
             state.begin_visit(entry)
         if not self._narrowed and state.sources is None and not is_faked():
             state.sources = Sources(class_token_parameters(self.index.model))
             state.sources.hold(tensor for each in self.index.names for tensor in tensors_of(each))
-        self._note_images(entry, state, outermost)
+        # Later on, the input of an attention module may look like an image of few rows.
+        if not self._narrowed or is_root or module in self.images.modules:
+            first = args[0] if args else next(iter(kwargs.values()), None)
+            state.note_images(module, first, outermost, is_root)
         if state.sources is not None:
             state.sources.hold(tensors_of(module))
         if outermost and state.sources is not None:
@@ -122,61 +128,29 @@ class Recorder:
         elif failed:
             state.fail()
         elif entry.reported:
-            if entry.calls is not None:
-                shape = None if (tensor := first_tensor(result)) is None else tensor.shape
-                for call in entry.calls:
-                    call.output_shape = shape
+            entry.note_output(result)
             if len(state.entries) > 1:
                 state.entries[-2].reported = True
         else:
             state.current.silent.add(module)
             if state.sources is not None:
-                given = (*entry.args, *entry.kwargs.values())
-                made = result if isinstance(result, (tuple, list)) else [result]
-                state.sources.lose(made, type(module).__name__, given)
+                state.sources.lose(result, type(module).__name__, (*entry.args, *entry.kwargs.values()))
             if not self._narrowed and isinstance(module, WINDOWED):
-                self._note_windows(state.current, entry, result)
+                given = first_tensor(entry.args, entry.kwargs)
+                state.current.windows.note(self.index.names[module], module, given, result)
         if entry.visit is not None and not failed and shards_parameters(module):
             for run in self.log.runs:
                 if run.visit is entry.visit:
                     insist_on_output(result, run)
-        self._close(state, entry)
-        if len(state.entries) == 1 and state.sources is not None:
-            if module is self.index.model:
-                state.sources = None
-            else:
-                state.sources.keep_only(result if isinstance(result, (tuple, list)) else [result])
-        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
+        if len(state.entries) == 1:
+            state.keep_sources(result, module is self.index.model)
+        self._drop(state)  # last: an interruption before leaves the entry, which the next call then drops
 
     def _pass_over(self, state: ThreadState, module: nn.Module) -> None:
         """Ignores a call under torch.no_grad, unless such calls are recorded."""
         self.log.without_grad += 1
         if state.entries and in_reentrant_checkpoint() and self.index.counts(module):
             state.current.reentrant.add(module)
-
-    def _note_windows(self, run: Run, entry: Entry, result: Any) -> None:
-        name, given = self.index.names[entry.module], first_tensor(entry.args, entry.kwargs)
-        if name not in run.windowed and given is not None and is_dense(result):
-            op = windowed_op(name, entry.module, given.shape, result.shape)
-            if op is not None:
-                run.windowed[name] = op
-
-    def _note_images(self, entry: Entry, state: ThreadState, outermost: bool) -> None:
-        module, is_root = entry.module, entry.module is self.index.model
-        if self._narrowed and not is_root and module not in self.images.modules:
-            return  # the input of an attention module may look like an image of few rows
-        first = entry.args[0] if entry.args else next(iter(entry.kwargs.values()), None)
-        # Images of other code's run begin a run of their own, and must not replace those of the other.
-        images = ImageState() if outermost and state.is_suspended else state.images
-        if self.images.note(module, first, images, outermost, is_root):
-            if images is not state.images:
-                state.leave_suspended()
-            state.end_run()
-            state.strand.images = images
-            if state.sources is not None and isinstance(first, torch.Tensor):
-                # What a second run of one visit reads, such as a flip made within the model, are its own images.
-                ran = state.run is not None and state.run.of_image and state.run.visit is state.coming.visit is not None
-                state.sources.note_images(first, anew=ran)
 
     def _begin(self, state: ThreadState, entry: Entry, with_mode: bool) -> None:
         nested = with_mode and _attends_to_nested(entry)
@@ -186,11 +160,7 @@ class Recorder:
             entry.set_aside = state.set_aside()
             self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
-            report, unknown = _weakly(self._report), _weakly(self._report_unknown)
-            graph = None if self._graph_from is None else _weakly(self._starts_graph)
-            running = _weakly(self._entries)
-            sources = None if entry.recomputes else state.sources
-            mode = AttentionMode(report, running, unknown, self._double_backward, graph, self._record_products, sources)
+            mode = self._new_mode(None if entry.recomputes else state.sources)
             state.enter(mode)
             mode.watch_functions()
 
@@ -217,8 +187,11 @@ class Recorder:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
         while state.entries and not is_running(state.entries[-1].frame):
             state.fail()
-            self._close(state, state.entries[-1])
-            state.entries.pop()
+            self._drop(state)
+
+    def _drop(self, state: ThreadState) -> None:
+        self._close(state, state.entries[-1])
+        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
 
     # ---- called by the mode
 
@@ -237,29 +210,18 @@ class Recorder:
         self.index.attending.add(module)
         run = entry.run
         if run is None or run is not state.run:  # else the module makes several maps in one call
-            run = entry.run = self._run_of(state, module)
+            run = entry.run = state.run_of(module, self.index.registered[module])
             run.fired[module] += 1
         self.placer.remember(call, module, run.reports[module])
-        of_image = call.observed is None or call.observed.is_of_image
-        if not run.reports or of_image > run.of_image:
-            run.of_image = of_image
-            self.log.add(run)
+        self.log.add(run, call.observed is None or call.observed.is_of_image)
         run.reports[module] += 1
         run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
         if not self._narrowed:
-            before = len(run.windowed)
-            run.preceded[module] = run.preceded.get(module, (before, 0))[0], before
+            run.windows.note_attention(module)
         if run.kept:
-            given = first_tensor(entry.args, entry.kwargs)
-            call.name, call.module = self.index.names[module], module
-            call.cross = call.cross or is_cross_attention(entry.args, entry.kwargs)
-            call.input_shape = None if given is None else given.shape
-            entry.calls = [call] if entry.calls is None else [*entry.calls, call]
+            entry.keep(call, self.index.names[module])
             run.calls.append(call)
-
-    def _entries(self) -> Sequence[Entry]:
-        return self._state.entries
 
     def _report_unknown(self, kernel: str) -> None:
         entry = self._state.innermost
@@ -272,33 +234,14 @@ class Recorder:
                 self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
     def _starts_graph(self, tensor: torch.Tensor) -> bool:
-        """Whether the graph starts at this tensor of the coming layer: at ``graph_from`` or above, or where a pass that
-        checkpointing repeats started it."""
-        assert self._graph_from is not None
-        if not torch.is_grad_enabled() or not self._state.entries or not self.hooks.is_heard:
+        """Whether the graph starts at this tensor of the coming layer, or did in a pass that checkpointing repeats."""
+        state = self._state
+        if not torch.is_grad_enabled() or not state.entries or not self.hooks.is_heard:
             return False
         if in_backward():
-            return self._starts.has(tensor, self._state.entries[-1].module)
-        first = self._graph_from if self._graph_from >= 0 else self.last_count + self._graph_from
-        starts = self._state.innermost is not None and len(self._state.current.calls) >= first
-        if starts:
-            self._starts.add(tensor, (entry.module for entry in self._state.entries))
-        return starts
-
-    def _run_of(self, state: ThreadState, module: nn.Module) -> Run:
-        """The run of this call: a new one once the module has fired as often as it is registered."""
-        run = state.run
-        if run is not None and not run.closed and not run.failed and run.fired[module] < self.index.registered[module]:
-            return run
-        before = run
-        run = state.begin_run()
-        run.images = state.images.size
-        if run.images is None and before is not None and before.visit is run.visit and run.visit:
-            run.images = before.images  # a part that runs twice in one call of the model
-        if state.images.module is not None:
-            self.images.modules.add(state.images.module)
-        state.images.reset()
-        return run
+            return self.starts.has(tensor, state.entries[-1].module)
+        around = (entry.module for entry in state.entries)
+        return state.innermost is not None and self.starts.begin(tensor, len(state.current.calls), around)
 
     # ---- called by the handle
 
@@ -311,7 +254,7 @@ class Recorder:
         self._state.forget()
         if not self._narrowed:
             for run in runs:
-                self.placer.trace(run.windowed, run.images, run.preceded)
+                self.placer.trace(run.windows, run.images)
             self._narrow(runs)
         return runs
 
@@ -337,8 +280,7 @@ class Recorder:
     def stop(self) -> None:
         state = self._state
         while state.entries:  # interrupted, or in the middle of a forward
-            self._close(state, state.entries[-1])
-            state.entries.pop()
+            self._drop(state)
         _remove_modes(state.modes)
         self.hooks.remove()
         self.log.clear()

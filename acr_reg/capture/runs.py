@@ -9,15 +9,16 @@ from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from acr_reg._torch_private import remove_mode
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.stacks import is_running, is_running_on
-from acr_reg.placement.images import ImageState
+from acr_reg.placement.images import ImageState, ImageWatch
+from acr_reg.placement.kinds import first_tensor, is_cross_attention
 from acr_reg.placement.sources import Sources
-from acr_reg.placement.windows import WindowedOp
+from acr_reg.placement.windows import WindowsSeen
 
 Keep = Literal["only", "first", "last", "all"]
 
@@ -50,8 +51,7 @@ class Run:
     unknown: list[tuple[str, str]] = field(default_factory=list)  # (module, kernel) with nothing to record
     silent: set[nn.Module] = field(default_factory=set)  # modules that ran without attention
     reentrant: set[nn.Module] = field(default_factory=set)  # checkpointed by use_reentrant=True
-    windowed: dict[str, WindowedOp] = field(default_factory=dict)  # by name, in order, while all is watched
-    preceded: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # ops before the first and last call
+    windows: WindowsSeen = field(default_factory=WindowsSeen)  # while all modules are watched
     visit: Visit | None = None
     of_image: bool = False  # whether any of its tokens may come from an image: else it is a text tower's
     kept: bool = True
@@ -83,9 +83,12 @@ class RunLog:
         self.outside: list[str] = []  # softmaxes of passes without attention, in words
         self.without_grad = 0  # module calls under torch.no_grad that were not recorded
 
-    def add(self, run: Run) -> None:
+    def add(self, run: Run, of_image: bool) -> None:
         """Adds a run at its first call, or at its first call of an image: those of text alone give way to it."""
-        if run.of_image:
+        if run.reports and of_image <= run.of_image:
+            return
+        run.of_image = of_image
+        if of_image:
             apart = [r for r in self.runs if not r.of_image]
             for other in apart:
                 other.release()
@@ -140,6 +143,21 @@ class Entry:
     reported: bool = False
     calls: list[AttentionCall] | None = None
 
+    def keep(self, call: AttentionCall, name: str) -> None:
+        """Notes in a call within this module, called ``name``, what the module was given."""
+        given = first_tensor(self.args, self.kwargs)
+        call.name, call.module = name, self.module
+        call.cross = call.cross or is_cross_attention(self.args, self.kwargs)
+        call.input_shape = None if given is None else given.shape
+        self.calls = [call] if self.calls is None else [*self.calls, call]
+
+    def note_output(self, result: Any) -> None:
+        """Notes in its calls what the module returned."""
+        if self.calls is not None:
+            shape = None if (tensor := first_tensor(result)) is None else tensor.shape
+            for call in self.calls:
+                call.output_shape = shape
+
 
 @dataclass(eq=False)
 class Strand:
@@ -163,10 +181,11 @@ class Strand:
 class ThreadState(threading.local):
     """The hooked modules running on this thread, innermost last, and their run."""
 
-    def __init__(self, modes: dict[int, AttentionMode]) -> None:
+    def __init__(self, modes: dict[int, AttentionMode], watch: ImageWatch) -> None:
         self.entries: list[Entry] = []
         self.sources: Sources | None = None  # while all modules are watched
         self.modes = modes  # by thread
+        self._watch = watch
         self._callers: tuple[FrameType, ...] = ()
         self._strands = [Strand()]
         self.strand = self._strands[0]
@@ -186,6 +205,9 @@ class ThreadState(threading.local):
         if mode is not None:
             remove_mode(mode)
         return mode
+
+    def running(self) -> Sequence[Entry]:
+        return self.entries
 
     @property
     def run(self) -> Run | None:
@@ -242,10 +264,46 @@ class ThreadState(threading.local):
         entry.visit = Visit(entry.frame)
         self.strand.coming = Run(visit=entry.visit)
 
-    def begin_run(self) -> Run:
+    def keep_sources(self, made: Any, is_root: bool) -> None:
+        """Goes on following what the outermost module made, unless that was the whole model."""
+        if is_root:
+            self.sources = None
+        elif self.sources is not None:
+            self.sources.keep_only(made)
+
+    def note_images(self, module: nn.Module, first: Any, outermost: bool, is_root: bool) -> None:
+        """Begins a run with the images that a module is given, if its ``first`` argument is any."""
+        # Images of other code's run begin a run of their own, and must not replace those of the other.
+        images = ImageState() if outermost and self.is_suspended else self.images
+        if self._watch.note(module, first, images, outermost, is_root):
+            if images is not self.images:
+                self.leave_suspended()
+            self.end_run()
+            self.strand.images = images
+            if self.sources is not None and isinstance(first, Tensor):
+                # What a second run of one visit reads, such as a flip made within the model, are its own images.
+                ran = self.run is not None and self.run.of_image and self.run.visit is self.coming.visit is not None
+                self.sources.note_images(first, anew=ran)
+
+    def run_of(self, module: nn.Module, registered: int) -> Run:
+        """The run of this call: a new one once the module has fired as often as it is ``registered``."""
+        run = self.run
+        if run is not None and not run.closed and not run.failed and run.fired[module] < registered:
+            return run
+        return self._begin_run()
+
+    def _begin_run(self) -> Run:
+        before = self.run
         self.end_run()
-        self.strand.run, self.strand.coming = self.coming, Run(visit=self.coming.visit)
-        return self.strand.run
+        run = self.coming
+        self.strand.run, self.strand.coming = run, Run(visit=run.visit)
+        run.images = self.images.size
+        if run.images is None and before is not None and before.visit is run.visit and run.visit:
+            run.images = before.images  # a part that runs twice in one call of the model
+        if self.images.module is not None:
+            self._watch.modules.add(self.images.module)
+        self.images.reset()
+        return run
 
     def fail(self) -> None:
         if self.run is not None and not self.run.closed:

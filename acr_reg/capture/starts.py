@@ -1,4 +1,4 @@
-"""Remembers at which tensors a graph was started, so that checkpointing starts it at the same ones again."""
+"""Decides at which tensors a graph starts, and remembers them: checkpointing must start it at the same ones again."""
 
 from __future__ import annotations
 
@@ -16,13 +16,20 @@ class GraphStarts:
     repeated tensor is told by its module and, because a module may run several times, by its values.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, graph_from: int | None) -> None:
+        self.graph_from = graph_from
+        self.last_count = 0  # layers of the last run taken, for a negative graph_from
         self._known: list[tuple[weakref.ref[Tensor], frozenset[nn.Module]]] = []
 
-    def add(self, tensor: Tensor, around: Iterable[nn.Module]) -> None:
-        """Remembers a tensor while its graph lives."""
+    def begin(self, tensor: Tensor, layer: int, around: Iterable[nn.Module]) -> bool:
+        """Whether the graph starts at this tensor of a layer, the first at ``graph_from`` or above. Remembers the
+        tensor while its graph lives."""
+        first = self.graph_from
+        if first is None or layer < (first if first >= 0 else self.last_count + first):
+            return False
         self._known = [known for known in self._known if known[0]() is not None]
         self._known.append((weakref.ref(tensor), frozenset(around)))
+        return True
 
     def has(self, tensor: Tensor, module: nn.Module) -> bool:
         """Whether ``tensor``, computed in ``module``, repeats one of them."""

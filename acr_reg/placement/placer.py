@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -16,7 +15,7 @@ from acr_reg.placement.arrangement import arrange
 from acr_reg.placement.grids import LayoutHints, ModelFields, read_fields
 from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
 from acr_reg.placement.modules import ModuleIndex
-from acr_reg.placement.windows import Spot, WindowedOp, WindowTrace
+from acr_reg.placement.windows import Spot, WindowsSeen, WindowTrace
 from acr_reg.tokens import Lattice, TokenLayout
 
 _NEAREST = 4  # modules around attention that may know its window
@@ -74,17 +73,14 @@ class Placer:
         else:
             self.needs_more_images.discard(here)
 
-    def trace(
-        self, ops: Mapping[str, WindowedOp], images: Images | None, preceded: Mapping[nn.Module, tuple[int, int]]
-    ) -> None:
-        """Remembers the windows of a run, unless an earlier run showed more: its ops by name, in order, and how many
-        ran before the first and the last call of each module that attends."""
-        if images is not None and len(ops) >= len(self._trace.ops):
+    def trace(self, seen: WindowsSeen, images: Images | None) -> None:
+        """Remembers the windows of a run, unless an earlier run showed more."""
+        if images is not None and len(seen.ops) >= len(self._trace.ops):
             calls: dict[str, tuple[int, int]] = {}
-            for module, (first, last) in preceded.items():
+            for module, (first, last) in seen.preceded.items():
                 known = calls.get(self.index.part(module), (first, last))
                 calls[self.index.part(module)] = min(first, known[0]), max(last, known[1])
-            self._trace = WindowTrace(tuple(ops.values()), images, calls, self.image_channels)
+            self._trace = WindowTrace(tuple(seen.ops.values()), images, calls, self.image_channels)
 
     def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
         """The layout with its lattices moved to where the model's windows put the tokens, on images of ``size``. Only

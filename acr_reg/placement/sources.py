@@ -91,9 +91,9 @@ class Sources:
         """The height and width of an image in pixels."""
         return next(size for first, size in reversed(self._sizes) if first <= number)
 
-    def keep_only(self, tensors: Iterable[Any]) -> None:
-        """Forgets all sources but those of these tensors."""
-        kept = [(tensor, source) for tensor in tensors if (source := self.of(tensor)) is not None]
+    def keep_only(self, made: Any) -> None:
+        """Forgets all sources but those of this tensor, or of each of several."""
+        kept = [(tensor, source) for tensor in _listed(made) if (source := self.of(tensor)) is not None]
         self._known.clear()
         self._at_memory.clear()
         for tensor, source in kept:
@@ -145,10 +145,11 @@ class Sources:
         if source is not None and other.shape == tensor.shape:
             self._note(tensor, source)
 
-    def lose(self, made: Iterable[Any], lost_in: str, given: Iterable[Any] | None = None) -> None:
-        """Notes as lost what operations that nobody saw made of ``given`` tensors; None: of unknown ones."""
+    def lose(self, made: Any, lost_in: str, given: Iterable[Any] | None = None) -> None:
+        """Notes as lost what (one or several) operations that nobody saw made of ``given`` tensors; None: of unknown
+        ones."""
         roots = None if given is None else _united(s for s in map(self.of, given) if s is not None)
-        for tensor in made if roots is None or roots else ():
+        for tensor in _listed(made) if roots is None or roots else ():
             if _is_real(tensor) and self.of(tensor) is None:
                 self._note(tensor, Source(None, self._new_root() if roots is None else roots, lost_in=lost_in))
 
@@ -160,7 +161,7 @@ class Sources:
         sources = [] if makes else [source for operand in operands if (source := self._source(operand)) is not None]
         if name == "__setitem__":
             result = args[0]
-        made = list(result) if isinstance(result, (tuple, list)) else [result]
+        made = _listed(result)
         if not sources:
             for tensor in filter(_is_real, made):
                 self._note(tensor, Source(_nothing(tensor)))
@@ -170,7 +171,7 @@ class Sources:
         places = [None] * len(made)
         try:
             found = self._places(func, name, args, kwargs, operands, result)
-            places = list(found) if isinstance(found, (tuple, list)) else [found]
+            places = _listed(found)
         except Exception:  # the model must run whatever it calls: the places are lost, which is said if they are missed
             pass
         roots, embedded = _united(sources), any(s.embedded for s in sources if s.roots)
@@ -289,6 +290,10 @@ def _nothing(tensor: Tensor) -> Tensor:
 def _is_real(value: Any) -> TypeGuard[Tensor]:
     """Whether this is a tensor of values, not of indices."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _listed(result: Any) -> list[Any]:
+    return list(result) if isinstance(result, (tuple, list)) else [result]
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -1,6 +1,6 @@
 """Finds where convolutions and pooling put tokens: the exact centres of their windows, in pixels.
 
-:func:`windowed_op` notes what each module with windows does in a model's first run. A :class:`WindowTrace` finds
+:class:`WindowsSeen` notes what each module with windows does in a model's first run. A :class:`WindowTrace` finds
 the chain of windows that leads from the images to a layer's grid, for images of any size.
 """
 
@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from acr_reg._tensors import is_dense
 
 Grid = tuple[int, int]
 Pixels = tuple[float, float]  # along y and x
@@ -105,6 +108,25 @@ def windowed_op(name: str, module: nn.Module, source: Sequence[int], target: Seq
         dynamic = replace(op, padding=_DYNAMIC)
         op = dynamic if dynamic.explains() else replace(op, explained=False)
     return op if op.matters() and made[1:] != (1, 1) else None
+
+
+class WindowsSeen:
+    """The modules with windows that a first run passed, and how many it had passed at each module that attends."""
+
+    def __init__(self) -> None:
+        self.ops: dict[str, WindowedOp] = {}  # by name, in order
+        self.preceded: dict[nn.Module, tuple[int, int]] = {}  # ops before the first and the last call
+
+    def note(self, name: str, module: nn.Module, given: Tensor | None, result: Any) -> None:
+        """Notes a ``WINDOWED`` module that made ``result`` of the tensor it was given."""
+        if name not in self.ops and given is not None and is_dense(result):
+            op = windowed_op(name, module, given.shape, result.shape)
+            if op is not None:
+                self.ops[name] = op
+
+    def note_attention(self, module: nn.Module) -> None:
+        before = len(self.ops)
+        self.preceded[module] = self.preceded.get(module, (before, 0))[0], before
 
 
 def pair(value: int | Sequence[int]) -> Grid:

@@ -22,7 +22,7 @@ from tests.support.capturing import hooks, modes
 from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder
 
 ROOM = Path(acr_reg.capture.__file__).parent
-FILES = {str(ROOM / f"{name}.py") for name in ("hooks", "stacks", "recorder", "runs", "handle", "removable")}
+FILES = {str(ROOM / f"{name}.py") for name in ("hooks", "stacks", "recorder", "runs", "handle")}
 Line = tuple[str, int]
 
 

@@ -121,6 +121,40 @@ def test_compiled_flex_attention_is_refused_by_name() -> None:
             attention.take()
 
 
+def checked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.device != k.device or q.dtype != v.dtype or min(q.dim(), k.dim()) < 2:
+        raise ValueError
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def spelled_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if q.device != k.device or min(q.dim(), k.dim()) < 2:
+        raise ValueError
+    return ((q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
+def after_a_break(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return checked(q, k, v)
+
+
+@pytest.mark.parametrize("attend", [checked, spelled_out, after_a_break])
+def test_a_compiled_function_in_a_model_is_captured_and_the_mode_is_not_compiled(
+    attend: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    """torch would take one function that the mode hands on for another, and compile the mode for each."""
+
+    class ByCompiled(Attention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return torch.compile(attend, backend="eager")(q, k, v)
+
+    torch._dynamo.reset()
+    model, x = Tokens(ByCompiled()), images()
+    with torch.no_grad():  # else torch warns of the gradients that it looks for
+        captured_in_every_run(model, lambda: model(x), layers=1)
+    assert "recompile_limit" not in caplog.text
+
+
 # ---- torch.vmap and the other transforms of torch.func
 
 

@@ -226,6 +226,35 @@ def test_is_compiling_is_true_while_a_graph_is_traced() -> None:
     assert not private.is_compiling(), note
 
 
+class Handing(TorchFunctionMode):
+    """Hands functions on, and notes whether that is compiled."""
+
+    compiled = False
+
+    @private.never_compiled
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._hand_on(func, args, kwargs or {})
+
+    @private.never_traced
+    def _hand_on(self, func: Any, args: Any, kwargs: Any) -> Any:
+        self.compiled = self.compiled or private.is_compiling()
+        return func(*args, **kwargs)
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+def test_never_compiled_keeps_a_modes_handler_as_it_is() -> None:
+    note = changed("set_code_exec_strategy", "how torch._dynamo.decorators.skip leaves a function alone")
+
+    def described(a: Tensor, b: Tensor) -> tuple[Any, ...]:
+        return a.device == b.device, a.dim(), a + b
+
+    mode, x = Handing(), torch.ones(2, 3)
+    with mode:
+        same, dim, result = torch.compile(described, backend="eager")(x, x)
+    assert (same, dim, result.sum().item()) == (True, 2, 12), note
+    assert not mode.compiled, note
+
+
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_break_graph_lets_an_exception_out_of_the_traced_code() -> None:
     note = changed("torch._dynamo.graph_break", "whether what follows it still runs as Python wrote it")
