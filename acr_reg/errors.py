@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class CaptureError(RuntimeError):
@@ -15,6 +18,14 @@ class LayoutError(ValueError):
 
 class CommandError(Exception):
     """An error that the user of a command can correct, shown as one message without a traceback."""
+
+
+def listed(name: str, given: Iterable[T]) -> tuple[T, ...]:
+    """The values of an argument that takes several. Raises TypeError for one value in place of a list."""
+    if isinstance(given, str) or not isinstance(given, Iterable):
+        value = repr(given) if isinstance(given, (str, int)) else f"one {type(given).__name__}"
+        raise TypeError(f"{name}= is {value}, not a list. Pass a list, also of one: {name}=[...].")
+    return tuple(given)
 
 
 def some(names: Sequence[str], limit: int = 3) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
 from acr_reg.attention.layer import LayerAttention, RecordedTensors
-from acr_reg.errors import LayoutError
+from acr_reg.errors import LayoutError, listed
 from acr_reg.tokens import Lattice, TokenLayout, with_class_tokens
 
 Grid = tuple[int, int] | Lattice
@@ -181,7 +181,7 @@ class AttentionMaps(Sequence[LayerAttention]):
     def select(self, layers: Iterable[int]) -> AttentionMaps:
         """The layers with these model indices; negative ones count from the last recorded layer."""
         by_index = {layer.index: layer for layer in self}
-        wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in layers]
+        wanted = [self.layers[i] if -len(self) <= i < 0 else i for i in listed("layers", layers)]
         missing = [i for i in wanted if i not in by_index]
         if missing:
             raise IndexError(f"There are no layers {missing}. Choose layers among {list(self.layers)}.")

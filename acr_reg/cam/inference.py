@@ -17,7 +17,7 @@ from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode, frozen
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.errors import CaptureError, LayoutError, some
+from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
 from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
@@ -85,6 +85,8 @@ class GradientCam(Removable):
         grid: tuple[int, int] | None = None,
         no_grad: bool | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, not a torch.nn.Module. Pass a function as forward=.")
         if steps < 0:
             raise ValueError(f"steps={steps} is negative. Pass 0 or more; 0 leaves propagation out.")
         if grid is not None and (not isinstance(grid, (tuple, list)) or len(grid) != 2 or min(grid) < 1):
@@ -92,12 +94,14 @@ class GradientCam(Removable):
         self.model, self.forward = model, model if forward is None else forward
         self.start_layer, self.method, self.query = start_layer, method, query
         self.steps = steps
-        self.propagation_layers = None if propagation_layers is None else tuple(propagation_layers)
-        self.views = (Identity(), HorizontalFlip()) if views is None else tuple(views)
+        self.propagation_layers = (
+            None if propagation_layers is None else listed("propagation_layers", propagation_layers)
+        )
+        self.views = (Identity(), HorizontalFlip()) if views is None else listed("views", views)
         self.merge = merge
         self.grid, self.no_grad = grid, no_grad
         self._hints: dict[str, Any] = {
-            "modules": modules if modules is None else tuple(modules),
+            "modules": None if modules is None else listed("modules", modules),
             "patch_size": patch_size,
             "num_prefix_tokens": num_prefix_tokens,
             "num_suffix_tokens": num_suffix_tokens,
@@ -185,7 +189,7 @@ class GradientCam(Removable):
                     found = self.forward(images)
             except CaptureError:
                 raise
-            except RuntimeError:  # the model may need a graph below start_layer, as to hook its tensors
+            except Exception:  # the model may need a graph below start_layer, as to hook its tensors
                 self._whole_graph = True
                 attention.clear()
         if self._whole_graph:

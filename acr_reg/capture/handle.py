@@ -19,7 +19,7 @@ from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
 from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
 from acr_reg.capture.runs import Keep, Run
-from acr_reg.errors import CaptureError
+from acr_reg.errors import CaptureError, listed
 from acr_reg.placement.grids import LayoutHints
 from acr_reg.placement.kinds import explain_windows, is_pyramid
 from acr_reg.placement.modules import ModuleIndex
@@ -81,12 +81,11 @@ def capture_attention(
     """
     if keep not in ("only", "first", "last", "all"):
         raise ValueError(f'keep={keep!r} is unknown. Choose "only", "first", "last" or "all".')
-    if isinstance(layers, int):
-        raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
+    wanted = None if layers is None else listed("layers", layers)
     hints = LayoutHints(patch_size, num_prefix_tokens, class_tokens, num_suffix_tokens, image_channels=image_channels)
     placer = Placer(ModuleIndex(model, modules), hints)
     recorder = Recorder(placer, keep, no_grad, double_backward, graph_from, record_products)
-    return AttentionCapture(recorder, layers)
+    return AttentionCapture(recorder, wanted)
 
 
 class Removable(ABC):
@@ -108,9 +107,9 @@ class Removable(ABC):
 class AttentionCapture(Removable):
     """A running capture, made by :func:`~acr_reg.capture_attention`."""
 
-    def __init__(self, recorder: Recorder, layers: Iterable[int] | None = None) -> None:
+    def __init__(self, recorder: Recorder, layers: tuple[int, ...] | None = None) -> None:
         self._recorder: Recorder | None = recorder
-        self._layers = None if layers is None else tuple(layers)
+        self._layers = layers
         self._warned: set[str] = set()
         self.skipped: tuple[tuple[str, str], ...] = ()
         """(module name, reason) for everything in the runs last taken that is not token-to-token self-attention."""

@@ -209,13 +209,28 @@ def value_product(
     return ValueProduct(values, output)
 
 
-def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> ValueProduct:
-    left, arrow, summed_to = equation.replace(" ", "").partition("->")
+def keeps_keys(equation: str | None, position: int, transposed: bool) -> bool:
+    """Whether an einsum of the map, operand number ``position``, leaves queries and keys, as a mix of heads does."""
+    axes = _einsum_axes(equation, position, transposed)
+    return axes is not None and {axes[2], axes[3]} <= set(axes[4])
+
+
+def _einsum_axes(equation: str | None, position: int, transposed: bool) -> tuple[str, str, str, str, str] | None:
+    """The subscripts of the map, of the other operand, of queries, of keys and of the result; None if not shown."""
+    left, arrow, summed_to = (equation or "").replace(" ", "").partition("->")
     subscripts = left.split(",")
-    if not arrow or len(subscripts) != 2 or "." in equation:
-        return ValueProduct()
+    if not arrow or len(subscripts) != 2 or "." in left + summed_to:
+        return None
     of_map, of_values = subscripts[position], subscripts[1 - position]
     query, key = (of_map[-1], of_map[-2]) if transposed else (of_map[-2], of_map[-1])
+    return of_map, of_values, query, key, summed_to
+
+
+def _einsum(equation: str, position: int, transposed: bool, values: Tensor, output: Tensor) -> ValueProduct:
+    axes = _einsum_axes(equation, position, transposed)
+    if axes is None:
+        return ValueProduct()
+    of_map, of_values, query, key, summed_to = axes
     if key in summed_to or key not in of_values:
         return ValueProduct(refusal=_SUMS_QUERIES) if query not in summed_to else ValueProduct()
     rest = [letter for letter in of_values if letter not in of_map]

@@ -144,6 +144,10 @@ class ScoreFollower:
             probable = [t is not None and t.probability is not None for t in followed]
             # A product with a matrix of weights mixes the heads of scores or maps: it meets no keys or values.
             mixes = any(followed) and any(isinstance(operand, nn.Parameter) for operand in operands)
+            mixes = mixes or any(
+                t is not None and of_keys and kernels.keeps_keys(equation, position, t.transposed)
+                for position, (t, of_keys) in enumerate(zip(followed, probable, strict=True))
+            )
             if not mixes and not any(probable):
                 self._start_scores(equation, operands, result)
             elif (

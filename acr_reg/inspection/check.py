@@ -16,7 +16,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.errors import CaptureError, LayoutError
+from acr_reg.errors import CaptureError, LayoutError, listed
 from acr_reg.inspection.encoders import choose_run, off_the_image, other_encoders
 from acr_reg.inspection.offsets import LayerOffsets, Offset, first_line, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck, row_sum
@@ -96,7 +96,7 @@ def check(
         "no_grad": no_grad,
     }
     call = model if forward is None else forward
-    chosen = None if layers is None else tuple(layers)
+    chosen = None if layers is None else listed("layers", layers)
     skipped: tuple[tuple[str, str], ...] = ()
     with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         torch.manual_seed(0)
@@ -252,6 +252,8 @@ def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | 
         output = layer.output
         if value is None or output is None or layer.dropout:
             return rows, None
+        if value.shape[-2] != weights.shape[-1] or output.shape[-2:] != (weights.shape[-2], value.shape[-1]):
+            return rows, None  # the map met something else than values, such as weights of another mix
         found = weights @ value.to(weights)
         expected = output.to(weights)
         return rows, ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from acr_reg.alignment.pairs import AlignedPair
 from acr_reg.attention.maps import AttentionMaps
+from acr_reg.errors import listed
 from acr_reg.losses.blockwise import evaluate_blockwise
 from acr_reg.losses.functional import Distance, Normalize, cam_consistency
 from acr_reg.losses.inputs import LossInputs, check_choice, check_finite, check_inputs
@@ -109,9 +110,7 @@ class AllPairsConsistencyLoss(nn.Module):
             raise ValueError(f"The weights {self.weights} are not all finite and >= 0. Use 0 to leave a term out.")
         self.distance: Distance = distance
         self.normalize: Normalize = normalize
-        if isinstance(layers, int):
-            raise TypeError(f"layers={layers} is one index. Pass a list, layers=[{layers}], or None for all.")
-        self.layers = None if layers is None else tuple(layers)
+        self.layers = None if layers is None else listed("layers", layers)
         self.heads = heads
         self.rows = rows
         self.cam_normalize = cam_normalize

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from acr_reg._torch_private import BatchNorm, children_of, is_compiled, is_exported, is_replica
-from acr_reg.errors import CaptureError
+from acr_reg.errors import CaptureError, listed
 
 
 def batch_norms(model: nn.Module) -> list[BatchNorm]:
@@ -58,9 +58,8 @@ class ModuleIndex:
         self.registered = Counter(module for _, module in model.named_modules(remove_duplicate=False))
         self.attending: set[nn.Module] = set()
         self._modules = dict(model.named_modules())
-        if isinstance(within, str):
-            raise TypeError(f"modules={within!r} is one name. Pass a list, modules=[{within!r}].")
-        self._within = None if within is None else {m for part in within for m in _named(model, part).modules()}
+        parts = None if within is None else listed("modules", within)
+        self._within = None if parts is None else {m for part in parts for m in _named(model, part).modules()}
         self.likely = {
             module for module, name in self.names.items() if self.counts(module) and _may_attend(name, module)
         }

@@ -12,6 +12,7 @@ from acr_reg import (
     Lattice,
     LayoutError,
     capture_attention,
+    propagate_cam,
 )
 from tests.support.attention import random_maps, says, wrap
 from tests.support.models.spellings import MIXED, Heads
@@ -276,3 +277,11 @@ def test_detach_keeps_values_and_drops_the_graph():
     assert not any(layer.requires_grad for layer in fixed)
     assert all(layer.requires_grad for layer in attention)
     assert all(torch.equal(a, b) for a, b in zip(fixed.weights(), attention.weights(), strict=True))
+
+
+def test_one_layer_in_place_of_a_list_is_refused() -> None:
+    maps = AttentionMaps.from_tensors(random_maps((3, 5), layers=2), 1, (3, 5))
+    for use in (maps.select, lambda layers: propagate_cam(torch.rand(2, 1, 3, 5), maps, layers)):
+        with pytest.raises(TypeError) as error:
+            use(1)  # type: ignore[arg-type]
+        assert says(error, "layers=", "1", "list")

@@ -90,6 +90,14 @@ def differentiates(tokens):
     torch.autograd.grad(tokens.sum(), tokens)
 
 
+def asserts(tokens):
+    assert tokens.requires_grad
+
+
+def names(tokens):
+    tokens.grad_fn.name()
+
+
 class Needing(nn.Module):
     """A block that does something with its result that needs a graph."""
 
@@ -104,7 +112,7 @@ class Needing(nn.Module):
 
 
 @every_model
-@pytest.mark.parametrize("what", [hooks, retains, differentiates])
+@pytest.mark.parametrize("what", [hooks, retains, differentiates, asserts, names])
 def test_a_model_that_needs_a_graph_gets_one_from_the_start(build, what):
     model = build(4).train()
     expected = cams(model)
@@ -291,6 +299,26 @@ def test_a_grid_is_given_where_it_cannot_be_inferred():
     with pytest.raises(LayoutError) as error:
         cams(model.encoder, batch, **part, grid=(4, 6), views=[Scale(1.1)])
     assert says(error, "(4, 6)", "32 x 48 px", "views=")
+
+
+@pytest.mark.parametrize(
+    ("options", "facts"),
+    [
+        ({"views": HorizontalFlip()}, ["one View", "views=[...]"]),
+        ({"propagation_layers": 3}, ["3", "propagation_layers=[...]"]),
+        ({"modules": "encoder"}, ["'encoder'", "modules=[...]"]),
+    ],
+)
+def test_one_value_in_place_of_a_list_is_refused(options, facts):
+    with pytest.raises(TypeError, match="Pass a list") as error:
+        GradientCam(explicit_vit(), **options)
+    assert says(error, *facts)
+
+
+def test_a_function_in_place_of_the_model_is_refused():
+    with pytest.raises(TypeError, match="forward=") as error:
+        GradientCam(lambda images: images)
+    assert says(error, "function", "torch.nn.Module")
 
 
 @pytest.mark.parametrize("grid", [14, (14,), (0, 4), (1, 2, 3), "14"])

@@ -177,7 +177,16 @@ def test_js_is_refused_for_mixed_maps(name: str) -> None:
     assert affinity_loss(distance="js", layers=[0])(maps, maps) > 0
 
 
-@pytest.mark.parametrize("by", ["einsum", "matmul"])
+@pytest.mark.parametrize(
+    "by",
+    [
+        "einsum",
+        "matmul",
+        "einsum with a computed matrix",
+        "einsum with a computed matrix first",
+        "einsum with a matrix for each image",
+    ],
+)
 def test_heads_mixed_by_a_product_are_one_mixed_layer(by: str) -> None:
     """DeepViT mixes heads by an einsum: the product with the mixing matrix is none with values."""
     model = Tokens(TalkingHeads(by))

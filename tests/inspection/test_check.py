@@ -420,6 +420,19 @@ def test_a_model_that_resizes_its_images_is_measured_on_what_it_reads(stem: Stem
 # ---- problems that are no exceptions
 
 
+def test_a_map_that_meets_something_else_than_values_is_a_problem() -> None:
+    """A computed matrix that mixes heads, on the last axis, cannot be told from values."""
+
+    class Mixing(Attention):
+        def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            weights = (q @ k.mT).softmax(-1).permute(0, 2, 3, 1)
+            return (weights @ torch.eye(weights.shape[-1])).permute(0, 3, 1, 2) @ v
+
+    report = check(Tokens(Mixing()), torch.randn(2, 3, 32, 48))
+    assert not report.ok
+    assert report.layers[0].product_error is None
+
+
 def test_nothing_captured_is_a_problem() -> None:
     class Mean(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -687,6 +700,13 @@ def test_a_model_or_a_module_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(IndexError) as error:
         check(toy(), images(), layers=[7])
     assert says(error, "[7]")
+    with pytest.raises(TypeError) as error:
+        check(toy(), images(), layers=1)  # type: ignore[arg-type]
+    assert says(error, "layers=", "1", "list")
+    for wrong in (0, -8, (8, 0), (8, 8, 8), (), "8", 8.0):
+        report = check(toy(), images(), patch_size=wrong)  # type: ignore[arg-type]
+        assert not report.ok
+        assert "patch_size=" in report.problems[0]
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

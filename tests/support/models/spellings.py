@@ -126,6 +126,12 @@ class TalkingHeads(Attention):
             return self.convolution(weights)
         if self.by == "einsum":  # DeepViT
             return torch.einsum("b h i j, g h -> b g i j", weights, self.after.weight)
+        if self.by == "einsum with a computed matrix":
+            return torch.einsum("bhij,gh->bgij", weights, self.after.weight.softmax(0))
+        if self.by == "einsum with a computed matrix first":
+            return torch.einsum("gh,bhij->bgij", self.after.weight.softmax(0), weights)
+        if self.by == "einsum with a matrix for each image":
+            return torch.einsum("bhij,bgh->bgij", weights, weights.mean((2, 3))[:, None] * self.after.weight)
         if self.by == "matmul":
             return (weights.permute(0, 2, 3, 1) @ self.after.weight).permute(0, 3, 1, 2)
         return self.after(weights.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
