@@ -103,7 +103,7 @@ class Sources:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
         if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None and not (anew and is_moved(known.places)):
+        if known is not None and known.places is not None and known.roots and not (anew and is_moved(known.places)):
             return
         places = places_of(images, self._images)
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))
