@@ -19,7 +19,6 @@ from acr_reg._torch_private import (
     is_split,
     remove_mode,
     shards_parameters,
-    tensors_of,
 )
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
@@ -29,11 +28,9 @@ from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
 from acr_reg.capture.scores import Listener
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.capture.starts import GraphStarts
-from acr_reg.placement.grids import class_token_parameters
 from acr_reg.placement.images import ImageWatch
 from acr_reg.placement.kinds import first_tensor
 from acr_reg.placement.placer import Placer
-from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WINDOWED
 
 
@@ -100,17 +97,13 @@ class Recorder:
         entry = Entry(module, args, kwargs, frame)
         if is_root and outermost:
             state.begin_visit(entry)
-        if not self._narrowed and state.sources is None and not is_faked():
-            state.sources = Sources(class_token_parameters(self.index.model))
-            state.sources.hold(tensor for each in self.index.names for tensor in tensors_of(each))
+        if not self._narrowed:
+            state.follow_sources(self.index)
         # Later on, the input of an attention module may look like an image of few rows.
         if not self._narrowed or is_root or module in self.images.modules:
             first = args[0] if args else next(iter(kwargs.values()), None)
             state.note_images(module, first, outermost, is_root)
-        if state.sources is not None:
-            state.sources.hold(tensors_of(module))
-        if outermost and state.sources is not None:
-            state.sources.lose((*args, *kwargs.values()), "code outside the captured model")
+        state.note_given(module, (*args, *kwargs.values()), outermost)
         # While the module runs, fully_shard has gathered its parameters; those that are still split stay so.
         if not self._narrowed and any(map(is_split, module.parameters(recurse=False))):
             self.split.add(module)

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from acr_reg._torch_private import remove_mode
+from acr_reg._torch_private import is_faked, remove_mode, tensors_of
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.stacks import is_running, is_running_on
+from acr_reg.placement.grids import class_token_parameters
 from acr_reg.placement.images import ImageState, ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
+from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.sources import Sources
 from acr_reg.placement.windows import WindowsSeen
 
@@ -263,6 +265,19 @@ class ThreadState(threading.local):
         self.end_run()
         entry.visit = Visit(entry.frame)
         self.strand.coming = Run(visit=entry.visit)
+
+    def follow_sources(self, index: ModuleIndex) -> None:
+        """Begins to follow the images through the model, unless that has begun."""
+        if self.sources is None and not is_faked():
+            self.sources = Sources(class_token_parameters(index.model))
+            self.sources.hold(tensor for module in index.names for tensor in tensors_of(module))
+
+    def note_given(self, module: nn.Module, given: Sequence[Any], outermost: bool) -> None:
+        """Notes what a module holds, and what code outside the model gives to the outermost module."""
+        if self.sources is not None:
+            self.sources.hold(tensors_of(module))
+            if outermost:
+                self.sources.lose(given, "code outside the captured model")
 
     def keep_sources(self, made: Any, is_root: bool) -> None:
         """Goes on following what the outermost module made, unless that was the whole model."""

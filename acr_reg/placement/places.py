@@ -158,7 +158,7 @@ def slid(places: Tensor, name: str, args: Sequence[Any], kwargs: dict[str, Any],
             index = (2 * steps + 1) * size / (2 * out) - 0.5
         else:
             kernel, stride, padding, dilation = (setting[number] for setting in settings)
-            index = steps * stride - padding + dilation * (kernel - 1) // 2
+            index = steps * stride - padding + dilation * (kernel - 1) / 2
         places = _at(places, axis, index)
     channel = places.ndim - spatial - 1
     if places.shape[channel] != shape[channel]:
@@ -175,6 +175,6 @@ def unfolded(
             v if isinstance(v, int) else v[axis] for v in (kernel_size, dilation, padding, stride)
         )
         count = (places.shape[axis] + 2 * around - apart * (kernel - 1) - 1) // step + 1
-        index = torch.arange(count, device=places.device) * step - around + apart * (kernel - 1) // 2
+        index = torch.arange(count, device=places.device) * step - around + apart * (kernel - 1) / 2
         places = _at(places, places.ndim + axis, index)
     return places.flatten(-2)[..., :1, :].expand(shape)

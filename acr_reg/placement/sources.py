@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeGuard
 
@@ -66,6 +66,7 @@ class Source:
     roots: Roots = frozenset()
     embedded: bool = True
     lost_in: str | None = None
+    number: int = 0  # older sources have smaller ones
 
 
 class Sources:
@@ -75,7 +76,7 @@ class Sources:
         self._held: set[int] = set()
         self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
         self._at_memory: dict[Any, int] = {}
-        self._roots = count()
+        self._roots, self._numbers = count(), count()
         self._images = 1
         self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
         for parameter in class_tokens:
@@ -103,7 +104,7 @@ class Sources:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
         if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None and not (anew and is_moved(known.places)):
+        if known is not None and known.places is not None and known.roots and not (anew and is_moved(known.places)):
             return
         places = places_of(images, self._images)
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))
@@ -128,7 +129,7 @@ class Sources:
                 if sources._at_memory.get(memory) == number:
                     del sources._at_memory[memory]
 
-        self._known[number] = weakref.ref(tensor, forget), source
+        self._known[number] = weakref.ref(tensor, forget), replace(source, number=next(self._numbers))
         if memory is not None:
             self._at_memory[memory] = number
 
@@ -276,8 +277,13 @@ class Sources:
         return [places] if isinstance(result, tuple) else places
 
     def _elementwise(self, operands: list[Any], shape: Any) -> Tensor | None:
-        """The places of the first operand of the result's shape that has pixels, else of any that broadcasts to it."""
-        found = [s.places for o in operands if (s := self.of(o)) is not None and s.places is not None]
+        """The places of the oldest operand of the result's shape that has pixels, else of any that broadcasts to it.
+
+        The older of two is the residual, which stays in place, and not what a branch with padding made of it.
+        """
+        known = [s for o in operands if (s := self.of(o)) is not None and s.places is not None]
+        known.sort(key=lambda source: source.number)
+        found = [source.places for source in known if source.places is not None]
         found.sort(key=lambda places: places.shape != shape)
         pixels = found if len(found) < 2 else [places for places in found if bool((places > 0).any())]
         return (pixels or found)[0].expand(shape) if found else None

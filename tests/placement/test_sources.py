@@ -100,7 +100,7 @@ ORDERS = {
     "prompts between": (lambda m, p, o: torch.cat([o[0], o[2], p], 1), 4, 0, (), (0,)),
     "class token in the middle": (in_the_middle, 0, 0, (12,), (12,)),
     "nothing but patches": (lambda m, p, o: p, 0, 0, (), ()),
-    "written in place": (in_place, 1, 2, (), None),
+    "written in place": (in_place, 1, 2, (), (0,)),
     "text behind": (text_appended, 0, 5, (), None),
     "stacked": (stacked, 1, 3, (), (0,)),
     "joined with the sequence first": (sequence_first, 1, 3, (), (0,)),
