@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from numbers import Integral
 
 from torch import Tensor, nn
 
@@ -74,11 +73,10 @@ class LayoutHints:
 
     def __post_init__(self) -> None:
         check_counts(num_prefix_tokens=self.num_prefix_tokens, num_suffix_tokens=self.num_suffix_tokens)
-        patch = self.patch_size
-        sides = list(patch) if isinstance(patch, Iterable) else [patch]
-        if patch is not None and (
-            len(sides) not in (1, 2) or not all(isinstance(n, Integral) and n > 0 for n in sides)
-        ):
+        if (patch := self.patch_size) is None:
+            return
+        sides = [] if isinstance(patch, str) else list(patch) if isinstance(patch, Iterable) else [patch]
+        if len(sides) not in (1, 2) or any(side < 1 or side % 1 for side in sides):
             raise LayoutError(f"patch_size={patch!r} is no size in pixels. Pass patch_size=16, or (height, width).")
 
 

@@ -130,7 +130,8 @@ class WindowsSeen:
 
 
 def pair(value: int | Sequence[int]) -> Grid:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+    values = list(value) if isinstance(value, Iterable) else [value]
+    return int(values[0]), int(values[-1])
 
 
 def _padding(value: str | int | Sequence[int], kernel: Grid, dilation: Grid) -> tuple[Grid, Grid]:

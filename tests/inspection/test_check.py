@@ -658,7 +658,8 @@ def test_what_a_capture_takes_is_passed_on() -> None:
     wrong = check(model, x, patch_size=16)
     assert not wrong.ok
     assert "16 x 16" in wrong.problems[0]
-    assert check(model, x, patch_size=8).ok
+    for right in (8, (8, 8), [8], 8.0, torch.tensor([8, 8]), torch.tensor(8).numpy()[()]):
+        assert check(model, x, patch_size=right).ok  # type: ignore[arg-type]
     calls: list[Tensor] = []
 
     def forward(batch: Tensor) -> None:
@@ -703,7 +704,7 @@ def test_a_model_or_a_module_of_another_kind_is_refused_by_name() -> None:
     with pytest.raises(TypeError) as error:
         check(toy(), images(), layers=1)  # type: ignore[arg-type]
     assert says(error, "layers=", "1", "list")
-    for wrong in (0, -8, (8, 0), (8, 8, 8), (), "8", 8.0):
+    for wrong in (0, -8, (8, 0), (8, 8, 8), (), "8", 8.5):
         report = check(toy(), images(), patch_size=wrong)  # type: ignore[arg-type]
         assert not report.ok
         assert "patch_size=" in report.problems[0]
