@@ -23,8 +23,8 @@ class CommandError(Exception):
 def listed(name: str, given: Iterable[T]) -> tuple[T, ...]:
     """The values of an argument that takes several. Raises TypeError for one value in place of a list."""
     if isinstance(given, str) or not isinstance(given, Iterable):
-        value = repr(given) if isinstance(given, (str, int)) else f"one {type(given).__name__}"
-        raise TypeError(f"{name}= is {value}, not a list. Pass a list, also of one: {name}=[...].")
+        value = repr(given) if isinstance(given, (str, int)) else f"<{type(given).__name__}>"
+        raise TypeError(f"{name}={value} is not a list. Pass {name}=[{value}].")
     return tuple(given)
 
 

@@ -304,13 +304,13 @@ def test_a_grid_is_given_where_it_cannot_be_inferred():
 @pytest.mark.parametrize(
     ("options", "facts"),
     [
-        ({"views": HorizontalFlip()}, ["one View", "views=[...]"]),
-        ({"propagation_layers": 3}, ["3", "propagation_layers=[...]"]),
-        ({"modules": "encoder"}, ["'encoder'", "modules=[...]"]),
+        ({"views": HorizontalFlip()}, ["View", "views=[<View>]"]),
+        ({"propagation_layers": 3}, ["3", "propagation_layers=[3]"]),
+        ({"modules": "encoder"}, ["'encoder'", "modules=['encoder']"]),
     ],
 )
 def test_one_value_in_place_of_a_list_is_refused(options, facts):
-    with pytest.raises(TypeError, match="Pass a list") as error:
+    with pytest.raises(TypeError, match="not a list") as error:
         GradientCam(explicit_vit(), **options)
     assert says(error, *facts)
 
