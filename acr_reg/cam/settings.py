@@ -129,7 +129,7 @@ def _instead_of_last(layers: Sequence[LayerAttention]) -> str:
 def _lack_of_grid(last: LayerAttention, query: str) -> _Lack | None:
     if last.placed is not None:
         return None
-    reason = f"the grid of the {last.shape[2]} tokens of {_said(last)} is unknown"
+    reason = f"of {_said(last)}, {str(last.why_unplaced).partition('. ')[0]}"  # the rest advises on a capture
     tokens = (
         'query="all" (num_prefix_tokens= or num_suffix_tokens= if there is a class token)' if query == "class" else None
     )
