@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeGuard
@@ -26,6 +27,7 @@ from acr_reg.placement.places import (
     is_spread,
     padded,
     places_of,
+    rewritten,
     slid,
     summed,
     unfolded,
@@ -39,13 +41,22 @@ _MOVES = {
     *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
-    *("__getitem__", "index_select", "gather", "scatter", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
+    *("__getitem__", "index_select", "gather", "take_along_dim", "take", "masked_select", "ravel", "adjoint"),
+    *("fliplr", "flipud", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "unsafe_chunk", "unsafe_split"),
+    *("hsplit", "vsplit", "dsplit", "column_stack"),
+}
+# These write values, the argument at this position, into a tensor or into a copy of it.
+_WRITES = {
+    **dict.fromkeys(("copy", "slice_scatter", "select_scatter", "diagonal_scatter"), 1),
+    **dict.fromkeys(("__setitem__", "masked_scatter", "index_put", "put"), 2),
+    **dict.fromkeys(("scatter", "index_copy"), 3),
 }
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm", "logsumexp", "var", "std", "prod"}
 # These join tokens, or put them in an order that places do not follow.
 REORDERING = {"sort", "msort", "topk", "fold", "scatter_add", "scatter_reduce", "index_add", "index_reduce"}
-_HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"}
+_HIDING = re.compile(rf"{'|'.join(sorted(REORDERING))}|grid_sample\w*|as_strided|fft_\w+")
+_VALUES = {"src", "source", "values", "value"}
 _CASTS = {"to", "type", "type_as", "byte", "char", "short", "int", "long"}
 _FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
 
@@ -162,6 +173,7 @@ class Sources:
         if name == "__setitem__":
             result = args[0]
         made = _listed(result)
+        before = self.of(result) if _writes(func, kwargs) else None
         if not sources:
             for tensor in filter(_is_real, made):
                 self._note(tensor, Source(_nothing(tensor)))
@@ -189,6 +201,24 @@ class Sources:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
                     self._note(tensor, Source(compact(where) if name in _MOVES else where, roots, embedded))
+        if before is not None:
+            self._write_through(result, before)
+
+    def _write_through(self, written: Tensor, before: Source) -> None:
+        """Notes what a tensor now holds in the others on its memory, such as the one that it is a view of."""
+        source = self.of(written)
+        if source is None or _is_same(source.places, before.places):
+            return
+        memory = written.untyped_storage().data_ptr()
+        for alias, known in list(self._known.values()):
+            other = alias()
+            if other is None or other is written or not is_dense(other) or known.places is None:
+                continue
+            if other.untyped_storage().data_ptr() == memory:
+                roots, places = known.roots | source.roots, None
+                with suppress(Exception):  # an expanded tensor, or one of another dtype
+                    places = rewritten(other, known.places, written, source.places)
+                self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
 
     def _places(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
@@ -196,10 +226,8 @@ class Sources:
         """The places of a result, or of each of several; None where they are unknown."""
         if name in _MOVES:
             return self._moved(func, name, args, kwargs)
-        if name == "__setitem__":
-            places = self._shadow(args[0]).clone()
-            places[args[1]] = self._shadow(args[2])
-            return places
+        if name in _WRITES:
+            return self._written(func, _WRITES[name], args, kwargs)
         if name == "unfold_patches":
             return unfolded(result.shape, self._shadow(args[0]), *args[1:], **kwargs)
         if SLIDING.match(name) or name in ("interpolate", "upsample"):
@@ -210,14 +238,12 @@ class Sources:
             return summed(args[0], [self._shadow(a) for a in operands if isinstance(a, Tensor)])
         if name in _REDUCTIONS and not any(isinstance(a, Tensor) for a in args[1:2]):
             return self._reduced(args, kwargs, result)
-        if not isinstance(result, Tensor) or name in _HIDING:
+        if not isinstance(result, Tensor) or _HIDING.fullmatch(name):
             return None
         if name == "linear" or name == "scaled_dot_product_attention":
             return self._shadow(operands[0])[..., :1].expand(result.shape)
         if name in _PRODUCTS:
             return self._product([o for o in operands if isinstance(o, Tensor)][-2:], result.shape)
-        if name == "copy":
-            return self._shadow(args[1]).expand(result.shape)
         return self._elementwise(operands, result.shape)
 
     def _source(self, operand: Any) -> Source | None:
@@ -246,14 +272,34 @@ class Sources:
     def _moved(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         moved = [self._shadow(arg) for arg in args]
         if name in ("view", "view_as"):  # the shadow may lie in memory otherwise
-            return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:]))
+            return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:] or [kwargs["size"]]))
+        if _writes(func, kwargs) and "out" not in kwargs:  # other tensors may have the same places
+            moved[0] = moved[0].clone()
         if name == "pad":
             pad = moved[1] if len(moved) > 1 else kwargs["pad"]
             if args[0].ndim < 4:  # around tokens in rows lies nothing
                 return F.pad(moved[0], pad)
             source = self.of(args[0])
             return padded(moved[0], pad, source is not None and source.embedded)
-        return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items()})
+        return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items() if key != "out"})
+
+    def _written(self, func: Any, position: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        """The places of the first argument once values were written into it; None for sums. Numbers are nowhere."""
+        if kwargs.get("reduce") or kwargs.get("accumulate") or any(arg is True for arg in args[position + 1 :]):
+            return None
+        places = self._shadow(args[0]).clone()
+        given = [places, *args[1:]]
+        named = {key: self._values(value) if key in _VALUES else value for key, value in kwargs.items()}
+        if len(given) > position:
+            given[position] = self._values(given[position])
+        made = func(*given, **named)
+        return places if made is None else made
+
+    def _values(self, values: Any) -> Any:
+        """The places of values that are written somewhere."""
+        if not isinstance(values, Tensor):
+            return 0
+        return self._shadow(values) if _is_real(values) or self.of(values) is not None else _nothing(values)
 
     def _product(self, operands: Sequence[Tensor], shape: Any) -> Tensor:
         """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
@@ -276,11 +322,16 @@ class Sources:
         return [places] if isinstance(result, tuple) else places
 
     def _elementwise(self, operands: list[Any], shape: Any) -> Tensor | None:
-        """The places of the first operand of the result's shape that has pixels, else of any that broadcasts to it."""
+        """The places of the operand that has pixels, else class tokens; among several of the one that varies along most
+        axes, then of one of the result's shape, then of the first."""
         found = [s.places for o in operands if (s := self.of(o)) is not None and s.places is not None]
-        found.sort(key=lambda places: places.shape != shape)
-        pixels = found if len(found) < 2 else [places for places in found if bool((places > 0).any())]
-        return (pixels or found)[0].expand(shape) if found else None
+        if len(found) > 1:
+            held = [places for places in found if bool((places > 0).any())]
+            found = held or [places for places in found if bool((places < 0).any())] or found
+        if len(found) > 1:
+            axes = [sum(varies(places, axis) for axis in range(places.ndim)) for places in found]
+            found = [found[i] for i in sorted(range(len(found)), key=lambda i: (-axes[i], found[i].shape != shape))]
+        return found[0].expand(shape) if found else None
 
 
 def _nothing(tensor: Tensor) -> Tensor:
@@ -290,6 +341,17 @@ def _nothing(tensor: Tensor) -> Tensor:
 def _is_real(value: Any) -> TypeGuard[Tensor]:
     """Whether this is a tensor of values, not of indices."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes what a tensor holds."""
+    name = str(getattr(func, "__name__", ""))
+    in_place = name == "__setitem__" or name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    return in_place or "out" in kwargs
+
+
+def _is_same(places: Tensor | None, before: Tensor | None) -> bool:
+    return places is before or (places is not None and before is not None and _memory(places) == _memory(before))
 
 
 def _listed(result: Any) -> list[Any]:

@@ -62,6 +62,38 @@ def in_place(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Te
     return tokens
 
 
+def into_views(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.new_empty(len(patches), 1 + COUNT + 2, 32)
+    tokens[:, 1:-2].copy_(patches)
+    tokens[:, 1:][:, -2:].copy_(others[1])
+    tokens[:, :1].copy_(others[0])
+    return tokens
+
+
+def into_a_view_of_a_view(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.new_zeros(COUNT + 1, len(patches), 32)
+    tokens.transpose(0, 1)[:, :-1].add_(patches)
+    tokens.transpose(0, 1).narrow(1, COUNT, 1).copy_(others[0])
+    return tokens.transpose(0, 1)
+
+
+def into_a_buffer(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    parts = [others[0].detach(), patches.detach()]
+    return torch.cat(parts, 1, out=patches.new_empty(len(patches), COUNT + 1, 32).detach())
+
+
+def class_token_of_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:, 0] = 1.5
+    return tokens
+
+
+def over_tokens(patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """A mixture of all patches in place of each token."""
+    mixed = F.linear(patches.mT, patches.new_ones(COUNT + 1, COUNT)).mT
+    return mixed + others[0]
+
+
 def text_appended(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     text = model.text(torch.arange(5)).expand(len(patches), -1, -1)
     return torch.cat([patches + model.pos.mean(), text], 1)
@@ -100,7 +132,30 @@ ORDERS = {
     "prompts between": (lambda m, p, o: torch.cat([o[0], o[2], p], 1), 4, 0, (), (0,)),
     "class token in the middle": (in_the_middle, 0, 0, (12,), (12,)),
     "nothing but patches": (lambda m, p, o: p, 0, 0, (), ()),
-    "written in place": (in_place, 1, 2, (), None),
+    "written in place": (in_place, 1, 2, (), (0,)),
+    "written into views": (into_views, 1, 2, (), (0,)),
+    "written into a view of a view": (into_a_view_of_a_view, 0, 1, (), (24,)),
+    "joined into a buffer": (into_a_buffer, 1, 0, (), (0,)),
+    "a class token changed by a number": (class_token_of_ones, 1, 0, (), (0,)),
+    "scattered": (lambda m, p, o: p.new_zeros(len(p), COUNT + 1, 32).slice_scatter(p, 1, 1), 1, 0, (), (0,)),
+    "picked by a mask": (
+        lambda m, p, o: p.new_zeros(2, COUNT + 1, 32).masked_scatter(
+            torch.arange(COUNT + 1).view(1, -1, 1).expand(2, -1, 32) > 0, p
+        ),
+        1,
+        0,
+        (),
+        (0,),
+    ),
+    "class token added to zeros": (
+        lambda m, p, o: torch.cat([m.cls_token[0, 0] + p.new_zeros(len(p), 1, 32), p, o[2]], 1),
+        1,
+        3,
+        (),
+        (0,),
+    ),
+    "two class tokens of one": (lambda m, p, o: torch.cat([o[0], o[0], p], 1), 2, 0, (), (0, 1)),
+    "mixed and added": (lambda m, p, o: torch.cat([p, o[0]], 1) @ torch.eye(32) + over_tokens(p, o), 0, 1, (), (24,)),
     "text behind": (text_appended, 0, 5, (), None),
     "stacked": (stacked, 1, 3, (), (0,)),
     "joined with the sequence first": (sequence_first, 1, 3, (), (0,)),
@@ -126,7 +181,7 @@ def test_tokens_are_found_wherever_they_stand(order: str) -> None:
         for size, grid in (((64, 96), GRID), ((64, 96), GRID), ((48, 96), (3, 6))):
             if between and grid != GRID:
                 break
-            if order in ("written in place",) and grid != GRID:
+            if order in FIXED and grid != GRID:
                 break
             model(images(*size))
             maps = attention.take()
@@ -139,6 +194,11 @@ def test_tokens_are_found_wherever_they_stand(order: str) -> None:
                 expected = class_tokens and tuple(c if c < prefix or between else c + behind for c in class_tokens)
                 assert (layout.class_tokens or None) == (expected or None)
 
+
+FIXED = {  # their number of tokens is written into them
+    *("written in place", "written into views", "written into a view of a view", "joined into a buffer"),
+    *("scattered", "picked by a mask", "mixed and added"),
+}
 
 EMBEDDINGS = {
     "einops and linear": lambda m, x: m.linear(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=16, q=16)),
@@ -202,7 +262,36 @@ def both_images(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) ->
     return torch.cat([patches, patches.flip(0)], 1)
 
 
+ORDER = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+ROWS = ORDER[None, :, None].expand(2, -1, 32)
+
+
+def scattered_copy(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """In place, on a clone."""
+    return patches.clone().scatter_(1, ROWS, patches)
+
+
+def reordered_by_view(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.zeros_like(patches)
+    tokens[:, :12].copy_(patches[:, 12:])
+    tokens[:, 12:].copy_(patches[:, :12])
+    return tokens
+
+
+def all_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.clone()
+    tokens[:] = 1.0
+    return tokens
+
+
 NOWHERE = {
+    "copied by an index": lambda m, p, o: torch.zeros_like(p).index_copy(1, ORDER, p),
+    "put by an index": lambda m, p, o: torch.zeros_like(p).index_put_((torch.arange(2)[:, None], ORDER[None]), p),
+    "scattered": lambda m, p, o: torch.zeros_like(p).scatter(1, ROWS, p),
+    "scattered into a clone": scattered_copy,
+    "taken": lambda m, p, o: p.take(torch.arange(p.numel()).view(p.shape).flip(1)),
+    "halves swapped in place": reordered_by_view,
+    "all set to a number": all_ones,
     "pruned": pruned,
     "merged": merged,
     "shuffled": shuffled,
