@@ -363,3 +363,48 @@ def test_what_the_user_says_counts_where_nothing_was_seen() -> None:
         run()
         layout = attention.take()[0].layout
         assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 1, (24,))
+
+
+class Dropping(Arranged):
+    """Keeps ``keep`` patches of each image, or all, and adds a class token behind; no field says how large they are."""
+
+    keep: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, p, o: torch.cat([m.dropped(p), o[0]], 1), EMBEDDINGS["pixel unshuffle"])
+        self.patch_embed = nn.Identity()
+        del self.registers, self.prompts
+        self.registers, self.prompts = torch.zeros(1, 2, 32), torch.zeros(3, 32)
+
+    def dropped(self, patches: Tensor) -> Tensor:
+        return patches if self.keep is None else patches[:, torch.randperm(patches.shape[1])[: self.keep]]
+
+
+def test_what_dropping_left_later_is_no_coarser_grid() -> None:
+    """6 of 24 patches are as many as patches of twice the size."""
+    with capture_attention(model := Dropping()) as attention:
+        for keep, refused in ((None, False), (6, True), (None, False)):
+            model.keep = keep
+            model(images())
+            assert (attention.take()[0].placed is None) is refused
+
+
+def test_tokens_that_dropping_leaves_first_show_where_the_others_stand() -> None:
+    model = Arranged(lambda m, p, o: torch.cat([p[:, torch.randperm(COUNT)[: m.keep]], o[0], o[1]], 1))
+    with capture_attention(model) as attention:
+        for keep in (7, COUNT):
+            model.keep = keep
+            model(images())
+            maps = attention.take()
+            assert (maps[0].placed is None) is (keep == 7)
+    layout = maps[0].layout
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 3, (24,))
+
+
+def test_images_that_the_model_resizes_have_the_grid_of_its_patches() -> None:
+    model = Arranged(ORDERS["class token last"][0], EMBEDDINGS["normalised and resized"])
+    with capture_attention(model) as attention:
+        for size in ((100, 150), (128, 192), (64, 96)):
+            model(images(*size))
+            layout = attention.take()[0].layout
+            assert ((layout.query.height, layout.query.width), layout.num_suffix_tokens) == (GRID, 1)
