@@ -119,9 +119,7 @@ def _as_observed(
     return with_class_tokens(seen, counts.class_tokens)
 
 
-def _choices(
-    fields: ModelFields, seen: ObservedTokens, count: int, step: tuple[int, int] | None
-) -> list[ModelFields]:
+def _choices(fields: ModelFields, seen: ObservedTokens, count: int, step: tuple[int, int] | None) -> list[ModelFields]:
     """What may tell the grid of ``count`` tokens, in order: the ``step`` from patch to patch that was seen, if any, and
     the model's fields. Where these leave a choice of grids, fewer tokens may be what dropping left."""
     if step is None:

@@ -81,9 +81,7 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     image_of_group = torch.where(are_patches, image, 0).amax(1)
     images = len(image_of_group.unique())
     others = tuple((~are_patches[0]).nonzero()[:, 0].tolist())
-    numbered = sorted(
-        zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), key=lambda numbered: -numbered[0]
-    )
+    numbered = sorted(zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), key=lambda numbered: -numbered[0])
     here = ObservedTokens(
         tokens.shape[1],
         others,

@@ -41,10 +41,11 @@ _MOVES = {
     *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
-    *("__getitem__", "index_select", "gather", "take_along_dim", "take", "masked_select", "ravel", "adjoint"),
+    *("ravel", "adjoint"),
     *("fliplr", "flipud", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "unsafe_chunk", "unsafe_split"),
     *("hsplit", "vsplit", "dsplit", "column_stack"),
 }
+_PICKS = {"__getitem__", "index_select", "gather", "take_along_dim", "take", "masked_select"}  # by an index or a mask
 # These write values, the argument at this position, into a tensor or into a copy of it.
 _WRITES = {
     **dict.fromkeys(("copy", "slice_scatter", "select_scatter", "diagonal_scatter"), 1),
@@ -200,7 +201,7 @@ class Sources:
                 if where is None or where.shape != tensor.shape:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
-                    self._note(tensor, Source(compact(where) if name in _MOVES else where, roots, embedded))
+                    self._note(tensor, Source(compact(where) if name in _MOVES | _PICKS else where, roots, embedded))
         if before is not None:
             self._write_through(result, before)
 
@@ -224,6 +225,8 @@ class Sources:
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
     ) -> Any:
         """The places of a result, or of each of several; None where they are unknown."""
+        if name in _PICKS:
+            return func(self._shadow(args[0]), *args[1:], **{key: v for key, v in kwargs.items() if key != "out"})
         if name in _MOVES:
             return self._moved(func, name, args, kwargs)
         if name in _WRITES:
@@ -304,7 +307,10 @@ class Sources:
     def _product(self, operands: Sequence[Tensor], shape: Any) -> Tensor:
         """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
         left, right = operands
-        rows, columns = self._shadow(left)[..., :1], self._shadow(right)[..., :1, :]
+        rows, known = self._shadow(left)[..., :1], self.of(right)
+        if known is not None and known.places is None and self.of(left) is not None:  # queries of hidden keys or values
+            return rows.expand(shape)
+        columns = self._shadow(right)[..., :1, :]
         by_columns = varies(columns, -1) and (self.of(left) is None or (rows.shape[-2] > 1 and not varies(rows, -2)))
         return (columns if by_columns else rows).expand(shape)
 
@@ -324,7 +330,11 @@ class Sources:
     def _elementwise(self, operands: list[Any], shape: Any) -> Tensor | None:
         """The places of the operand that has pixels, else class tokens; among several of the one that varies along most
         axes, then of one of the result's shape, then of the first."""
-        found = [s.places for o in operands if (s := self.of(o)) is not None and s.places is not None]
+        sources = [source for operand in operands if (source := self.of(operand)) is not None]
+        found = [source.places for source in sources if source.places is not None]
+        is_hidden = len(found) < len(sources) and not any(s.roots for s in sources if s.places is not None)
+        if is_hidden:  # what is added to hidden tokens are positions, not other tokens
+            found = [places for places in found if bool((places > 0).any())]
         if len(found) > 1:
             held = [places for places in found if bool((places > 0).any())]
             found = held or [places for places in found if bool((places < 0).any())] or found

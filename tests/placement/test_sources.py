@@ -332,6 +332,52 @@ def test_loss_of_an_equivariant_model_is_zero_wherever_its_class_token_stands() 
         assert acr(*pair).item() == pytest.approx(0, abs=1e-6)
 
 
+def picked_by_cast_index(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    order = torch.linspace(0, COUNT - 1, COUNT).flip(0).long()
+    return torch.cat([patches.flip(1)[:, order], others[0]], 1)
+
+
+def through_a_mask(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """ViLT: valid patches are listed, joined, and get positions of their batch."""
+    valid = F.interpolate(torch.ones(2, 1, 64, 96), GRID).long().flatten(1).nonzero()
+    return torch.cat(
+        [patches[valid[:, 0], valid[:, 1]].view(2, -1, 32) + model.text(torch.zeros(2, COUNT).long()), others[0]], 1
+    )
+
+
+@pytest.mark.parametrize("arrange", [picked_by_cast_index, through_a_mask])
+def test_an_index_is_an_index_wherever_it_comes_from(arrange: Callable[..., Tensor]) -> None:
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        layout = attention.take()[0].layout
+        assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 1, (24,))
+
+
+def test_positions_do_not_make_hidden_patches_other_tokens() -> None:
+    def arrange(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        hidden = torch.from_numpy(patches.detach().numpy().copy())
+        return torch.cat([hidden + model.text(torch.arange(COUNT) % 10), others[0]], 1)
+
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[0].layout
+    assert says(error, "num_prefix_tokens=1", "num_suffix_tokens=1", "hides")
+
+
+@pytest.mark.filterwarnings("ignore:The maps leave out Arranged")
+def test_latents_that_read_hidden_patches_lie_nowhere() -> None:
+    def arrange(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        hidden = torch.from_numpy(patches.detach().numpy().copy())
+        return latents(model, hidden, others)
+
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[-1].layout
+    assert says(error, "tokens lie on no grid of the image")
+
+
 def test_what_the_user_says_must_agree_with_what_was_seen() -> None:
     model = Arranged(ORDERS["registers behind"][0])
     with capture_attention(model, num_prefix_tokens=3, class_tokens=1) as attention:
