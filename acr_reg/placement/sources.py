@@ -84,7 +84,7 @@ class Sources:
     """The sources of all tensors that are alive, by identity."""
 
     def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
-        self._held: set[int] = set()
+        self._held: dict[int, weakref.ref[Tensor]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
         self._at_memory: dict[Any, int] = {}
         self._roots = count()
@@ -115,8 +115,9 @@ class Sources:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
         if the model has flipped, cut or resized them."""
         known = self.of(images)
-        if known is not None and known.places is not None and not (anew and is_moved(known.places)):
-            return
+        if known is not None and known.places is not None and bool((known.places > 0).any()):
+            if not (anew and is_moved(known.places)):
+                return
         places = places_of(images, self._images)
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))
         self._images += len(images)
@@ -149,7 +150,11 @@ class Sources:
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Notes what the model holds: it comes from no image, wherever it was made."""
-        self._held.update(map(id, tensors))
+        self._held.update((id(tensor), weakref.ref(tensor)) for tensor in tensors)
+
+    def _is_held(self, tensor: Any) -> bool:
+        alias = self._held.get(id(tensor))
+        return alias is not None and alias() is tensor
 
     def same(self, tensor: Tensor, other: Tensor) -> None:
         """Notes that a tensor comes from where another does."""
@@ -253,9 +258,9 @@ class Sources:
         """The source of an operand; None for what the model holds, which comes from no image. Anything else that is not
         known was made where nobody saw it."""
         source = self.of(operand)
-        if source is not None and (source.places is not None or id(operand) not in self._held):
+        if source is not None and (source.places is not None or not self._is_held(operand)):
             return source
-        if not _is_real(operand) or id(operand) in self._held:
+        if not _is_real(operand) or self._is_held(operand):
             return None
         source = Source(None, self._new_root(), lost_in="code that calls no function of torch")
         self._note(operand, source)
@@ -287,16 +292,18 @@ class Sources:
         return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items() if key != "out"})
 
     def _written(self, func: Any, position: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
-        """The places of the first argument once values were written into it; None for sums. Numbers are nowhere."""
+        """The places of the first argument once values were written into it; None for sums. What comes from nowhere,
+        such as a number or a mask token, leaves the place as it was."""
         if kwargs.get("reduce") or kwargs.get("accumulate") or any(arg is True for arg in args[position + 1 :]):
             return None
-        places = self._shadow(args[0]).clone()
-        given = [places, *args[1:]]
+        before = self._shadow(args[0])
+        given = [places := before.clone(), *args[1:]]
         named = {key: self._values(value) if key in _VALUES else value for key, value in kwargs.items()}
         if len(given) > position:
             given[position] = self._values(given[position])
         made = func(*given, **named)
-        return places if made is None else made
+        places = places if made is None else made
+        return torch.where(places == 0, before, places)
 
     def _values(self, values: Any) -> Any:
         """The places of values that are written somewhere."""

@@ -94,6 +94,18 @@ def over_tokens(patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     return mixed + others[0]
 
 
+def masked_in_place(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:, 1:][torch.rand(len(patches), patches.shape[1]) > 0.5] = model.prompts[0]
+    return tokens
+
+
+def all_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:] = 1.0
+    return tokens
+
+
 def text_appended(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     text = model.text(torch.arange(5)).expand(len(patches), -1, -1)
     return torch.cat([patches + model.pos.mean(), text], 1)
@@ -137,6 +149,8 @@ ORDERS = {
     "written into a view of a view": (into_a_view_of_a_view, 0, 1, (), (24,)),
     "joined into a buffer": (into_a_buffer, 1, 0, (), (0,)),
     "a class token changed by a number": (class_token_of_ones, 1, 0, (), (0,)),
+    "masked in place": (masked_in_place, 1, 0, (), (0,)),
+    "all set to a number": (all_ones, 1, 0, (), (0,)),
     "scattered": (lambda m, p, o: p.new_zeros(len(p), COUNT + 1, 32).slice_scatter(p, 1, 1), 1, 0, (), (0,)),
     "picked by a mask": (
         lambda m, p, o: p.new_zeros(2, COUNT + 1, 32).masked_scatter(
@@ -228,6 +242,29 @@ def test_patches_are_found_however_they_are_embedded(embedding: str) -> None:
             assert (layer.layout.num_prefix_tokens, layer.layout.num_suffix_tokens) == (0, 1)
 
 
+def erased(model: Arranged, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, 0:34, 0:34] = 0
+    x[:, :, 40:60, 30:90] = torch.rand(len(x), 3, 20, 60)
+    return model.patch_embed(x).flatten(2).mT
+
+
+def test_pixels_that_the_model_paints_over_stay_where_they_are() -> None:
+    with capture_attention(model := Arranged(ORDERS["class token last"][0], erased)) as attention:
+        model(images())
+        assert attention.take()[0].layout.num_suffix_tokens == 1
+
+
+def test_integer_images_are_followed_once_they_are_real() -> None:
+    def embed(model: Arranged, x: Tensor) -> Tensor:
+        return model.patch_embed(x.movedim(-1, 1).float() / 255).flatten(2).mT
+
+    with capture_attention(model := Arranged(ORDERS["class token last"][0], embed)) as attention:
+        model(torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8))
+        layout = attention.take()[0].layout
+        assert ((layout.query.height, layout.query.width), layout.num_suffix_tokens) == (GRID, 1)
+
+
 def pruned(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     kept = patches.norm(dim=-1).topk(6).indices[..., None].expand(-1, -1, 32)
     return torch.cat([others[0], patches.gather(1, kept)], 1)
@@ -278,12 +315,6 @@ def reordered_by_view(model: Arranged, patches: Tensor, others: tuple[Tensor, ..
     return tokens
 
 
-def all_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
-    tokens = patches.clone()
-    tokens[:] = 1.0
-    return tokens
-
-
 NOWHERE = {
     "copied by an index": lambda m, p, o: torch.zeros_like(p).index_copy(1, ORDER, p),
     "put by an index": lambda m, p, o: torch.zeros_like(p).index_put_((torch.arange(2)[:, None], ORDER[None]), p),
@@ -291,7 +322,6 @@ NOWHERE = {
     "scattered into a clone": scattered_copy,
     "taken": lambda m, p, o: p.take(torch.arange(p.numel()).view(p.shape).flip(1)),
     "halves swapped in place": reordered_by_view,
-    "all set to a number": all_ones,
     "pruned": pruned,
     "merged": merged,
     "shuffled": shuffled,
