@@ -80,28 +80,13 @@ class Source:
     lost_in: str | None = None
 
 
-class Sources:
-    """The sources of all tensors that are alive, by identity."""
+class _KnownSources:
+    """The sources of tensors that are alive, by identity."""
 
-    def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
+    def __init__(self) -> None:
         self._held: dict[int, weakref.ref[Tensor]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
         self._at_memory: dict[Any, int] = {}
-        self._roots = count()
-        self._images = 1
-        self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
-        for parameter in class_tokens:
-            rows = parameter.shape[-2] if parameter.ndim > 1 else 1
-            numbers = -1 - torch.arange(rows, device=parameter.device)
-            self._note(parameter, Source((numbers[:, None] if parameter.ndim > 1 else numbers).expand(parameter.shape)))
-
-    @property
-    def follows_images(self) -> bool:
-        return self._images > 1
-
-    def image_size(self, number: int) -> tuple[int, int]:
-        """The height and width of an image in pixels."""
-        return next(size for first, size in reversed(self._sizes) if first <= number)
 
     def keep_only(self, made: Any) -> None:
         """Forgets all sources but those of this tensor, or of each of several."""
@@ -110,18 +95,6 @@ class Sources:
         self._at_memory.clear()
         for tensor, source in kept:
             self._note(tensor, source)
-
-    def note_images(self, images: Tensor, anew: bool = False) -> None:
-        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
-        if the model has flipped, cut or resized them."""
-        known = self.of(images)
-        if known is not None and known.places is not None and bool((known.places > 0).any()):
-            if not (anew and is_moved(known.places)):
-                return
-        places = places_of(images, self._images)
-        self._sizes.append((self._images, (images.shape[2], images.shape[3])))
-        self._images += len(images)
-        self._note(images, Source(places, self._new_root(), embedded=False))
 
     def of(self, tensor: Any) -> Source | None:
         """The source of a tensor, or of one on the same memory, as autograd's hooks return them; None if unknown."""
@@ -145,9 +118,6 @@ class Sources:
         if memory is not None:
             self._at_memory[memory] = number
 
-    def _new_root(self) -> Roots:
-        return frozenset([next(self._roots)])
-
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Notes what the model holds: it comes from no image, wherever it was made."""
         self._held.update((id(tensor), weakref.ref(tensor)) for tensor in tensors)
@@ -161,6 +131,59 @@ class Sources:
         source = self.of(other)
         if source is not None and other.shape == tensor.shape:
             self._note(tensor, source)
+
+    def _write_through(self, written: Tensor, before: Source) -> None:
+        """Notes what a tensor now holds in the others on its memory, such as the one that it is a view of."""
+        source = self.of(written)
+        if source is None or _is_same(source.places, before.places):
+            return
+        memory = written.untyped_storage().data_ptr()
+        for alias, known in list(self._known.values()):
+            other = alias()
+            if other is None or other is written or not is_dense(other) or known.places is None:
+                continue
+            if other.untyped_storage().data_ptr() == memory:
+                roots, places = known.roots | source.roots, None
+                with suppress(Exception):  # an expanded tensor, or one of another dtype
+                    places = rewritten(other, known.places, written, source.places)
+                self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
+
+
+class Sources(_KnownSources):
+    """The sources of all tensors that a model makes of images."""
+
+    def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._roots = count()
+        self._images = 1
+        self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
+        for parameter in class_tokens:
+            rows = parameter.shape[-2] if parameter.ndim > 1 else 1
+            numbers = -1 - torch.arange(rows, device=parameter.device)
+            self._note(parameter, Source((numbers[:, None] if parameter.ndim > 1 else numbers).expand(parameter.shape)))
+
+    @property
+    def follows_images(self) -> bool:
+        return self._images > 1
+
+    def image_size(self, number: int) -> tuple[int, int]:
+        """The height and width of an image in pixels."""
+        return next(size for first, size in reversed(self._sizes) if first <= number)
+
+    def note_images(self, images: Tensor, anew: bool = False) -> None:
+        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
+        if the model has flipped, cut or resized them."""
+        known = self.of(images)
+        places = None if known is None else known.places
+        if places is not None and bool((places > 0).any()) and not (anew and is_moved(places)):
+            return
+        places = places_of(images, self._images)
+        self._sizes.append((self._images, (images.shape[2], images.shape[3])))
+        self._images += len(images)
+        self._note(images, Source(places, self._new_root(), embedded=False))
+
+    def _new_root(self) -> Roots:
+        return frozenset([next(self._roots)])
 
     def lose(self, made: Any, lost_in: str, given: Iterable[Any] | None = None) -> None:
         """Notes as lost what (one or several) operations that nobody saw made of ``given`` tensors; None: of unknown
@@ -209,22 +232,6 @@ class Sources:
                     self._note(tensor, Source(compact(where) if name in _MOVES | _PICKS else where, roots, embedded))
         if before is not None:
             self._write_through(result, before)
-
-    def _write_through(self, written: Tensor, before: Source) -> None:
-        """Notes what a tensor now holds in the others on its memory, such as the one that it is a view of."""
-        source = self.of(written)
-        if source is None or _is_same(source.places, before.places):
-            return
-        memory = written.untyped_storage().data_ptr()
-        for alias, known in list(self._known.values()):
-            other = alias()
-            if other is None or other is written or not is_dense(other) or known.places is None:
-                continue
-            if other.untyped_storage().data_ptr() == memory:
-                roots, places = known.roots | source.roots, None
-                with suppress(Exception):  # an expanded tensor, or one of another dtype
-                    places = rewritten(other, known.places, written, source.places)
-                self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
 
     def _places(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
