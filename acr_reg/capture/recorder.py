@@ -48,8 +48,7 @@ class Recorder:
     def __init__(
         self, placer: Placer, keep: Keep, no_grad: bool, double_backward: bool, graph_from: int | None, products: bool
     ) -> None:
-        self.placer = placer
-        self.index = placer.index
+        self.placer, self.index = placer, placer.index
         self.log = RunLog(keep)
         self.images = ImageWatch(placer.image_channels)
         self._no_grad = no_grad
@@ -193,10 +192,9 @@ class Recorder:
         state = self._state
         if state.innermost is None:
             return
-        entry = within[-1]
-        if not self.index.counts(entry.module) or not self.hooks.is_heard or is_faked():
+        entry, module = within[-1], within[-1].module
+        if not self.index.counts(module) or not self.hooks.is_heard or is_faked():
             return
-        module = entry.module
         if not torch.is_grad_enabled() and not self._no_grad:  # turned off within the module's own forward
             self._pass_over(state, module)
             return

@@ -21,12 +21,13 @@ def arrange(
 ) -> TokenLayout:
     """The layout of a call's queries and keys on images of ``image_size``. Raises :class:`~acr_reg.LayoutError`."""
     told = hints.num_prefix_tokens is not None or hints.num_suffix_tokens is not None
-    if (
-        observed is None
-        or observed.queries is None
-        or observed.keys is None
-        or _is_outdated(observed.queries, num_queries)
-    ):
+    seen = None if observed is None else observed.queries
+    is_outdated = seen is not None and _is_outdated(seen, num_queries)
+    if is_outdated and seen is not None and not told and not seen.between:  # dropping patches keeps the others
+        classes = hints.class_tokens if hints.class_tokens is not None else _class_tokens(seen)
+        counts = seen.num_prefix_tokens, classes, seen.num_suffix_tokens
+        return infer_layout(num_queries, image_size, fields, LayoutHints(hints.patch_size, *counts), num_keys)
+    if observed is None or seen is None or observed.keys is None or is_outdated:
         layout = infer_layout(num_queries, image_size, fields, hints, num_keys)
         if layout.num_other_tokens and not told and not fields.states_prefix:
             count, hidden_by = layout.num_other_tokens, observed and observed.hidden_by
@@ -36,7 +37,6 @@ def arrange(
                 f"num_suffix_tokens={count}."
             )
         return layout
-    seen = observed.queries
     if told and not _agree(seen, hints):
         raise LayoutError(
             f"{_counts(hints)} was given, but {seen.num_prefix_tokens} tokens stand before the patches and "
@@ -99,15 +99,15 @@ def _as_observed(
         queries.between,
     )
     was_seen = (num_queries, num_keys, image_size) == (queries.count, keys.count, queries.image_size)
-    try:
-        layout = infer_layout(num_queries, image_size, fields, counts, num_keys)
-    except LayoutError:
-        step = _step(queries)
-        if not was_seen and hints.patch_size is None and step is not None:
-            return infer_layout(num_queries, image_size, replace(fields, patch_size=step), counts, num_keys)
-        if not was_seen or hints.patch_size is not None:
-            raise
-        layout = None
+    layout, error = None, None
+    for known in _choices(fields, queries, num_queries, None if was_seen or hints.patch_size else _step(queries)):
+        try:
+            layout = infer_layout(num_queries, image_size, known, counts, num_keys)
+            break
+        except LayoutError as found:
+            error = error or found
+    if layout is None and error is not None and not (was_seen and hints.patch_size is None):
+        raise error
     grids = None if layout is None else tuple((grid.height, grid.width) for grid in (layout.query, layout.key))
     if not was_seen or grids == (queries.grid, keys.grid):
         assert layout is not None
@@ -117,6 +117,18 @@ def _as_observed(
     if counts.class_tokens is None and (fields.num_class_tokens or 0) <= seen.num_other_tokens:
         return with_class_tokens(seen, fields.num_class_tokens)
     return with_class_tokens(seen, counts.class_tokens)
+
+
+def _choices(fields: ModelFields, seen: ObservedTokens, count: int, step: tuple[int, int] | None) -> list[ModelFields]:
+    """What may tell the grid of ``count`` tokens, in order: the ``step`` from patch to patch that was seen, if any, and
+    the model's fields. Where these leave a choice of grids, fewer tokens may be what dropping left."""
+    if step is None:
+        return [fields]
+    by_step = replace(fields, patch_size=step, reads_patches=True, is_pyramid=False)
+    if fields.reads_patches and fields.patch_size is not None and not fields.is_pyramid:
+        return [fields, by_step]
+    may_be_other = fields.is_pyramid or (count == seen.count and (fields.patch_size or fields.stem) is not None)
+    return [by_step, fields] if may_be_other else [by_step]
 
 
 def _class_tokens(tokens: ObservedTokens) -> tuple[int, ...] | None:

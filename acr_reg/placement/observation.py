@@ -71,16 +71,17 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     places = source.places.flatten(0, -3)  # (groups, tokens, channels)
     tokens = places[..., 0]
     are_patches = (tokens > 0) & ~is_padded(tokens)
+    spread = places[:, 0]  # over the channels of the first token
+    if bool((tokens == tokens[:, :1]).all() and (spread > 0).any() and (spread != spread[:, :1]).any()):
+        return ObservedTokens(tokens.shape[1], are_channels=True, why_no_grid="they are channels")
     if not bool(are_patches.any()):
         return ObservedTokens(tokens.shape[1], of_image=False, why_no_grid=_ELSEWHERE)
-    if bool((tokens == tokens[:, :1]).all()) and bool((places[:, :1] != places[:, :1, :1]).any()):
-        return ObservedTokens(tokens.shape[1], are_channels=True, why_no_grid="they are channels")
     image, y, x = split_places(tokens)
     at = torch.where(are_patches, y * _LARGEST + x, torch.full_like(y, -1))
     image_of_group = torch.where(are_patches, image, 0).amax(1)
     images = len(image_of_group.unique())
     others = tuple((~are_patches[0]).nonzero()[:, 0].tolist())
-    numbered = sorted(zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), reverse=True)
+    numbered = sorted(zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), key=lambda numbered: -numbered[0])
     here = ObservedTokens(
         tokens.shape[1],
         others,

@@ -78,6 +78,16 @@ def padded(places: Tensor, pad: Sequence[int], of_tokens: bool) -> Tensor:
     return places
 
 
+def rewritten(of: Tensor, places: Tensor, written: Tensor, new: Tensor | None) -> Tensor:
+    """The ``places`` of a tensor once ``new`` ones were written into another tensor on its memory."""
+    if new is None or of.dtype != written.dtype:
+        raise ValueError
+    memory = places.new_zeros(of.untyped_storage().nbytes() // of.element_size())
+    for tensor, held in ((of, places), (written, new)):
+        memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(held)
+    return memory.as_strided(of.shape, of.stride(), of.storage_offset()).clone()
+
+
 def _at(places: Tensor, axis: int, index: Tensor) -> Tensor:
     """Places along an axis at an index, which may be a fraction and may lie outside."""
     size = places.shape[axis]

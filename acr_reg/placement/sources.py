@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any, TypeGuard
@@ -26,6 +27,7 @@ from acr_reg.placement.places import (
     is_spread,
     padded,
     places_of,
+    rewritten,
     slid,
     summed,
     unfolded,
@@ -39,13 +41,23 @@ _MOVES = {
     *("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "roll", "flip", "rot90"),
     *("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack", "pad"),
     *("chunk", "split", "split_with_sizes", "tensor_split", "unbind", "narrow", "select", "diagonal"),
-    *("__getitem__", "index_select", "gather", "scatter", "take_along_dim", "pixel_shuffle", "pixel_unshuffle"),
+    *("ravel", "adjoint"),
+    *("fliplr", "flipud", "channel_shuffle", "pixel_shuffle", "pixel_unshuffle", "unsafe_chunk", "unsafe_split"),
+    *("hsplit", "vsplit", "dsplit", "column_stack"),
+}
+_PICKS = {"__getitem__", "index_select", "gather", "take_along_dim", "take", "masked_select"}  # by an index or a mask
+# These write values, the argument at this position, into a tensor or into a copy of it.
+_WRITES = {
+    **dict.fromkeys(("copy", "slice_scatter", "select_scatter", "diagonal_scatter"), 1),
+    **dict.fromkeys(("__setitem__", "masked_scatter", "index_put", "put"), 2),
+    **dict.fromkeys(("scatter", "index_copy"), 3),
 }
 _PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "mm", "addmm", "einsum"}
 _REDUCTIONS = {"mean", "sum", "amax", "amin", "max", "min", "norm", "vector_norm", "logsumexp", "var", "std", "prod"}
 # These join tokens, or put them in an order that places do not follow.
 REORDERING = {"sort", "msort", "topk", "fold", "scatter_add", "scatter_reduce", "index_add", "index_reduce"}
-_HIDING = {*REORDERING, "grid_sample", "as_strided", "fft", "ifft", "rfft", "irfft", "fft2", "ifft2", "rfft2", "irfft2"}
+_HIDING = re.compile(rf"{'|'.join(sorted(REORDERING))}|grid_sample\w*|as_strided|fft_\w+")
+_VALUES = {"src", "source", "values", "value"}
 _CASTS = {"to", "type", "type_as", "byte", "char", "short", "int", "long"}
 _FACTORY = re.compile(r"new_|\w+_like$")  # these take no values of their operands
 
@@ -69,28 +81,14 @@ class Source:
     number: int = 0  # older sources have smaller ones
 
 
-class Sources:
-    """The sources of all tensors that are alive, by identity."""
+class _KnownSources:
+    """The sources of tensors that are alive, by identity."""
 
-    def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
-        self._held: set[int] = set()
+    def __init__(self) -> None:
+        self._held: dict[int, weakref.ref[Tensor]] = {}
         self._known: dict[int, tuple[weakref.ref[Tensor], Source]] = {}
         self._at_memory: dict[Any, int] = {}
-        self._roots, self._numbers = count(), count()
-        self._images = 1
-        self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
-        for parameter in class_tokens:
-            rows = parameter.shape[-2] if parameter.ndim > 1 else 1
-            numbers = -1 - torch.arange(rows, device=parameter.device)
-            self._note(parameter, Source((numbers[:, None] if parameter.ndim > 1 else numbers).expand(parameter.shape)))
-
-    @property
-    def follows_images(self) -> bool:
-        return self._images > 1
-
-    def image_size(self, number: int) -> tuple[int, int]:
-        """The height and width of an image in pixels."""
-        return next(size for first, size in reversed(self._sizes) if first <= number)
+        self._numbers = count()
 
     def keep_only(self, made: Any) -> None:
         """Forgets all sources but those of this tensor, or of each of several."""
@@ -99,17 +97,6 @@ class Sources:
         self._at_memory.clear()
         for tensor, source in kept:
             self._note(tensor, source)
-
-    def note_images(self, images: Tensor, anew: bool = False) -> None:
-        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
-        if the model has flipped, cut or resized them."""
-        known = self.of(images)
-        if known is not None and known.places is not None and known.roots and not (anew and is_moved(known.places)):
-            return
-        places = places_of(images, self._images)
-        self._sizes.append((self._images, (images.shape[2], images.shape[3])))
-        self._images += len(images)
-        self._note(images, Source(places, self._new_root(), embedded=False))
 
     def of(self, tensor: Any) -> Source | None:
         """The source of a tensor, or of one on the same memory, as autograd's hooks return them; None if unknown."""
@@ -133,18 +120,72 @@ class Sources:
         if memory is not None:
             self._at_memory[memory] = number
 
-    def _new_root(self) -> Roots:
-        return frozenset([next(self._roots)])
-
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Notes what the model holds: it comes from no image, wherever it was made."""
-        self._held.update(map(id, tensors))
+        self._held.update((id(tensor), weakref.ref(tensor)) for tensor in tensors)
+
+    def _is_held(self, tensor: Any) -> bool:
+        alias = self._held.get(id(tensor))
+        return alias is not None and alias() is tensor
 
     def same(self, tensor: Tensor, other: Tensor) -> None:
         """Notes that a tensor comes from where another does."""
         source = self.of(other)
         if source is not None and other.shape == tensor.shape:
             self._note(tensor, source)
+
+    def _write_through(self, written: Tensor, before: Source) -> None:
+        """Notes what a tensor now holds in the others on its memory, such as the one that it is a view of."""
+        source = self.of(written)
+        if source is None or _is_same(source.places, before.places):
+            return
+        memory = written.untyped_storage().data_ptr()
+        for alias, known in list(self._known.values()):
+            other = alias()
+            if other is None or other is written or not is_dense(other) or known.places is None:
+                continue
+            if other.untyped_storage().data_ptr() == memory:
+                roots, places = known.roots | source.roots, None
+                with suppress(Exception):  # an expanded tensor, or one of another dtype
+                    places = rewritten(other, known.places, written, source.places)
+                self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
+
+
+class Sources(_KnownSources):
+    """The sources of all tensors that a model makes of images."""
+
+    def __init__(self, class_tokens: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self._roots = count()
+        self._images = 1
+        self._sizes: list[tuple[int, tuple[int, int]]] = []  # the first number of a batch of images, and their size
+        for parameter in class_tokens:
+            rows = parameter.shape[-2] if parameter.ndim > 1 else 1
+            numbers = -1 - torch.arange(rows, device=parameter.device)
+            self._note(parameter, Source((numbers[:, None] if parameter.ndim > 1 else numbers).expand(parameter.shape)))
+
+    @property
+    def follows_images(self) -> bool:
+        return self._images > 1
+
+    def image_size(self, number: int) -> tuple[int, int]:
+        """The height and width of an image in pixels."""
+        return next(size for first, size in reversed(self._sizes) if first <= number)
+
+    def note_images(self, images: Tensor, anew: bool = False) -> None:
+        """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
+        if the model has flipped, cut or resized them."""
+        known = self.of(images)
+        places = None if known is None else known.places
+        if places is not None and bool((places > 0).any()) and not (anew and is_moved(places)):
+            return
+        places = places_of(images, self._images)
+        self._sizes.append((self._images, (images.shape[2], images.shape[3])))
+        self._images += len(images)
+        self._note(images, Source(places, self._new_root(), embedded=False))
+
+    def _new_root(self) -> Roots:
+        return frozenset([next(self._roots)])
 
     def lose(self, made: Any, lost_in: str, given: Iterable[Any] | None = None) -> None:
         """Notes as lost what (one or several) operations that nobody saw made of ``given`` tensors; None: of unknown
@@ -163,6 +204,7 @@ class Sources:
         if name == "__setitem__":
             result = args[0]
         made = _listed(result)
+        before = self.of(result) if _writes(func, kwargs) else None
         if not sources:
             for tensor in filter(_is_real, made):
                 self._note(tensor, Source(_nothing(tensor)))
@@ -189,18 +231,20 @@ class Sources:
                 if where is None or where.shape != tensor.shape:
                     self._note(tensor, Source(None, roots, embedded, lost_in))
                 else:
-                    self._note(tensor, Source(compact(where) if name in _MOVES else where, roots, embedded))
+                    self._note(tensor, Source(compact(where) if name in _MOVES | _PICKS else where, roots, embedded))
+        if before is not None:
+            self._write_through(result, before)
 
     def _places(
         self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any], operands: list[Any], result: Any
     ) -> Any:
         """The places of a result, or of each of several; None where they are unknown."""
+        if name in _PICKS:
+            return func(self._shadow(args[0]), *args[1:], **{key: v for key, v in kwargs.items() if key != "out"})
         if name in _MOVES:
             return self._moved(func, name, args, kwargs)
-        if name == "__setitem__":
-            places = self._shadow(args[0]).clone()
-            places[args[1]] = self._shadow(args[2])
-            return places
+        if name in _WRITES:
+            return self._written(func, _WRITES[name], args, kwargs)
         if name == "unfold_patches":
             return unfolded(result.shape, self._shadow(args[0]), *args[1:], **kwargs)
         if SLIDING.match(name) or name in ("interpolate", "upsample"):
@@ -211,23 +255,21 @@ class Sources:
             return summed(args[0], [self._shadow(a) for a in operands if isinstance(a, Tensor)])
         if name in _REDUCTIONS and not any(isinstance(a, Tensor) for a in args[1:2]):
             return self._reduced(args, kwargs, result)
-        if not isinstance(result, Tensor) or name in _HIDING:
+        if not isinstance(result, Tensor) or _HIDING.fullmatch(name):
             return None
         if name == "linear" or name == "scaled_dot_product_attention":
             return self._shadow(operands[0])[..., :1].expand(result.shape)
         if name in _PRODUCTS:
             return self._product([o for o in operands if isinstance(o, Tensor)][-2:], result.shape)
-        if name == "copy":
-            return self._shadow(args[1]).expand(result.shape)
         return self._elementwise(operands, result.shape)
 
     def _source(self, operand: Any) -> Source | None:
         """The source of an operand; None for what the model holds, which comes from no image. Anything else that is not
         known was made where nobody saw it."""
         source = self.of(operand)
-        if source is not None and (source.places is not None or id(operand) not in self._held):
+        if source is not None and (source.places is not None or not self._is_held(operand)):
             return source
-        if not _is_real(operand) or id(operand) in self._held:
+        if not _is_real(operand) or self._is_held(operand):
             return None
         source = Source(None, self._new_root(), lost_in="code that calls no function of torch")
         self._note(operand, source)
@@ -247,19 +289,44 @@ class Sources:
     def _moved(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         moved = [self._shadow(arg) for arg in args]
         if name in ("view", "view_as"):  # the shadow may lie in memory otherwise
-            return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:]))
+            return moved[0].reshape(*(moved[1].shape if name == "view_as" else moved[1:] or [kwargs["size"]]))
+        if _writes(func, kwargs) and "out" not in kwargs:  # other tensors may have the same places
+            moved[0] = moved[0].clone()
         if name == "pad":
             pad = moved[1] if len(moved) > 1 else kwargs["pad"]
             if args[0].ndim < 4:  # around tokens in rows lies nothing
                 return F.pad(moved[0], pad)
             source = self.of(args[0])
             return padded(moved[0], pad, source is not None and source.embedded)
-        return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items()})
+        return func(*moved, **{key: self._shadow(value) for key, value in kwargs.items() if key != "out"})
+
+    def _written(self, func: Any, position: int, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+        """The places of the first argument once values were written into it; None for sums. What comes from nowhere,
+        such as a number or a mask token, leaves the place as it was."""
+        if kwargs.get("reduce") or kwargs.get("accumulate") or any(arg is True for arg in args[position + 1 :]):
+            return None
+        before = self._shadow(args[0])
+        given = [places := before.clone(), *args[1:]]
+        named = {key: self._values(value) if key in _VALUES else value for key, value in kwargs.items()}
+        if len(given) > position:
+            given[position] = self._values(given[position])
+        made = func(*given, **named)
+        places = places if made is None else made
+        return torch.where(places == 0, before, places)
+
+    def _values(self, values: Any) -> Any:
+        """The places of values that are written somewhere."""
+        if not isinstance(values, Tensor):
+            return 0
+        return self._shadow(values) if _is_real(values) or self.of(values) is not None else _nothing(values)
 
     def _product(self, operands: Sequence[Tensor], shape: Any) -> Tensor:
         """The places of the left operand's rows, or of the right one's columns, where these are the tokens."""
         left, right = operands
-        rows, columns = self._shadow(left)[..., :1], self._shadow(right)[..., :1, :]
+        rows, known = self._shadow(left)[..., :1], self.of(right)
+        if known is not None and known.places is None and self.of(left) is not None:  # queries of hidden keys or values
+            return rows.expand(shape)
+        columns = self._shadow(right)[..., :1, :]
         by_columns = varies(columns, -1) and (self.of(left) is None or (rows.shape[-2] > 1 and not varies(rows, -2)))
         return (columns if by_columns else rows).expand(shape)
 
@@ -277,16 +344,22 @@ class Sources:
         return [places] if isinstance(result, tuple) else places
 
     def _elementwise(self, operands: list[Any], shape: Any) -> Tensor | None:
-        """The places of the oldest operand of the result's shape that has pixels, else of any that broadcasts to it.
-
-        The older of two is the residual, which stays in place, and not what a branch with padding made of it.
-        """
-        known = [s for o in operands if (s := self.of(o)) is not None and s.places is not None]
-        known.sort(key=lambda source: source.number)
-        found = [source.places for source in known if source.places is not None]
-        found.sort(key=lambda places: places.shape != shape)
-        pixels = found if len(found) < 2 else [places for places in found if bool((places > 0).any())]
-        return (pixels or found)[0].expand(shape) if found else None
+        """The places of the operand that has pixels, else class tokens; among several of the one that varies along most
+        axes, then of one of the result's shape, then of the oldest: that is the residual, which stays in place, and not
+        what a branch with padding made of it."""
+        sources = [source for operand in operands if (source := self.of(operand)) is not None]
+        sources.sort(key=lambda source: source.number)
+        found = [source.places for source in sources if source.places is not None]
+        is_hidden = len(found) < len(sources) and not any(s.roots for s in sources if s.places is not None)
+        if is_hidden:  # what is added to hidden tokens are positions, not other tokens
+            found = [places for places in found if bool((places > 0).any())]
+        if len(found) > 1:
+            held = [places for places in found if bool((places > 0).any())]
+            found = held or [places for places in found if bool((places < 0).any())] or found
+        if len(found) > 1:
+            axes = [sum(varies(places, axis) for axis in range(places.ndim)) for places in found]
+            found = [found[i] for i in sorted(range(len(found)), key=lambda i: (-axes[i], found[i].shape != shape))]
+        return found[0].expand(shape) if found else None
 
 
 def _nothing(tensor: Tensor) -> Tensor:
@@ -296,6 +369,17 @@ def _nothing(tensor: Tensor) -> Tensor:
 def _is_real(value: Any) -> TypeGuard[Tensor]:
     """Whether this is a tensor of values, not of indices."""
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _writes(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes what a tensor holds."""
+    name = str(getattr(func, "__name__", ""))
+    in_place = name == "__setitem__" or name.startswith("__i") if name.startswith("__") else name.endswith("_")
+    return in_place or "out" in kwargs
+
+
+def _is_same(places: Tensor | None, before: Tensor | None) -> bool:
+    return places is before or (places is not None and before is not None and _memory(places) == _memory(before))
 
 
 def _listed(result: Any) -> list[Any]:

@@ -53,6 +53,12 @@ class HeadsBeforeImages(Attention):
         return x + self.join(self.attend(q, k, v).unflatten(0, (-1, len(x))).transpose(0, 1))
 
 
+class BehindClassToken(Tokens):
+    def embed(self, x: Tensor) -> Tensor:
+        tokens = super().embed(x)
+        return torch.cat([tokens.new_zeros(len(x), 1, tokens.shape[2]), tokens], 1)
+
+
 def describe(model: nn.Module, batch: Tensor) -> tuple[Any, list[Tensor]]:
     with capture_attention(model, no_grad=True) as attention, torch.no_grad():
         model(batch)
@@ -72,6 +78,10 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, int]]] = {
     "global": (lambda: Tokens(Attention(), Attention(fused=True)), (32, 48)),
     "channels": (
         lambda: Tokens(Attention(), ChannelAttention(), ChannelAttention(fused=True), GroupedChannels()),
+        (32, 48),
+    ),
+    "channels behind a class token": (
+        lambda: BehindClassToken(Attention(), ChannelAttention(), ChannelAttention(fused=True)),
         (32, 48),
     ),
     "windows": (lambda: Tokens(Windows(), Windows(axes="windows"), Windows(fused=True), Attention()), (32, 48)),

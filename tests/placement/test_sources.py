@@ -62,6 +62,50 @@ def in_place(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Te
     return tokens
 
 
+def into_views(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.new_empty(len(patches), 1 + COUNT + 2, 32)
+    tokens[:, 1:-2].copy_(patches)
+    tokens[:, 1:][:, -2:].copy_(others[1])
+    tokens[:, :1].copy_(others[0])
+    return tokens
+
+
+def into_a_view_of_a_view(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = patches.new_zeros(COUNT + 1, len(patches), 32)
+    tokens.transpose(0, 1)[:, :-1].add_(patches)
+    tokens.transpose(0, 1).narrow(1, COUNT, 1).copy_(others[0])
+    return tokens.transpose(0, 1)
+
+
+def into_a_buffer(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    parts = [others[0].detach(), patches.detach()]
+    return torch.cat(parts, 1, out=patches.new_empty(len(patches), COUNT + 1, 32).detach())
+
+
+def class_token_of_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:, 0] = 1.5
+    return tokens
+
+
+def over_tokens(patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """A mixture of all patches in place of each token."""
+    mixed = F.linear(patches.mT, patches.new_ones(COUNT + 1, COUNT)).mT
+    return mixed + others[0]
+
+
+def masked_in_place(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:, 1:][torch.rand(len(patches), patches.shape[1]) > 0.5] = model.prompts[0]
+    return tokens
+
+
+def all_ones(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.cat([others[0], patches], 1)
+    tokens[:] = 1.0
+    return tokens
+
+
 def text_appended(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
     text = model.text(torch.arange(5)).expand(len(patches), -1, -1)
     return torch.cat([patches + model.pos.mean(), text], 1)
@@ -101,6 +145,31 @@ ORDERS = {
     "class token in the middle": (in_the_middle, 0, 0, (12,), (12,)),
     "nothing but patches": (lambda m, p, o: p, 0, 0, (), ()),
     "written in place": (in_place, 1, 2, (), (0,)),
+    "written into views": (into_views, 1, 2, (), (0,)),
+    "written into a view of a view": (into_a_view_of_a_view, 0, 1, (), (24,)),
+    "joined into a buffer": (into_a_buffer, 1, 0, (), (0,)),
+    "a class token changed by a number": (class_token_of_ones, 1, 0, (), (0,)),
+    "masked in place": (masked_in_place, 1, 0, (), (0,)),
+    "all set to a number": (all_ones, 1, 0, (), (0,)),
+    "scattered": (lambda m, p, o: p.new_zeros(len(p), COUNT + 1, 32).slice_scatter(p, 1, 1), 1, 0, (), (0,)),
+    "picked by a mask": (
+        lambda m, p, o: p.new_zeros(2, COUNT + 1, 32).masked_scatter(
+            torch.arange(COUNT + 1).view(1, -1, 1).expand(2, -1, 32) > 0, p
+        ),
+        1,
+        0,
+        (),
+        (0,),
+    ),
+    "class token added to zeros": (
+        lambda m, p, o: torch.cat([m.cls_token[0, 0] + p.new_zeros(len(p), 1, 32), p, o[2]], 1),
+        1,
+        3,
+        (),
+        (0,),
+    ),
+    "two class tokens of one": (lambda m, p, o: torch.cat([o[0], o[0], p], 1), 2, 0, (), (0, 1)),
+    "mixed and added": (lambda m, p, o: torch.cat([p, o[0]], 1) @ torch.eye(32) + over_tokens(p, o), 0, 1, (), (24,)),
     "text behind": (text_appended, 0, 5, (), None),
     "stacked": (stacked, 1, 3, (), (0,)),
     "joined with the sequence first": (sequence_first, 1, 3, (), (0,)),
@@ -126,7 +195,7 @@ def test_tokens_are_found_wherever_they_stand(order: str) -> None:
         for size, grid in (((64, 96), GRID), ((64, 96), GRID), ((48, 96), (3, 6))):
             if between and grid != GRID:
                 break
-            if order in ("written in place",) and grid != GRID:
+            if order in FIXED and grid != GRID:
                 break
             model(images(*size))
             maps = attention.take()
@@ -139,6 +208,11 @@ def test_tokens_are_found_wherever_they_stand(order: str) -> None:
                 expected = class_tokens and tuple(c if c < prefix or between else c + behind for c in class_tokens)
                 assert (layout.class_tokens or None) == (expected or None)
 
+
+FIXED = {  # their number of tokens is written into them
+    *("written in place", "written into views", "written into a view of a view", "joined into a buffer"),
+    *("scattered", "picked by a mask", "mixed and added"),
+}
 
 EMBEDDINGS = {
     "einops and linear": lambda m, x: m.linear(rearrange(x, "b c (h p) (w q) -> b (h w) (p q c)", p=16, q=16)),
@@ -166,6 +240,29 @@ def test_patches_are_found_however_they_are_embedded(embedding: str) -> None:
         for layer in attention.take():
             assert (layer.layout.query.height, layer.layout.query.width) == GRID
             assert (layer.layout.num_prefix_tokens, layer.layout.num_suffix_tokens) == (0, 1)
+
+
+def erased(model: Arranged, x: Tensor) -> Tensor:
+    x = x.clone()
+    x[:, :, 0:34, 0:34] = 0
+    x[:, :, 40:60, 30:90] = torch.rand(len(x), 3, 20, 60)
+    return model.patch_embed(x).flatten(2).mT
+
+
+def test_pixels_that_the_model_paints_over_stay_where_they_are() -> None:
+    with capture_attention(model := Arranged(ORDERS["class token last"][0], erased)) as attention:
+        model(images())
+        assert attention.take()[0].layout.num_suffix_tokens == 1
+
+
+def test_integer_images_are_followed_once_they_are_real() -> None:
+    def embed(model: Arranged, x: Tensor) -> Tensor:
+        return model.patch_embed(x.movedim(-1, 1).float() / 255).flatten(2).mT
+
+    with capture_attention(model := Arranged(ORDERS["class token last"][0], embed)) as attention:
+        model(torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8))
+        layout = attention.take()[0].layout
+        assert ((layout.query.height, layout.query.width), layout.num_suffix_tokens) == (GRID, 1)
 
 
 def pruned(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
@@ -202,7 +299,29 @@ def both_images(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) ->
     return torch.cat([patches, patches.flip(0)], 1)
 
 
+ORDER = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+ROWS = ORDER[None, :, None].expand(2, -1, 32)
+
+
+def scattered_copy(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """In place, on a clone."""
+    return patches.clone().scatter_(1, ROWS, patches)
+
+
+def reordered_by_view(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    tokens = torch.zeros_like(patches)
+    tokens[:, :12].copy_(patches[:, 12:])
+    tokens[:, 12:].copy_(patches[:, :12])
+    return tokens
+
+
 NOWHERE = {
+    "copied by an index": lambda m, p, o: torch.zeros_like(p).index_copy(1, ORDER, p),
+    "put by an index": lambda m, p, o: torch.zeros_like(p).index_put_((torch.arange(2)[:, None], ORDER[None]), p),
+    "scattered": lambda m, p, o: torch.zeros_like(p).scatter(1, ROWS, p),
+    "scattered into a clone": scattered_copy,
+    "taken": lambda m, p, o: p.take(torch.arange(p.numel()).view(p.shape).flip(1)),
+    "halves swapped in place": reordered_by_view,
     "pruned": pruned,
     "merged": merged,
     "shuffled": shuffled,
@@ -243,6 +362,52 @@ def test_loss_of_an_equivariant_model_is_zero_wherever_its_class_token_stands() 
         assert acr(*pair).item() == pytest.approx(0, abs=1e-6)
 
 
+def picked_by_cast_index(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    order = torch.linspace(0, COUNT - 1, COUNT).flip(0).long()
+    return torch.cat([patches.flip(1)[:, order], others[0]], 1)
+
+
+def through_a_mask(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+    """ViLT: valid patches are listed, joined, and get positions of their batch."""
+    valid = F.interpolate(torch.ones(2, 1, 64, 96), GRID).long().flatten(1).nonzero()
+    return torch.cat(
+        [patches[valid[:, 0], valid[:, 1]].view(2, -1, 32) + model.text(torch.zeros(2, COUNT).long()), others[0]], 1
+    )
+
+
+@pytest.mark.parametrize("arrange", [picked_by_cast_index, through_a_mask])
+def test_an_index_is_an_index_wherever_it_comes_from(arrange: Callable[..., Tensor]) -> None:
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        layout = attention.take()[0].layout
+        assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 1, (24,))
+
+
+def test_positions_do_not_make_hidden_patches_other_tokens() -> None:
+    def arrange(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        hidden = torch.from_numpy(patches.detach().numpy().copy())
+        return torch.cat([hidden + model.text(torch.arange(COUNT) % 10), others[0]], 1)
+
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[0].layout
+    assert says(error, "num_prefix_tokens=1", "num_suffix_tokens=1", "hides")
+
+
+@pytest.mark.filterwarnings("ignore:The maps leave out Arranged")
+def test_latents_that_read_hidden_patches_lie_nowhere() -> None:
+    def arrange(model: Arranged, patches: Tensor, others: tuple[Tensor, ...]) -> Tensor:
+        hidden = torch.from_numpy(patches.detach().numpy().copy())
+        return latents(model, hidden, others)
+
+    with capture_attention(model := Arranged(arrange)) as attention:
+        model(images())
+        with pytest.raises(LayoutError) as error:
+            _ = attention.take()[-1].layout
+    assert says(error, "tokens lie on no grid of the image")
+
+
 def test_what_the_user_says_must_agree_with_what_was_seen() -> None:
     model = Arranged(ORDERS["registers behind"][0])
     with capture_attention(model, num_prefix_tokens=3, class_tokens=1) as attention:
@@ -274,3 +439,48 @@ def test_what_the_user_says_counts_where_nothing_was_seen() -> None:
         run()
         layout = attention.take()[0].layout
         assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 1, (24,))
+
+
+class Dropping(Arranged):
+    """Keeps ``keep`` patches of each image, or all, and adds a class token behind; no field says how large they are."""
+
+    keep: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__(lambda m, p, o: torch.cat([m.dropped(p), o[0]], 1), EMBEDDINGS["pixel unshuffle"])
+        self.patch_embed = nn.Identity()
+        del self.registers, self.prompts
+        self.registers, self.prompts = torch.zeros(1, 2, 32), torch.zeros(3, 32)
+
+    def dropped(self, patches: Tensor) -> Tensor:
+        return patches if self.keep is None else patches[:, torch.randperm(patches.shape[1])[: self.keep]]
+
+
+def test_what_dropping_left_later_is_no_coarser_grid() -> None:
+    """6 of 24 patches are as many as patches of twice the size."""
+    with capture_attention(model := Dropping()) as attention:
+        for keep, refused in ((None, False), (6, True), (None, False)):
+            model.keep = keep
+            model(images())
+            assert (attention.take()[0].placed is None) is refused
+
+
+def test_tokens_that_dropping_leaves_first_show_where_the_others_stand() -> None:
+    model = Arranged(lambda m, p, o: torch.cat([p[:, torch.randperm(COUNT)[: m.keep]], o[0], o[1]], 1))
+    with capture_attention(model) as attention:
+        for keep in (7, COUNT):
+            model.keep = keep
+            model(images())
+            maps = attention.take()
+            assert (maps[0].placed is None) is (keep == 7)
+    layout = maps[0].layout
+    assert (layout.num_prefix_tokens, layout.num_suffix_tokens, layout.class_tokens) == (0, 3, (24,))
+
+
+def test_images_that_the_model_resizes_have_the_grid_of_its_patches() -> None:
+    model = Arranged(ORDERS["class token last"][0], EMBEDDINGS["normalised and resized"])
+    with capture_attention(model) as attention:
+        for size in ((100, 150), (128, 192), (64, 96)):
+            model(images(*size))
+            layout = attention.take()[0].layout
+            assert ((layout.query.height, layout.query.width), layout.num_suffix_tokens) == (GRID, 1)
