@@ -250,9 +250,22 @@ def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor,
     """Query (..., N, d) and key (..., M, d) of a product (..., N, M), if its spelling shows them."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
-    query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
-    alike = query[:-2] == key[:-2] and query[-1:] == key[-1:]
-    return (operands[0], operands[1]) if alike and len(operands) == 2 else None
+    left, _, made = equation.replace(" ", "").partition("->")
+    query, _, key = left.partition(",")
+    if len(operands) != 2 or "," in key:
+        return None
+    if "." in left:  # "...nd, ...md -> ...nm"
+        return (operands[0], operands[1]) if query[:-2] == key[:-2] and query[-1:] == key[-1:] else None
+    # As "bnhd, bmhd -> bhnm": n is the query's alone, m the key's, and d is summed over.
+    shared = [letter for letter in query if letter in key]
+    batch, summed = "".join(x for x in shared if x in made), "".join(x for x in shared if x not in made)
+    rows, columns = ("".join(x for x in own if x not in shared) for own in (query, key))
+    if not len(rows) == len(columns) == len(summed) == 1 or not batch:
+        return None
+    return (
+        operands[0].permute([query.index(letter) for letter in batch + rows + summed]),
+        operands[1].permute([key.index(letter) for letter in batch + columns + summed]),
+    )
 
 
 def laid_out(value: Tensor | None) -> tuple[int | None, bool]:

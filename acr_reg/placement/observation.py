@@ -32,7 +32,7 @@ def observe_views(
     found = [sources.of(operand) for operand in operands]
     places = [o if s is None or s.places is None else s.places for o, s in zip(operands, found, strict=True)]
     turned = views(places)  # as the operands are, whose views nobody follows
-    if turned is None:
+    if turned is None or min(each.ndim for each in turned) < 3:
         return None
     query, key = (
         s if s is None or s.places is None else replace(s, places=view) for s, view in zip(found, turned, strict=True)

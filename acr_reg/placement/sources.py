@@ -175,6 +175,8 @@ class Sources(_KnownSources):
     def note_images(self, images: Tensor, anew: bool = False) -> None:
         """Begins to follow images (B, C, H, W), unless they were made of images that are followed. ``anew``: even then,
         if the model has flipped, cut or resized them."""
+        if images.is_meta:  # places without values tell nothing
+            return
         known = self.of(images)
         places = None if known is None else known.places
         if places is not None and bool((places > 0).any()) and not (anew and is_moved(places)):

@@ -484,3 +484,39 @@ def test_images_that_the_model_resizes_have_the_grid_of_its_patches() -> None:
             model(images(*size))
             layout = attention.take()[0].layout
             assert ((layout.query.height, layout.query.width), layout.num_suffix_tokens) == (GRID, 1)
+
+
+SPELLINGS = {
+    "b h n d": ("bhnd,bhmd->bhnm", "bhnm,bhmd->bhnd", lambda t: t),
+    "b n h d": ("bnhd,bmhd->bhnm", "bhnm,bmhd->bnhd", lambda t: t.transpose(1, 2)),
+    "b h d n": ("bhdn,bhdm->bhnm", "bhnm,bhdm->bhdn", lambda t: t.mT),
+    "any leading axes": ("...nd,...md->...nm", "...nm,...md->...nd", lambda t: t),
+    "n b h d": ("nbhd,mbhd->bhnm", "bhnm,mbhd->nbhd", lambda t: t.permute(2, 0, 1, 3)),
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_tokens_are_found_however_their_product_is_spelled(spelling: str) -> None:
+    scores, values, turn = SPELLINGS[spelling]
+
+    class Spelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 96)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (turn(t) for t in self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4))
+            weights = torch.einsum(scores, q, k).softmax(-1)
+            y = torch.einsum(values, weights, v)
+            back = {"b n h d": (0, 1, 2, 3), "n b h d": (1, 0, 2, 3), "b h d n": (0, 3, 1, 2)}.get(
+                spelling, (0, 2, 1, 3)
+            )
+            return x + y.permute(back).flatten(2)
+
+    model = Arranged(lambda m, p, o: torch.cat([p, o[0]], 1))
+    model.blocks = nn.ModuleList([Spelled(), Spelled()])
+    with capture_attention(model) as attention:
+        model(images())
+        for layer in attention.take():
+            assert (layer.layout.num_prefix_tokens, layer.layout.num_suffix_tokens) == (0, 1)
+            assert (layer.layout.query.height, layer.layout.query.width) == GRID

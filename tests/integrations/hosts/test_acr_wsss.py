@@ -225,7 +225,8 @@ def compare_maps(folder, backbone, method):
     torch.manual_seed(0)
     model = build(backbone).eval()
     images, labels = batch(2)
-    attention = acr_reg.capture_attention(model)
+    # By another method than forward the parts run one by one, so the first run does not show where tokens stand.
+    attention = acr_reg.capture_attention(model, num_prefix_tokens=2 if "distilled" in backbone else 1)
     logits, _, host_attention, _ = model.forward_cls(images)
     maps = attention.take()
     ours = acr_reg.class_token_gradient_cam(logits, maps, labels, start_layer=9, method=method)
