@@ -247,15 +247,22 @@ def _einsum(equation: str, position: int, transposed: bool, values: Tensor, outp
 
 
 def score_factors(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
-    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), if its spelling shows them."""
+    """Query (..., N, d) and key (..., M, d) of a product (..., N, M), if they are its operands as they stand."""
+    if equation is None:
+        return score_views(None, operands)
+    query, _, key = equation.replace(" ", "").partition("->")[0].partition(",")
+    alike = query[:-2] == key[:-2] and query[-1:] == key[-1:]
+    return (operands[0], operands[1]) if alike and len(operands) == 2 else None
+
+
+def score_views(equation: str | None, operands: list[Tensor]) -> tuple[Tensor, Tensor] | None:
+    """Query (..., N, d) and key (..., M, d) of a product, as views of its operands if these stand otherwise."""
     if equation is None:
         return (operands[-2], operands[-1].transpose(-2, -1)) if len(operands) > 1 and operands[-1].ndim > 2 else None
     left, _, made = equation.replace(" ", "").partition("->")
     query, _, key = left.partition(",")
-    if len(operands) != 2 or "," in key:
-        return None
-    if "." in left:  # "...nd, ...md -> ...nm"
-        return (operands[0], operands[1]) if query[:-2] == key[:-2] and query[-1:] == key[-1:] else None
+    if len(operands) != 2 or "." in left:  # "...nd, ...md -> ...nm"
+        return score_factors(equation, operands)
     # As "bnhd, bmhd -> bhnm": n is the query's alone, m the key's, and d is summed over.
     shared = [letter for letter in query if letter in key]
     batch, summed = "".join(x for x in shared if x in made), "".join(x for x in shared if x not in made)

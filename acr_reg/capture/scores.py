@@ -190,7 +190,7 @@ class ScoreFollower:
         self.followed[id(result)] = _Followed(
             weakref.ref(result),
             kernels.score_factors(equation, operands) if self._record_products else None,
-            observed=observe_views(self._sources, operands[-2:], partial(kernels.score_factors, equation)),
+            observed=observe_views(self._sources, operands[-2:], partial(kernels.score_views, equation)),
             running=tuple(self._listener.running() or ()),
         )
 
