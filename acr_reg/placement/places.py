@@ -88,6 +88,13 @@ def rewritten(of: Tensor, places: Tensor, written: Tensor, new: Tensor | None) -
     return memory.as_strided(of.shape, of.stride(), of.storage_offset()).clone()
 
 
+def viewed(view: Tensor, of: Tensor, places: Tensor) -> Tensor:
+    """The places of a view of a tensor with these ``places``."""
+    memory = places.new_zeros(of.untyped_storage().nbytes() // of.element_size())
+    memory.as_strided(of.shape, of.stride(), of.storage_offset()).copy_(places)
+    return memory.as_strided(view.shape, view.stride(), view.storage_offset())
+
+
 def _at(places: Tensor, axis: int, index: Tensor) -> Tensor:
     """Places along an axis at an index, which may be a fraction and may lie outside."""
     size = places.shape[axis]

@@ -32,6 +32,7 @@ from acr_reg.placement.places import (
     summed,
     unfolded,
     varies,
+    viewed,
 )
 
 # Functions by what they do to places. Any other function that keeps a shape keeps the places too.
@@ -139,12 +140,12 @@ class _KnownSources:
         source = self.of(written)
         if source is None or _is_same(source.places, before.places):
             return
-        memory = written.untyped_storage().data_ptr()
+        memory = _storage(written)
         for alias, known in list(self._known.values()):
             other = alias()
-            if other is None or other is written or not is_dense(other) or known.places is None:
+            if other is None or other is written or known.places is None:
                 continue
-            if other.untyped_storage().data_ptr() == memory:
+            if memory is not None and _storage(other) == memory:
                 roots, places = known.roots | source.roots, None
                 with suppress(Exception):  # an expanded tensor, or one of another dtype
                     places = rewritten(other, known.places, written, source.places)
@@ -273,9 +274,26 @@ class Sources(_KnownSources):
             return source
         if not _is_real(operand) or self._is_held(operand):
             return None
-        source = Source(None, self._new_root(), lost_in="code that calls no function of torch")
+        source = self._of_view(operand)
+        if source is None:
+            source = Source(None, self._new_root(), lost_in="code that calls no function of torch")
         self._note(operand, source)
         return source
+
+    def _of_view(self, view: Tensor) -> Source | None:
+        """The source of a view that nobody saw being made, such as ``qkv[0]`` in torch 2.1, from the tensor that it is
+        a view of; None if that is unknown."""
+        memory = _storage(view)
+        if memory is None:
+            return None
+        for alias, known in self._known.values():
+            of = alias()
+            if of is None or known.places is None or of.dtype != view.dtype:
+                continue
+            if of.numel() > view.numel() and _storage(of) == memory:
+                with suppress(Exception):
+                    return replace(known, places=compact(viewed(view, of, known.places)))
+        return None
 
     def _shadow(self, operand: Any) -> Any:
         """The places of a tensor, 0 where nothing is known of it; anything else as it is."""
@@ -386,6 +404,16 @@ def _is_same(places: Tensor | None, before: Tensor | None) -> bool:
 
 def _listed(result: Any) -> list[Any]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """The address of a tensor's memory, which views share; None if it has none of its own."""
+    if not is_dense(tensor):
+        return None
+    try:
+        return tensor.untyped_storage().data_ptr() or None
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _memory(tensor: Tensor) -> Any:

@@ -19,6 +19,8 @@ from tests.support.models import explicit_vit, multihead_vit
 from tests.support.models.plain import Builder, FunctionAttention, PlainEncoder, fused_attention
 from tests.support.models.tokens import GRID, Attention, Tokens
 
+recent = pytest.mark.skipif(torch.__version__ < (2, 6), reason="older torch fails by itself")
+
 pytestmark = [
     pytest.mark.filterwarnings(
         "ignore:There is a performance drop because we have not yet implemented the batching rule"
@@ -192,6 +194,7 @@ def _jacobian(model: nn.Module, x: Tensor) -> Tensor:
     return torch.func.jacrev(lambda image: model(image).sum(0))(x)  # type: ignore[no-any-return]
 
 
+@recent
 @every_build
 @pytest.mark.parametrize("run", [_each_image, _gradient, _gradient_of_each_image, _ensemble, _jacobian])
 def test_a_run_under_a_transform_of_torch_func_is_refused_by_name(
@@ -201,6 +204,7 @@ def test_a_run_under_a_transform_of_torch_func_is_refused_by_name(
     refused_in_every_run(model, lambda: run(model, x), "encoder.0", "torch.vmap", "torch.func")
 
 
+@recent
 def test_forward_derivatives_by_torch_func_are_refused_by_name() -> None:
     model, x = explicit_vit(), images()
     run = torch.func.jvp
@@ -317,6 +321,7 @@ def test_attention_of_nested_tensors_runs_and_is_refused_by_name(kernel: str, no
         refused_in_every_run(model, lambda: model(x), "blocks.1", f"{kernel} of nested or sparse tensors")
 
 
+@recent
 @pytest.mark.parametrize("within", [False, True])
 def test_multi_head_attention_of_nested_tensors_runs_and_is_refused_by_name(within: bool) -> None:
     """torch refuses to run it under a function mode."""

@@ -144,6 +144,7 @@ def test_a_model_that_runs_fewer_layers_on_one_of_both_is_a_problem(fewer: str, 
     assert "(0, 1)" in report.problems[0]
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 6), reason="older torch cannot differentiate through these writes")
 def test_a_model_may_write_into_its_images(images: Tensor) -> None:
     given = images.clone()
     report = check(Before(lambda x: x.sub_(x.mean()).mul_(2)), images)

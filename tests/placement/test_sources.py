@@ -337,6 +337,8 @@ NOWHERE = {
 @pytest.mark.parametrize("order", NOWHERE)
 def test_tokens_that_are_no_patches_of_a_grid_lie_nowhere(order: str) -> None:
     """Also where their number happens to be that of a grid."""
+    if order == "merged" and torch.__version__ < (2, 6):
+        pytest.skip("older torch does not show what merges tokens: they are refused as unknown")
     with capture_attention(model := Arranged(NOWHERE[order])) as attention:
         for _ in range(2):
             model(images())
@@ -377,6 +379,8 @@ def through_a_mask(model: Arranged, patches: Tensor, others: tuple[Tensor, ...])
 
 @pytest.mark.parametrize("arrange", [picked_by_cast_index, through_a_mask])
 def test_an_index_is_an_index_wherever_it_comes_from(arrange: Callable[..., Tensor]) -> None:
+    if arrange is through_a_mask and torch.__version__ < (2, 6):
+        pytest.skip("older torch does not show the view that this makes: the order is asked for")
     with capture_attention(model := Arranged(arrange)) as attention:
         model(images())
         layout = attention.take()[0].layout
