@@ -131,6 +131,8 @@ def test_maps_of_no_image_are_no_maps():
 @pytest.mark.parametrize("fused", [False, True], ids=["explicit", "fused"])
 def test_what_a_capture_returns_can_be_given(dtype, fused):
     """weights() is in float32, whatever the precision that the rows were rounded to."""
+    if dtype == torch.float16 and torch.__version__ < (2, 6):
+        pytest.skip("older torch has no convolution of half precision on the CPU")
     torch.manual_seed(0)
     others = [build() for build in MIXED.values()] if dtype == torch.float32 else []  # some compute in float32
     model = Tokens(Attention(fused=fused), Heads("summed"), Heads("subtracted"), *others)
