@@ -80,13 +80,14 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     at = torch.where(are_patches, y * _LARGEST + x, torch.full_like(y, -1))
     image_of_group = torch.where(are_patches, image, 0).amax(1)
     images = len(image_of_group.unique())
+    size = sources.image_size(int(image_of_group[0]))
     others = tuple((~are_patches[0]).nonzero()[:, 0].tolist())
     numbered = sorted(zip(tokens[0][~are_patches[0]].tolist(), others, strict=True), key=lambda numbered: -numbered[0])
     here = ObservedTokens(
         tokens.shape[1],
         others,
         tuple(position for number, position in numbered if number < 0),
-        image_size=sources.image_size(int(image_of_group[0])),
+        image_size=size,
         windows=-(-len(torch.cat([image_of_group[:, None], at], 1).unique(dim=0)) // images),
         groups=len(tokens) // images,
         images=images,
@@ -103,7 +104,7 @@ def _read(sources: Sources, source: Source | None) -> ObservedTokens | None:
     rows, columns = y[0][are_patches[0]].unique(), x[0][are_patches[0]].unique()
     if not torch.equal(at[0][are_patches[0]], (rows[:, None] * _LARGEST + columns).flatten()):
         return replace(here, why_no_grid="they are not the patches of a grid, row by row")
-    if not _covers(rows.tolist(), columns.tolist(), sources.image_size(int(image_of_group[0]))):
+    if not _covers(rows.tolist(), columns.tolist(), size):
         return replace(here, why_no_grid="they are patches of a part of the image")
     return replace(here, rows=tuple(rows.tolist()), columns=tuple(columns.tolist()))
 

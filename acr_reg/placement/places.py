@@ -78,21 +78,12 @@ def padded(places: Tensor, pad: Sequence[int], of_tokens: bool) -> Tensor:
     return places
 
 
-def rewritten(of: Tensor, places: Tensor, written: Tensor, new: Tensor | None) -> Tensor:
-    """The ``places`` of a tensor once ``new`` ones were written into another tensor on its memory."""
-    if new is None or of.dtype != written.dtype:
-        raise ValueError
-    memory = places.new_zeros(of.untyped_storage().nbytes() // of.element_size())
-    for tensor, held in ((of, places), (written, new)):
-        memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(held)
-    return memory.as_strided(of.shape, of.stride(), of.storage_offset()).clone()
-
-
-def viewed(view: Tensor, of: Tensor, places: Tensor) -> Tensor:
-    """The places of a view of a tensor with these ``places``."""
-    memory = places.new_zeros(of.untyped_storage().nbytes() // of.element_size())
-    memory.as_strided(of.shape, of.stride(), of.storage_offset()).copy_(places)
-    return memory.as_strided(view.shape, view.stride(), view.storage_offset())
+def through_memory(view: Tensor, *written: tuple[Tensor, Tensor]) -> Tensor:
+    """The places of a tensor once places were ``written``, in this order, into tensors on its memory."""
+    memory = written[0][1].new_zeros(view.untyped_storage().nbytes() // view.element_size())
+    for tensor, places in written:
+        memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(places)
+    return memory.as_strided(view.shape, view.stride(), view.storage_offset()).clone()
 
 
 def _at(places: Tensor, axis: int, index: Tensor) -> Tensor:

@@ -27,12 +27,11 @@ from acr_reg.placement.places import (
     is_spread,
     padded,
     places_of,
-    rewritten,
     slid,
     summed,
+    through_memory,
     unfolded,
     varies,
-    viewed,
 )
 
 # Functions by what they do to places. Any other function that keeps a shape keeps the places too.
@@ -129,27 +128,28 @@ class _KnownSources:
         alias = self._held.get(id(tensor))
         return alias is not None and alias() is tensor
 
-    def same(self, tensor: Tensor, other: Tensor) -> None:
-        """Notes that a tensor comes from where another does."""
-        source = self.of(other)
-        if source is not None and other.shape == tensor.shape:
-            self._note(tensor, source)
-
     def _write_through(self, written: Tensor, before: Source) -> None:
         """Notes what a tensor now holds in the others on its memory, such as the one that it is a view of."""
         source = self.of(written)
         if source is None or _is_same(source.places, before.places):
             return
-        memory = _storage(written)
-        for alias, known in list(self._known.values()):
-            other = alias()
-            if other is None or other is written or known.places is None:
-                continue
-            if memory is not None and _storage(other) == memory:
-                roots, places = known.roots | source.roots, None
-                with suppress(Exception):  # an expanded tensor, or one of another dtype
-                    places = rewritten(other, known.places, written, source.places)
-                self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
+        for other, known, places_before in self._beside(written):
+            places = None
+            if source.places is not None and other.dtype == written.dtype:
+                with suppress(Exception):  # an expanded tensor
+                    places = through_memory(other, (other, places_before), (written, source.places))
+            roots = known.roots | source.roots
+            self._note(other, Source(places, roots, source.embedded, source.lost_in or "a write in place"))
+
+    def _beside(self, tensor: Tensor) -> list[tuple[Tensor, Source, Tensor]]:
+        """Other tensors on a tensor's memory, with their sources and places, where these are known."""
+        memory = _storage(tensor)
+        known = [(alias(), source) for alias, source in self._known.values()] if memory is not None else []
+        return [
+            (other, source, source.places)
+            for other, source in known
+            if other is not None and other is not tensor and source.places is not None and _storage(other) == memory
+        ]
 
 
 class Sources(_KnownSources):
@@ -283,16 +283,10 @@ class Sources(_KnownSources):
     def _of_view(self, view: Tensor) -> Source | None:
         """The source of a view that nobody saw being made, such as ``qkv[0]`` in torch 2.1, from the tensor that it is
         a view of; None if that is unknown."""
-        memory = _storage(view)
-        if memory is None:
-            return None
-        for alias, known in self._known.values():
-            of = alias()
-            if of is None or known.places is None or of.dtype != view.dtype:
-                continue
-            if of.numel() > view.numel() and _storage(of) == memory:
+        for of, known, places in self._beside(view):
+            if of.dtype == view.dtype and of.numel() > view.numel():
                 with suppress(Exception):
-                    return replace(known, places=compact(viewed(view, of, known.places)))
+                    return replace(known, places=compact(through_memory(view, (of, places))))
         return None
 
     def _shadow(self, operand: Any) -> Any:
