@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from acr_reg.integrations._folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
 from acr_reg.integrations.formats.save import ALPHAS
 

@@ -16,7 +16,7 @@ from acr_reg.demo.record import run_details, write_json
 from acr_reg.demo.report import draw, paired_differences, paired_table, table, verdict
 from acr_reg.demo.scene_task import QUICK, SceneSettings, plan_scenes
 from acr_reg.errors import CommandError
-from acr_reg.integrations.progress import show_progress
+from acr_reg.integrations.jobs.progress import show_progress
 
 PHOTO_OPTIONS = ("weights", "classes", "size", "epochs", "train_images", "frozen")
 

@@ -20,7 +20,7 @@ from acr_reg.demo.record import write_json
 from acr_reg.errors import CommandError, some
 from acr_reg.integrations.convert import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats import FORMATS, Format, load_cams
-from acr_reg.integrations.progress import show_progress
+from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.metrics import CamMeanIoU, CamScores
 
 MASK_MODES = ("1", "L", "P", "I", "I;16")

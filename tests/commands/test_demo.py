@@ -3,7 +3,7 @@
 from acr_reg.__main__ import main
 from acr_reg.commands import demo
 from acr_reg.errors import CommandError
-from acr_reg.integrations import progress
+from acr_reg.integrations.jobs import progress
 
 
 def test_progress_in_a_pipe_is_a_line_now_and_then(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
-from acr_reg.integrations import progress
+from acr_reg.integrations.jobs import progress
 from acr_reg.integrations.cam_folder import write_cams
 from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
 

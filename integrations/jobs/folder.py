@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from acr_reg.integrations.formats import Format, check_format, load_cams, save_cams, save_crf_pair
 from acr_reg.integrations.formats.save import ALPHAS, check_alphas
-from acr_reg.integrations.progress import show_progress
+from acr_reg.integrations.jobs.progress import show_progress
 
 _SHOWN = 5
 

@@ -1,7 +1,7 @@
 """Progress where no terminal is: lines at most every few seconds, however many parts a run has."""
 
-from acr_reg.integrations import progress
-from acr_reg.integrations.progress import show_progress
+from acr_reg.integrations.jobs import progress
+from acr_reg.integrations.jobs.progress import show_progress
 
 
 def test_parts_of_a_run_share_the_seconds_between_lines(monkeypatch, capsys):
