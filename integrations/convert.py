@@ -7,18 +7,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import numpy.typing as npt
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.metrics import CamMeanIoU, CamScores
 
-__all__ = ["best_threshold", "convert_cams", "convert_to_labels"]
+__all__ = ["convert_cams", "convert_to_labels", "score_dev_list"]
 
-CAM_SUFFIXES = (".npy", ".npz")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2")  # in any case
 SETTINGS = "acr_reg labels"  # the text in a PNG that names the rule it was made by
 
 
@@ -91,7 +92,7 @@ def convert_to_labels(
         source, source_format, overwrite, progress: as for :func:`convert_cams`.
         target: another folder, made if it does not exist.
         threshold, ignore_between, alphas, background: the rule, of
-            :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`best_threshold` finds a threshold.
+            :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`score_dev_list` finds the best threshold.
         images: as for :func:`convert_cams`, with maps resized as ``evaluate --resize`` does. Images without a class
             need it; their PNGs are all background.
 
@@ -113,6 +114,46 @@ def convert_to_labels(
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
     folder.check_others(maps_of.files if overwrite else ())
     return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress)
+
+
+def score_dev_list(
+    source: str | os.PathLike[str],
+    images_list: str | os.PathLike[str],
+    masks: str | os.PathLike[str],
+    num_classes: int,
+    source_format: Format | None = None,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> CamScores:
+    """The scores of the listed images at every threshold, as ``evaluate`` counts them: its ``best_threshold`` is for
+    :func:`convert_to_labels`.
+
+    Args:
+        source, source_format, images, progress: as for :func:`convert_to_labels`.
+        images_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
+        masks: the folder of the masks.
+        num_classes: number of ids, background included: VOC 21, COCO 81.
+
+    Raises:
+        ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
+            correct pixel at any threshold.
+    """
+    from acr_reg.integrations.scoring import find_samples, read_list, score_cams  # needs pillow
+
+    known = _source_of(source, source_format, images, []).files
+    entries = read_list(images_list)
+    unknown = [name for name, _ in entries if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{images_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
+        )
+    samples = find_samples(entries, source, masks)
+    counted = score_cams(samples, CamMeanIoU(num_classes), source_format, images is not None, 0, progress)
+    scores = counted.compute()
+    if not np.nansum(scores.per_class_iou[1:]):
+        raise ValueError(f"No class has a correct pixel on {images_list}. The maps may be of other images or classes.")
+    return scores
 
 
 @dataclass(frozen=True)
