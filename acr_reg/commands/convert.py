@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_options(args: argparse.Namespace) -> None:
-    given = [name for name in (*RULES, "masks", "classes") if getattr(args, name) not in (None, False)]
+    values = {name: getattr(args, name) for name in (*RULES, "masks", "classes")}
+    given = [name for name, value in values.items() if value is not None and value is not False]  # 0 is a threshold
     options = [f"--{name.replace('_', '-')}" for name in given]
     if args.to != LABELS:
         foreign = [option for option in options if option != "--alphas" or args.to != "psa_crf"]

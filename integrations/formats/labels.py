@@ -113,11 +113,11 @@ class LabelRule:
     def bounds(self, highest: npt.NDArray[np.floating]) -> tuple[npt.ArrayLike, npt.ArrayLike]:
         """Background is at most the first, foreground above the second. In the precision of ``highest``."""
         if self.alphas is not None:
-            missing = 1 - highest.clip(0, 1)
-            low, high = self.alphas
-            return missing**high, missing**low
-        low, high = self.ignore_between or (self.threshold, self.threshold)
-        return highest.dtype.type(low), highest.dtype.type(high)
+            rest = 1 - highest.clip(0, 1)
+            return rest ** self.alphas[1], rest ** self.alphas[0]
+        if self.ignore_between is not None:
+            return highest.dtype.type(self.ignore_between[0]), highest.dtype.type(self.ignore_between[1])
+        return highest.dtype.type(self.threshold), highest.dtype.type(self.threshold)
 
 
 def _by_class(
