@@ -117,7 +117,8 @@ class LabelRule:
             return rest ** self.alphas[1], rest ** self.alphas[0]
         if self.ignore_between is not None:
             return highest.dtype.type(self.ignore_between[0]), highest.dtype.type(self.ignore_between[1])
-        return highest.dtype.type(self.threshold), highest.dtype.type(self.threshold)
+        threshold = highest.dtype.type(self.threshold)
+        return threshold, threshold
 
 
 def _by_class(
