@@ -181,14 +181,14 @@ class LabelFolder:
 
     def check(self, name: str) -> None:
         """Raises ValueError if the file of an earlier run was made by another rule."""
-        from PIL import Image
+        from acr_reg.integrations.formats.photos import opened
 
         (file,) = self.files(name)
         try:
-            with Image.open(file) as image:
+            with opened(file, decode=False) as image:  # the text comes before the pixels
                 found = image.info.get(SETTINGS)
         except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error}. Delete it, or choose another folder.") from error
+            raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
             raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
         if found != str(self.rule):
