@@ -15,9 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from acr_reg import Identity, Lattice, View, multi_view_cam, normalize_cam
-from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, StopRun, fill
 from acr_reg.integrations.formats import Format
 from acr_reg.integrations.formats.save import ALPHAS
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, StopRun, fill
 
 __all__ = ["FolderReport", "write_cams"]
 

@@ -16,6 +16,7 @@ from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.shares import Share, share_of_run
 from acr_reg.metrics import CamMeanIoU, CamScores
 
 __all__ = ["convert_cams", "convert_to_labels", "score_dev_list"]
@@ -125,12 +126,17 @@ def score_dev_list(
     *,
     images: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> CamScores:
-    """The scores of the listed images at every threshold, as ``evaluate`` counts them: its ``best_threshold`` is for
+    """The scores of the listed images at every threshold, as ``evaluate`` counts them; their ``best_threshold`` is for
     :func:`convert_to_labels`.
 
+    Under torchrun each process scores its share, and all return the scores of the whole list. In a SLURM array, where
+    nobody adds up, each scores the whole list.
+
     Args:
-        source, source_format, images, progress: as for :func:`convert_to_labels`.
+        source, source_format, images, progress, workers, share: as for :func:`convert_to_labels`.
         images_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
         masks: the folder of the masks.
         num_classes: number of ids, background included: VOC 21, COCO 81.
@@ -148,9 +154,10 @@ def score_dev_list(
         raise ValueError(
             f"{images_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
         )
-    samples = find_samples(entries, source, masks)
-    counted = score_cams(samples, CamMeanIoU(num_classes), source_format, images is not None, 0, progress)
-    scores = counted.compute()
+    samples, metric = find_samples(entries, source, masks), CamMeanIoU(num_classes)
+    with share_of_run(share) as part:
+        part = Share() if part.is_apart else part
+        scores = score_cams(samples, metric, source_format, images is not None, workers, progress, part).compute()
     if not np.nansum(scores.per_class_iou[1:]):
         raise ValueError(f"No class has a correct pixel on {images_list}. The maps may be of other images or classes.")
     return scores
