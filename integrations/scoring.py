@@ -1,4 +1,4 @@
-"""Scores the class maps or label maps of a list of images against their masks, in several processes if wanted."""
+"""Scores the class maps or label maps of a list of images against their masks, in several processes if asked."""
 
 from __future__ import annotations
 
@@ -133,28 +133,37 @@ def score_cams(
             and every process returns the counts of all. By default this process counts everything.
 
     Raises:
-        ValueError: a file cannot be read or does not fit its mask or the metric. The message names the file. If it
-            happens in one process of a shared run, all of them raise it.
+        ValueError: a file cannot be read or does not fit its mask or the metric; the message names the file, and if it
+            happens in one process of a shared run, all of them raise it. Or the masks of all samples hold no class.
     """
     count = partial(_count_cams, format=format, resize=resize)
-    return metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.counts().truth, metric.background, metric.ignore_index)
+    return total
 
 
 def score_labels(
     samples: Sequence[Sample],
     metric: LabelMeanIoU,
     resize: bool = False,
+    background: bool = True,
     workers: int = 0,
     progress: bool = True,
     share: Share | None = None,
 ) -> LabelMeanIoU:
-    """Count the label maps of all samples, as :func:`score_cams` counts class maps. ``resize`` takes nearest pixels."""
+    """Count the label maps of all samples, as :func:`score_cams` counts class maps.
+
+    ``resize`` takes the nearest pixels. ``background`` says whether id 0 is background: if the masks of all samples
+    hold nothing else, that is an error.
+    """
     count = partial(_count_labels, resize=resize)
-    return metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.confusion().sum(axis=1), background, metric.ignore_index)
+    return total
 
 
 class _Failure(NamedTuple):
-    """An error of the user's files. It travels between processes as a value: DataLoader would wrap it in a traceback."""
+    """An error of the user's files. It is sent as a value, because DataLoader would wrap it in a traceback."""
 
     message: str
 
@@ -255,6 +264,19 @@ def _count_labels(metric: LabelMeanIoU, sample: Sample, resize: bool) -> None:
         metric.update(labels, mask)
     except ValueError as error:
         raise ValueError(f"{sample.prediction} with {sample.mask}: {error}") from error
+
+
+def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: int | None) -> None:
+    """Raises ValueError for masks without a class: their mIoU is 0 or 1 whatever was predicted."""
+    if not truth[int(background) :].any():
+        ids = [
+            *(["0 (background)"] if truth[0] else []),
+            *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
+        ]
+        raise ValueError(
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write the ids of the classes into the masks, "
+            "or ignore another id (--ignore-index)."
+        )
 
 
 def _check_size(sample: Sample, size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
