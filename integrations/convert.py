@@ -16,6 +16,7 @@ from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.integrations.jobs.shares import Share, share_of_run
 from acr_reg.metrics import CamMeanIoU, CamScores
 
@@ -136,10 +137,11 @@ def score_dev_list(
     nobody adds up, each scores the whole list.
 
     Args:
-        source, source_format, images, progress, workers, share: as for :func:`convert_to_labels`.
+        source, source_format, images, workers, share: as for :func:`convert_to_labels`.
         images_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
         masks: the folder of the masks.
         num_classes: number of ids, background included: VOC 21, COCO 81.
+        progress: show progress, and the best threshold.
 
     Raises:
         ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
@@ -160,6 +162,9 @@ def score_dev_list(
         scores = score_cams(samples, metric, source_format, images is not None, workers, progress, part).compute()
     if not np.nansum(scores.per_class_iou[1:]):
         raise ValueError(f"No class has a correct pixel on {images_list}. The maps may be of other images or classes.")
+    if progress and part.speaks:
+        with show_progress() as bar:
+            bar.note(f"best threshold on {images_list}: {scores.best_threshold} (mIoU {scores.best_miou:.4f})")
     return scores
 
 

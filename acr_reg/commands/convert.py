@@ -110,14 +110,13 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 def _label_rule(args: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of convert_to_labels. Prints the threshold that was found."""
+    """The arguments of convert_to_labels that say how a map becomes labels."""
     threshold = args.threshold
     if args.best_on is not None:
         scores = score_dev_list(
             args.source, args.best_on, args.masks, args.classes, args.source_format, images=args.images
         )
         threshold = scores.best_threshold
-        print(f"best threshold on {args.best_on}: {threshold} (mIoU {scores.best_miou:.4f})")
     pairs = {
         name: None if value is None else tuple(value)
         for name, value in (("ignore_between", args.ignore_between), ("alphas", args.alphas))

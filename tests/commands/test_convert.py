@@ -13,7 +13,7 @@ from acr_reg.__main__ import main
 from acr_reg.integrations.convert import convert_cams
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from acr_reg.integrations.formats.labels import pseudo_labels
-from acr_reg.integrations.formats.masks import read_mask
+from acr_reg.integrations.formats.masks import read_mask, save_mask
 
 NAMES = ["2007_000032", "2007_000039"]
 
@@ -226,6 +226,55 @@ def test_labels_of_another_threshold_are_refused_unless_overwritten(tmp_path, ps
     assert main([*command, "0.4"]) == 2
     assert re.search(r"error: .*\.png was made with threshold=0\.3\b.*threshold=0\.4\b", capsys.readouterr().err)
     assert main([*command, "0.4", "--overwrite"]) == 0
+
+
+@pytest.fixture
+def masks(tmp_path, maps):
+    """The classes above 0.5, but for some pixels."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "masks").mkdir()
+    for name, cams in maps.items():
+        ids = pseudo_labels(cams, 0.5)
+        save_mask(tmp_path / "masks" / f"{name}.png", np.where(rng.random(ids.shape) < 0.2, 0, ids))
+    (tmp_path / "dev.txt").write_text("\n".join(NAMES))
+    return tmp_path / "masks"
+
+
+def scores_of(tmp_path, masks, *more):
+    evaluate = ["evaluate", "--masks", masks, "--list", tmp_path / "dev.txt", "--json", tmp_path / "scores.json"]
+    assert main([str(argument) for argument in (*evaluate, *more)]) == 0
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_labels_at_the_best_threshold_of_a_list_score_as_the_maps(tmp_path, psa, masks, capsys):
+    target, listed = tmp_path / "labels", tmp_path / "dev.txt"
+    command = ["convert", psa, target, "--to", "labels", "--best-on", listed, "--masks", masks, "--classes", 21]
+    assert main([str(argument) for argument in command]) == 0
+    output = capsys.readouterr()
+    maps = scores_of(tmp_path, masks, "--cams", psa, "--classes", 21)
+    best = f"best threshold on {listed}: {maps['best_threshold']} (mIoU {maps['best_miou']:.4f})\n"
+    assert output.err == f"{best}{target}: 2 written, 0 already there, 0 failed\n"
+    labels = scores_of(tmp_path, masks, "--labels", target, "--classes", 21)
+    assert 0.3 < labels["miou"] == maps["best_miou"] < 1
+    assert labels["per_class_iou"] == maps["per_class_iou"]
+    with Image.open(target / f"{NAMES[0]}.png") as image:
+        assert f"threshold={maps['best_threshold']}" in image.info["acr_reg labels"]
+
+
+def test_labels_without_background_score_as_the_maps(tmp_path, psa, masks):
+    assert main(["convert", str(psa), str(tmp_path / "labels"), "--to", "labels", "--no-background"]) == 0
+    maps = scores_of(tmp_path, masks, "--cams", psa, "--classes", 20, "--no-background")
+    labels = scores_of(tmp_path, masks, "--labels", tmp_path / "labels", "--classes", 20, "--no-background")
+    assert 0 < labels["miou"] == maps["best_miou"]
+
+
+def test_maps_of_another_size_than_the_masks_need_the_photos(tmp_path, psa, masks, capsys):
+    save_mask(masks / f"{NAMES[0]}.png", np.zeros((18, 28), int))
+    target, listed = tmp_path / "labels", tmp_path / "dev.txt"
+    command = ["convert", psa, target, "--to", "labels", "--best-on", listed, "--masks", masks, "--classes", 21]
+    assert main([str(argument) for argument in command]) == 2
+    assert re.search(rf"{NAMES[0]}\.npy is 9x14 .* 18x28 .*convert --images", capsys.readouterr().err)
+    assert not target.exists()
 
 
 def test_a_crf_pair_is_scored_where_it_is_named(tmp_path, psa, maps, capsys):
