@@ -142,7 +142,7 @@ class CamMeanIoU:
             )
         ids = self._checked_classes(classes, len(maps))
         highest, best = self._highest(maps, ids)
-        truth, present = self._checked_truth(truth)
+        truth = _codes("mask", truth, self.num_classes, self.ignore_index)
 
         # Each pixel is counted once, in a histogram over (verdict, class of the highest map, thresholds exceeded).
         # Arithmetic instead of masks: its time does not depend on the image.
@@ -161,7 +161,7 @@ class CamMeanIoU:
         self._predicted += counts[:3].sum(axis=0)
         self._correct += counts[1]
         self._correct[0] += counts[2].sum(axis=0)
-        self._truth += present
+        self._truth += np.bincount(truth.ravel(), minlength=self.num_classes + 1)[: self.num_classes]
 
     def compute(self) -> CamScores:
         """Scores of all images counted so far.
@@ -274,18 +274,6 @@ class CamMeanIoU:
             raise ValueError(f"classes are {ids.tolist()}. Pass each class once; merge or drop the repeated maps.")
         return ids.astype(np.int64)
 
-    def _checked_truth(
-        self, truth: npt.NDArray[np.generic]
-    ) -> tuple[npt.NDArray[np.unsignedinteger], npt.NDArray[np.int64]]:
-        """The mask in few bytes, with num_classes for ignored pixels, and the number of pixels of each class."""
-        ignored = np.zeros(truth.shape, bool) if self.ignore_index is None else truth == self.ignore_index
-        known = np.where(ignored, 0, truth)  # 0 is a valid id
-        _check_ids("mask", known, self.num_classes, self.ignore_index)
-        codes = known.astype(np.min_scalar_type(self.num_classes))
-        codes += np.multiply(ignored, self.num_classes, dtype=codes.dtype)
-        present = np.bincount(codes.ravel(), minlength=self.num_classes + 1)
-        return codes, present[: self.num_classes]
-
     def _settings(self) -> tuple[int, tuple[float, ...], bool, int | None]:
         return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
 
@@ -360,19 +348,13 @@ class LabelMeanIoU:
         """
         predicted, truth = np.asarray(labels), np.asarray(mask)
         if predicted.ndim != 2 or predicted.shape != truth.shape:
-            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), both alike.")
-        columns = self.num_classes + 1
-        given = predicted if self.ignore_index is None else predicted[predicted != self.ignore_index]
-        _check_ids("labels", given, self.num_classes, self.ignore_index)
-        if self.ignore_index is not None:
-            counted = truth != self.ignore_index
-            predicted, truth = predicted[counted], truth[counted]
-        _check_ids("mask", truth, self.num_classes, self.ignore_index)
-        column = predicted.astype(np.int64).ravel()
-        if self.ignore_index is not None:
-            column[column == self.ignore_index] = self.num_classes
-        pairs = truth.astype(np.int64).ravel() * columns + column
-        self._confusion += np.bincount(pairs, minlength=self._confusion.size).reshape(self._confusion.shape)
+            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), of one size.")
+        column = _codes("labels", predicted, self.num_classes, self.ignore_index)
+        row = _codes("mask", truth, self.num_classes, self.ignore_index)
+        size = self.num_classes + 1
+        pairs = np.multiply(row, size, dtype=np.int64)
+        pairs += column
+        self._confusion += np.bincount(pairs.ravel(), minlength=size**2).reshape(size, size)[: self.num_classes]
 
     def compute(self) -> LabelScores:
         """Scores of all images counted so far.
@@ -428,17 +410,24 @@ def _even_step(thresholds: npt.NDArray[np.float64]) -> float | None:
     return step if even and step > SMALLEST_STEP else None
 
 
-def _check_ids(name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None) -> None:
-    """Raises ValueError for ids out of range. Ignored pixels are left out before."""
+def _codes(
+    name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.unsignedinteger]:
+    """The ids in few bytes, with num_classes for the ignored one. Raises ValueError for ids out of range."""
     if ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} has dtype {ids.dtype}. Pass class ids as whole numbers, not colours.")
-    if ids.size and (ids.min() < 0 or ids.max() >= num_classes):
-        wrong = sorted({int(i) for i in np.unique(ids) if not 0 <= i < num_classes})
-        ignored = "" if ignore_index is None else f", or {ignore_index} (ignored)"
+        raise ValueError(f"{name} of dtype {ids.dtype} cannot hold ids. Pass class ids as whole numbers, not colours.")
+    ignored = np.zeros(ids.shape, bool) if ignore_index is None else ids == ignore_index
+    known = np.where(ignored, 0, ids)  # 0 is a valid id
+    if known.size and (known.min() < 0 or known.max() >= num_classes):
+        wrong = [int(i) for i in np.unique(known) if not 0 <= i < num_classes]
+        others = "" if ignore_index is None else f", or {ignore_index} (ignored)"
         raise ValueError(
-            f"{name} has ids {wrong[:8]}. Pass ids 0 to {num_classes - 1}{ignored}; check the number of classes and "
-            "the ignored id."
+            f"{name} with ids {wrong[:8]}: only 0 to {num_classes - 1}{others} can be counted. Check the number of classes "
+            "and the ignored id."
         )
+    codes = known.astype(np.min_scalar_type(num_classes))
+    codes += np.multiply(ignored, num_classes, dtype=codes.dtype)
+    return codes
 
 
 def _mean_over_classes(iou: FloatArray) -> FloatArray:
