@@ -120,7 +120,7 @@ def convert_to_labels(
 
 def score_dev_list(
     source: str | os.PathLike[str],
-    images_list: str | os.PathLike[str],
+    dev_list: str | os.PathLike[str],
     masks: str | os.PathLike[str],
     num_classes: int,
     source_format: Format | None = None,
@@ -138,7 +138,7 @@ def score_dev_list(
 
     Args:
         source, source_format, images, workers, share: as for :func:`convert_to_labels`.
-        images_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
+        dev_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
         masks: the folder of the masks.
         num_classes: number of ids, background included: VOC 21, COCO 81.
         progress: show progress, and the best threshold.
@@ -150,21 +150,21 @@ def score_dev_list(
     from acr_reg.integrations.scoring import find_samples, read_list, score_cams  # needs pillow
 
     known = _source_of(source, source_format, images, []).files
-    entries = read_list(images_list)
+    entries = read_list(dev_list)
     unknown = [name for name, _ in entries if name not in known]
     if unknown:
         raise ValueError(
-            f"{images_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
+            f"{dev_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
         )
     samples, metric = find_samples(entries, source, masks), CamMeanIoU(num_classes)
     with share_of_run(share) as part:
         part = Share() if part.is_apart else part
         scores = score_cams(samples, metric, source_format, images is not None, workers, progress, part).compute()
     if not np.nansum(scores.per_class_iou[1:]):
-        raise ValueError(f"No class has a correct pixel on {images_list}. The maps may be of other images or classes.")
+        raise ValueError(f"No class has a correct pixel on {dev_list}. The maps may be of other images or classes.")
     if progress and part.speaks:
         with show_progress() as bar:
-            bar.note(f"best threshold on {images_list}: {scores.best_threshold} (mIoU {scores.best_miou:.4f})")
+            bar.note(f"best threshold on {dev_list}: {scores.best_threshold} (mIoU {scores.best_miou:.4f})")
     return scores
 
 
