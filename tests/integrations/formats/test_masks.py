@@ -185,11 +185,7 @@ def test_a_tiff_with_jpeg_compression_is_refused(tmp_path, array):
 
 @pytest.mark.parametrize("mode", ["F", "CMYK", "LAB"])
 def test_modes_that_hold_no_ids_are_refused_by_name(tmp_path, mode):
-    image = (
-        Image.merge("LAB", [Image.fromarray(IDS)] * 3)
-        if mode == "LAB"
-        else Image.fromarray(COLOURS).convert("L" if mode == "F" else "RGB").convert(mode)
-    )
+    image = Image.merge("LAB", [Image.fromarray(IDS)] * 3) if mode == "LAB" else Image.fromarray(COLOURS).convert(mode)
     image.save(tmp_path / "mask.tif")
     with pytest.raises(ValueError, match=rf"mask\.tif is an image of mode {mode}"):
         read_mask(tmp_path / "mask.tif")
