@@ -214,11 +214,13 @@ class LabelFolder:
         except OSError as error:
             raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
-            raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
+            raise ValueError(
+                f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."
+            )
         if found != str(self.rule):
             raise ValueError(
-                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite the "
-                "files."
+                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite its "
+                "files (--overwrite)."
             )
 
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:

@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help=f"of psa_crf (default: {ALPHAS[0]:g} {ALPHAS[1]:g}); of labels: ignore pixels of which the backgrounds "
-        "(1 - highest map)^LOW and ^HIGH decide differently",
+        help=f"of psa_crf (default: {ALPHAS[0]:g} {ALPHAS[1]:g}); of labels: pixels are ignored where the background "
+        "(1 - highest map)^A wins with A = LOW and loses with HIGH",
     )
     parser.add_argument("--overwrite", action="store_true", help="convert files again that exist")
     parser.add_argument(
