@@ -48,8 +48,10 @@ def test_an_image_without_classes_in_every_format(tmp_path):
         assert load_cams(path, format) == {}
     assert np.load(paths["irn"], allow_pickle=True).item()["cam"].shape == (0, 2, 3)
     assert np.load(paths["clip_es"], allow_pickle=True).item()["attn_highres"].shape == (0, 6, 9)
+    assert np.load(paths["puzzle"], allow_pickle=True).item()["hr_cam"].shape == (0, 6, 9)
+    assert np.load(paths["puzzle"], allow_pickle=True).item()["keys"].tolist() == [0]
     assert np.load(paths["psa_crf"], allow_pickle=True).item()[0].tolist() == np.ones((6, 9)).tolist()
-    for format in ("irn", "clip_es"):
+    for format in ("irn", "clip_es", "puzzle"):
         with pytest.raises(ValueError, match=r"no maps .*size=\(H, W\)"):
             save_cams(tmp_path / "image.npy", {}, format)
 
