@@ -1,10 +1,13 @@
 """What every format of class maps must do: come back as it was written, with classes or without."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from acr_reg.integrations import formats
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from tests.support.class_maps import assert_same_maps, in_every_format
 
@@ -62,3 +65,21 @@ def test_unknown_format_and_size_are_refused(tmp_path, maps):
         load_cams(tmp_path / "image.npy", "voc")
     with pytest.raises(ValueError, match=r"size=\(0, 5\).*height.*width"):
         save_cams(tmp_path / "image.npy", maps, size=(0, 5))
+
+
+def test_the_face_needs_pillow_for_photos_and_masks_only():
+    code = (
+        "import sys; sys.modules['PIL'] = None\n"
+        "import acr_reg.integrations.formats as formats\n"
+        "formats.load_cams, formats.load_image_labels\n"
+        "try: formats.open_photo\n"
+        "except ModuleNotFoundError as error: print(error.name)\n"
+        "print(hasattr(formats, 'other'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["PIL", "False"]
+
+
+@pytest.mark.parametrize("name", formats.__all__)
+def test_the_face_holds_what_it_lists(name):
+    assert getattr(formats, name) is not None
