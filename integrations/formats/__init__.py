@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from acr_reg.integrations.formats.files import FORMATS, Format, Maps, check_format
 from acr_reg.integrations.formats.image_labels import labels_of, load_image_labels
+from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.load import cam_format, load_cams
 from acr_reg.integrations.formats.save import resize_map, save_cams, save_crf_pair
 
@@ -23,6 +24,7 @@ __all__ = [
     "load_image_labels",
     "open_photo",
     "photo_size",
+    "pseudo_labels",
     "read_mask",
     "resize_map",
     "save_cams",
