@@ -11,7 +11,17 @@ import pytest
 from PIL import Image, ImageOps, TiffImagePlugin
 
 from acr_reg.integrations.formats.photos import open_photo, photo_size
-from tests.support.image_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, packed_rows, png_chunk, write_png, write_tiff
+from tests.support.image_files import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGBA,
+    packed_rows,
+    png_chunk,
+    write_png,
+    write_tiff,
+)
 
 H, W = 6, 9
 RAMP = np.linspace(0, 1, H * W).reshape(H, W)  # of a photo that is brighter below than above
