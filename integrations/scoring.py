@@ -240,7 +240,7 @@ def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resiz
     if beyond:
         raise ValueError(
             f"{sample.prediction} holds classes {beyond}, and {metric.num_classes} ids allow 0 to "
-            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
+            f"{metric.num_classes - 1 - first}. Check the number of classes, and that the keys of the maps are 0-based."
         )
     if resize:
         maps = {number: resized(values, mask.shape) for number, values in maps.items()}
