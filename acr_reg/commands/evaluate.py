@@ -26,6 +26,7 @@ from acr_reg.metrics import CamMeanIoU, CamScores, LabelMeanIoU, LabelScores
 T = TypeVar("T")
 
 THRESHOLDS = 100
+WIDEST = 10_000  # columns of a table in a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -175,8 +176,9 @@ def _report(metric: CamMeanIoU | LabelMeanIoU, job: _Job, args: argparse.Namespa
     labels = job.names or ["background" if background and number == 0 else "" for number in range(args.classes)]
     console = Console()
     table = _table(scores, labels)
-    if not console.is_terminal:  # a pipe has no width: 80 columns would cut long names
-        console = Console(width=max(console.width, console.measure(table).maximum))
+    if not console.is_terminal:  # rich takes a pipe for 80 columns, and would fold long names
+        wide = console.options.update(width=WIDEST)
+        console = Console(width=max(console.width, console.measure(table, options=wide).maximum))
     console.print(table)
     figures = {"images": str(len(job.samples)), **_figures(scores, metric)}
     for name, figure in figures.items():
