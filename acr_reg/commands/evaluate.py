@@ -97,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_share(share: Share) -> None:
     if share.is_apart:
         raise CommandError(
-            f"RANK={os.environ['RANK']} without MASTER_ADDR: this process would count a part, and nobody would add up "
-            "the parts. Unset RANK and WORLD_SIZE, or use torchrun."
+            f"RANK={os.environ['RANK']} without MASTER_ADDR would score a share that nobody adds up. Unset RANK and "
+            "WORLD_SIZE, or use torchrun."
         )
 
 
