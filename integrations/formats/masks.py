@@ -18,8 +18,7 @@ _SHOWN = 3
 
 
 def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
-    """The ids (H, W) of a label map: indices of a palette image, values of a grey one (1 to 16 bits), or the VOC colours
-    of an RGB image.
+    """The ids (H, W) of a label map: indices of a palette image, values of a grey one (1 to 16 bits), or VOC colours.
 
     Raises:
         ValueError: the format is lossy (JPEG, WebP), so that ids are not exact, or a colour is none of VOC's.
@@ -28,8 +27,8 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
     with Image.open(path) as image:
         if image.format not in _EXACT:
             raise ValueError(
-                f"{path} is a {image.format} file, whose compression changes ids. Save the ids as a palette (P) or grey "
-                "(L) PNG."
+                f"{path} is a {image.format} file, whose compression changes ids. Save the ids as a palette (P) or "
+                "grey (L) PNG."
             )
         if image.mode in ("RGB", "RGBA"):
             return _ids_of_colours(path, np.asarray(image.convert("RGB")))

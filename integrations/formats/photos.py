@@ -32,13 +32,13 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
             values = np.asarray(photo).astype(np.float64)
         else:
             raise ValueError(
-                f"{path} is an image of mode {photo.mode}, whose range is unknown. Save it with 8 or 16 bits a band, or "
-                'read it in your transform (transform_takes="path").'
+                f"{path} is an image of mode {photo.mode}, whose range is unknown. Save it with 8 or 16 bits a band, "
+                'or read it in your transform (transform_takes="path").'
             )
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
         raise ValueError(
-            f"{path} holds floats from {values.min():.4g} to {values.max():.4g}. Scale them to [0, 1], or read the file "
-            'in your transform (transform_takes="path").'
+            f"{path} holds floats from {values.min():.4g} to {values.max():.4g}. Scale them to [0, 1], or read the "
+            'file in your transform (transform_takes="path").'
         )
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")
 
