@@ -1,4 +1,4 @@
-"""Scores how well class maps segment: mIoU for every background threshold, in one pass over the pixels.
+"""Scores segmentations by mIoU: class maps at every background threshold, in one pass over the pixels, and label maps.
 
 Class maps are scored as segmentation seeds: a pixel takes the class of the highest map, or background (id 0) if no map
 exceeds a threshold, and a sweep finds the best threshold. Instead of an argmax and a confusion matrix per threshold,
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CamCounts", "CamMeanIoU", "CamScores"]
+__all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"]
 
 FloatArray = npt.NDArray[np.floating]
 ROUNDING = 1e-5  # normalised or resized maps may leave [0, 1] by this
@@ -74,7 +74,7 @@ class CamMeanIoU:
         num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
         thresholds: ascending values in [0, 1]; default 0, 0.01, ..., 0.99. Unused without background.
         background: whether id 0 is background.
-        ignore_index: mask value of pixels that are not counted, even if a class has this id.
+        ignore_index: mask value of pixels that are not counted, even if a class has this id. None counts every pixel.
 
     Raises:
         ValueError: fewer than 2 ids with background or 1 without, or thresholds not ascending within [0, 1].
@@ -94,7 +94,7 @@ class CamMeanIoU:
         num_classes: int,
         thresholds: Sequence[float] | FloatArray | None = None,
         background: bool = True,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
     ) -> None:
         if num_classes < (smallest := 2 if background else 1):
             raise ValueError(f"num_classes is {num_classes}. With background={background} pass at least {smallest}.")
@@ -189,11 +189,15 @@ class CamMeanIoU:
             return NotImplemented
         if self._settings() != other._settings():
             raise ValueError(f"The settings are {self._settings()} and {other._settings()}. Make both counters alike.")
-        total = CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
+        total = self.empty()
         total._predicted = self._predicted + other._predicted
         total._correct = self._correct + other._correct
         total._truth = self._truth + other._truth
         return total
+
+    def empty(self) -> CamMeanIoU:
+        """A counter with the same settings that has counted nothing."""
+        return CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
 
     def counts(self) -> CamCounts:
         """Pixels predicted as each class, the correct ones among them, and pixels in the masks, over all images."""
@@ -241,15 +245,150 @@ class CamMeanIoU:
         return ids.astype(np.int64)
 
     def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-        if truth.dtype.kind not in "iu":
-            raise ValueError(f"mask has dtype {truth.dtype}. Pass class ids as whole numbers, not colours.")
-        if truth.size and (truth.min() < 0 or truth.max() >= self.num_classes):
-            wrong = sorted({int(i) for i in np.unique(truth) if not 0 <= i < self.num_classes})
-            raise ValueError(
-                f"mask has ids {wrong[:8]}. Pass ids 0 to {self.num_classes - 1}, or {self.ignore_index} (ignored); "
-                "check num_classes and ignore_index."
-            )
+        _check_ids("mask", truth, self.num_classes, self.ignore_index)
         return truth.astype(np.int64)
 
-    def _settings(self) -> tuple[int, tuple[float, ...], bool, int]:
+    def _settings(self) -> tuple[int, tuple[float, ...], bool, int | None]:
         return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
+
+
+@dataclass(frozen=True, eq=False)
+class LabelScores:
+    """Scores of the label maps of one data set, in [0, 1]; C classes.
+
+    Attributes:
+        miou: mean IoU over the classes that are in the masks or predicted.
+        per_class_iou: (C,) NaN for a class neither in the masks nor predicted.
+        false_positive_rate: (C,) pixels wrongly given to the class, over its union.
+        false_negative_rate: (C,) missed pixels of the class, over its union. IoU and the two rates sum to 1.
+        pixel_accuracy: correct pixels over all pixels of the masks.
+        per_class_accuracy: (C,) correct pixels of a class over its pixels in the masks; NaN where it has none.
+        class_accuracy: mean of the per-class accuracy over the classes in the masks.
+    """
+
+    miou: float
+    per_class_iou: FloatArray
+    false_positive_rate: FloatArray
+    false_negative_rate: FloatArray
+    pixel_accuracy: float
+    per_class_accuracy: FloatArray
+    class_accuracy: float
+
+
+class LabelMeanIoU:
+    """Counts label maps against masks, image by image: one confusion matrix of a whole data set.
+
+    For predictions that are class ids: pseudo labels after a CRF or a random walk, or the output of a segmentation
+    network. Pixels that the mask ignores are not counted. Pixels predicted as ``ignore_index`` where the mask has a
+    class are missed pixels of that class: skipping them would raise the score of labels that leave difficult pixels
+    out. Counters with equal settings add up: ``a + b``.
+
+    Args:
+        num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
+        ignore_index: the id of pixels without a class, even if it is less than num_classes. None: there is no such id.
+
+    Raises:
+        ValueError: num_classes is less than 1.
+
+    Example: of three labelled pixels one is right, one is wrong and one has no prediction.
+
+    >>> import numpy as np
+    >>> metric = LabelMeanIoU(num_classes=2)
+    >>> metric.update(labels=np.array([[1, 1, 255, 0]]), mask=np.array([[1, 0, 1, 255]]))
+    >>> metric.confusion()
+    array([[0, 1, 0],
+           [0, 1, 1]])
+    >>> scores = metric.compute()
+    >>> scores.per_class_iou.round(2), round(scores.pixel_accuracy, 2)
+    (array([0.  , 0.33]), 0.33)
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int | None = 255) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}. Pass at least 1.")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._confusion = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+
+    def update(self, labels: npt.ArrayLike, mask: npt.ArrayLike) -> None:
+        """Counts one image. An error counts nothing.
+
+        Args:
+            labels: (H, W) predicted integer ids, ignore_index where nothing is predicted.
+            mask: (H, W) integer ids of the truth, ignore_index where unknown.
+
+        Raises:
+            ValueError: shapes that disagree, other dtypes, or ids out of range.
+        """
+        predicted, truth = np.asarray(labels), np.asarray(mask)
+        if predicted.ndim != 2 or predicted.shape != truth.shape:
+            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), both alike.")
+        columns = self.num_classes + 1
+        given = predicted if self.ignore_index is None else predicted[predicted != self.ignore_index]
+        _check_ids("labels", given, self.num_classes, self.ignore_index)
+        if self.ignore_index is not None:
+            counted = truth != self.ignore_index
+            predicted, truth = predicted[counted], truth[counted]
+        _check_ids("mask", truth, self.num_classes, self.ignore_index)
+        column = predicted.astype(np.int64).ravel()
+        if self.ignore_index is not None:
+            column[column == self.ignore_index] = self.num_classes
+        pairs = truth.astype(np.int64).ravel() * columns + column
+        self._confusion += np.bincount(pairs, minlength=self._confusion.size).reshape(self._confusion.shape)
+
+    def compute(self) -> LabelScores:
+        """Scores of all images counted so far.
+
+        Raises:
+            ValueError: no pixel was counted.
+        """
+        if not self._confusion.any():
+            raise ValueError("No pixel was counted. Call update() with a mask that is not all ignore_index.")
+        correct, truth = self._confusion.diagonal(), self._confusion.sum(axis=1)
+        predicted = self._confusion[:, :-1].sum(axis=0)
+        union = predicted + truth - correct
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
+            iou = correct / union
+            accuracy = correct / truth
+            wrong, missed = (predicted - correct) / union, (truth - correct) / union
+        return LabelScores(
+            miou=float(np.nanmean(iou)),
+            per_class_iou=iou,
+            false_positive_rate=wrong,
+            false_negative_rate=missed,
+            pixel_accuracy=float(correct.sum() / truth.sum()),
+            per_class_accuracy=accuracy,
+            class_accuracy=float(np.nanmean(accuracy)),
+        )
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """(C, C + 1) pixels: row = id in the mask, column = predicted id; last column: predicted as ignore_index."""
+        return self._confusion.copy()
+
+    def empty(self) -> LabelMeanIoU:
+        """A counter with the same settings that has counted nothing."""
+        return LabelMeanIoU(self.num_classes, self.ignore_index)
+
+    def __add__(self, other: LabelMeanIoU) -> LabelMeanIoU:
+        """The counter of both data sets together. Raises ValueError if their settings differ."""
+        if not isinstance(other, LabelMeanIoU):
+            return NotImplemented
+        settings = [(each.num_classes, each.ignore_index) for each in (self, other)]
+        if settings[0] != settings[1]:
+            raise ValueError(f"The settings are {settings[0]} and {settings[1]}. Make both counters alike.")
+        total = self.empty()
+        total._confusion = self._confusion + other._confusion
+        return total
+
+
+def _check_ids(name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None) -> None:
+    """Raises ValueError for ids out of range. Ignored pixels are left out before."""
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} has dtype {ids.dtype}. Pass class ids as whole numbers, not colours.")
+    if ids.size and (ids.min() < 0 or ids.max() >= num_classes):
+        wrong = sorted({int(i) for i in np.unique(ids) if not 0 <= i < num_classes})
+        ignored = "" if ignore_index is None else f", or {ignore_index} (ignored)"
+        raise ValueError(
+            f"{name} has ids {wrong[:8]}. Pass ids 0 to {num_classes - 1}{ignored}; check the number of classes and "
+            "the ignored id."
+        )
