@@ -284,9 +284,7 @@ def _with_names(drawn: Image.Image, ids: Ids, style: _Style) -> Image.Image:
 # ---------------------------------------------------------------- pages
 
 
-def _pages(
-    images: Iterator[SheetImage], style: _Style, per_page: int, notes: Sequence[str]
-) -> Iterator[Image.Image]:
+def _pages(images: Iterator[SheetImage], style: _Style, per_page: int, notes: Sequence[str]) -> Iterator[Image.Image]:
     while True:
         legend = _Legend()
         strips = []
@@ -307,7 +305,9 @@ def _page(strips: Sequence[_Strip], style: _Style, legend: _Legend, notes: Seque
             lines.append([])
         lines[-1].append(strip)
     cell = style.panel + 2 * _GAP
-    heights = [max(picture.height for strip in line for _, picture in strip.panels) + 2 * _LINE + 3 * _GAP for line in lines]
+    heights = [
+        max(picture.height for strip in line for _, picture in strip.panels) + 2 * _LINE + 3 * _GAP for line in lines
+    ]
     widest = max(sum(len(strip.panels) * cell + _GAP for strip in line) for line in lines)
     width = max(_NARROWEST, widest + 2 * _PAD)
     head = _head(width, style, legend, notes)
@@ -328,7 +328,9 @@ def _draw_strip(page: Image.Image, strip: _Strip, corner: tuple[int, int], heigh
     left, top = corner
     width = len(strip.panels) * cell
     draw.rectangle((left, top, left + width - 1, top + height - 1), fill=_CARD)
-    draw.text((left + _GAP, top + _GAP // 2), _cut(strip.title, _font(bold=True), width - 2 * _GAP), _INK, _font(bold=True))
+    draw.text(
+        (left + _GAP, top + _GAP // 2), _cut(strip.title, _font(bold=True), width - 2 * _GAP), _INK, _font(bold=True)
+    )
     for i, (caption, picture) in enumerate(strip.panels):
         x, y = left + i * cell + _GAP, top + _LINE + _GAP
         page.paste(picture, (x, y))
@@ -339,7 +341,9 @@ def _head(width: int, style: _Style, legend: _Legend, notes: Sequence[str]) -> I
     """The notes and the legend, in as many lines as they need."""
     swatches: list[tuple[str, Image.Image]] = []
     for number in sorted(legend.ids):
-        swatches.append((style.name_of(number), _swatch(tuple(voc_palette()[_palette_index(np.array(number))].tolist()))))
+        swatches.append(
+            (style.name_of(number), _swatch(tuple(voc_palette()[_palette_index(np.array(number))].tolist())))
+        )
     swatches += [(ERRORS[kind][0], _swatch(ERRORS[kind][1])) for kind in sorted(legend.errors)]
     if legend.ignored:
         stripes = _coloured(np.full((11, 22), IGNORED), True, 4)
