@@ -95,8 +95,8 @@ class LabelRule:
         rules = [name for name in ("threshold", "ignore_between", "alphas") if getattr(self, name) is not None]
         if self.background and len(rules) != 1:
             raise ValueError(
-                f"{' and '.join(rules) or 'No rule'} given. Give exactly one of threshold, ignore_between and alphas, or "
-                "background=False."
+                f"{' and '.join(rules) or 'No rule'} given. Give exactly one of threshold, ignore_between and alphas, "
+                "or background=False."
             )
         if not self.background and rules:
             raise ValueError(f"{' and '.join(rules)} given without background. Leave this out: the highest map wins.")
@@ -128,7 +128,7 @@ def _by_class(
     largest = IGNORED - 1 - int(background)
     if numbers and numbers[-1] > largest:
         raise ValueError(
-            f"The maps have class {numbers[-1]}. Label images hold classes up to {largest}, since id {IGNORED} is ignored."
+            f"The maps have class {numbers[-1]}. Label images hold classes up to {largest}; id {IGNORED} means ignored."
         )
     if not numbers:
         if not background:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from acr_reg.integrations.formats.write import replacing
 
@@ -37,10 +38,13 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
         return np.asarray(image).astype(np.int64)
 
 
-def save_mask(path: str | os.PathLike[str], ids: npt.NDArray[np.integer]) -> None:
+def save_mask(
+    path: str | os.PathLike[str], ids: npt.NDArray[np.integer], text: Mapping[str, str] | None = None
+) -> None:
     """Write ids (H, W) in 0 to 255 as a palette PNG in VOC's colours. The file appears whole or not at all.
 
-    Raises ValueError for other shapes, types or ids."""
+    ``text`` is kept beside the pixels: Pillow has it in ``Image.open(path).info``. Raises ValueError for other shapes,
+    types or ids."""
     values = np.asarray(ids)
     if (
         values.ndim != 2
@@ -50,8 +54,11 @@ def save_mask(path: str | os.PathLike[str], ids: npt.NDArray[np.integer]) -> Non
         raise ValueError(f"{path}: a {values.dtype} array {values.shape} is no label map. Pass ids (H, W) of 0 to 255.")
     image = Image.fromarray(values.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
+    beside = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        beside.add_text(name, value)
     with replacing(Path(path)) as unfinished:
-        image.save(unfinished, format="PNG")
+        image.save(unfinished, format="PNG", pnginfo=beside)
 
 
 @cache
