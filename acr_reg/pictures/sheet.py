@@ -172,7 +172,7 @@ def _panels(image: SheetImage, style: _Style, legend: _Legend) -> list[tuple[str
         legend.heat = True
         for number, values in image.cams.items():
             panels.append((style.name_of(number), _over(grey, _heat(values, low, high))))
-    for what, ids in (("labels", image.labels), ("mask", image.mask)):
+    for what, ids in (("predicted", image.labels), ("mask", image.mask)):
         if ids is not None:
             legend.ids |= set(np.unique(ids).tolist()) - {IGNORED} - ({0} if style.background else set())
             legend.ignored |= bool((ids == IGNORED).any())
@@ -246,8 +246,8 @@ def _coloured(ids: Ids, background: bool, stripe: int) -> npt.NDArray[np.uint8]:
     if ignored.any():
         rows, columns = np.ogrid[: ids.shape[0], : ids.shape[1]]
         striped = (rows + columns) // stripe % 2 == 0
-        layer[ignored & striped] = (*voc_palette()[IGNORED], 255)
-        layer[ignored & ~striped] = (120, 120, 120, 255)
+        layer[ignored & striped] = (*voc_palette()[IGNORED], 210)
+        layer[ignored & ~striped] = (90, 90, 90, 110)
     return layer
 
 
@@ -277,7 +277,7 @@ def _with_names(drawn: Image.Image, ids: Ids, style: _Style) -> Image.Image:
         text = _cut(style.name_of(number), _font(), drawn.width - 4)
         half = _font().getlength(text) / 2
         x = round(min(max(x, half + 2), max(half + 2, drawn.width - half - 2)))
-        write.text((x, y), text, fill="white", font=_font(), anchor="mm", stroke_width=2, stroke_fill="black")
+        write.text((x, y), text, fill="white", font=_font(), anchor="mm", stroke_width=1, stroke_fill="black")
     return drawn
 
 
@@ -347,12 +347,11 @@ def _head(width: int, style: _Style, legend: _Legend, notes: Sequence[str]) -> I
     swatches += [(ERRORS[kind][0], _swatch(ERRORS[kind][1])) for kind in sorted(legend.errors)]
     if legend.ignored:
         stripes = _coloured(np.full((11, 22), IGNORED), True, 4)
-        swatches.append(("ignored", Image.fromarray(stripes).convert("RGB")))
+        swatches.append(("ignored", _over(Image.new("RGB", (22, 11), "white"), stripes)))
     if legend.heat:
-        bar = Image.fromarray(np.repeat(_heat_colours()[None, ::2], 11, 0))
-        white = Image.new("RGBA", bar.size, "white")
+        bar = np.repeat(_heat_colours()[None, ::2], 11, 0)
         ends = "0 to 1" if style.background else "lowest to highest value of the image"
-        swatches.append((f"class map: {ends}", Image.alpha_composite(white, bar).convert("RGB")))
+        swatches.append((f"class map: {ends}", _over(Image.new("RGB", (128, 11), "white"), bar)))
     places, x, y = [], _PAD, _PAD + len(notes) * _LINE
     for text, picture in swatches:
         needed = picture.width + 5 + round(_font().getlength(text)) + 14
