@@ -120,7 +120,9 @@ def _position(layer: LayerAttention, class_token: int | None, instead: str) -> i
         raise LayoutError(f"{name} has no class token. {instead}")
     if class_token is None:
         if len(tokens) > 1:
-            raise ValueError(f"{name} has {len(tokens)} class tokens. Choose one by class_token=0 to {len(tokens) - 1}.")
+            raise ValueError(
+                f"{name} has {len(tokens)} class tokens. Choose one by class_token=0 to {len(tokens) - 1}."
+            )
         return tokens[0]
     if not -len(tokens) <= class_token < len(tokens):
         raise IndexError(
