@@ -123,7 +123,7 @@ def read_image(files: ListedImage, drawing: Drawing) -> SheetImage:
         cams, labels = _predicted(files, size, sized, drawing)
         return SheetImage(files.id, photo, cams if drawing.heat else {}, None if drawing.heat else labels, mask)
     except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
+        raise CommandError(f"{files.id}: {error}") from error
 
 
 def _predicted(

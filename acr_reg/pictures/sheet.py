@@ -27,6 +27,7 @@ ERRORS: dict[int, tuple[str, Colour]] = {
 
 _OPACITY = 170  # of class colours, of 255
 _MARK_OPACITY = 225
+_DULL = (80, 180)  # the greys under errors: on white, people without blue cones would not see yellow
 _SMALLEST_NAMED = 0.015  # of a panel: regions below have no room for a name
 _GAP, _PAD, _LINE, _FONT = 6, 8, 17, 12  # pixels: around a panel, around the page, of a line of text, of letters
 _NARROWEST = 560  # pixels: room for the legend
@@ -142,7 +143,7 @@ class _Style:
     panel: int
 
     def name_of(self, number: int) -> str:
-        return self.names[number] if number < len(self.names) else f"id {number}"
+        return _printable(self.names[number]) if number < len(self.names) else f"id {number}"
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,8 @@ def _panels(image: SheetImage, style: _Style, legend: _Legend) -> list[tuple[str
         legend.errors |= set(ERRORS) if style.background else {CONFUSED, *np.unique(kinds).tolist()} - {0}
         stripes = _coloured(np.where(image.mask == IGNORED, IGNORED, 0), True, _stripe_width(image.mask, photo))
         layer = np.where(kinds[..., None] > 0, _error_colours()[kinds], stripes)
-        panels.append((f"errors, mIoU {image_miou(image.labels, image.mask):.3f}", _over(grey, layer)))
+        dull = photo.convert("L").point(lambda value: _DULL[0] + value * (_DULL[1] - _DULL[0]) // 255).convert("RGB")
+        panels.append((f"errors, mIoU {image_miou(image.labels, image.mask):.3f}", _over(dull, layer)))
     return panels
 
 
@@ -291,7 +293,8 @@ def _pages(images: Iterator[SheetImage], style: _Style, per_page: int, notes: Se
         for image in islice(images, per_page):
             panels = _panels(image, style, legend)
             parts = [panels[i : i + style.columns] for i in range(0, len(panels), style.columns)]
-            titles = [image.name, *[f"{image.name} (continued)"] * (len(parts) - 1)]
+            name = _printable(image.name)
+            titles = [name, *[f"{name} (continued)"] * (len(parts) - 1)]
             strips += [_Strip(title, part) for title, part in zip(titles, parts, strict=True)]
         if not strips:
             return
@@ -362,7 +365,7 @@ def _head(width: int, style: _Style, legend: _Legend, notes: Sequence[str]) -> I
     head = Image.new("RGB", (width, y + (_LINE if swatches else 0) + _GAP), "white")
     draw = ImageDraw.Draw(head)
     for i, note in enumerate(notes):
-        draw.text((_PAD, _PAD + i * _LINE), _cut(note, _font(), width - 2 * _PAD), _INK, _font())
+        draw.text((_PAD, _PAD + i * _LINE), _cut(_printable(note), _font(), width - 2 * _PAD), _INK, _font())
     for (text, picture), (x, y) in zip(swatches, places, strict=True):
         head.paste(picture, (x, y + 2))
         draw.text((x + picture.width + 5, y), text, _INK, _font())
@@ -379,14 +382,19 @@ def _font(bold: bool = False) -> ImageFont.FreeTypeFont:
     from matplotlib import get_data_path
 
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-    return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / name), _FONT)
+    path = Path(get_data_path()) / "fonts" / "ttf" / name
+    return ImageFont.truetype(str(path), _FONT, layout_engine=ImageFont.Layout.BASIC)  # Raqm fails on some letters
 
 
 def _cut(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """The text, or its beginning and three dots where it is too wide. Line breaks would leave the line."""
-    text = "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
+    """The text, or its beginning and three dots where it is too wide."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
         text = text[:-1]
     return text + "..."
+
+
+def _printable(text: str) -> str:
+    """The text in one line."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text)
