@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -225,6 +226,8 @@ def _run_attention(args: argparse.Namespace) -> int:
         raise CommandError(f"--size {' '.join(map(str, args.size))} is not one or two numbers of pixels.")
     if args.no_normalization and (args.mean or args.std):
         raise CommandError("--no-normalization does not go with --mean or --std. Give one of them.")
+    if args.std is not None and min(args.std) <= 0:
+        raise CommandError(f"--std {' '.join(map(str, args.std))} is not above 0. The photo is divided by it.")
     try:
         photo = open_photo(args.photo)
     except (OSError, ValueError) as error:
@@ -260,6 +263,8 @@ def _run_attention(args: argparse.Namespace) -> int:
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png")
     print(path)
+    if args.weights is None and args.model.startswith(("timm:", "torchvision:")):
+        print(f"note: {args.model} has random weights. Give trained ones by --weights FILE.", file=sys.stderr)
     return 0
 
 
