@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ _COLUMNS = 5
 _LETTERS = 150  # of a heading's line
 _WIDTH, _GAP, _LINE, _BAR = 2.6, 0.2, 0.24, 0.42  # inches: a panel, between panels, a line of text, below a panel
 _SHARE = 0.99  # of the tokens have less than the full colour
-_FADE = 0.6  # how much of the photo's grey is left under a map
+_FADE = 0.5  # how much of the photo's grey is left under a map
 
 
 Colour = tuple[float, float, float]
@@ -129,24 +129,24 @@ def show_attention(
         activation = None if pair[0].layout.class_tokens else 0.0
         acr = AllPairsConsistencyLoss(view, activation, distance=distance, layers=[pair[0].index])
         _, terms = acr(*maps, return_terms=True)
-    name = distance if isinstance(distance, str) else getattr(distance, "__name__", "distance")
-    seen = f"{of_patch:.3f} for this patch, {terms['affinity'].item():.3f} on average over all patches"
-    if "activation" in terms:
-        seen += f", {terms['activation'].item():.3f} for the class token"
-    return _draw(
-        f"{type(model).__name__}: attention of layer {pair[0].index} ({pair[0].name})",
-        [
-            (note, upper),
-            (
-                f"What the patch in row {patch[0]}, column {patch[1]} (from 0) attends to, mean over heads, on the photo "
-                f"and on its view {view.brief}. The loss compares the two by the {name} distance: {seen}.",
-                lower,
-            ),
-        ],
+    name = distance if isinstance(distance, str) else getattr(distance, "__name__", "given")
+    heading = (
+        f"What the patch in row {patch[0]}, column {patch[1]} (from 0) attends to, mean over heads, on the photo and "
+        f"on its view {view.brief}. The loss compares the two by the {name} distance: {of_patch:.3f} for this patch, "
+        f"{terms['affinity'].item():.3f} on average over all patches"
     )
+    if "activation" in terms:
+        heading += f", {terms['activation'].item():.3f} for the class token"
+    shown = lower[-1].shown
+    heading += "." if shown is None or shown.all() else ". Grey: not visible in both."
+    title = f"{type(model).__name__}: attention of layer {pair[0].index} ({pair[0].name})"
+    return _draw(title, [(note, upper), (heading, lower)])
 
 
 def _check(image: Tensor, photo: Tensor) -> None:
+    for name, given in (("image", image), ("photo", photo)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"The {name} is a {type(given).__name__}. Convert it to a tensor.")
     if image.ndim != 4 or image.shape[0] != 1:
         raise ValueError(f"The image has shape {tuple(image.shape)}, not (1, bands, H, W). Pass one image as a batch.")
     if photo.shape != (3, *image.shape[-2:]):
@@ -188,7 +188,7 @@ def _class_panels(
         rollout = attention_rollout(maps, below, class_token, "all" if heads is None else "class")[0]
         title = f"rollout, layers {below[0]} to {below[-1]}" + (", mean of all queries" if heads is None else "")
         panels.append(_Panel(title, photo, grid, rollout))
-        note += "."
+        note += ". Each panel has its own scale."
     except ValueError as error:
         note += f". The rollout is left out: {error}"
     panels += [
@@ -238,14 +238,12 @@ def _patch_panels(
     size = (keys.height, keys.width)
     shown = rows.keys_valid[0].cpu().unflatten(0, size)
     after = [row.unflatten(0, size) for row in after]
-    on = "" if bool(shown.all()) else ", where both show it"
-
-    full = _full(*before, *(row[shown] for row in after))
+    full = _full(*(row[shown] for row in after))
     marks = (grids[0], patch), (grids[1], divmod(there, grids[1].width))
     panels = [
-        _Panel("photo", photo, keys, before[0], _PATCH, full, None, marks[0]),
-        _Panel("view", view(photo[None])[0], b.layout.key, before[1], _PATCH, full, None, marks[1]),
-        _Panel(f"photo, as compared{on}", photo, keys, after[0], _PATCH, full, shown, marks[0]),
+        _Panel("photo", photo, keys, before[0], _PATCH, None, None, marks[0]),
+        _Panel("view", view(photo[None])[0].clamp(0, 1), b.layout.key, before[1], _PATCH, None, None, marks[1]),
+        _Panel("photo, as compared", photo, keys, after[0], _PATCH, full, shown, marks[0]),
         _Panel("view, brought back", photo, keys, after[1], _PATCH, full, shown, marks[0]),
         _Panel("difference", photo, keys, (after[0] - after[1]).abs(), _DIFFERENCE, None, shown, marks[0]),
     ]
@@ -265,7 +263,7 @@ def _draw(title: str, parts: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
     size = parts[0][1][0].photo.shape[-2:]
     high = (_WIDTH - _GAP) * size[0] / size[1]
     texts = [textwrap.fill(heading, _LETTERS) for heading, _ in parts]
-    headings = [_LINE * (1.6 + text.count("\n")) for text in texts]
+    headings = [_LINE * (1.2 + text.count("\n")) for text in texts]
     rows = [-(-len(panels) // _COLUMNS) for _, panels in parts]
     down = _LINE + high + _BAR
     width, height = _COLUMNS * _WIDTH, 2 * _LINE + sum(headings) + sum(rows) * down
@@ -280,21 +278,20 @@ def _draw(title: str, parts: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
             row, column = divmod(number, _COLUMNS)
             left, below = column * _WIDTH + _GAP / 2, top + row * down + _LINE + high
             across = (_WIDTH - _GAP) / width
-            ax = figure.add_axes((left / width, 1 - below / height, across, high / height))
+            ax = figure.add_axes((left / width, 1 - below / height, across, high / height), anchor="N")
             bar = figure.add_axes((left / width, 1 - (below + 0.14) / height, across, 0.08 / height))
-            _show(ax, bar, panel)
+            _show(figure, ax, bar, panel)
         top += -(-len(panels) // _COLUMNS) * down
     return figure
 
 
-def _opacity(colour: Colour) -> LinearSegmentedColormap:
+def _opacity(colour: Colour) -> Colormap:
     """The higher the value, the more the colour covers the photo; grey where there is no value."""
     scale = LinearSegmentedColormap.from_list("opacity", [(*colour, 0.0), (*colour, 0.95)])
-    scale.set_bad((0.75, 0.75, 0.75, 1.0))
-    return scale
+    return scale.with_extremes(bad=(0.75, 0.75, 0.75, 1.0))
 
 
-def _show(ax: Axes, bar: Axes, panel: _Panel) -> None:
+def _show(figure: Figure, ax: Axes, bar: Axes, panel: _Panel) -> None:
     ax.set_axis_off()
     ax.set_title(panel.title, fontsize=10, pad=3)
     lattice = panel.lattice
@@ -313,11 +310,12 @@ def _show(ax: Axes, bar: Axes, panel: _Panel) -> None:
         cells = (left, left + lattice.width * lattice.stride[1], top + lattice.height * lattice.stride[0], top)
         full = (_full(values) if panel.full is None else panel.full) or 1.0
         drawn = ax.imshow(values.numpy(), _opacity(panel.colour), vmin=0, vmax=full, extent=cells, aspect="equal")
-        scale = ax.get_figure().colorbar(drawn, cax=bar, orientation="horizontal")
+        scale = figure.colorbar(drawn, cax=bar, orientation="horizontal")
         scale.set_ticks([0, full], labels=["0", f"{full:.2g} or more"])
         bar.tick_params(labelsize=8, length=2, pad=1)
-        for label, side in zip(bar.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
+        lowest, highest = bar.get_xticklabels()
+        lowest.set_horizontalalignment("left")
+        highest.set_horizontalalignment("right")
     ax.set(xlim=(0, width), ylim=(height, 0))
     if panel.mark is not None:
         grid, (row, column) = panel.mark
