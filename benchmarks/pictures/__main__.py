@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from benchmarks.commands import run_command
 
 COMMANDS = {
+    "sheet": "draw the contact sheets of docs/pictures",
     "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
     "views": "draw the pictures of docs/views.md",
 }
