@@ -8,6 +8,7 @@ histograms give the counts at all thresholds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ __all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"
 
 FloatArray = npt.NDArray[np.floating]
 ROUNDING = 1e-5  # normalised or resized maps may leave [0, 1] by this
+EVEN = 0.01  # how far thresholds may be from evenly spaced ones, in steps
+SMALLEST_STEP = 1e-4  # between thresholds whose nearest is computed: float32 is 1000 times finer
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +111,7 @@ class CamMeanIoU:
         self.thresholds = values
         self.background = background
         self.ignore_index = ignore_index
+        self._step = _even_step(values)
         # Row: class. Column: the number of thresholds that the highest map value of the pixel exceeds.
         self._predicted = np.zeros((num_classes, values.size + 1), dtype=np.int64)  # by class of the highest map
         self._correct = np.zeros_like(self._predicted)  # by class of the mask, where it can be predicted
@@ -136,25 +140,28 @@ class CamMeanIoU:
                 f"cam is {maps.shape[1]} x {maps.shape[2]} and mask {truth.shape[0]} x {truth.shape[1]}. Resize the "
                 "maps to the mask."
             )
-        self._check_values(maps)
         ids = self._checked_classes(classes, len(maps))
-        counted = truth != self.ignore_index
-        truth = self._checked_truth(truth[counted])
+        highest, best = self._highest(maps, ids)
+        truth = _codes("mask", truth, self.num_classes, self.ignore_index)
 
-        # Ascending ids, so that the lowest wins a tie whatever the order of the maps.
-        order = np.argsort(ids)
-        maps = maps.astype(np.result_type(maps.dtype, np.float32), copy=False)[order][:, counted]
-        if len(ids):
-            best, highest = ids[order][maps.argmax(axis=0)], maps.max(axis=0)
-        else:
-            best, highest = np.zeros_like(truth), np.zeros(truth.size, dtype=maps.dtype)
-        exceeded = np.searchsorted(self.thresholds.astype(maps.dtype), highest, side="left")
-
-        # Background is right where the mask says so and the threshold is high enough, whatever the highest map.
-        right = (best == truth) | (truth == 0) if self.background else best == truth
-        self._predicted += self._histogram(best, exceeded)
-        self._correct += self._histogram(truth[right], exceeded[right])
-        self._truth += np.bincount(truth, minlength=self.num_classes)
+        # Each pixel is counted once, in a histogram over (verdict, class of the highest map, thresholds exceeded).
+        # Arithmetic instead of masks: its time does not depend on the image.
+        verdict = (best == truth).astype(np.uint8)  # 0: wrong, 1: right, 2: background in the mask, 3: ignored
+        if self.background:
+            # Right where the threshold is high enough, whatever the highest map.
+            np.maximum(verdict, np.multiply(truth == 0, 2, dtype=np.uint8), out=verdict)
+        np.maximum(verdict, np.multiply(truth == self.num_classes, 3, dtype=np.uint8), out=verdict)
+        shape = (4, *self._predicted.shape)
+        rows = np.multiply(verdict, shape[1], dtype=np.uint32)
+        rows += best
+        index = np.multiply(rows, shape[2], dtype=np.int64)
+        if self.background:
+            index += self._exceeded(highest)
+        counts = np.bincount(index.ravel(), minlength=math.prod(shape)).reshape(shape)
+        self._predicted += counts[:3].sum(axis=0)
+        self._correct += counts[1]
+        self._correct[0] += counts[2].sum(axis=0)
+        self._truth += np.bincount(truth.ravel(), minlength=self.num_classes + 1)[: self.num_classes]
 
     def compute(self) -> CamScores:
         """Scores of all images counted so far.
@@ -211,20 +218,43 @@ class CamMeanIoU:
         correct[0] = self._correct[0].cumsum()[:-1]
         return CamCounts(predicted, correct, self._truth.copy())
 
-    def _histogram(self, ids: npt.NDArray[np.int64], bins: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        shape = self._predicted.shape
-        return np.bincount(ids * shape[1] + bins, minlength=self._predicted.size).reshape(shape)
-
-    def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
+    def _highest(
+        self, maps: npt.NDArray[np.generic], ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.unsignedinteger]]:
+        """The highest value of each pixel, in the precision of the maps, and the class of its map."""
         if maps.dtype.kind not in "fiub":
             raise ValueError(f"cam has dtype {maps.dtype}. Convert the maps to float.")
+        size, small = maps.shape[1:], np.min_scalar_type(self.num_classes)
+        precision = np.result_type(maps.dtype, np.float32)
         if maps.size == 0:
-            return
-        low, high = float(maps.min()), float(maps.max())
+            return np.zeros(size, precision), np.zeros(size, small)
+        order = np.argsort(ids)  # the lowest id wins a tie, whatever the order of the maps
+        highest, best = maps[order[0]].astype(precision), np.full(size, ids[order[0]], small)
+        for position in order[1:]:
+            values = maps[position].astype(precision, copy=False)
+            best ^= (best ^ ids[position].astype(small)) * (values > highest)  # the id, where it is higher
+            np.maximum(highest, values, out=highest)
+        self._check_range(float(maps.min()), float(highest.max()))
+        return highest, best
+
+    def _check_range(self, low: float, high: float) -> None:
         if not np.isfinite([low, high]).all():
             raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
         if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
             raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
+
+    def _exceeded(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
+        """The number of thresholds that each value exceeds."""
+        thresholds = self.thresholds.astype(values.dtype)
+        if self._step is None:
+            return np.searchsorted(thresholds, values, side="left")
+        # The threshold nearest to the value is computed, and the value compared with it: rounding cannot matter, as
+        # the thresholds below the nearest are exceeded and those above are not.
+        position = values * (1 / self._step)
+        position += 0.5 - self.thresholds[0] / self._step
+        nearest = np.clip(position, 0, thresholds.size, out=position).astype(np.intp)
+        nearest += values > np.append(thresholds, np.inf).astype(values.dtype)[nearest]
+        return nearest
 
     def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
         first = 1 if self.background else 0
@@ -243,10 +273,6 @@ class CamMeanIoU:
         if len(np.unique(ids)) != count:
             raise ValueError(f"classes are {ids.tolist()}. Pass each class once; merge or drop the repeated maps.")
         return ids.astype(np.int64)
-
-    def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-        _check_ids("mask", truth, self.num_classes, self.ignore_index)
-        return truth.astype(np.int64)
 
     def _settings(self) -> tuple[int, tuple[float, ...], bool, int | None]:
         return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
@@ -322,19 +348,13 @@ class LabelMeanIoU:
         """
         predicted, truth = np.asarray(labels), np.asarray(mask)
         if predicted.ndim != 2 or predicted.shape != truth.shape:
-            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), both alike.")
-        columns = self.num_classes + 1
-        given = predicted if self.ignore_index is None else predicted[predicted != self.ignore_index]
-        _check_ids("labels", given, self.num_classes, self.ignore_index)
-        if self.ignore_index is not None:
-            counted = truth != self.ignore_index
-            predicted, truth = predicted[counted], truth[counted]
-        _check_ids("mask", truth, self.num_classes, self.ignore_index)
-        column = predicted.astype(np.int64).ravel()
-        if self.ignore_index is not None:
-            column[column == self.ignore_index] = self.num_classes
-        pairs = truth.astype(np.int64).ravel() * columns + column
-        self._confusion += np.bincount(pairs, minlength=self._confusion.size).reshape(self._confusion.shape)
+            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), of one size.")
+        column = _codes("labels", predicted, self.num_classes, self.ignore_index)
+        row = _codes("mask", truth, self.num_classes, self.ignore_index)
+        size = self.num_classes + 1
+        pairs = np.multiply(row, size, dtype=np.int64)
+        pairs += column
+        self._confusion += np.bincount(pairs.ravel(), minlength=size**2).reshape(size, size)[: self.num_classes]
 
     def compute(self) -> LabelScores:
         """Scores of all images counted so far.
@@ -381,17 +401,33 @@ class LabelMeanIoU:
         return total
 
 
-def _check_ids(name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None) -> None:
-    """Raises ValueError for ids out of range. Ignored pixels are left out before."""
+def _even_step(thresholds: npt.NDArray[np.float64]) -> float | None:
+    """The step between evenly spaced thresholds, if it is large beside rounding in single precision; else None."""
+    if thresholds.size < 2:
+        return None
+    step = float(thresholds[-1] - thresholds[0]) / (thresholds.size - 1)
+    even = np.abs(thresholds - thresholds[0] - step * np.arange(thresholds.size)).max() < EVEN * step
+    return step if even and step > SMALLEST_STEP else None
+
+
+def _codes(
+    name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.unsignedinteger]:
+    """The ids in few bytes, with num_classes for the ignored one. Raises ValueError for ids out of range."""
     if ids.dtype.kind not in "iu":
-        raise ValueError(f"{name} has dtype {ids.dtype}. Pass class ids as whole numbers, not colours.")
-    if ids.size and (ids.min() < 0 or ids.max() >= num_classes):
-        wrong = sorted({int(i) for i in np.unique(ids) if not 0 <= i < num_classes})
-        ignored = "" if ignore_index is None else f", or {ignore_index} (ignored)"
+        raise ValueError(f"{name} of dtype {ids.dtype} cannot hold ids. Pass class ids as whole numbers, not colours.")
+    ignored = np.zeros(ids.shape, bool) if ignore_index is None else ids == ignore_index
+    known = np.where(ignored, 0, ids)  # 0 is a valid id
+    if known.size and (known.min() < 0 or known.max() >= num_classes):
+        wrong = [int(i) for i in np.unique(known) if not 0 <= i < num_classes]
+        others = "" if ignore_index is None else f", or {ignore_index} (ignored)"
         raise ValueError(
-            f"{name} has ids {wrong[:8]}. Pass ids 0 to {num_classes - 1}{ignored}; check the number of classes and "
-            "the ignored id."
+            f"{name} with ids {wrong[:8]}: only 0 to {num_classes - 1}{others} can be counted. Check the number of classes "
+            "and the ignored id."
         )
+    codes = known.astype(np.min_scalar_type(num_classes))
+    codes += np.multiply(ignored, num_classes, dtype=codes.dtype)
+    return codes
 
 
 def _mean_over_classes(iou: FloatArray) -> FloatArray:

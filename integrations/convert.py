@@ -16,6 +16,8 @@ from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.shares import Share, share_of_run
 from acr_reg.metrics import CamMeanIoU, CamScores
 
 __all__ = ["convert_cams", "convert_to_labels", "score_dev_list"]
@@ -33,6 +35,8 @@ def convert_cams(
     alphas: tuple[float, float] = ALPHAS,
     overwrite: bool = False,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> FolderReport:
     """Read every .npy and .npz file of one folder, and write it under the same name to another folder in ``format``.
 
@@ -52,9 +56,15 @@ def convert_cams(
         alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
         overwrite: convert files again that exist.
         progress: show progress. Failures are written in any case.
+        workers: processes that read and resize the maps. 0 reads in this process.
+        share: under torchrun, or in an array of jobs with RANK and WORLD_SIZE, each process converts its share. All of
+            them must call this, with the same arguments. The report is of all processes, but in an array of its own
+            share. With False this process converts everything.
 
     Raises:
-        ValueError: the source holds no such files or is the target, or the target holds files of another format.
+        ValueError: the source holds no such files, or one image twice; it is the target; the target holds files of
+            another format.
+        RuntimeError: other processes of the run did not call this, or ended with an error.
 
     >>> import os, numpy as np
     >>> from acr_reg.integrations.formats import load_cams, save_cams
@@ -67,7 +77,7 @@ def convert_cams(
     """
     folder = CamFolder(Path(target), format, alphas)
     maps_of = _source_of(source, source_format, images, folder.folders)
-    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress)
+    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress, workers=workers, share=share)
 
 
 def convert_to_labels(
@@ -82,6 +92,8 @@ def convert_to_labels(
     images: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> FolderReport:
     """Read every .npy and .npz file of one folder, and write its pseudo labels as a palette PNG to another folder.
 
@@ -89,7 +101,7 @@ def convert_to_labels(
     a restarted run cannot mix labels of two rules.
 
     Args:
-        source, source_format, overwrite, progress: as for :func:`convert_cams`.
+        source, source_format, overwrite, progress, workers, share: as for :func:`convert_cams`.
         target: another folder, made if it does not exist.
         threshold, ignore_between, alphas, background: the rule, of
             :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`score_dev_list` finds the best threshold.
@@ -99,6 +111,7 @@ def convert_to_labels(
     Raises:
         ValueError: the source holds no such files, or the target is the source or ``images``. The target holds PNG
             files that another rule or another program made, unless ``overwrite`` replaces them. The rule is wrong.
+        RuntimeError: as for :func:`convert_cams`.
 
     >>> import os, numpy as np
     >>> from PIL import Image
@@ -113,46 +126,57 @@ def convert_to_labels(
     folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
     folder.check_others(maps_of.files if overwrite else ())
-    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress)
+    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress, workers=workers, share=share)
 
 
 def score_dev_list(
     source: str | os.PathLike[str],
-    images_list: str | os.PathLike[str],
+    dev_list: str | os.PathLike[str],
     masks: str | os.PathLike[str],
     num_classes: int,
     source_format: Format | None = None,
     *,
     images: str | os.PathLike[str] | None = None,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> CamScores:
-    """The scores of the listed images at every threshold, as ``evaluate`` counts them: its ``best_threshold`` is for
+    """The scores of the listed images at every threshold, as ``evaluate`` counts them; their ``best_threshold`` is for
     :func:`convert_to_labels`.
 
+    Under torchrun each process scores its share, and all return the scores of the whole list. In a SLURM array, where
+    nobody adds up, each scores the whole list.
+
     Args:
-        source, source_format, images, progress: as for :func:`convert_to_labels`.
-        images_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
+        source, source_format, images, workers, share: as for :func:`convert_to_labels`.
+        dev_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
         masks: the folder of the masks.
         num_classes: number of ids, background included: VOC 21, COCO 81.
+        progress: show progress, and the best threshold.
 
     Raises:
         ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
             correct pixel at any threshold.
+        RuntimeError: as for :func:`convert_cams`.
     """
     from acr_reg.integrations.scoring import find_samples, read_list, score_cams  # needs pillow
 
     known = _source_of(source, source_format, images, []).files
-    entries = read_list(images_list)
+    entries = read_list(dev_list)
     unknown = [name for name, _ in entries if name not in known]
     if unknown:
         raise ValueError(
-            f"{images_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
+            f"{dev_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
         )
-    samples = find_samples(entries, source, masks)
-    counted = score_cams(samples, CamMeanIoU(num_classes), source_format, images is not None, 0, progress)
-    scores = counted.compute()
+    samples, metric = find_samples(entries, source, masks), CamMeanIoU(num_classes)
+    with share_of_run(share) as part:
+        part = Share() if part.is_apart else part
+        scores = score_cams(samples, metric, source_format, images is not None, workers, progress, part).compute()
     if not np.nansum(scores.per_class_iou[1:]):
-        raise ValueError(f"No class has a correct pixel on {images_list}. The maps may be of other images or classes.")
+        raise ValueError(f"No class has a correct pixel on {dev_list}. The maps may be of other images or classes.")
+    if progress and part.speaks:
+        with show_progress() as bar:
+            bar.note(f"best threshold on {dev_list}: {scores.best_threshold} (mIoU {scores.best_miou:.4f})")
     return scores
 
 
@@ -181,14 +205,14 @@ class LabelFolder:
 
     def check(self, name: str) -> None:
         """Raises ValueError if the file of an earlier run was made by another rule."""
-        from PIL import Image
+        from acr_reg.integrations.formats.photos import opened
 
         (file,) = self.files(name)
         try:
-            with Image.open(file) as image:
+            with opened(file, decode=False) as image:  # the text comes before the pixels
                 found = image.info.get(SETTINGS)
         except OSError as error:
-            raise ValueError(f"{file} cannot be read: {error}. Delete it, or choose another folder.") from error
+            raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
             raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
         if found != str(self.rule):

@@ -1,4 +1,4 @@
-"""Scores the class maps or label maps of a list of images against their masks, in several processes if wanted."""
+"""Scores the class maps or label maps of a list of images against their masks, in several processes if asked."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, load_cams
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.integrations.jobs.shares import Share
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 
-__all__ = ["Sample", "find_samples", "read_list", "score_cams", "score_labels"]
+__all__ = ["Sample", "find_samples", "read_list", "resized", "score_cams", "score_labels"]
 
 Kind = Literal["cams", "labels"]
-CAM_SUFFIXES = (".npy", ".npz")
-IMAGE_SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 IMAGES_AT_ONCE = 16  # what a worker counts before it reports
 FEWEST_FOR_WORKERS = 50  # starting workers takes longer than scoring fewer images
@@ -133,28 +132,37 @@ def score_cams(
             and every process returns the counts of all. By default this process counts everything.
 
     Raises:
-        ValueError: a file cannot be read or does not fit its mask or the metric. The message names the file. If it
-            happens in one process of a shared run, all of them raise it.
+        ValueError: a file cannot be read or does not fit its mask or the metric; the message names the file, and if it
+            happens in one process of a shared run, all of them raise it. Or the masks of all samples hold no class.
     """
     count = partial(_count_cams, format=format, resize=resize)
-    return metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.counts().truth, metric.background, metric.ignore_index)
+    return total
 
 
 def score_labels(
     samples: Sequence[Sample],
     metric: LabelMeanIoU,
     resize: bool = False,
+    background: bool = True,
     workers: int = 0,
     progress: bool = True,
     share: Share | None = None,
 ) -> LabelMeanIoU:
-    """Count the label maps of all samples, as :func:`score_cams` counts class maps. ``resize`` takes nearest pixels."""
+    """Count the label maps of all samples, as :func:`score_cams` counts class maps.
+
+    ``resize`` takes the nearest pixels. ``background`` says whether id 0 is background: if the masks of all samples
+    hold nothing else, that is an error.
+    """
     count = partial(_count_labels, resize=resize)
-    return metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.confusion().sum(axis=1), background, metric.ignore_index)
+    return total
 
 
 class _Failure(NamedTuple):
-    """An error of the user's files. It travels between processes as a value: DataLoader would wrap it in a traceback."""
+    """An error of the user's files. It is sent as a value, because DataLoader would wrap it in a traceback."""
 
     message: str
 
@@ -257,11 +265,24 @@ def _count_labels(metric: LabelMeanIoU, sample: Sample, resize: bool) -> None:
         raise ValueError(f"{sample.prediction} with {sample.mask}: {error}") from error
 
 
+def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: int | None) -> None:
+    """Raises ValueError for masks without a class: their mIoU is 0 or 1 whatever was predicted."""
+    if not truth[int(background) :].any():
+        ids = [
+            *(["0 (background)"] if truth[0] else []),
+            *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
+        ]
+        raise ValueError(
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write the ids of the classes into the masks, "
+            "or ignore another id (--ignore-index)."
+        )
+
+
 def _check_size(sample: Sample, size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if size != wanted:
         raise ValueError(
             f"{sample.prediction} is {size[0]}x{size[1]} and {sample.mask} is {wanted[0]}x{wanted[1]} (HxW). "
-            "Save both at one size, or pass --resize (resize=True)."
+            "Save both at one size, or resize (evaluate --resize, convert --images, resize=True)."
         )
 
 

@@ -5,19 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 BACKGROUND = "background"
-VOC = (
-    "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, person, "
-    "pottedplant, sheep, sofa, train, tvmonitor"
-).split(", ")
-COCO = (  # in the order of the 80 classes; COCO's own ids have gaps
-    "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
-    "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
-    "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard, "
-    "surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, "
-    "broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, "
-    "mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, "
-    "teddy bear, hair drier, toothbrush"
-).split(", ")
+_KNOWN = {
+    "voc": (
+        "aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse, motorbike, "
+        "person, pottedplant, sheep, sofa, train, tvmonitor"
+    ),
+    "coco": (  # in the order of the 80 classes; COCO's own ids have gaps
+        "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
+        "parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella, "
+        "handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, "
+        "skateboard, surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, "
+        "sandwich, orange, broccoli, carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, "
+        "dining table, toilet, tv, laptop, mouse, remote, keyboard, cell phone, microwave, oven, toaster, sink, "
+        "refrigerator, book, clock, vase, scissors, teddy bear, hair drier, toothbrush"
+    ),
+}
 
 
 def class_names(source: str, num_classes: int, background: bool = True) -> list[str]:
@@ -35,8 +37,7 @@ def class_names(source: str, num_classes: int, background: bool = True) -> list[
     >>> class_names("voc", 21)[:3]
     ['background', 'aeroplane', 'bicycle']
     """
-    known = {"voc": VOC, "coco": COCO}.get(source)
-    names = _lines(Path(source)) if known is None else list(known)
+    names = _KNOWN[source].split(", ") if source in _KNOWN else _lines(Path(source))
     if background and len(names) == num_classes - 1:
         names = [BACKGROUND, *names]
     if len(names) != num_classes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -84,7 +84,7 @@ def pseudo_labels(
 
 @dataclass(frozen=True)
 class LabelRule:
-    """What turns class maps into labels, checked: the arguments of :func:`pseudo_labels`. Prints as them."""
+    """What turns class maps into labels, checked: the arguments of :func:`pseudo_labels`."""
 
     threshold: float | None = None
     ignore_between: tuple[float, float] | None = None
@@ -108,16 +108,22 @@ class LabelRule:
             check_alphas(self.alphas)
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in asdict(self).items() if value is not None)
+        """Equal for equal rules, whether the numbers are 4, 4.0 or numpy's."""
+        for name in ("threshold", "ignore_between", "alphas"):
+            if (value := getattr(self, name)) is not None:
+                return f"{name}={np.asarray(value, float).tolist()}"
+        return "background=False"
 
     def bounds(self, highest: npt.NDArray[np.floating]) -> tuple[npt.ArrayLike, npt.ArrayLike]:
         """Background is at most the first, foreground above the second. In the precision of ``highest``."""
         if self.alphas is not None:
-            missing = 1 - highest.clip(0, 1)
-            low, high = self.alphas
-            return missing**high, missing**low
-        low, high = self.ignore_between or (self.threshold, self.threshold)
-        return highest.dtype.type(low), highest.dtype.type(high)
+            rest = 1 - highest.clip(0, 1)
+            low, high = map(float, self.alphas)  # numpy's float64 would leave the precision of the maps
+            return rest**high, rest**low
+        if self.ignore_between is not None:
+            return highest.dtype.type(self.ignore_between[0]), highest.dtype.type(self.ignore_between[1])
+        threshold = highest.dtype.type(self.threshold)
+        return threshold, threshold
 
 
 def _by_class(

@@ -172,8 +172,19 @@ def test_a_run_that_overwrote_some_labels_only_is_not_taken_for_complete(tmp_pat
     quiet(cams, tmp_path / "labels", threshold=0.4)
     quiet(cams, tmp_path / "other", threshold=0.5)
     shutil.copy(tmp_path / "other" / f"{NAMES[0]}.png", tmp_path / "labels")  # the first file of those to come
-    with pytest.raises(ValueError, match=rf"{NAMES[1]}\.png was made with threshold=0\.4, .* threshold=0\.5"):
+    with pytest.raises(ValueError, match=rf"{NAMES[1]}\.png was made with threshold=0\.4, .* has threshold=0\.5\."):
         quiet(cams, tmp_path / "labels", threshold=0.5)
+
+
+def test_equal_rules_are_equal_however_their_numbers_are_given(tmp_path, cams):
+    for name, first, second in [
+        ("threshold", 0, np.float32(0)),
+        ("threshold", 0.3, np.float64(0.3)),
+        ("alphas", (4, 32), [4.0, np.float64(32)]),
+        ("ignore_between", (0, 1), (np.int64(0), 1.0)),
+    ]:
+        quiet(cams, tmp_path / f"{name}{first}", **{name: first})
+        assert quiet(cams, tmp_path / f"{name}{first}", **{name: second}).existing == NAMES
 
 
 def test_labels_of_other_images_by_another_rule_are_not_kept(tmp_path, cams):
@@ -188,7 +199,7 @@ def test_label_images_of_another_program_are_not_passed_over(tmp_path, cams, mas
     with pytest.raises(ValueError, match=rf"{NAMES[0]}\.png was not made by this conversion.*another folder"):
         quiet(cams, masks, threshold=0.4)
     (masks / f"{NAMES[0]}.png").write_bytes(before[:20])
-    with pytest.raises(ValueError, match=rf"{NAMES[0]}\.png cannot be read.*another folder"):
+    with pytest.raises(ValueError, match=rf"{NAMES[0]}\.png .*another folder"):
         quiet(cams, masks, threshold=0.4)
 
 

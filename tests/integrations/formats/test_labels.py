@@ -76,7 +76,7 @@ def test_a_band_of_thresholds_is_that_of_toco_and_afa():
     assert set(np.unique(labels)) == {0, 1, 3, 5, 255}
 
 
-@pytest.mark.parametrize("alphas", [(4.0, 32.0), (1, 12), (4, 24)])
+@pytest.mark.parametrize("alphas", [(4.0, 32.0), (1, 12), (np.float64(4), np.float64(24))])
 def test_a_band_of_alphas_is_what_psa_reads_from_its_two_files(tmp_path, alphas):
     maps = {number: values.clip(0, 1) for number, values in sorted(maps_with_ties(np.float32).items())}
     save_crf_pair(tmp_path / "low.npy", tmp_path / "high.npy", maps, alphas)
