@@ -138,7 +138,7 @@ def show_attention(
     if "activation" in terms:
         heading += f", {terms['activation'].item():.3f} for the class token"
     shown = lower[-1].shown
-    heading += "." if shown is None or shown.all() else ". Grey: not visible in both."
+    heading += "." if shown is None or shown.all() else ". Grey: hidden in one of them."
     title = f"{type(model).__name__}: attention of layer {pair[0].index} ({pair[0].name})"
     return _draw(title, [(note, upper), (heading, lower)])
 

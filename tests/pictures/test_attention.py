@@ -157,7 +157,7 @@ def test_what_a_crop_hides_is_grey_and_no_value():
     hidden[1:3, 2:5] = False
     for title in ("photo, as compared", "view, brought back", "difference"):
         assert np.array_equal(np.ma.getmaskarray(np.ma.masked_invalid(values(panels(figure)[title]))), hidden)
-    assert headings(figure)[-1].endswith("Grey: not visible in both.")
+    assert headings(figure)[-1].endswith("Grey: hidden in one of them.")
     assert "Grey" not in headings(show_attention(model, photo[None], photo, FLIP))[-1]
 
 
