@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from benchmarks.commands import run_command
 
 COMMANDS = {
-    "sheet": "draw the contact sheets of docs/pictures",
     "attention": "draw the picture of docs/attention",
+    "sheet": "draw the contact sheets of docs/pictures",
     "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
     "views": "draw the pictures of docs/views.md",
 }

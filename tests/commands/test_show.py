@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from acr_reg.__main__ import main
 from acr_reg.commands import models, show
-from acr_reg.commands.show import OF_MODEL, OF_SHEET, add_arguments, input_size, names_of
+from acr_reg.commands.show import OF_MODEL, OF_SHEET, add_arguments, input_size
 from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.formats.masks import save_mask
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
@@ -260,17 +260,13 @@ def test_other_sizes_are_errors_by_name_and_resize_draws_them(data: Data, run: R
     assert "errors, mIoU 1.000" in written  # a label map of ones, enlarged to a mask of ones
 
 
-def test_names_come_from_voc_coco_or_a_file(tmp_path: Path) -> None:
-    assert names_of("voc", True)[:2] == ["background", "aeroplane"] and len(names_of("voc", True)) == 21
-    assert names_of("voc", False)[0] == "aeroplane" and len(names_of("coco", True)) == 81
-    file = tmp_path / "names.txt"
-    for text, background, expected in [
-        ("cow\ntraffic light\n", True, ["background", "cow", "traffic light"]),
-        ("background\ncow\n", True, ["background", "cow"]),
-        ("building\ngrass", False, ["building", "grass"]),
-    ]:
-        file.write_text(text)
-        assert names_of(str(file), background) == expected
+def test_names_come_from_the_file_with_the_labels(data: Data, run: Run, written: list[str]) -> None:
+    names = data.folder / "image_labels.json"
+    names.write_text(json.dumps({"classes": ["background", "boat", *"x" * 13, "cow"], "labels": {}}))
+    assert run(*data.options(), "--names", names).code == 0
+    assert {"boat", "cow"} <= set(written)
+    names.write_text(json.dumps(["boat"]))
+    assert_user_error(run(*data.options(), "--names", names), r"--names .*image_labels\.json holds no list")
 
 
 @pytest.mark.parametrize(
@@ -319,7 +315,7 @@ def test_without_one_of_the_two_uses_both_are_said(run: Run, arguments: list[str
 def test_bad_lists_and_files_are_named(data: Data, run: Run) -> None:
     (data.masks / f"{data.ids[1]}.png").write_text("no image")
     assert_user_error(
-        run(*data.options("labels"), "--masks", data.masks), rf"cannot identify .*{re.escape(data.ids[1])}"
+        run(*data.options("labels"), "--masks", data.masks), rf"masks.*{re.escape(data.ids[1])}\.png"
     )
     Image.new("RGB", (16, 24), (1, 2, 3)).save(data.masks / f"{data.ids[1]}.png")
     assert_user_error(run(*data.options("labels"), "--masks", data.masks), r"colours.*VOC")
