@@ -130,7 +130,7 @@ def test_class_maps_are_drawn_as_heat_maps(data: Data, run: Run, written: list[s
 def test_at_a_threshold_the_colours_of_the_classes_are_drawn(data: Data, run: Run, written: list[str]) -> None:
     result = run(*data.options(), "--threshold", 0.5)
     assert (result.code, result.out) == (0, f"{data.sheet}\nbackground threshold 0.5\n")
-    assert written.count("predicted") == 3
+    assert written.count("labels") == 3
     assert "background threshold 0.5" in written
     assert not [text for text in written if text.startswith(("class map", "errors"))]
 
@@ -159,17 +159,17 @@ def test_label_maps_are_drawn_with_the_miou_of_each_image(data: Data, run: Run, 
 
 def test_without_background_the_highest_map_wins(data: Data, run: Run, written: list[str]) -> None:
     assert run(*data.options(), "--no-background", "--names", "voc").code == 0
-    assert {"predicted", "aeroplane", "person"} <= set(written)
+    assert {"labels", "aeroplane", "person"} <= set(written)
     written.clear()
     assert run(*data.options(), "--no-background", "--draw", "heat", "--names", "voc").code == 0
-    assert "predicted" not in written
+    assert "labels" not in written
     assert "class map: lowest to highest value of the image" in written
 
 
 def test_heat_maps_can_stand_beside_masks(data: Data, run: Run, written: list[str]) -> None:
     assert run(*data.options(), "--masks", data.masks, "--draw", "heat").code == 0
     assert written.count("mask") == 3
-    assert "predicted" not in written
+    assert "labels" not in written
 
 
 def test_an_image_without_a_class_is_all_background(data: Data, run: Run, written: list[str]) -> None:
