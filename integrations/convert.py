@@ -191,9 +191,6 @@ class LabelFolder:
     def folders(self) -> list[Path]:
         return [self.path]
 
-    def is_empty(self) -> bool:
-        return not any(self.path.glob("*.png"))
-
     def files(self, name: str) -> list[Path]:
         return [self.path / f"{name}.png"]
 
@@ -214,11 +211,13 @@ class LabelFolder:
         except OSError as error:
             raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
-            raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
+            raise ValueError(
+                f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."
+            )
         if found != str(self.rule):
             raise ValueError(
-                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite the "
-                "files."
+                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite its "
+                "files (--overwrite)."
             )
 
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:

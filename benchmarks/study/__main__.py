@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from acr_reg.demo.record import write_json
+from acr_reg.errors import CommandError
 from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     try:
         return int(args.command(args))
-    except StudyError as error:
+    except (StudyError, CommandError) as error:  # the second names a photo or mask that cannot be read
         print(f"study: {error}", file=sys.stderr)
         return 2
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
-from acr_reg.integrations.formats.photos import bits_of_tiff, opened, upright
+from acr_reg.integrations.formats.photos import bits_of_tiff, is_inverted_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
 
 IGNORED = 255
@@ -34,8 +34,13 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
 
     Raises:
         ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or
-            negative, or the file holds several frames.
+            negative, a TIFF stores white as 0, or the file holds several frames.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
+
+    >>> import numpy as np
+    >>> save_mask("mask.png", np.array([[0, 15, 255]]))
+    >>> read_mask("mask.png")
+    array([[  0,  15, 255]], dtype=uint8)
     """
     with opened(path) as stored:
         compression = stored.info.get("compression") if stored.format == "TIFF" else None
@@ -44,6 +49,8 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
             raise ValueError(f"{path} is a {kind}, which may change ids. Save the ids as a palette or grey PNG.")
         if getattr(stored, "is_animated", False):
             raise ValueError(f"{path} holds several frames. Save the ids of each image as a palette or grey PNG.")
+        if is_inverted_tiff(stored) and stored.mode != "1":
+            raise ValueError(f"{path} stores white as 0, and readers differ in its ids. Save ids as a grey PNG.")
         mode, largest = stored.mode, _largest_value(path, stored)
         if mode not in (*_ONE_BAND, *_WITH_ALPHA, *_COLOURS) or (mode not in _ONE_BAND and largest > 255):
             depth = " with 16 bits a band" if largest > 255 else ""
@@ -87,9 +94,8 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     """VOC's colours (256, 3): bits 0, 3, 6 of an id are the highest bits of red, 1, 4, 7 of green, 2, 5 of blue."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
-    for step in range(3):
-        for band in range(3):
-            colours[:, band] |= (((ids >> (3 * step + band)) & 1) << (7 - step)).astype(np.uint8)
+    for bit in range(8):
+        colours[:, bit % 3] |= ((ids >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
     colours.flags.writeable = False  # one array for all callers
     return colours
 
@@ -108,14 +114,14 @@ def _largest_value(path: str | os.PathLike[str], stored: Image.Image) -> int:
 
 
 def _ids_of_colours(path: str | os.PathLike[str], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    weights = np.array([65536, 256, 1])
-    known, asked = voc_palette() @ weights, pixels @ weights
-    order = np.argsort(known)
-    at = order[np.searchsorted(known, asked, sorter=order).clip(max=255)]
-    wrong = known[at] != asked
+    bands = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    ids = np.zeros(pixels.shape[:2], np.uint8)
+    for bit in range(8):
+        ids |= (bands[bit % 3] >> (7 - bit // 3) & 1) << bit  # back from voc_palette
+    wrong = ((bands[0] | bands[1]) & 31 | bands[2] & 63) != 0  # bits that no colour of the palette has
     if wrong.any():
         colours = [tuple(each) for each in np.unique(pixels[wrong], axis=0)[:_SHOWN].tolist()]
         raise ValueError(
             f"{path} has colours that are not VOC's, such as {colours}. Save the ids as a palette or grey PNG."
         )
-    return at.astype(np.uint8)
+    return ids

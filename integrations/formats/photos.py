@@ -41,6 +41,13 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: floats leave [0, 1], or the range of the numbers is unknown, as for integers of 32 bits.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
+
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> Image.fromarray(np.full((30, 40), 32768, np.uint16)).save("photo.png")
+    >>> photo = open_photo("photo.png")
+    >>> photo.mode, photo.size, photo.getpixel((0, 0))
+    ('RGB', (40, 30), (128, 128, 128))
     """
     with opened(path) as stored:
         return upright(stored, _in_rgb(stored, path))
@@ -51,6 +58,13 @@ def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
     The header gives it; only a PNG whose EXIF follows the pixels is decoded. Raises OSError as :func:`open_photo` does,
     but not for damaged pixels.
+
+    >>> from PIL import Image
+    >>> exif = Image.Exif()
+    >>> exif[0x0112] = 6  # a camera that was held upright
+    >>> Image.new("RGB", (40, 30)).save("photo.jpg", exif=exif)
+    >>> photo_size("photo.jpg")
+    (40, 30)
     """
     with opened(path, decode=_exif_follows_pixels(path)) as stored:
         width, height = stored.size
@@ -78,11 +92,8 @@ def opened(path: str | os.PathLike[str], decode: bool = True) -> Iterator[Image.
 
 def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
     """``image``, made from the decoded file ``stored``, turned as that says. The result asks for no turn."""
-    turn = (
-        None if stored.format == "TIFF" else _TURNS.get(_orientation(stored))
-    )  # Pillow turns TIFFs as it decodes them
-    if turn is not None:
-        image = image.transpose(turn)
+    if stored.format != "TIFF" and _orientation(stored) in _TURNS:  # Pillow turns TIFFs itself as it decodes them
+        image = image.transpose(_TURNS[_orientation(stored)])
     image.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     return image
 
@@ -90,6 +101,11 @@ def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
 def bits_of_tiff(stored: Image.Image) -> int:
     """Bits of one band of a TIFF."""
     return int(stored.tag_v2.get(_BITS, (1,))[0])  # type: ignore[attr-defined]
+
+
+def is_inverted_tiff(stored: Image.Image) -> bool:
+    """Whether 0 is white. Pillow inverts such numbers of 1 to 8 bits, and leaves others as they are."""
+    return stored.format == "TIFF" and stored.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 
 def _orientation(stored: Image.Image) -> int:
@@ -139,6 +155,5 @@ def _in_rgb(stored: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(
             f"{path} holds values from {values.min():.4g} to {values.max():.4g}. Scale them to [0, 1], or save 8 bits."
         )
-    if stored.format == "TIFF" and stored.tag_v2.get(_PHOTOMETRIC) == 0:  # type: ignore[attr-defined]
-        values = 1 - values  # 0 is white; of 8 bits, Pillow does this itself
+    values = 1 - values if is_inverted_tiff(stored) else values
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")

@@ -148,6 +148,22 @@ def test_other_colours_are_refused_by_name(tmp_path):
             read_mask(saved(tmp_path / "mask.png", pixels))
 
 
+def test_every_bit_of_a_colour_counts(tmp_path):
+    """The palette uses the three highest bits of red and green and the two highest of blue."""
+    for band in range(3):
+        for bit in range(8):
+            colour = np.zeros((1, 1, 3), np.uint8)
+            colour[..., band] = 1 << bit
+            path = saved(tmp_path / "mask.png", colour)
+            found = np.flatnonzero((voc_palette() == colour[0]).all(-1)).tolist()
+            assert len(found) == (bit > (5 if band == 2 else 4))
+            if found:
+                assert read(path) == [found]
+            else:
+                with pytest.raises(ValueError, match="not VOC's"):
+                    read_mask(path)
+
+
 def test_colours_of_16_bits_are_refused(tmp_path):
     """Pillow keeps the high byte alone, in which 128 is 0."""
     path = write_png(tmp_path / "mask.png", COLOURS.astype(np.uint16), 16, RGB)
@@ -197,6 +213,20 @@ def test_several_frames_are_refused(tmp_path, suffix):
     Image.fromarray(IDS).save(path, save_all=True, append_images=[Image.fromarray(IDS[::-1].copy())])
     with pytest.raises(ValueError, match=rf"mask\.{suffix} holds several frames"):
         read_mask(path)
+
+
+@pytest.mark.parametrize("depth", [2, 4, 8, 16])
+def test_tiffs_that_store_white_as_0_are_refused(tmp_path, depth):
+    """Pillow inverts those of up to 8 bits, other readers do not."""
+    path = write_tiff(tmp_path / "mask.tif", SMALL.shape, packed_rows(SMALL, depth), (depth,), {262: 0})
+    with pytest.raises(ValueError, match=r"mask\.tif stores white as 0"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize("compression", ["raw", "group4"])
+def test_masks_of_one_bit_come_back_as_pillow_wrote_them(tmp_path, compression):
+    """Of which group4 stores white as 0."""
+    assert read(saved(tmp_path / "mask.tif", SMALL > 0, compression=compression)) == (SMALL > 0).astype(int).tolist()
 
 
 def test_files_that_cannot_be_read_are_os_errors_that_name_them(tmp_path):
