@@ -240,7 +240,7 @@ def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resiz
     if beyond:
         raise ValueError(
             f"{sample.prediction} holds classes {beyond}, and {metric.num_classes} ids allow 0 to "
-            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
+            f"{metric.num_classes - 1 - first}. Check the number of classes, and that the keys of the maps are 0-based."
         )
     if resize:
         maps = {number: resized(values, mask.shape) for number, values in maps.items()}
@@ -272,8 +272,8 @@ def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: i
             *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
         ]
         raise ValueError(
-            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write the ids of the classes into the masks, "
-            "or ignore another id (--ignore-index)."
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write class ids into the masks, or change the "
+            "ignored id (--ignore-index)."
         )
 
 
