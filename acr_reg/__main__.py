@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": Command(
         "acr_reg.commands.evaluate", "score class maps, at every background threshold, or label maps against masks"
     ),
+    "show": Command("acr_reg.commands.show", "draw class maps over photos, or what a model attends to in a photo"),
 }
 
 

@@ -1,4 +1,6 @@
-"""Class names for tables: those of VOC and COCO, and files of one name a line."""
+"""Class names for tables and pictures: those of VOC and COCO, and of files."""
+
+import json
 
 import pytest
 
@@ -48,3 +50,34 @@ def test_names_that_do_not_fit_are_refused(tmp_path, monkeypatch, source, num_cl
     (tmp_path / "image.png").write_bytes(b"\x89PNG\xff\xfe")
     with pytest.raises(ValueError, match=message):
         class_names(source, num_classes, background)
+
+
+def test_a_known_set_has_a_background_where_there_is_one():
+    assert class_names("voc", None) == class_names("voc", 21)
+    assert class_names("coco", None, background=False) == class_names("coco", 80, background=False)
+
+
+@pytest.mark.parametrize("form", ["names.txt", "image_labels.JSON"])
+@pytest.mark.parametrize(
+    ("names", "background", "expected"),
+    [
+        (["cow", "traffic light"], True, ["background", "cow", "traffic light"]),
+        (["background", "cow"], True, ["background", "cow"]),
+        (["building", "grass"], False, ["building", "grass"]),
+        (["background", "cow"], False, ["background", "cow"]),
+    ],
+)
+def test_a_file_has_as_many_names_as_there_are_or_as_are_asked_for(tmp_path, form, names, background, expected):
+    file = tmp_path / form
+    file.write_text("\n".join(names) if form.endswith("txt") else json.dumps({"classes": names, "labels": {}}))
+    assert class_names(str(file), None, background) == expected
+    assert class_names(str(file), len(expected), background) == expected
+    with pytest.raises(ValueError, match=rf"{form} has {len(names)} names for 9 ids"):
+        class_names(str(file), 9, background)
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"labels": {}}', '{"classes": "cow"}', '{"classes": [1]}', "{", "3"])
+def test_a_json_file_without_names_is_refused_by_name(tmp_path, content):
+    (tmp_path / "names.json").write_text(content)
+    with pytest.raises(ValueError, match=r'names\.json holds no list of names.*"classes"'):
+        class_names(str(tmp_path / "names.json"), None)
