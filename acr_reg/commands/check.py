@@ -14,6 +14,7 @@ from torch import nn
 
 import acr_reg
 from acr_reg.errors import CommandError
+from acr_reg.integrations.jobs.progress import show_progress
 
 VIEWS = {
     "hflip": acr_reg.HorizontalFlip(),
@@ -68,19 +69,21 @@ def run(args: argparse.Namespace) -> int:
         args.batch, args.channels, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0)
     )
     try:
-        report = acr_reg.check(
-            model,
-            images,
-            VIEWS[args.view],
-            forward=None if args.method is None else getattr(model, args.method),
-            modules=args.modules,
-            layers=args.layers,
-            patch_size=args.patch_size,
-            num_prefix_tokens=args.prefix_tokens,
-            num_suffix_tokens=args.suffix_tokens,
-            class_tokens=args.class_tokens,
-            no_grad=args.no_grad,
-        )
+        with show_progress() as progress:
+            progress.begin(f"checking {type(model).__name__}", None)
+            report = acr_reg.check(
+                model,
+                images,
+                VIEWS[args.view],
+                forward=None if args.method is None else getattr(model, args.method),
+                modules=args.modules,
+                layers=args.layers,
+                patch_size=args.patch_size,
+                num_prefix_tokens=args.prefix_tokens,
+                num_suffix_tokens=args.suffix_tokens,
+                class_tokens=args.class_tokens,
+                no_grad=args.no_grad,
+            )
     except Exception as error:  # of an option, or of the model on these images
         raise CommandError(
             f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. "
