@@ -6,36 +6,41 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
-from acr_reg import Identity, Lattice, View, multi_view_cam, normalize_cam
-from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, StopRun, fill
+from acr_reg import GradientCam, Identity, Lattice, View
 from acr_reg.integrations.formats import Format
+from acr_reg.integrations.formats.image_labels import labels_of
 from acr_reg.integrations.formats.save import ALPHAS
+from acr_reg.integrations.jobs.batches import BatchedCams, PhotoReader
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.shares import process_device
 
-__all__ = ["FolderReport", "write_cams"]
-
-_TRIES = 3  # this many images must fail, and none succeed, before the run blames `cam` itself
+__all__ = ["FolderReport", "process_device", "write_cams"]
 
 
 def write_cams(
     cam: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Lattice]],
     images: Iterable[str | os.PathLike[str]],
-    labels: Mapping[str, npt.ArrayLike],
+    labels: Mapping[Any, npt.ArrayLike],
     folder: str | os.PathLike[str],
-    transform: Callable[[Image.Image], Tensor],
+    transform: Callable[[Image.Image], Tensor] | Callable[[Path], Tensor | tuple[Tensor, tuple[int, int]]],
     format: Format = "psa",
     *,
     views: Sequence[View] = (Identity(),),
     merge: Literal["sum", "max", "mean"] = "sum",
     normalize: Literal["minmax", "max"] = "minmax",
     alphas: tuple[float, float] = ALPHAS,
+    transform_takes: Literal["photo", "path"] = "photo",
+    device: str | torch.device | None = None,
+    batch_size: int = 1,
+    workers: int = 0,
+    share: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> FolderReport:
@@ -86,58 +91,37 @@ def write_cams(
     """
     if normalize not in ("minmax", "max"):
         raise ValueError(f'normalize={normalize!r} is unknown. Choose "minmax" or "max".')
+    if transform_takes not in ("photo", "path"):
+        raise ValueError(f'transform_takes={transform_takes!r} is unknown. Choose "photo" or "path".')
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} is less than 1. Pass the number of images for one call of cam.")
     paths = [Path(image) for image in images]
     repeated = [name for name, count in Counter(path.stem for path in paths).items() if count > 1]
     if repeated:
         raise ValueError(f"Several images are named {repeated[:3]}. Write images of the same name to two folders.")
     files = {path.stem: path for path in paths}
-    missing = [name for name in files if name not in labels]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(files)} images have no labels, such as {missing[:3]}. Key the labels by the file "
-            "name without its ending."
-        )
     target = CamFolder(Path(folder), format, alphas)
-    failures: list[str] = []
-    made = 0
+    device = _device_of(cam) if device is None else torch.device(device)
+    make = BatchedCams(cam, _found(labels, files), views, merge, normalize, batch_size, device, target.is_empty)
+    read = PhotoReader(files, transform, transform_takes)
+    return fill(target, list(files), read, "Class maps", overwrite, progress, make, workers=workers, share=share)
 
-    def maps_of(name: str) -> tuple[dict[int, npt.NDArray[np.float32]], tuple[int, int]]:
-        nonlocal made
-        with Image.open(files[name]) as photo:
-            size = (photo.height, photo.width)
-            image = transform(photo.convert("RGB"))[None]
-        present = torch.as_tensor(labels[name], device=image.device).reshape(1, -1)
+
+def _found(labels: Mapping[Any, npt.ArrayLike], names: Iterable[str]) -> dict[str, npt.NDArray[Any]]:
+    """The labels of each image, by its ID."""
+    found, missing, why = {}, [], ""
+    for name in names:
         try:
-            maps = _maps(cam, image, present, size, views, merge)
-        except Exception as error:
-            failures.append(name)
-            if made == 0 and len(failures) == _TRIES and target.is_empty():
-                raise StopRun(
-                    f"cam failed for each of the first images, {', '.join(failures)}: {error!r}. Nothing was written. "
-                    "Make it return maps (1, C, h, w), and run again."
-                ) from error
-            raise
-        made += 1
-        numbers = torch.nonzero(present[0] > 0)[:, 0]
-        bounded = normalize_cam(maps[:, numbers], normalize)[0]
-        return dict(zip(numbers.tolist(), bounded.cpu().numpy(), strict=True)), size
-
-    return fill(target, list(files), maps_of, "Class maps", overwrite, progress)
+            found[name] = labels_of(labels, name)
+        except KeyError as error:
+            missing.append(name)
+            why = why or str(error.args[0])
+    if missing:
+        raise ValueError(f"{len(missing)} of {len(found) + len(missing)} images lack labels: {missing[:3]}. {why}")
+    return found
 
 
-def _maps(
-    cam: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Lattice]],
-    image: Tensor,
-    labels: Tensor,
-    size: tuple[int, int],
-    views: Sequence[View],
-    merge: Literal["sum", "max", "mean"],
-) -> Tensor:
-    """(1, C, H, W) at the size of the photo."""
-    maps = multi_view_cam(lambda view: cam(view, labels), image, views, merge, size).detach()
-    if maps.shape[1] != labels.shape[1]:
-        raise ValueError(
-            f"cam returned maps of shape {tuple(maps.shape)} for {labels.shape[1]} classes. Return one map per class: "
-            f"(1, {labels.shape[1]}, h, w)."
-        )
-    return maps
+def _device_of(cam: object) -> torch.device | None:
+    """Where a GradientCam's model is; None where the transform leaves the images."""
+    parameter = next(cam.model.parameters(), None) if isinstance(cam, GradientCam) else None
+    return None if parameter is None else parameter.device

@@ -6,9 +6,9 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
 from acr_reg.integrations.formats.save import ALPHAS
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
 
 __all__ = ["convert_cams"]
 

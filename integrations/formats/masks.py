@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from functools import cache
 from pathlib import Path
 
@@ -10,45 +11,64 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from acr_reg.integrations.formats.photos import bits_of_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
 
 IGNORED = 255
-_EXACT = ("PNG", "BMP", "GIF", "TIFF", "PPM")  # formats that keep every value
+_EXACT = ("PNG", "BMP", "DIB", "TIFF", "PPM")  # not GIF: those who write it number the palette anew
+_LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
+_ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_WITH_ALPHA = ("LA", "PA")
+_COLOURS = ("RGB", "RGBA", "RGBX")
 _SHOWN = 3
+_PPM_HEADER = 4096  # bytes that hold it, with comments
 
 
 def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
-    """The ids (H, W) of a label map: indices of a palette image, values of a grey one (1 to 16 bits), or the VOC colours
-    of an RGB image.
+    """The ids (H, W) of a label map: uint8 if all are below 256, else int32.
+
+    They are the indices of a palette image, the values of a grey one as they are stored, in 1 to 16 bits (Pillow itself
+    stretches 2 and 4 bits to 0..255), or those whose colours in VOC's palette an RGB image shows: (224, 224, 192) is
+    255. Transparency is ignored. The map is turned as its EXIF orientation says, as photos are.
 
     Raises:
-        ValueError: the format is lossy (JPEG, WebP), so that ids are not exact, or a colour is none of VOC's.
-        OSError: there is no such file, or Pillow cannot read it.
+        ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or below 0,
+            or the file holds several frames.
+        OSError: there is no such file, it is damaged, or Pillow does not know its format.
     """
-    with Image.open(path) as image:
-        if image.format not in _EXACT:
-            raise ValueError(
-                f"{path} is a {image.format} file, whose compression changes ids. Save the ids as a palette (P) or grey "
-                "(L) PNG."
-            )
-        if image.mode in ("RGB", "RGBA"):
-            return _ids_of_colours(path, np.asarray(image.convert("RGB")))
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"{path} is an image of mode {image.mode}. Save the ids as a palette (P) or grey (L) PNG.")
-        return np.asarray(image).astype(np.int64)
+    with opened(path) as stored:
+        compression = stored.info.get("compression") if stored.format == "TIFF" else None
+        if stored.format not in _EXACT or compression in _LOSSY_TIFF:
+            kind = f"{stored.format} file" + (f" with {compression} compression" if compression else "")
+            raise ValueError(f"{path} is a {kind}, which may change ids. Save the ids as a palette or grey PNG.")
+        if getattr(stored, "is_animated", False):
+            raise ValueError(f"{path} holds several frames. Save the ids of each image as a palette or grey PNG.")
+        mode, largest = stored.mode, _largest_value(path, stored)
+        if mode not in (*_ONE_BAND, *_WITH_ALPHA, *_COLOURS) or (mode not in _ONE_BAND and largest > 255):
+            depth = " with 16 bits a band" if largest > 255 else ""
+            raise ValueError(f"{path} is an image of mode {mode}{depth}. Save the ids as a palette or grey PNG.")
+        shown = 65535 if mode == "I" and stored.format == "PPM" else 255
+        pixels = np.asarray(upright(stored, stored))
+    if mode in _COLOURS:
+        return _ids_of_colours(path, pixels[..., :3])
+    ids = pixels[..., 0] if mode in _WITH_ALPHA else pixels
+    if (mode in ("L", "LA") or shown > 255) and largest < shown:
+        ids = np.rint(ids * (largest / shown))  # as they were before Pillow stretched them
+    if ids.min() < 0:
+        raise ValueError(f"{path} holds the id {ids.min()}. Save ids of 0 and more as a palette or grey PNG.")
+    return ids.astype(np.uint8 if ids.max() < 256 else np.int32)
 
 
 def save_mask(path: str | os.PathLike[str], ids: npt.NDArray[np.integer]) -> None:
     """Write ids (H, W) in 0 to 255 as a palette PNG in VOC's colours. The file appears whole or not at all.
 
-    Raises ValueError for other shapes, types or ids."""
+    Raises ValueError for other shapes, types or ids.
+    """
     values = np.asarray(ids)
-    if (
-        values.ndim != 2
-        or values.dtype.kind not in "iub"
-        or (values.size and not 0 <= values.min() <= values.max() < 256)
-    ):
-        raise ValueError(f"{path}: a {values.dtype} array {values.shape} is no label map. Pass ids (H, W) of 0 to 255.")
+    if values.ndim != 2 or values.dtype.kind not in "iub" or not values.size:
+        raise ValueError(f"{path}: a {values.dtype} array {values.shape} is no label map. Pass integer ids (H, W).")
+    if not 0 <= values.min() <= values.max() < 256:
+        raise ValueError(f"{path}: ids from {values.min()} to {values.max()} do not fit. Pass ids from 0 to 255.")
     image = Image.fromarray(values.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
     with replacing(Path(path)) as unfinished:
@@ -63,10 +83,24 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     for step in range(3):
         for band in range(3):
             colours[:, band] |= (((ids >> (3 * step + band)) & 1) << (7 - step)).astype(np.uint8)
+    colours.flags.writeable = False  # one array for all callers
     return colours
 
 
-def _ids_of_colours(path: str | os.PathLike[str], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.integer]:
+def _largest_value(path: str | os.PathLike[str], stored: Image.Image) -> int:
+    """The largest value that the file's bits, or its header, allow in a band."""
+    if stored.format == "PNG":
+        with open(path, "rb") as file:
+            return 2 ** int(file.read(25)[24]) - 1
+    if stored.format == "TIFF":
+        return 2 ** bits_of_tiff(stored) - 1
+    if stored.format == "PPM" and stored.mode != "1":
+        with open(path, "rb") as file:
+            return int(re.sub(rb"#[^\r\n]*", b"", file.read(_PPM_HEADER)).split(None, 4)[3])
+    return 255
+
+
+def _ids_of_colours(path: str | os.PathLike[str], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
     weights = np.array([65536, 256, 1])
     known, asked = voc_palette() @ weights, pixels @ weights
     order = np.argsort(known)
@@ -75,6 +109,6 @@ def _ids_of_colours(path: str | os.PathLike[str], pixels: npt.NDArray[np.uint8])
     if wrong.any():
         colours = [tuple(each) for each in np.unique(pixels[wrong], axis=0)[:_SHOWN].tolist()]
         raise ValueError(
-            f"{path} has colours that are not VOC's, such as {colours}. Save ids as a palette or grey PNG."
+            f"{path} has colours that are not VOC's, such as {colours}. Save the ids as a palette or grey PNG."
         )
-    return at
+    return at.astype(np.uint8)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 from uuid import uuid4
 
 import numpy as np
+
+_UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}")
+_SECONDS_OF_A_WRITE = 600.0  # no file takes longer
 
 
 def write_object(file: BinaryIO, content: dict[Any, Any]) -> None:
@@ -33,3 +38,12 @@ def replacing(path: Path) -> Iterator[Path]:
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what killed processes left of :func:`replacing`. Younger files stay: another run may be writing them."""
+    for path in folder.iterdir():
+        if _UNFINISHED.fullmatch(path.name):
+            with suppress(OSError):  # another run removed it, or may not write here
+                if time.time() - path.stat().st_mtime > _SECONDS_OF_A_WRITE:
+                    path.unlink()

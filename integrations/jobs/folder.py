@@ -1,26 +1,45 @@
-"""Fills a folder with one file of class maps per image. Finished images are passed over, bad ones named and skipped."""
+"""Fills a folder with one file per image. Finished images are passed over, bad ones named and skipped."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy.typing as npt
 
 from acr_reg.integrations.formats import Format, check_format, load_cams, save_cams, save_crf_pair
 from acr_reg.integrations.formats.save import ALPHAS, check_alphas
+from acr_reg.integrations.formats.write import remove_unfinished
 from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.reading import Failure, reading
+from acr_reg.integrations.jobs.saving import saving
+from acr_reg.integrations.jobs.shares import Share, share_of_run
 
 _SHOWN = 5
 
-# From an ID to its maps, as save_cams takes them, and the (H, W) of the image (None: the maps have that size).
-MakeMaps = Callable[[str], tuple[Mapping[int, npt.ArrayLike], tuple[int, int] | None]]
+# What a target saves of an image: its maps, as save_cams takes them, and the (H, W) of the image (None: the maps have
+# that size).
+Maps = tuple[Mapping[int, npt.ArrayLike], tuple[int, int] | None]
 
 
-class StopRun(RuntimeError):
-    """Raised when the next image would fail in the same way."""
+class Target(Protocol):
+    """Where the files of a run go."""
+
+    @property
+    def folders(self) -> list[Path]: ...
+
+    def files(self, name: str) -> list[Path]: ...
+
+    def save(self, name: str, maps: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> None:
+        """Files appear whole or not at all. Raises ValueError for an error of this image alone."""
+
+    def check(self, name: str) -> None:
+        """Raises ValueError if the files of an earlier run cannot stand beside those of this one."""
 
 
 @dataclass(frozen=True)
@@ -88,42 +107,85 @@ class CamFolder:
 
 
 def fill(
-    target: CamFolder, names: Sequence[str], make: MakeMaps, what: str, overwrite: bool, progress: bool
+    target: Target,
+    names: Sequence[str],
+    read: Callable[[str], Any],
+    what: str,
+    overwrite: bool,
+    progress: bool,
+    make: Callable[[Iterator[tuple[str, Any]]], Iterable[tuple[str, Maps | Failure]]] | None = None,
+    *,
+    workers: int = 0,
+    share: bool = True,
 ) -> FolderReport:
     """Makes and saves the maps of every ID whose files are incomplete.
 
-    If ``make`` raises, or its maps cannot be saved as they are, that ID alone fails. An error of the disk ends the run,
-    and so does a :class:`StopRun`. Failures and the summary are written to standard error.
+    ``read`` takes an ID, in a worker process if there are any. ``make`` takes what was read and gives the maps, in any
+    order; without it, ``read`` returns them. They are saved in a thread beside it. If ``read`` raises, or maps cannot
+    be saved as they are, that ID alone fails. An error of the disk ends the run, and so does a :class:`StopRun`.
+
+    The processes of torchrun or of an array divide the IDs, unless ``share`` is False; the report is of all processes
+    that hear of each other. Failures and the summary are written to standard error.
     """
-    for folder in target.folders:
-        folder.mkdir(parents=True, exist_ok=True)
-    finished = [] if overwrite else [name for name in names if all(file.is_file() for file in target.files(name))]
-    if finished:
-        target.check(finished[0])
-    report = FolderReport(existing=finished)
-    waiting = [name for name in names if name not in set(finished)]
-    with show_progress(progress) as bar:
-        step = bar.begin(what, len(waiting))
-        for name in waiting:
-            try:
-                _one(target, name, make)
-            except ValueError as error:
-                report.failed[name] = str(error)
-                bar.note(f"{name} skipped: {error}")
-            else:
-                report.written.append(name)
-            step()
-        if progress or report.failed:
-            bar.note(f"{', '.join(map(os.fspath, target.folders))}: {report}")
-    return report
+    with share_of_run(share) as part:
+        for folder in target.folders:
+            folder.mkdir(parents=True, exist_ok=True)
+            if part.speaks:
+                remove_unfinished(folder)
+        own = _own(part, names)
+        finished = [] if overwrite else [name for name in own if all(file.is_file() for file in target.files(name))]
+        for name in _first(part.gather(finished[:1])):  # in every process the same, so that all end if one does
+            target.check(name)
+        report = FolderReport(existing=finished)
+        known = set(finished)
+        waiting = [name for name in own if name not in known]
+        with reading(waiting, read, workers) as items, show_progress(progress and part.speaks) as bar:
+            step = bar.begin(what, len(waiting))
+
+            def end(name: str, error: ValueError | Failure | None) -> None:
+                if error is None:
+                    report.written.append(name)
+                else:
+                    report.failed[name] = error.text if isinstance(error, Failure) else str(error)
+                    bar.note(f"{name} skipped: {report.failed[name]}")
+                step()
+
+            with saving() as saver:
+                for name, made in items if make is None else make(items):
+                    if isinstance(made, Failure):
+                        end(name, made)
+                    else:
+                        saver.save(partial(target.save, name, *made), partial(end, name))
+            report = _merged(part.gather(report), names)
+            if part.speaks and (progress or report.failed):
+                whose = f"{part}: " if part.is_apart else ""
+                bar.note(f"{', '.join(map(os.fspath, target.folders))}: {whose}{report}")
+        return report
 
 
-def _one(target: CamFolder, name: str, make: MakeMaps) -> None:
-    """Raises ValueError for an error of this image alone."""
-    try:
-        maps, size = make(name)
-    except StopRun:
-        raise
-    except Exception as error:
-        raise ValueError(f"{type(error).__name__}: {error}" if not isinstance(error, ValueError) else error) from error
-    target.save(name, maps, size)
+def _own(part: Share, names: Sequence[str]) -> list[str]:
+    """This process's IDs, of all: which files exist changes while other processes start. The order of a folder differs
+    between machines, so it decides nothing."""
+    ordered = sorted(names)
+    digests = part.gather(hashlib.sha256("\n".join(ordered).encode()).hexdigest())
+    if len(set(digests)) > 1:
+        raise ValueError(
+            f"The {part.world} processes of this run were given different images. Give all of them the whole list: "
+            "each takes its share."
+        )
+    mine = set(part.of(ordered))
+    return [name for name in names if name in mine]
+
+
+def _first(found: list[list[str]]) -> list[str]:
+    return [name for each in found for name in each][:1]
+
+
+def _merged(reports: list[FolderReport], names: Sequence[str]) -> FolderReport:
+    """One report, in the order of ``names``: batches and processes have others."""
+    place = {name: number for number, name in enumerate(names)}
+    return FolderReport(
+        sorted((name for report in reports for name in report.written), key=place.__getitem__),
+        sorted((name for report in reports for name in report.existing), key=place.__getitem__),
+        dict(sorted((item for report in reports for item in report.failed.items()), key=lambda item: place[item[0]])),
+    )

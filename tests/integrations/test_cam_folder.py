@@ -179,7 +179,7 @@ def test_without_failuresprogress_false_is_silent(tmp_path, photos, capsys):
     [
         (lambda maps: maps * torch.nan, ["class 1 ", "from nan to nan", "[0, 1]"]),
         (lambda maps: maps[:, :2], ["cam ", "(1, 2, ", "4 classes", "(1, 4, h, w)"]),
-        (lambda maps: maps[0], ["cam_fn", "(4, 4, 4)"]),
+        (lambda maps: maps[0], ["cam ", "(4, 4, 4)", "(1, 4, h, w)"]),
         (lambda maps: maps.view(5, 5), ["RuntimeError: shape '[5, 5]' is invalid"]),
     ],
 )
@@ -201,7 +201,7 @@ def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
 
     with pytest.raises(
         RuntimeError,
-        match=r"^cam .*2007_000032, 2007_000039, 2007_000063: IndexError\('no such layer'\).*\(1, C, h, w\)",
+        match=r"^cam .*2007_000032, 2007_000039, 2007_000063: IndexError: no such layer\. .*\(B, C, h, w\)",
     ):
         write_cams(broken, photos, LABELS, tmp_path / "cams", transform)
     # Where it has worked before, the images are the odd ones.

@@ -1,0 +1,54 @@
+"""Saves files beside the work that makes the next ones."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+
+WAITING_AT_MOST = 4  # results in memory that are not saved yet
+
+
+class Saver:
+    """Runs one save after another in a thread. Each ends by a call of its ``then`` in the caller's thread, with the
+    ValueError that it raised, or None; any other error is raised there and ends the run."""
+
+    def __init__(self, thread: ThreadPoolExecutor) -> None:
+        self.thread = thread
+        self.failed = False
+        self.waiting: deque[tuple[Future[None], Callable[[ValueError | None], None]]] = deque()
+
+    def save(self, write: Callable[[], None], then: Callable[[ValueError | None], None]) -> None:
+        """Returns before the file is written, unless too many wait."""
+        self.waiting.append((self.thread.submit(write), then))
+        while len(self.waiting) > WAITING_AT_MOST or (self.waiting and self.waiting[0][0].done()):
+            self._end_first()
+
+    def finish(self) -> None:
+        while self.waiting:
+            self._end_first()
+
+    def _end_first(self) -> None:
+        future, then = self.waiting[0]
+        error = future.exception()  # an interruption of this wait leaves it in the queue
+        if error is not None and not isinstance(error, ValueError):
+            self.failed = True
+            raise error
+        self.waiting.popleft()
+        then(error)
+
+
+@contextmanager
+def saving() -> Iterator[Saver]:
+    """On an interruption, what is made is still saved. On an error of a save, the saves after it are given up."""
+    thread = ThreadPoolExecutor(1, "saving")
+    saver = Saver(thread)
+    try:
+        yield saver
+        saver.finish()
+    except BaseException:
+        thread.shutdown(cancel_futures=saver.failed)
+        raise
+    finally:
+        thread.shutdown()
