@@ -1,4 +1,4 @@
-"""Scores how well class maps segment: mIoU for every background threshold, in one pass over the pixels.
+"""Scores segmentations by mIoU: class maps at every background threshold, in one pass over the pixels, and label maps.
 
 Class maps are scored as segmentation seeds: a pixel takes the class of the highest map, or background (id 0) if no map
 exceeds a threshold, and a sweep finds the best threshold. Instead of an argmax and a confusion matrix per threshold,
@@ -8,16 +8,19 @@ histograms give the counts at all thresholds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["CamCounts", "CamMeanIoU", "CamScores"]
+__all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"]
 
 FloatArray = npt.NDArray[np.floating]
 ROUNDING = 1e-5  # normalised or resized maps may leave [0, 1] by this
+EVEN = 0.01  # how far thresholds may be from evenly spaced ones, in steps
+SMALLEST_STEP = 1e-4  # between thresholds whose nearest is computed: float32 is 1000 times finer
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +77,7 @@ class CamMeanIoU:
         num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
         thresholds: ascending values in [0, 1]; default 0, 0.01, ..., 0.99. Unused without background.
         background: whether id 0 is background.
-        ignore_index: mask value of pixels that are not counted, even if a class has this id.
+        ignore_index: mask value of pixels that are not counted, even if a class has this id. None counts every pixel.
 
     Raises:
         ValueError: fewer than 2 ids with background or 1 without, or thresholds not ascending within [0, 1].
@@ -94,7 +97,7 @@ class CamMeanIoU:
         num_classes: int,
         thresholds: Sequence[float] | FloatArray | None = None,
         background: bool = True,
-        ignore_index: int = 255,
+        ignore_index: int | None = 255,
     ) -> None:
         if num_classes < (smallest := 2 if background else 1):
             raise ValueError(f"num_classes is {num_classes}. With background={background} pass at least {smallest}.")
@@ -108,6 +111,7 @@ class CamMeanIoU:
         self.thresholds = values
         self.background = background
         self.ignore_index = ignore_index
+        self._step = _even_step(values)
         # Row: class. Column: the number of thresholds that the highest map value of the pixel exceeds.
         self._predicted = np.zeros((num_classes, values.size + 1), dtype=np.int64)  # by class of the highest map
         self._correct = np.zeros_like(self._predicted)  # by class of the mask, where it can be predicted
@@ -136,25 +140,28 @@ class CamMeanIoU:
                 f"cam is {maps.shape[1]} x {maps.shape[2]} and mask {truth.shape[0]} x {truth.shape[1]}. Resize the "
                 "maps to the mask."
             )
-        self._check_values(maps)
         ids = self._checked_classes(classes, len(maps))
-        counted = truth != self.ignore_index
-        truth = self._checked_truth(truth[counted])
+        highest, best = self._highest(maps, ids)
+        truth = _codes("mask", truth, self.num_classes, self.ignore_index)
 
-        # Ascending ids, so that the lowest wins a tie whatever the order of the maps.
-        order = np.argsort(ids)
-        maps = maps.astype(np.result_type(maps.dtype, np.float32), copy=False)[order][:, counted]
-        if len(ids):
-            best, highest = ids[order][maps.argmax(axis=0)], maps.max(axis=0)
-        else:
-            best, highest = np.zeros_like(truth), np.zeros(truth.size, dtype=maps.dtype)
-        exceeded = np.searchsorted(self.thresholds.astype(maps.dtype), highest, side="left")
-
-        # Background is right where the mask says so and the threshold is high enough, whatever the highest map.
-        right = (best == truth) | (truth == 0) if self.background else best == truth
-        self._predicted += self._histogram(best, exceeded)
-        self._correct += self._histogram(truth[right], exceeded[right])
-        self._truth += np.bincount(truth, minlength=self.num_classes)
+        # Each pixel is counted once, in a histogram over (verdict, class of the highest map, thresholds exceeded).
+        # Arithmetic instead of masks: its time does not depend on the image.
+        verdict = (best == truth).astype(np.uint8)  # 0: wrong, 1: right, 2: background in the mask, 3: ignored
+        if self.background:
+            # Right where the threshold is high enough, whatever the highest map.
+            np.maximum(verdict, np.multiply(truth == 0, 2, dtype=np.uint8), out=verdict)
+        np.maximum(verdict, np.multiply(truth == self.num_classes, 3, dtype=np.uint8), out=verdict)
+        shape = (4, *self._predicted.shape)
+        rows = np.multiply(verdict, shape[1], dtype=np.uint32)
+        rows += best
+        index = np.multiply(rows, shape[2], dtype=np.int64)
+        if self.background:
+            index += self._exceeded(highest)
+        counts = np.bincount(index.ravel(), minlength=math.prod(shape)).reshape(shape)
+        self._predicted += counts[:3].sum(axis=0)
+        self._correct += counts[1]
+        self._correct[0] += counts[2].sum(axis=0)
+        self._truth += np.bincount(truth.ravel(), minlength=self.num_classes + 1)[: self.num_classes]
 
     def compute(self) -> CamScores:
         """Scores of all images counted so far.
@@ -189,11 +196,15 @@ class CamMeanIoU:
             return NotImplemented
         if self._settings() != other._settings():
             raise ValueError(f"The settings are {self._settings()} and {other._settings()}. Make both counters alike.")
-        total = CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
+        total = self.empty()
         total._predicted = self._predicted + other._predicted
         total._correct = self._correct + other._correct
         total._truth = self._truth + other._truth
         return total
+
+    def empty(self) -> CamMeanIoU:
+        """A counter with the same settings that has counted nothing."""
+        return CamMeanIoU(self.num_classes, self.thresholds, self.background, self.ignore_index)
 
     def counts(self) -> CamCounts:
         """Pixels predicted as each class, the correct ones among them, and pixels in the masks, over all images."""
@@ -207,20 +218,43 @@ class CamMeanIoU:
         correct[0] = self._correct[0].cumsum()[:-1]
         return CamCounts(predicted, correct, self._truth.copy())
 
-    def _histogram(self, ids: npt.NDArray[np.int64], bins: npt.NDArray[np.intp]) -> npt.NDArray[np.int64]:
-        shape = self._predicted.shape
-        return np.bincount(ids * shape[1] + bins, minlength=self._predicted.size).reshape(shape)
-
-    def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
+    def _highest(
+        self, maps: npt.NDArray[np.generic], ids: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.unsignedinteger]]:
+        """The highest value of each pixel, in the precision of the maps, and the class of its map."""
         if maps.dtype.kind not in "fiub":
             raise ValueError(f"cam has dtype {maps.dtype}. Convert the maps to float.")
+        size, small = maps.shape[1:], np.min_scalar_type(self.num_classes)
+        precision = np.result_type(maps.dtype, np.float32)
         if maps.size == 0:
-            return
-        low, high = float(maps.min()), float(maps.max())
+            return np.zeros(size, precision), np.zeros(size, small)
+        order = np.argsort(ids)  # the lowest id wins a tie, whatever the order of the maps
+        highest, best = maps[order[0]].astype(precision), np.full(size, ids[order[0]], small)
+        for position in order[1:]:
+            values = maps[position].astype(precision, copy=False)
+            best ^= (best ^ ids[position].astype(small)) * (values > highest)  # the id, where it is higher
+            np.maximum(highest, values, out=highest)
+        self._check_range(float(maps.min()), float(highest.max()))
+        return highest, best
+
+    def _check_range(self, low: float, high: float) -> None:
         if not np.isfinite([low, high]).all():
             raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
         if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
             raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
+
+    def _exceeded(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
+        """The number of thresholds that each value exceeds."""
+        thresholds = self.thresholds.astype(values.dtype)
+        if self._step is None:
+            return np.searchsorted(thresholds, values, side="left")
+        # The threshold nearest to the value is computed, and the value compared with it: rounding cannot matter, as
+        # the thresholds below the nearest are exceeded and those above are not.
+        position = values * (1 / self._step)
+        position += 0.5 - self.thresholds[0] / self._step
+        nearest = np.clip(position, 0, thresholds.size, out=position).astype(np.intp)
+        nearest += values > np.append(thresholds, np.inf).astype(values.dtype)[nearest]
+        return nearest
 
     def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
         first = 1 if self.background else 0
@@ -240,16 +274,157 @@ class CamMeanIoU:
             raise ValueError(f"classes are {ids.tolist()}. Pass each class once; merge or drop the repeated maps.")
         return ids.astype(np.int64)
 
-    def _checked_truth(self, truth: npt.NDArray[np.generic]) -> npt.NDArray[np.int64]:
-        if truth.dtype.kind not in "iu":
-            raise ValueError(f"mask has dtype {truth.dtype}. Pass class ids as whole numbers, not colours.")
-        if truth.size and (truth.min() < 0 or truth.max() >= self.num_classes):
-            wrong = sorted({int(i) for i in np.unique(truth) if not 0 <= i < self.num_classes})
-            raise ValueError(
-                f"mask has ids {wrong[:8]}. Pass ids 0 to {self.num_classes - 1}, or {self.ignore_index} (ignored); "
-                "check num_classes and ignore_index."
-            )
-        return truth.astype(np.int64)
-
-    def _settings(self) -> tuple[int, tuple[float, ...], bool, int]:
+    def _settings(self) -> tuple[int, tuple[float, ...], bool, int | None]:
         return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
+
+
+@dataclass(frozen=True, eq=False)
+class LabelScores:
+    """Scores of the label maps of one data set, in [0, 1]; C classes.
+
+    Attributes:
+        miou: mean IoU over the classes that are in the masks or predicted.
+        per_class_iou: (C,) NaN for a class neither in the masks nor predicted.
+        false_positive_rate: (C,) pixels wrongly given to the class, over its union.
+        false_negative_rate: (C,) missed pixels of the class, over its union. IoU and the two rates sum to 1.
+        pixel_accuracy: correct pixels over all pixels of the masks.
+        per_class_accuracy: (C,) correct pixels of a class over its pixels in the masks; NaN where it has none.
+        class_accuracy: mean of the per-class accuracy over the classes in the masks.
+    """
+
+    miou: float
+    per_class_iou: FloatArray
+    false_positive_rate: FloatArray
+    false_negative_rate: FloatArray
+    pixel_accuracy: float
+    per_class_accuracy: FloatArray
+    class_accuracy: float
+
+
+class LabelMeanIoU:
+    """Counts label maps against masks, image by image: one confusion matrix of a whole data set.
+
+    For predictions that are class ids: pseudo labels after a CRF or a random walk, or the output of a segmentation
+    network. Pixels that the mask ignores are not counted. Pixels predicted as ``ignore_index`` where the mask has a
+    class are missed pixels of that class: skipping them would raise the score of labels that leave difficult pixels
+    out. Counters with equal settings add up: ``a + b``.
+
+    Args:
+        num_classes: number of ids, background included if there is one (21 for VOC, 81 for COCO).
+        ignore_index: the id of pixels without a class, even if it is less than num_classes. None: there is no such id.
+
+    Raises:
+        ValueError: num_classes is less than 1.
+
+    Example: of three labelled pixels one is right, one is wrong and one has no prediction.
+
+    >>> import numpy as np
+    >>> metric = LabelMeanIoU(num_classes=2)
+    >>> metric.update(labels=np.array([[1, 1, 255, 0]]), mask=np.array([[1, 0, 1, 255]]))
+    >>> metric.confusion()
+    array([[0, 1, 0],
+           [0, 1, 1]])
+    >>> scores = metric.compute()
+    >>> scores.per_class_iou.round(2), round(scores.pixel_accuracy, 2)
+    (array([0.  , 0.33]), 0.33)
+    """
+
+    def __init__(self, num_classes: int, ignore_index: int | None = 255) -> None:
+        if num_classes < 1:
+            raise ValueError(f"num_classes is {num_classes}. Pass at least 1.")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self._confusion = np.zeros((num_classes, num_classes + 1), dtype=np.int64)
+
+    def update(self, labels: npt.ArrayLike, mask: npt.ArrayLike) -> None:
+        """Counts one image. An error counts nothing.
+
+        Args:
+            labels: (H, W) predicted integer ids, ignore_index where nothing is predicted.
+            mask: (H, W) integer ids of the truth, ignore_index where unknown.
+
+        Raises:
+            ValueError: shapes that disagree, other dtypes, or ids out of range.
+        """
+        predicted, truth = np.asarray(labels), np.asarray(mask)
+        if predicted.ndim != 2 or predicted.shape != truth.shape:
+            raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), of one size.")
+        column = _codes("labels", predicted, self.num_classes, self.ignore_index)
+        row = _codes("mask", truth, self.num_classes, self.ignore_index)
+        size = self.num_classes + 1
+        pairs = np.multiply(row, size, dtype=np.int64)
+        pairs += column
+        self._confusion += np.bincount(pairs.ravel(), minlength=size**2).reshape(size, size)[: self.num_classes]
+
+    def compute(self) -> LabelScores:
+        """Scores of all images counted so far.
+
+        Raises:
+            ValueError: no pixel was counted.
+        """
+        if not self._confusion.any():
+            raise ValueError("No pixel was counted. Call update() with a mask that is not all ignore_index.")
+        correct, truth = self._confusion.diagonal(), self._confusion.sum(axis=1)
+        predicted = self._confusion[:, :-1].sum(axis=0)
+        union = predicted + truth - correct
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
+            iou = correct / union
+            accuracy = correct / truth
+            wrong, missed = (predicted - correct) / union, (truth - correct) / union
+        return LabelScores(
+            miou=float(np.nanmean(iou)),
+            per_class_iou=iou,
+            false_positive_rate=wrong,
+            false_negative_rate=missed,
+            pixel_accuracy=float(correct.sum() / truth.sum()),
+            per_class_accuracy=accuracy,
+            class_accuracy=float(np.nanmean(accuracy)),
+        )
+
+    def confusion(self) -> npt.NDArray[np.int64]:
+        """(C, C + 1) pixels: row = id in the mask, column = predicted id; last column: predicted as ignore_index."""
+        return self._confusion.copy()
+
+    def empty(self) -> LabelMeanIoU:
+        """A counter with the same settings that has counted nothing."""
+        return LabelMeanIoU(self.num_classes, self.ignore_index)
+
+    def __add__(self, other: LabelMeanIoU) -> LabelMeanIoU:
+        """The counter of both data sets together. Raises ValueError if their settings differ."""
+        if not isinstance(other, LabelMeanIoU):
+            return NotImplemented
+        settings = [(each.num_classes, each.ignore_index) for each in (self, other)]
+        if settings[0] != settings[1]:
+            raise ValueError(f"The settings are {settings[0]} and {settings[1]}. Make both counters alike.")
+        total = self.empty()
+        total._confusion = self._confusion + other._confusion
+        return total
+
+
+def _even_step(thresholds: npt.NDArray[np.float64]) -> float | None:
+    """The step between evenly spaced thresholds, if it is large beside rounding in single precision; else None."""
+    if thresholds.size < 2:
+        return None
+    step = float(thresholds[-1] - thresholds[0]) / (thresholds.size - 1)
+    even = np.abs(thresholds - thresholds[0] - step * np.arange(thresholds.size)).max() < EVEN * step
+    return step if even and step > SMALLEST_STEP else None
+
+
+def _codes(
+    name: str, ids: npt.NDArray[np.generic], num_classes: int, ignore_index: int | None
+) -> npt.NDArray[np.unsignedinteger]:
+    """The ids in few bytes, with num_classes for the ignored one. Raises ValueError for ids out of range."""
+    if ids.dtype.kind not in "iu":
+        raise ValueError(f"{name} of dtype {ids.dtype} cannot hold ids. Pass class ids as whole numbers, not colours.")
+    ignored = np.zeros(ids.shape, bool) if ignore_index is None else ids == ignore_index
+    known = np.where(ignored, 0, ids)  # 0 is a valid id
+    if known.size and (known.min() < 0 or known.max() >= num_classes):
+        wrong = [int(i) for i in np.unique(known) if not 0 <= i < num_classes]
+        others = "" if ignore_index is None else f", or {ignore_index} (ignored)"
+        raise ValueError(
+            f"{name} with ids {wrong[:8]}: only 0 to {num_classes - 1}{others} can be counted. Check the number of classes "
+            "and the ignored id."
+        )
+    codes = known.astype(np.min_scalar_type(num_classes))
+    codes += np.multiply(ignored, num_classes, dtype=codes.dtype)
+    return codes

@@ -1,47 +1,44 @@
-"""The ``evaluate`` command: scores saved class maps against masks, at every background threshold."""
+"""The ``evaluate`` command: scores saved class maps, at every background threshold, or label maps against masks."""
 
 from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from acr_reg.demo.record import write_json
-from acr_reg.errors import CommandError, some
-from acr_reg.integrations.convert import CAM_SUFFIXES, IMAGE_SUFFIXES
-from acr_reg.integrations.formats import FORMATS, Format, load_cams
-from acr_reg.integrations.jobs.progress import show_progress
-from acr_reg.metrics import CamMeanIoU, CamScores
+from acr_reg.errors import CommandError
+from acr_reg.integrations.formats import FORMATS
+from acr_reg.integrations.formats.class_names import class_names
+from acr_reg.integrations.jobs.shares import Share, share_of_run
+from acr_reg.integrations.scoring import Sample, find_samples, read_list, score_cams, score_labels
+from acr_reg.metrics import CamMeanIoU, CamScores, LabelMeanIoU, LabelScores
 
-MASK_MODES = ("1", "L", "P", "I", "I;16")
+T = TypeVar("T")
 
-
-class Sample(NamedTuple):
-    """The files of one line of the list."""
-
-    id: str
-    cam: Path
-    mask: Path
+THRESHOLDS = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the command."""
     parser.epilog = (
-        "Maps are .npy files of a PSA dict {0-based class: (H, W) map in [0, 1]}, an IRN dict or a CLIP-ES dict, or "
-        ".npz files with 0-based classes as keys. Class k is mask id k + 1, or k with --no-background. Mask id 255 is "
-        "ignored."
+        "Class maps are .npy files of a PSA dict {0-based class: (H, W) map in [0, 1]}, an IRN dict or a CLIP-ES dict, "
+        "or .npz files with 0-based classes as keys. Class k is mask id k + 1, or k with --no-background. Label maps "
+        "hold the ids of the masks; a pixel labelled with the ignored id counts as missed. Under torchrun each process "
+        "scores its share of the list."
     )
-    parser.add_argument("--cams", type=Path, required=True, metavar="DIR", help="folder of ID.npy or ID.npz")
+    predictions = parser.add_mutually_exclusive_group(required=True)
+    predictions.add_argument("--cams", type=Path, metavar="DIR", help="class maps: folder of ID.npy or ID.npz")
+    predictions.add_argument("--labels", type=Path, metavar="DIR", help="label maps: folder of ID.png, no threshold")
     parser.add_argument("--masks", type=Path, required=True, metavar="DIR", help="folder of palette or grey PNG masks")
     parser.add_argument(
         "--list",
@@ -53,165 +50,203 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=int, required=True, metavar="N", help="number of ids, background included: VOC 21, COCO 81"
     )
+    parser.add_argument("--names", metavar="FILE", help="class names for the table: voc, coco, or a file of one a line")
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
-    parser.add_argument("--thresholds", type=int, default=100, metavar="N", help="try 0, 1/N, ... (default: 100)")
-    parser.add_argument("--format", choices=FORMATS, help="of the maps (default: found from each file)")
-    parser.add_argument("--resize", action="store_true", help="resize maps (bilinear) to the size of their mask")
+    parser.add_argument(
+        "--ignore-index",
+        type=_id_or_none,
+        default=255,
+        metavar="ID",
+        help="mask id not counted, or none (default: 255)",
+    )
+    parser.add_argument("--thresholds", type=int, metavar="N", help=f"try 0, 1/N, ... (default: {THRESHOLDS})")
+    parser.add_argument("--format", choices=FORMATS, help="of the class maps (default: found from each file)")
+    parser.add_argument(
+        "--resize", action="store_true", help="resize to the size of the mask: maps bilinear, labels nearest"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes that read and count (default: one a core)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all scores, with the threshold curve")
+
+
+class _Job(NamedTuple):
+    samples: list[Sample]
+    names: list[str] | None
 
 
 def run(args: argparse.Namespace) -> int:
     """Score the listed images, print a table, write the JSON. Errors of the user are CommandErrors."""
+    with share_of_run() as share:
+        if share.world > 1 and share.group is None:
+            raise CommandError(
+                f"RANK is {share.rank} of {share.world} without MASTER_ADDR: nobody would add up the scores. Run one "
+                "process without RANK, or torchrun."
+            )
+        try:
+            job = _in_all(share, lambda: _prepare(args))
+            metric = _score(job.samples, args, share)
+        except CommandError:
+            if share.speaks:
+                raise
+            return 2  # every process has this error, and one writes it
+        if not share.speaks:
+            return 0
+    return _report(metric, job, args)
+
+
+def _in_all(share: Share, make: Callable[[], T]) -> T:
+    """What ``make`` returns. An error in one process, whose disk may lack a folder, ends them all."""
+    error = None
+    try:
+        made = make()
+    except CommandError as raised:
+        error = str(raised)
+    for message in filter(None, share.gather(error)):
+        raise CommandError(message)
+    return made
+
+
+def _prepare(args: argparse.Namespace) -> _Job:
+    """Checks the options and finds the files, before any work is done."""
     if args.classes < 2:
         raise CommandError(f"--classes is {args.classes}. It must be at least 2 (VOC 21, COCO 81, with background).")
-    if args.thresholds < 1:
+    if args.thresholds is not None and args.thresholds < 1:
         raise CommandError(f"--thresholds is {args.thresholds}. It must be at least 1.")
+    if args.workers is not None and args.workers < 0:
+        raise CommandError(f"--workers is {args.workers}. Pass 0 to read in this process, or more.")
+    for option in ("thresholds", "format"):
+        if args.labels is not None and getattr(args, option) is not None:
+            raise CommandError(f"--{option} is for class maps (--cams). Leave it out with --labels.")
     if args.json is not None and not args.json.parent.is_dir():
         raise CommandError(f"--json {args.json}: The folder {args.json.parent} does not exist. Make it first.")
-    samples = find_samples(read_list(args.list), args.cams, args.masks)
-
-    background = not args.no_background
-    metric = CamMeanIoU(args.classes, np.arange(args.thresholds) / args.thresholds, background=background)
-    with show_progress() as progress:
-        step = progress.begin("Scoring", len(samples))
-        for sample in samples:
-            score_sample(metric, sample, args.resize, args.format)
-            step()
     try:
-        scores = metric.compute()
+        names = None if args.names is None else class_names(args.names, args.classes, not args.no_background)
     except ValueError as error:
-        raise CommandError(f"--masks {args.masks}: {error}") from error
+        raise CommandError(f"--names {error}") from error
+    _check_kind(args.cams, args.labels)
+    try:
+        entries = read_list(args.list)
+        if args.labels is not None:
+            return _Job(find_samples(entries, args.labels, args.masks, "labels"), names)
+        return _Job(find_samples(entries, args.cams, args.masks), names)
+    except ValueError as error:
+        raise CommandError(f"--{error}") from error  # the functions name their arguments as these options
 
-    print_scores(scores, len(samples), background)
+
+def _check_kind(cams: Path | None, labels: Path | None) -> None:
+    """Label maps given as class maps, or the reverse, would only be files that are missing."""
+    if cams is not None and not any(cams.glob("*.np[yz]")) and any(cams.glob("*.png")):
+        raise CommandError(f"--cams {cams} holds label maps (.png) and no class maps. Pass the folder as --labels.")
+    if labels is not None and any(labels.glob("*.np[yz]")) and not any(labels.glob("*.png")):
+        raise CommandError(f"--labels {labels} holds class maps and no label maps (.png). Pass the folder as --cams.")
+
+
+def _score(samples: Sequence[Sample], args: argparse.Namespace, share: Share) -> CamMeanIoU | LabelMeanIoU:
+    background = not args.no_background
+    workers = _cores() if args.workers is None else args.workers
+    try:
+        if args.labels is not None:
+            labels = LabelMeanIoU(args.classes, args.ignore_index)
+            return score_labels(samples, labels, args.resize, background, workers, share=share)
+        number = THRESHOLDS if args.thresholds is None else args.thresholds
+        cams = CamMeanIoU(args.classes, np.arange(number) / number, background, args.ignore_index)
+        return score_cams(samples, cams, args.format, args.resize, workers, share=share)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+
+
+def _cores() -> int:
+    """The cores for the workers of this process: those it may use, divided among the processes of this machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return cores if cores > 1 else 0
+
+
+def _report(metric: CamMeanIoU | LabelMeanIoU, job: _Job, args: argparse.Namespace) -> int:
+    background = not args.no_background
+    scores = metric.compute()
+    labels = job.names or ["background" if background and number == 0 else "" for number in range(args.classes)]
+    console = Console()
+    table = _table(scores, labels)
+    if not console.is_terminal:  # a pipe has no width: 80 columns would cut long names
+        console = Console(width=max(console.width, console.measure(table).maximum))
+    console.print(table)
+    figures = {"images": str(len(job.samples)), **_figures(scores, metric)}
+    for name, figure in figures.items():
+        console.print(f"{name:<{max(map(len, figures)) + 2}}{figure}", highlight=False, markup=False, soft_wrap=True)
     if not np.nansum(scores.per_class_iou[int(background) :]):
-        print(
-            "warning: No class has a correct pixel. Maps may be of other images or have other keys: "
-            f"class k (0-based) is mask id k{' + 1' if background else ''}.",
-            file=sys.stderr,
-        )
+        print(f"warning: No class has a correct pixel. {_likely_reason(args)}", file=sys.stderr)
     if args.json is not None:
-        write_scores(args.json, scores, args, len(samples))
+        _write_scores(args.json, scores, metric, job, args)
     return 0
 
 
-def read_list(path: Path) -> list[tuple[str, str]]:
-    """Ids and mask file names. A line is an id or a pair of paths (VOC, SEAM, COCO lists). Skips blank lines."""
-    try:
-        lines = [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CommandError(f"--list {path} cannot be read: {error}") from error
-    entries = []
-    for number, fields in enumerate(lines, start=1):
-        if not fields:
-            continue
-        if len(fields) > 2 or (len(fields) == 2 and _stem(fields[1]) == fields[1]):
-            raise CommandError(
-                f"--list {path}, line {number} is {' '.join(fields)!r}. Give an id, or a pair of paths such as "
-                "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png."
-            )
-        mask = Path(fields[1]).name if len(fields) == 2 else f"{_stem(fields[0])}.png"
-        entries.append((_stem(fields[0]), mask))
-    if not entries:
-        raise CommandError(f"--list {path} is empty. Write one image a line.")
-    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
-    if repeated:
-        raise CommandError(f"--list {path} names {some(repeated)} more than once. Remove the repetitions.")
-    return entries
-
-
-def find_samples(entries: Sequence[tuple[str, str]], cams: Path, masks: Path) -> list[Sample]:
-    """The files of every entry. Reports all missing files together, before any work is done."""
-    for option, folder in (("--cams", cams), ("--masks", masks)):
-        if not folder.is_dir():
-            raise CommandError(f"{option} {folder} is not a folder. Give the folder of the files.")
-    samples = []
-    for name, mask in entries:
-        candidates = [cams / f"{name}{suffix}" for suffix in CAM_SUFFIXES]
-        cam = next((path for path in candidates if path.is_file()), candidates[0])
-        samples.append(Sample(name, cam, masks / mask))
-    for option, paths in (("--cams", [s.cam for s in samples]), ("--masks", [s.mask for s in samples])):
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            folder = cams if option == "--cams" else masks
-            raise CommandError(
-                f"{option} {folder}: {len(missing)} of {len(samples)} files are missing: {some(missing)}. "
-                "Give the folder that holds these files, and the list they were made from."
-            )
-    return samples
-
-
-def score_sample(metric: CamMeanIoU, sample: Sample, resize: bool, format: Format | None) -> None:
-    """Count one image."""
-    first = 1 if metric.background else 0
-    try:
-        maps = load_cams(sample.cam, format)
-        mask = read_mask(sample.mask)
-    except (OSError, ValueError) as error:
-        raise CommandError(str(error)) from error
-    beyond = [number for number in maps if number + first >= metric.num_classes]
-    if beyond:
-        raise CommandError(
-            f"{sample.cam} holds classes {beyond}, and --classes {metric.num_classes} allows 0 to "
-            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
-        )
-    if resize:
-        maps = {number: resized(values, mask.shape) for number, values in maps.items()}
-    sizes = {values.shape for values in maps.values()} - {mask.shape}
-    for height, width in sizes:
-        raise CommandError(
-            f"{sample.cam} has maps of size {height}x{width} and {sample.mask} is {mask.shape[0]}x{mask.shape[1]} "
-            "(HxW). Save the maps at the size of the mask, or pass --resize."
-        )
-    cam = np.stack(list(maps.values())) if maps else np.zeros((0, *mask.shape), dtype=np.float32)
-    try:
-        metric.update(cam, mask, [number + first for number in maps])
-    except ValueError as error:
-        raise CommandError(f"{sample.cam} with {sample.mask}: {error}") from error
-
-
-def read_mask(path: Path) -> npt.NDArray[np.integer]:
-    """The ids (H, W) of a palette or grey image. Raises ValueError for images in colour."""
-    with Image.open(path) as image:
-        if image.mode not in MASK_MODES:
-            raise ValueError(f"{path} is an image of mode {image.mode}. Save the ids as a palette (P) or grey (L) PNG.")
-        return np.asarray(image).astype(np.int64)
-
-
-def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """One (H, W) map at another (H, W) size: bilinear, pixel centres at half, antialiased when shrinking."""
-    if values.shape == size:
-        return values
-    height, width = size
-    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
-
-
-def print_scores(scores: CamScores, images: int, background: bool) -> None:
-    """The table and the figures, on standard output."""
-    console = Console()
+def _table(scores: CamScores | LabelScores, names: Sequence[str]) -> Table:
     table = Table("id", "IoU", "wrong", "missed", title="per class, share of its union")
     columns = (scores.per_class_iou, scores.false_positive_rate, scores.false_negative_rate)
-    for number, rates in enumerate(zip(*columns, strict=True)):
-        label = "0 background" if background and number == 0 else str(number)
-        table.add_row(label, *("-" if math.isnan(rate) else f"{rate:.4f}" for rate in rates))
-    console.print(table)
-    found = int(np.isfinite(scores.per_class_iou).sum())
-    console.print(f"images          {images}", highlight=False)
-    if scores.best_threshold is not None:
-        console.print(f"best threshold  {scores.best_threshold:.4g}", highlight=False)
-    of = f"{found} of {len(scores.per_class_iou)} ids"
-    console.print(f"mIoU            {scores.best_miou:.4f} over {of}", highlight=False)
+    digits = len(str(len(names) - 1))
+    for number, (name, rates) in enumerate(zip(names, zip(*columns, strict=True), strict=True)):
+        label = f"{number:>{digits}} {name}".rstrip()
+        # As Text, a name is no markup.
+        table.add_row(Text(label), *("-" if math.isnan(rate) else f"{rate:.4f}" for rate in rates))
+    return table
 
 
-def write_scores(path: Path, scores: CamScores, args: argparse.Namespace, images: int) -> None:
+def _figures(scores: CamScores | LabelScores, metric: CamMeanIoU | LabelMeanIoU) -> dict[str, str]:
+    """What stands below the table."""
+    of = f"over {np.isfinite(scores.per_class_iou).sum()} of {len(scores.per_class_iou)} ids"
+    if isinstance(scores, CamScores):
+        best = {} if scores.best_threshold is None else {"best threshold": f"{scores.best_threshold:.4g}"}
+        return best | {"mIoU": f"{scores.best_miou:.4f} {of}"}
+    counted = np.isfinite(scores.per_class_accuracy).sum()
+    figures = {
+        "pixel accuracy": f"{scores.pixel_accuracy:.4f}",
+        "class accuracy": f"{scores.class_accuracy:.4f}, mean over {counted} ids",
+    }
+    assert isinstance(metric, LabelMeanIoU)
+    unlabelled = int(metric.confusion()[:, -1].sum())
+    if unlabelled:
+        share = 100 * unlabelled / metric.confusion().sum()
+        figures["unlabelled"] = f"{unlabelled} pixels ({share:.3g} %) predicted as {metric.ignore_index}, missed"
+    return figures | {"mIoU": f"{scores.miou:.4f} {of}"}
+
+
+def _likely_reason(args: argparse.Namespace) -> str:
+    if args.labels is not None:
+        return "The label maps may be of other images or count ids in another way than the masks."
+    return (
+        "Maps may be of other images or have other keys: class k (0-based) is mask id "
+        f"k{'' if args.no_background else ' + 1'}."
+    )
+
+
+def _write_scores(
+    path: Path, scores: CamScores | LabelScores, metric: CamMeanIoU | LabelMeanIoU, job: _Job, args: argparse.Namespace
+) -> None:
     """All scores as JSON, with null for a class that the data does not have."""
-    content = {
+    content: dict[str, Any] = {
         "classes": args.classes,
         "background": not args.no_background,
-        "images": images,
-        "best_threshold": scores.best_threshold,
-        "best_miou": scores.best_miou,
-        "thresholds": _numbers(scores.thresholds),
-        "miou": _numbers(scores.miou),
+        "ignore_index": args.ignore_index,
+        "names": job.names,
+        "images": len(job.samples),
+    }
+    if isinstance(scores, CamScores):
+        content |= {
+            "best_threshold": scores.best_threshold,
+            "best_miou": scores.best_miou,
+            "thresholds": _numbers(scores.thresholds),
+            "miou": _numbers(scores.miou),
+        }
+    else:
+        assert isinstance(metric, LabelMeanIoU)
+        content |= {
+            "miou": scores.miou,
+            "pixel_accuracy": scores.pixel_accuracy,
+            "class_accuracy": scores.class_accuracy,
+            "per_class_accuracy": _numbers(scores.per_class_accuracy),
+            "confusion": metric.confusion().tolist(),
+        }
+    content |= {
         "per_class_iou": _numbers(scores.per_class_iou),
         "false_positive_rate": _numbers(scores.false_positive_rate),
         "false_negative_rate": _numbers(scores.false_negative_rate),
@@ -226,7 +261,6 @@ def _numbers(values: Iterable[np.floating]) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values]
 
 
-def _stem(path: str) -> str:
-    """The id in a path: its file name without an image's ending. Other dots belong to the id."""
-    name = Path(path).name
-    return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
+def _id_or_none(text: str) -> int | None:
+    """An option's value. argparse names what is neither."""
+    return None if text == "none" else int(text)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from acr_reg.__main__ import COMMANDS, main
-from acr_reg.commands.evaluate import resized
 from acr_reg.integrations.formats import save_cams
+from acr_reg.integrations.scoring import resized
 from acr_reg.metrics import CamMeanIoU
 from tests.support.paths import ROOT
 

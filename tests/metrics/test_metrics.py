@@ -1,4 +1,5 @@
-"""CamMeanIoU against a literal sweep: one argmax and one confusion matrix for each threshold."""
+"""CamMeanIoU against a literal sweep: one argmax and one confusion matrix for each threshold. LabelMeanIoU against one
+confusion matrix, counted pixel by pixel."""
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from acr_reg.metrics import CamMeanIoU
+from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 
 THRESHOLDS = np.arange(100) / 100
 
@@ -63,6 +64,134 @@ def made_images(rng, num_classes, background, levels=None, dtype=np.float32):
         mask = rng.choice([*range(num_classes), 255], size=(height, width))
         images.append((cam.astype(dtype), mask, classes.tolist()))
     return images
+
+
+def counts_by_search(images, num_classes, thresholds, background, ignore_index):
+    """(predicted, correct, truth) as CamCounts has them: argmax over the stacked maps, and a search of each highest
+    value among the thresholds."""
+    thresholds = np.asarray(thresholds if background else [])
+    predicted = np.zeros((num_classes, thresholds.size + 1), np.int64)
+    correct, present = np.zeros_like(predicted), np.zeros(num_classes, np.int64)
+    for cam, mask, classes in images:
+        counted = np.ones(mask.shape, bool) if ignore_index is None else mask != ignore_index
+        order = np.argsort(np.array(classes, dtype=int))
+        truth = mask[counted].astype(np.int64)
+        maps = cam.astype(np.result_type(cam.dtype, np.float32))[order][:, counted]
+        if len(classes):
+            best, highest = np.array(classes)[order][maps.argmax(axis=0)], maps.max(axis=0)
+        else:
+            best, highest = np.zeros_like(truth), np.zeros(truth.size, maps.dtype)
+        exceeded = np.searchsorted(thresholds.astype(maps.dtype), highest, side="left")
+        right = (best == truth) | (truth == 0) if background else best == truth
+        np.add.at(predicted, (best, exceeded), 1)
+        np.add.at(correct, (truth[right], exceeded[right]), 1)
+        np.add.at(present, truth, 1)
+    if not background:
+        return predicted, correct, present
+    above, hits = (each[:, ::-1].cumsum(axis=1)[:, ::-1][:, 1:] for each in (predicted, correct))
+    above[0], hits[0] = predicted.sum(axis=0).cumsum()[:-1], correct[0].cumsum()[:-1]
+    return above, hits, present
+
+
+def check_equal_counts(images, num_classes, thresholds, background=True, ignore_index=255):
+    metric = CamMeanIoU(num_classes, thresholds, background, ignore_index)
+    for image in images:
+        metric.update(*image)
+    counts = metric.counts()
+    wanted = counts_by_search(images, num_classes, thresholds, background, ignore_index)
+    for found, expected in zip((counts.predicted, counts.correct, counts.truth), wanted, strict=True):
+        assert found.dtype == np.int64
+        np.testing.assert_array_equal(found, expected)
+
+
+SPACINGS = {
+    "hundredths": THRESHOLDS,
+    "one": np.array([0.3]),
+    "two": np.array([0.1, 0.9]),
+    "thirds": np.arange(3) / 3,
+    "up to one": np.linspace(0, 1, 11),
+    "from a twentieth": np.arange(0.05, 1, 0.05),
+    "sevenths of a part": np.linspace(0.2, 0.9, 50),
+    "nearly even": np.arange(20) / 20 + np.resize([0, 0.002, -0.0001], 20) + 0.01,
+    "uneven": np.array([0.0, 0.01, 0.5, 0.501, 0.99]),
+    "many": np.arange(9_000) / 9_000,
+    "more than computed": np.arange(30_000) / 30_000,
+    "too near for single precision": 0.5 + np.arange(5) * 1e-9,
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, np.longdouble])
+@pytest.mark.parametrize("name", SPACINGS)
+def test_a_value_on_or_beside_a_threshold_is_counted_as_a_search_among_the_thresholds_counts_it(name, dtype):
+    """Where rounding decides: each threshold in the precision of the maps, the numbers next to it, and the middles."""
+    thresholds = SPACINGS[name]
+    at = thresholds.astype(dtype)
+    values = np.concatenate([at, np.nextafter(at, dtype(2)), np.nextafter(at, dtype(-2)), (at[1:] + at[:-1]) / 2])
+    edges = np.array([0, -0.0, 1, 1 + 5e-6, -5e-6], dtype)
+    values = np.concatenate([values[(values >= 0) & (values <= 1)], edges])
+    cam = np.stack([values, values[::-1]])[:, None]
+    mask = np.resize([0, 1, 2, 255, 3], values.size)[None]
+    check_equal_counts([(cam, mask, [2, 1])], 4, thresholds)
+
+
+@pytest.mark.parametrize("ignore_index", [255, None, 0, 2, -1, 1000])
+@pytest.mark.parametrize("background", [True, False])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_counts_equal_those_of_argmax_and_search(dtype, background, ignore_index):
+    rng = np.random.default_rng(7)
+    images = []
+    for levels in (None, 10, 100):
+        for cam, mask, classes in made_images(rng, 6, background, levels, dtype):
+            images.append((cam, np.where(mask == 255, 5 if ignore_index is None else ignore_index, mask), classes))
+    if background:
+        images.append((np.zeros((0, 2, 3), dtype), np.array([[0, 1, 2], [0, 5, 0]]), []))
+    check_equal_counts(images, 6, THRESHOLDS, background, ignore_index)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, bool])
+def test_whole_numbers_are_counted_like_floats(dtype):
+    rng = np.random.default_rng(8)
+    images = [(rng.integers(0, 2, (3, 5, 6)).astype(dtype), rng.integers(0, 4, (5, 6)), [3, 1, 2])]
+    check_equal_counts(images, 4, THRESHOLDS)
+    check_equal_counts(images, 4, THRESHOLDS, background=False)
+
+
+@pytest.mark.parametrize("num_classes", [171, 255, 256, 257, 300, 70_000])
+def test_ids_of_one_byte_and_of_more(num_classes):
+    rng = np.random.default_rng(9)
+    classes = [num_classes - 1, 1, num_classes // 2]
+    mask = rng.choice([0, *classes, num_classes - 2, 255], (8, 9))
+    check_equal_counts([(rng.random((3, 8, 9)), mask, classes)], num_classes, [0.25, 0.5, 0.75])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint64])
+def test_masks_of_any_whole_type(dtype):
+    rng = np.random.default_rng(10)
+    mask = rng.choice([0, 1, 2, 100], (6, 7)).astype(dtype)
+    check_equal_counts([(rng.random((2, 6, 7)), mask, [1, 2])], 3, THRESHOLDS, ignore_index=100)
+
+
+def test_views_of_arrays_are_counted_where_they_lie():
+    rng = np.random.default_rng(11)
+    cam, mask = rng.random((6, 10, 3)).transpose(2, 1, 0)[:, ::2, ::-1], rng.integers(0, 4, (6, 10)).T[::2, ::-1]
+    check_equal_counts([(cam, mask, [1, 2, 3])], 4, THRESHOLDS)
+
+
+@pytest.mark.parametrize("where", range(3))
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1.5, -0.5])
+def test_one_bad_value_in_any_map_and_under_an_ignored_pixel_is_refused(where, value):
+    cam = np.random.default_rng(12).random((3, 4, 5))
+    cam[where, 2, 3] = value
+    metric = CamMeanIoU(4)
+    with pytest.raises(ValueError, match=r"NaN or infinite|cam has values from"):
+        metric.update(cam, np.full((4, 5), 255))
+    assert not metric.counts().truth.any()
+
+
+def test_an_image_without_pixels_counts_nothing():
+    metric = CamMeanIoU(4)
+    metric.update(np.zeros((2, 0, 5)), np.zeros((0, 5), int), [1, 2])
+    assert not metric.counts().predicted.any()
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
@@ -217,10 +346,10 @@ NAN = np.where(np.arange(6).reshape(1, 2, 3) == 4, np.nan, 0.5)
         (CAM, MASK, [1, 2], "cam has 1 maps for 2 classes"),
         (CAM, MASK, None, "cam has 1 maps for 2 classes.*classes="),
         (np.concatenate([CAM, CAM]), MASK, [2, 2], r"classes are \[2, 2\].*each class once"),
-        (CAM, MASK + 1, [1], r"mask has ids \[3, 256\].* 0 to 2, or 255"),
-        (CAM, MASK - 1, [1], r"mask has ids \[-1, 254\]"),
-        (CAM, -MASK % 3 - 1, [1], r"mask has ids \[-1\]"),
-        (CAM, MASK / 2, [1], "mask has dtype float64"),
+        (CAM, MASK + 1, [1], r"mask with ids \[3, 256\].* 0 to 2, or 255"),
+        (CAM, MASK - 1, [1], r"mask with ids \[-1, 254\]"),
+        (CAM, -MASK % 3 - 1, [1], r"mask with ids \[-1\]"),
+        (CAM, MASK / 2, [1], "mask of dtype float64"),
     ],
 )
 def test_bad_input_is_named_and_counts_nothing(cam, mask, classes, message):
@@ -276,3 +405,115 @@ def test_counts_are_those_of_the_literal_sweep_and_add_up_over_images(background
         assert (sum(each.truth for each in counts) == confusion.sum(axis=1)).all()
     counts[0].predicted[:] = 0  # a copy: the counter is not changed by it
     assert counters[0].counts().predicted.any()
+
+
+def test_without_an_ignored_id_255_is_an_id_like_others():
+    metric = CamMeanIoU(256, ignore_index=None)
+    metric.update(np.array([[[0.9, 0.1]]]), np.array([[255, 0]]), [255])
+    assert metric.compute().per_class_iou[255] == 1
+    with pytest.raises(ValueError, match=r"mask with ids \[255\]: only 0 to 1 can"):
+        CamMeanIoU(2, ignore_index=None).update(np.array([[[0.9, 0.1]]]), np.array([[255, 0]]), [1])
+
+
+def test_an_empty_counter_has_the_settings_and_no_counts():
+    metric = CamMeanIoU(3, [0.5], ignore_index=7)
+    metric.update(CAM, np.array([[0, 1, 2], [0, 0, 7]]), [1])
+    empty = metric.empty()
+    assert not empty.counts().predicted.any()
+    np.testing.assert_array_equal((empty + metric).counts().predicted, metric.counts().predicted)
+
+
+def label_confusion(images, num_classes, ignore_index):
+    """Pixel by pixel: rows truth, columns prediction, the last for pixels predicted as ignored."""
+    confusion = np.zeros((num_classes, num_classes + 1), int)
+    for labels, mask in images:
+        for predicted, truth in zip(labels.ravel().tolist(), mask.ravel().tolist(), strict=True):
+            if truth != ignore_index:
+                confusion[truth, num_classes if predicted == ignore_index else predicted] += 1
+    return confusion
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int64, np.uint16])
+@pytest.mark.parametrize("ignore_index", [255, None, 2, 0])
+def test_label_maps_equal_a_confusion_matrix_counted_by_hand(ignore_index, dtype):
+    rng = np.random.default_rng(0)
+    ids = [0, 1, 2, 4, *([] if ignore_index is None else [ignore_index])]  # 3 and 5 are nowhere
+    images = [tuple(rng.choice(ids, size).astype(dtype) for _ in range(2)) for size in [(5, 8), (9, 4)]]
+    metric = LabelMeanIoU(6, ignore_index)
+    for image in images:
+        metric.update(*image)
+    confusion = label_confusion(images, 6, ignore_index)
+    np.testing.assert_array_equal(metric.confusion(), confusion)
+    scores = metric.compute()
+    for number in range(6):
+        hit, truth, predicted = confusion[number, number], confusion[number].sum(), confusion[:, number].sum()
+        union = truth + predicted - hit
+        rates = [
+            each[number] for each in (scores.per_class_iou, scores.false_positive_rate, scores.false_negative_rate)
+        ]
+        wanted = [np.nan] * 3 if union == 0 else [hit / union, (predicted - hit) / union, (truth - hit) / union]
+        np.testing.assert_array_equal(rates, wanted)
+        np.testing.assert_array_equal(scores.per_class_accuracy[number], hit / truth if truth else np.nan)
+    assert scores.miou == np.nanmean(scores.per_class_iou)
+    assert scores.class_accuracy == np.nanmean(scores.per_class_accuracy)
+    assert scores.pixel_accuracy == sum(confusion[i, i] for i in range(6)) / confusion.sum()
+
+
+def test_pixels_predicted_as_ignored_are_missed_and_belong_to_no_class():
+    metric = LabelMeanIoU(3)
+    metric.update(np.array([[1, 255, 255, 255]]), np.array([[1, 1, 0, 255]]))
+    scores = metric.compute()
+    np.testing.assert_array_equal(scores.per_class_iou, [0, 0.5, np.nan])
+    np.testing.assert_array_equal(scores.false_positive_rate, [0, 0, np.nan])
+    assert scores.pixel_accuracy == pytest.approx(1 / 3)
+    assert metric.confusion()[:, 3].tolist() == [1, 1, 0]
+
+
+def test_label_maps_of_an_argmax_have_the_score_of_their_class_maps():
+    images = made_images(np.random.default_rng(2), 6, background=False)
+    cams, labels = CamMeanIoU(6, background=False), LabelMeanIoU(6)
+    for cam, mask, classes in images:
+        cams.update(cam, mask, classes)
+        labels.update(np.array(classes)[cam.argmax(axis=0)], mask)
+    assert labels.compute().miou == cams.compute().best_miou
+
+
+def test_label_counters_add_up():
+    rng = np.random.default_rng(3)
+    images = [tuple(rng.integers(0, 4, (2, 5, 6))) for _ in range(3)]
+    parts, whole = [LabelMeanIoU(4) for _ in images], LabelMeanIoU(4)
+    for part, image in zip(parts, images, strict=True):
+        part.update(*image)
+        whole.update(*image)
+    np.testing.assert_array_equal((parts[0] + parts[1] + parts[2]).confusion(), whole.confusion())
+    assert not whole.empty().confusion().any()
+    with pytest.raises(ValueError, match=r"\(4, 255\).*\(4, None\)"):
+        whole + LabelMeanIoU(4, ignore_index=None)
+    with pytest.raises(TypeError):
+        whole + 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "mask", "message"),
+    [
+        (MASK[:, :2], MASK, r"labels have shape \(2, 2\) and mask \(2, 3\)"),
+        (MASK[None], MASK[None], r"labels have shape \(1, 2, 3\)"),
+        (MASK + 1, MASK, r"labels with ids \[3, 256\].* 0 to 2, or 255"),
+        (MASK, MASK + 1, r"mask with ids \[3, 256\]"),
+        (MASK / 1, MASK, "labels of dtype float64"),
+        (MASK, MASK / 1, "mask of dtype float64"),
+        (MASK > 0, MASK, "labels of dtype bool"),
+        (np.where(MASK == 255, 9, MASK), MASK, r"labels with ids \[9\]"),  # also under an ignored pixel
+    ],
+)
+def test_bad_label_maps_are_named_and_count_nothing(labels, mask, message):
+    metric = LabelMeanIoU(3)
+    with pytest.raises(ValueError, match=message):
+        metric.update(labels, mask)
+    with pytest.raises(ValueError, match="No pixel was counted"):
+        metric.compute()
+
+
+def test_label_counters_need_a_class():
+    with pytest.raises(ValueError, match="num_classes is 0.*at least 1"):
+        LabelMeanIoU(0)

@@ -1,0 +1,306 @@
+"""Scores the class maps or label maps of a list of images against their masks, in several processes if asked."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from acr_reg.errors import some
+from acr_reg.integrations.formats import Format, load_cams
+from acr_reg.integrations.formats.masks import read_mask
+from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.shares import Share
+from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
+
+__all__ = ["Sample", "find_samples", "read_list", "score_cams", "score_labels"]
+
+Kind = Literal["cams", "labels"]
+CAM_SUFFIXES = (".npy", ".npz")
+IMAGE_SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+IMAGES_AT_ONCE = 16  # what a worker counts before it reports
+FEWEST_FOR_WORKERS = 50  # starting workers takes longer than scoring fewer images
+
+Metric = TypeVar("Metric", CamMeanIoU, LabelMeanIoU)
+
+
+class Sample(NamedTuple):
+    """The files of one image: its class maps or its label map, and its mask."""
+
+    id: str
+    prediction: Path
+    mask: Path
+
+
+def read_list(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
+    """Ids and mask file names of a list: a line is an id, or a pair of paths as in lists of VOC, SEAM and COCO.
+
+    Blank lines are skipped. Raises ValueError if the list cannot be read, is empty, repeats an id, or has other lines.
+
+    >>> from pathlib import Path
+    >>> _ = Path("train.txt").write_text("/JPEGImages/2007_000032.jpg /SegmentationClassAug/2007_000032.png")
+    >>> read_list("train.txt")
+    [('2007_000032', '2007_000032.png')]
+    """
+    try:
+        lines = [line.split() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"list {path} cannot be read: {error}") from error
+    entries = []
+    for number, fields in enumerate(lines, start=1):
+        if not fields:
+            continue
+        if len(fields) > 2 or (len(fields) == 2 and _stem(fields[1]) == fields[1]):
+            raise ValueError(
+                f"list {path}, line {number} is {' '.join(fields)!r}. Give an id, or a pair of paths such as "
+                "/JPEGImages/ID.jpg /SegmentationClassAug/ID.png."
+            )
+        mask = Path(fields[1]).name if len(fields) == 2 else f"{_stem(fields[0])}.png"
+        entries.append((_stem(fields[0]), mask))
+    if not entries:
+        raise ValueError(f"list {path} is empty. Write one image a line.")
+    repeated = [name for name, count in Counter(name for name, _ in entries).items() if count > 1]
+    if repeated:
+        raise ValueError(f"list {path} names {some(repeated)} more than once. Remove the repetitions.")
+    return entries
+
+
+def find_samples(
+    entries: Sequence[tuple[str, str]],
+    predictions: str | os.PathLike[str],
+    masks: str | os.PathLike[str],
+    kind: Kind = "cams",
+) -> list[Sample]:
+    """The files of every entry of :func:`read_list`.
+
+    Args:
+        entries: ids and mask file names.
+        predictions: the folder of ID.npy or ID.npz, or for ``kind="labels"`` of ID.png (or .bmp, .tif, .tiff).
+        masks: the folder of the masks.
+        kind: what the folder holds, "cams" or "labels". Messages name the folder so.
+
+    Raises:
+        ValueError: a folder does not exist, or files are missing: the message counts them all.
+    """
+    suffixes = CAM_SUFFIXES if kind == "cams" else LABEL_SUFFIXES
+    folders = {kind: Path(predictions), "masks": Path(masks)}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise ValueError(f"{name} {folder} is not a folder. Give the folder of the files.")
+    samples = []
+    for name, mask in entries:
+        candidates = [folders[kind] / f"{name}{suffix}" for suffix in suffixes]
+        prediction = next((path for path in candidates if path.is_file()), candidates[0])
+        samples.append(Sample(name, prediction, folders["masks"] / mask))
+    for name, paths in ((kind, [s.prediction for s in samples]), ("masks", [s.mask for s in samples])):
+        missing = [path.name for path in paths if not path.is_file()]
+        if missing:
+            raise ValueError(
+                f"{name} {folders[name]}: {len(missing)} of {len(samples)} files are missing: {some(missing)}. "
+                "Give the folder that holds these files, and the list they were made from."
+            )
+    return samples
+
+
+def score_cams(
+    samples: Sequence[Sample],
+    metric: CamMeanIoU,
+    format: Format | None = None,
+    resize: bool = False,
+    workers: int = 0,
+    progress: bool = True,
+    share: Share | None = None,
+) -> CamMeanIoU:
+    """Count the class maps of all samples: ``metric`` plus their counts, as a new counter.
+
+    Args:
+        samples: of :func:`find_samples`. Class k (0-based) of the maps is mask id k + 1, or k without background.
+        metric: the settings, and counts to start from (usually none). It is not changed.
+        format: of the maps; by default found from each file.
+        resize: resize maps (bilinear) to the size of their mask. By default another size is an error.
+        workers: processes that read and count. 0 counts in this process, as does a short list.
+        progress: show progress.
+        share: of :func:`~acr_reg.integrations.jobs.shares.share_of_run`: this process counts its share of the samples,
+            and every process returns the counts of all. By default this process counts everything.
+
+    Raises:
+        ValueError: a file cannot be read or does not fit its mask or the metric; the message names the file, and if it
+            happens in one process of a shared run, all of them raise it. Or the masks of all samples hold no class.
+    """
+    count = partial(_count_cams, format=format, resize=resize)
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.counts().truth, metric.background, metric.ignore_index)
+    return total
+
+
+def score_labels(
+    samples: Sequence[Sample],
+    metric: LabelMeanIoU,
+    resize: bool = False,
+    background: bool = True,
+    workers: int = 0,
+    progress: bool = True,
+    share: Share | None = None,
+) -> LabelMeanIoU:
+    """Count the label maps of all samples, as :func:`score_cams` counts class maps.
+
+    ``resize`` takes the nearest pixels. ``background`` says whether id 0 is background: if the masks of all samples
+    hold nothing else, that is an error.
+    """
+    count = partial(_count_labels, resize=resize)
+    total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
+    _check_masks(total.confusion().sum(axis=1), background, metric.ignore_index)
+    return total
+
+
+class _Failure(NamedTuple):
+    """An error of the user's files. It is sent as a value, because DataLoader would wrap it in a traceback."""
+
+    message: str
+
+
+class _Counts(Dataset[Any], Generic[Metric]):
+    """Counts of runs of images: what a worker makes of an index."""
+
+    def __init__(
+        self, samples: Sequence[Sample], at_once: int, empty: Metric, count: Callable[[Metric, Sample], None]
+    ) -> None:
+        self.runs = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
+        self.empty, self.count = empty, count
+
+    def __len__(self) -> int:
+        return len(self.runs)
+
+    def __getitem__(self, index: int) -> tuple[int, Metric | _Failure]:
+        counter = self.empty.empty()
+        for sample in self.runs[index]:
+            try:
+                self.count(counter, sample)
+            except (OSError, ValueError) as error:
+                return 0, _Failure(str(error))
+        return len(self.runs[index]), counter
+
+
+def _counted(
+    samples: Sequence[Sample],
+    empty: Metric,
+    count: Callable[[Metric, Sample], None],
+    workers: int,
+    progress: bool,
+    share: Share,
+) -> Metric:
+    """The counts of all processes of a shared run."""
+    total = empty
+    for part in share.gather(_count_share(share.of(samples), empty, count, workers, progress and share.speaks)):
+        if isinstance(part, _Failure):
+            raise ValueError(part.message)
+        total = total + part
+    return total
+
+
+def _count_share(
+    samples: Sequence[Sample],
+    empty: Metric,
+    count: Callable[[Metric, Sample], None],
+    workers: int,
+    progress: bool,
+) -> Metric | _Failure:
+    if len(samples) < FEWEST_FOR_WORKERS:
+        workers = 0
+    counts = _Counts(samples, IMAGES_AT_ONCE if workers else 1, empty, count)
+    parts: Iterator[tuple[int, Metric | _Failure]]
+    parts = iter(DataLoader(counts, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    total = empty
+    with show_progress(progress) as bar:
+        step = bar.begin("Scoring", len(samples))
+        for images, part in parts:
+            if isinstance(part, _Failure):
+                return part
+            total = total + part
+            for _ in range(images):
+                step()
+    return total
+
+
+def _as_it_is(counts: Any) -> Any:
+    return counts
+
+
+def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resize: bool) -> None:
+    first = 1 if metric.background else 0
+    maps, mask = load_cams(sample.prediction, format), read_mask(sample.mask)
+    beyond = [number for number in maps if number + first >= metric.num_classes]
+    if beyond:
+        raise ValueError(
+            f"{sample.prediction} holds classes {beyond}, and {metric.num_classes} ids allow 0 to "
+            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
+        )
+    if resize:
+        maps = {number: resized(values, mask.shape) for number, values in maps.items()}
+    for size in {values.shape for values in maps.values()}:
+        _check_size(sample, size, mask.shape)
+    cam = np.stack(list(maps.values())) if maps else np.zeros((0, *mask.shape), dtype=np.float32)
+    try:
+        metric.update(cam, mask, [number + first for number in maps])
+    except ValueError as error:
+        raise ValueError(f"{sample.prediction} with {sample.mask}: {error}") from error
+
+
+def _count_labels(metric: LabelMeanIoU, sample: Sample, resize: bool) -> None:
+    labels, mask = read_mask(sample.prediction), read_mask(sample.mask)
+    if resize and labels.shape != mask.shape:
+        labels = labels[np.ix_(*map(_nearest, labels.shape, mask.shape))]
+    _check_size(sample, labels.shape, mask.shape)
+    try:
+        metric.update(labels, mask)
+    except ValueError as error:
+        raise ValueError(f"{sample.prediction} with {sample.mask}: {error}") from error
+
+
+def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: int | None) -> None:
+    """Raises ValueError for masks without a class: their mIoU is 0 or 1 whatever was predicted."""
+    if not truth[int(background) :].any():
+        ids = [
+            *(["0 (background)"] if truth[0] else []),
+            *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
+        ]
+        raise ValueError(
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write the ids of the classes into the masks, "
+            "or ignore another id (--ignore-index)."
+        )
+
+
+def _check_size(sample: Sample, size: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+    if size != wanted:
+        raise ValueError(
+            f"{sample.prediction} is {size[0]}x{size[1]} and {sample.mask} is {wanted[0]}x{wanted[1]} (HxW). "
+            "Save both at one size, or pass --resize (resize=True)."
+        )
+
+
+def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """One (H, W) map at another (H, W) size: bilinear, pixel centres at half, antialiased when shrinking."""
+    if values.shape == size:
+        return values
+    height, width = size
+    return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def _nearest(length: int, wanted: int) -> npt.NDArray[np.intp]:
+    """For each of ``wanted`` pixels along an axis: the one of ``length`` in which its centre lies."""
+    return ((2 * np.arange(wanted) + 1) * length) // (2 * wanted)
+
+
+def _stem(path: str) -> str:
+    """The id in a path: its file name without an image's ending. Other dots belong to the id."""
+    name = Path(path).name
+    return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name
