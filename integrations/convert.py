@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
+from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.shares import Share, share_of_run
+from acr_reg.metrics import CamMeanIoU, CamScores
 
-__all__ = ["convert_cams"]
+__all__ = ["convert_cams", "convert_to_labels", "score_dev_list"]
 
-CAM_SUFFIXES = (".npy", ".npz")
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+SETTINGS = "acr_reg labels"  # the text in a PNG that names the rule it was made by
 
 
 def convert_cams(
@@ -39,8 +48,9 @@ def convert_cams(
             after the alphas.
         format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
         source_format: by default it is found from each file. A file whose format is not clear fails.
-        images: the folder of the photos, to resize the maps to their sizes (needs pillow). By default the maps keep
-            their size. ``irn``, ``clip_es`` and ``psa_crf`` need ``images`` for images without a class.
+        images: the folder of the photos ID.jpg, ID.png and so on, to resize the maps to their sizes (needs pillow). The
+            size is that of the upright photo, turned by its EXIF orientation. By default the maps keep their size.
+            ``irn``, ``clip_es`` and ``psa_crf`` need ``images`` for images without a class.
         alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
         overwrite: convert files again that exist.
         progress: show progress. Failures are written in any case.
@@ -57,34 +67,221 @@ def convert_cams(
     >>> load_cams("irn/2007_000032.npy", "irn")[14].shape
     (6, 8)
     """
-    source = Path(source)
-    check_format(source_format)
     folder = CamFolder(Path(target), format, alphas)
+    maps_of = _source_of(source, source_format, images, folder.folders)
+    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress)
+
+
+def convert_to_labels(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    source_format: Format | None = None,
+    *,
+    threshold: float | None = None,
+    ignore_between: tuple[float, float] | None = None,
+    alphas: tuple[float, float] | None = None,
+    background: bool = True,
+    images: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> FolderReport:
+    """Read every .npy and .npz file of one folder, and write its pseudo labels as a palette PNG to another folder.
+
+    Files are passed over, written and reported as by :func:`convert_cams`. Each PNG names its rule in its text, so that
+    a restarted run cannot mix labels of two rules.
+
+    Args:
+        source, source_format, overwrite, progress: as for :func:`convert_cams`.
+        target: another folder, made if it does not exist.
+        threshold, ignore_between, alphas, background: the rule, of
+            :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`score_dev_list` finds the best threshold.
+        images: as for :func:`convert_cams`, with maps resized as ``evaluate --resize`` does. Images without a class
+            need it; their PNGs are all background.
+
+    Raises:
+        ValueError: the source holds no such files, or the target is the source or ``images``. The target holds PNG
+            files that another rule or another program made, unless ``overwrite`` replaces them. The rule is wrong.
+
+    >>> import os, numpy as np
+    >>> from PIL import Image
+    >>> from acr_reg.integrations.formats import save_cams
+    >>> os.mkdir("cams")
+    >>> save_cams("cams/2007_000032.npy", {14: np.array([[0.1, 0.4, 0.9]])})
+    >>> convert_to_labels("cams", "labels", ignore_between=(0.3, 0.6), progress=False).written
+    ['2007_000032']
+    >>> np.asarray(Image.open("labels/2007_000032.png")).tolist()
+    [[0, 255, 15]]
+    """
+    folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
+    maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
+    folder.check_others(maps_of.files if overwrite else ())
+    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress)
+
+
+def score_dev_list(
+    source: str | os.PathLike[str],
+    dev_list: str | os.PathLike[str],
+    masks: str | os.PathLike[str],
+    num_classes: int,
+    source_format: Format | None = None,
+    *,
+    images: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
+) -> CamScores:
+    """The scores of the listed images at every threshold, as ``evaluate`` counts them; their ``best_threshold`` is for
+    :func:`convert_to_labels`.
+
+    Under torchrun each process scores its share, and all return the scores of the whole list. In a SLURM array, where
+    nobody adds up, each scores the whole list.
+
+    Args:
+        source, source_format, images, workers, share: as for :func:`convert_to_labels`.
+        dev_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
+        masks: the folder of the masks.
+        num_classes: number of ids, background included: VOC 21, COCO 81.
+        progress: show progress, and the best threshold.
+
+    Raises:
+        ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
+            correct pixel at any threshold.
+    """
+    from acr_reg.integrations.scoring import find_samples, read_list, score_cams  # needs pillow
+
+    known = _source_of(source, source_format, images, []).files
+    entries = read_list(dev_list)
+    unknown = [name for name, _ in entries if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{dev_list} names {some(unknown)}, and {source} has no maps of them. Make these maps, or list others."
+        )
+    samples, metric = find_samples(entries, source, masks), CamMeanIoU(num_classes)
+    with share_of_run(share) as part:
+        part = Share() if part.is_apart else part
+        scores = score_cams(samples, metric, source_format, images is not None, workers, progress, part).compute()
+    if not np.nansum(scores.per_class_iou[1:]):
+        raise ValueError(f"No class has a correct pixel on {dev_list}. The maps may be of other images or classes.")
+    if progress and part.speaks:
+        with show_progress() as bar:
+            bar.note(f"best threshold on {dev_list}: {scores.best_threshold} (mIoU {scores.best_miou:.4f})")
+    return scores
+
+
+@dataclass(frozen=True)
+class LabelFolder:
+    """Where the pseudo labels of a run go: one PNG an image, all made by one rule."""
+
+    path: Path
+    rule: LabelRule
+
+    @property
+    def folders(self) -> list[Path]:
+        return [self.path]
+
+    def is_empty(self) -> bool:
+        return not any(self.path.glob("*.png"))
+
+    def files(self, name: str) -> list[Path]:
+        return [self.path / f"{name}.png"]
+
+    def save(self, name: str, maps: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> None:
+        from acr_reg.integrations.formats.masks import save_mask  # needs pillow, which no other conversion does
+
+        labels = pseudo_labels(maps, **asdict(self.rule), size=size)
+        save_mask(self.files(name)[0], labels, {SETTINGS: str(self.rule)})
+
+    def check(self, name: str) -> None:
+        """Raises ValueError if the file of an earlier run was made by another rule."""
+        from acr_reg.integrations.formats.photos import opened
+
+        (file,) = self.files(name)
+        try:
+            with opened(file, decode=False) as image:  # the text comes before the pixels
+                found = image.info.get(SETTINGS)
+        except OSError as error:
+            raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
+        if found is None:
+            raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
+        if found != str(self.rule):
+            raise ValueError(
+                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite the "
+                "files."
+            )
+
+    def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:
+        """Checks every file that stays. A run that overwrites and is killed leaves files of two rules."""
+        for file in sorted(self.path.glob("*.png")):
+            if file.stem not in replaced:
+                self.check(file.stem)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The class maps of a folder, and the sizes of their photos: what :func:`fill` makes of an ID."""
+
+    files: dict[str, Path]
+    format: Format | None
+    images: Path | None
+    like_evaluate: bool  # how maps are resized: here for evaluate's scores, to the bit, or by save_cams
+    photos: dict[str, list[Path]] = field(default_factory=dict)
+
+    def __call__(self, name: str) -> tuple[Maps, tuple[int, int] | None]:
+        maps = load_cams(self.files[name], self.format)
+        if self.images is None:
+            return maps, None
+        size = self._size(name)
+        if self.like_evaluate:
+            from acr_reg.integrations.scoring import resized
+
+            maps = {number: resized(values, size) for number, values in maps.items()}
+        return maps, size
+
+    def _size(self, name: str) -> tuple[int, int]:
+        from acr_reg.integrations.formats.photos import photo_size
+
+        found = self.photos.get(name, [])
+        if not found:
+            raise ValueError(
+                f"There is no photo {name}.jpg or {name}.png in {self.images}. Give the folder of the photos."
+            )
+        if len(found) > 1:
+            names = some([path.name for path in found])
+            raise ValueError(f"{self.images} holds {names}: several photos of one image. Leave one.")
+        return photo_size(found[0])
+
+
+def _source_of(
+    source: str | os.PathLike[str],
+    format: Format | None,
+    images: str | os.PathLike[str] | None,
+    targets: list[Path],
+    like_evaluate: bool = False,
+) -> _Source:
+    """Checks the folders before any work is done."""
+    check_format(format)
+    source, photos = Path(source), None if images is None else Path(images)
     if not source.is_dir():
         raise ValueError(f"{source} is not a folder. Give the folder that holds the .npy or .npz files.")
-    if any(source.resolve() == path.resolve() for path in folder.folders):
-        raise ValueError(f"{source} is both source and target. Name another target folder.")
-    files = {path.stem: path for path in sorted(source.iterdir()) if path.suffix in CAM_SUFFIXES and path.is_file()}
+    for path, kind in ((source, "source"), (photos, "folder of the photos")):
+        if path is not None and any(path.resolve() == target.resolve() for target in targets):
+            raise ValueError(f"{path} is both {kind} and target. Name another target folder.")
+    files = _by_id(source, CAM_SUFFIXES)
     if not files:
         raise ValueError(f"There are no .npy or .npz files in {source}. Give the folder that holds one per image.")
+    for paths in files.values():
+        if len(paths) > 1:
+            raise ValueError(f"{source} holds {some([path.name for path in paths])}: one image twice. Leave one.")
+    if photos is not None and not photos.is_dir():
+        raise ValueError(f"{photos} is not a folder. Give the folder of the photos.")
+    by_id = {} if photos is None else _by_id(photos, IMAGE_SUFFIXES)
+    return _Source({name: paths[0] for name, paths in files.items()}, format, photos, like_evaluate, by_id)
 
-    sizes = None if images is None else _sizes_of_photos(Path(images))
 
-    def maps_of(name: str) -> tuple[Maps, tuple[int, int] | None]:
-        return load_cams(files[name], source_format), None if sizes is None else sizes(name)
-
-    return fill(folder, list(files), maps_of, f"To {format}", overwrite, progress)
-
-
-def _sizes_of_photos(images: Path) -> Callable[[str], tuple[int, int]]:
-    """The function from an ID to the (H, W) of its photo."""
-    from PIL import Image  # an extra, which no other conversion needs
-
-    def size(name: str) -> tuple[int, int]:
-        found = [path for suffix in IMAGE_SUFFIXES if (path := images / f"{name}{suffix}").is_file()]
-        if not found:
-            raise ValueError(f"There is no photo {name}.jpg or {name}.png in {images}. Give the folder of the photos.")
-        with Image.open(found[0]) as photo:
-            return photo.height, photo.width
-
-    return size
+def _by_id(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """The files of each ID, sorted."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and path.is_file():
+            files.setdefault(path.stem, []).append(path)
+    return files

@@ -16,16 +16,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, load_cams
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.integrations.jobs.shares import Share
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 
-__all__ = ["Sample", "find_samples", "read_list", "score_cams", "score_labels"]
+__all__ = ["Sample", "find_samples", "read_list", "resized", "score_cams", "score_labels"]
 
 Kind = Literal["cams", "labels"]
-CAM_SUFFIXES = (".npy", ".npz")
-IMAGE_SUFFIXES = (".png", ".bmp", ".jpg", ".jpeg")
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
 IMAGES_AT_ONCE = 16  # what a worker counts before it reports
 FEWEST_FOR_WORKERS = 50  # starting workers takes longer than scoring fewer images
@@ -283,7 +282,7 @@ def _check_size(sample: Sample, size: tuple[int, ...], wanted: tuple[int, ...]) 
     if size != wanted:
         raise ValueError(
             f"{sample.prediction} is {size[0]}x{size[1]} and {sample.mask} is {wanted[0]}x{wanted[1]} (HxW). "
-            "Save both at one size, or pass --resize (resize=True)."
+            "Save both at one size, or resize (evaluate --resize, convert --images, resize=True)."
         )
 
 

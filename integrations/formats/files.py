@@ -25,6 +25,9 @@ Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Maps = dict[int, npt.NDArray[np.float32]]
 
+CAM_SUFFIXES = (".npy", ".npz")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2")  # in any case
+
 
 def check_format(format: str | None) -> None:
     """Raises ValueError for a name that is not in :data:`FORMATS`. None passes: the format is detected later."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from acr_reg.integrations.formats.photos import bits_of_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
@@ -59,10 +60,13 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
     return ids.astype(np.uint8 if ids.max() < 256 else np.int32)
 
 
-def save_mask(path: str | os.PathLike[str], ids: npt.NDArray[np.integer]) -> None:
+def save_mask(
+    path: str | os.PathLike[str], ids: npt.NDArray[np.integer], text: Mapping[str, str] | None = None
+) -> None:
     """Write ids (H, W) in 0 to 255 as a palette PNG in VOC's colours. The file appears whole or not at all.
 
-    Raises ValueError for other shapes, types or ids.
+    ``text`` is kept beside the pixels: Pillow has it in ``Image.open(path).info``. Raises ValueError for other shapes,
+    types or ids.
     """
     values = np.asarray(ids)
     if values.ndim != 2 or values.dtype.kind not in "iub" or not values.size:
@@ -71,8 +75,11 @@ def save_mask(path: str | os.PathLike[str], ids: npt.NDArray[np.integer]) -> Non
         raise ValueError(f"{path}: ids from {values.min()} to {values.max()} do not fit. Pass ids from 0 to 255.")
     image = Image.fromarray(values.astype(np.uint8))
     image.putpalette(voc_palette().tobytes())
+    beside = PngImagePlugin.PngInfo()
+    for name, value in (text or {}).items():
+        beside.add_text(name, value)
     with replacing(Path(path)) as unfinished:
-        image.save(unfinished, format="PNG")
+        image.save(unfinished, format="PNG", pnginfo=beside)
 
 
 @cache

@@ -12,6 +12,8 @@ from PIL import Image
 from acr_reg.__main__ import main
 from acr_reg.integrations.convert import convert_cams
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
+from acr_reg.integrations.formats.labels import pseudo_labels
+from acr_reg.integrations.formats.masks import read_mask, save_mask
 
 NAMES = ["2007_000032", "2007_000039"]
 
@@ -153,12 +155,126 @@ def test_command_without_an_extra(tmp_path, psa, monkeypatch):
         (["absent", "to", "--to", "irn"], "absent is not a folder"),
         (["psa", "psa", "--to", "irn"], "psa .*another target"),
         (["psa", "to", "--to", "psa_crf", "--alphas", "4", "1"], r"alphas=\(4.0, 1.0\).* 0 < low < high"),
+        (["psa", "to", "--to", "irn", "--alphas", "4", "32"], r"--alphas .*--to irn.* --to labels or psa_crf"),
+        (
+            ["psa", "to", "--to", "irn", "--threshold", "0", "--alphas", "4", "32"],
+            r"--threshold and --alphas .*--to irn",
+        ),
+        (["psa", "to", "--to", "psa_crf", "--no-background"], r"--no-background .*--to psa_crf.* --to labels"),
+        (["psa", "to", "--to", "labels"], r"No rule .*exactly one of --threshold, .*--best-on, --no-background"),
+        (
+            ["psa", "to", "--to", "labels", "--threshold", "0", "--ignore-between", "0.1", "0.2"],
+            r"--threshold and --ignore-between .* exactly one of",
+        ),
+        (["psa", "to", "--to", "labels", "--best-on", "dev.txt"], r"--best-on .*--masks and --classes too"),
+        (
+            ["psa", "to", "--to", "labels", "--best-on", "dev.txt", "--masks", "m", "--no-background"],
+            r"--best-on and --no-background .* exactly one of",
+        ),
+        (["psa", "to", "--to", "labels", "--threshold", "0.3", "--masks", "m"], r"--masks is of --best-on alone"),
+        (["psa", "to", "--to", "labels", "--threshold", "30"], r"threshold=30\.0 .*\[0, 1\]"),
+        (
+            ["psa", "to", "--to", "labels", "--ignore-between", "0.7", "0.3"],
+            r"ignore_between=\(0\.7, 0\.3\).* low < high",
+        ),
+        (
+            ["psa", "m", "--to", "labels", "--best-on", "dev.txt", "--masks", "m", "--classes", "21"],
+            r"m is both --masks and TARGET",
+        ),
+        (
+            ["psa", "to", "--to", "labels", "--best-on", "dev.txt", "--masks", "m", "--classes", "1"],
+            r"--classes is 1\b.* at least 2",
+        ),
+        (
+            ["psa", "to", "--to", "labels", "--best-on", "dev.txt", "--masks", "m", "--classes", "21"],
+            r"list dev\.txt cannot be read",
+        ),
     ],
 )
 def test_errors_of_the_user(tmp_path, psa, monkeypatch, capsys, arguments, fact):
     monkeypatch.chdir(tmp_path)
     assert main(["convert", *arguments]) == 2
+    assert sorted(os.listdir(tmp_path)) == ["psa"]
     assert re.search(rf"acr_reg convert: error: .*{fact}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--threshold", "0.3"], {"threshold": 0.3}),
+        (["--ignore-between", "0.3", "0.6"], {"ignore_between": (0.3, 0.6)}),
+        (["--alphas", "4", "32"], {"alphas": (4, 32)}),
+        (["--no-background"], {"background": False}),
+    ],
+    ids=lambda each: each[0] if isinstance(each, list) else "",
+)
+def test_labels_by_each_rule(tmp_path, psa, maps, capsys, options, rule):
+    command = ["convert", str(psa), str(tmp_path / "labels"), "--to", "labels", *options]
+    assert main(command) == 0
+    assert capsys.readouterr().err == f"{tmp_path / 'labels'}: 2 written, 0 already there, 0 failed\n"
+    for name, cams in maps.items():
+        np.testing.assert_array_equal(read_mask(tmp_path / "labels" / f"{name}.png"), pseudo_labels(cams, **rule))
+    assert main(command) == 0
+    assert "0 written, 2 already there" in capsys.readouterr().err
+    save_cams(psa / "2008_000001.npy", {})
+    assert main(command) == 1  # one was skipped
+
+
+def test_labels_of_another_threshold_are_refused_unless_overwritten(tmp_path, psa, capsys):
+    command = ["convert", str(psa), str(tmp_path / "labels"), "--to", "labels", "--threshold"]
+    assert main([*command, "0.3"]) == 0
+    assert main([*command, "0.4"]) == 2
+    assert re.search(r"error: .*\.png was made with threshold=0\.3\b.*threshold=0\.4\b", capsys.readouterr().err)
+    assert main([*command, "0.4", "--overwrite"]) == 0
+
+
+@pytest.fixture
+def masks(tmp_path, maps):
+    """The classes above 0.5, but for some pixels."""
+    rng = np.random.default_rng(1)
+    (tmp_path / "masks").mkdir()
+    for name, cams in maps.items():
+        ids = pseudo_labels(cams, 0.5)
+        save_mask(tmp_path / "masks" / f"{name}.png", np.where(rng.random(ids.shape) < 0.2, 0, ids))
+    (tmp_path / "dev.txt").write_text("\n".join(NAMES))
+    return tmp_path / "masks"
+
+
+def scores_of(tmp_path, masks, *more):
+    evaluate = ["evaluate", "--masks", masks, "--list", tmp_path / "dev.txt", "--json", tmp_path / "scores.json"]
+    assert main([str(argument) for argument in (*evaluate, *more)]) == 0
+    return json.loads((tmp_path / "scores.json").read_text())
+
+
+def test_labels_at_the_best_threshold_of_a_list_score_as_the_maps(tmp_path, psa, masks, capsys):
+    target, listed = tmp_path / "labels", tmp_path / "dev.txt"
+    command = ["convert", psa, target, "--to", "labels", "--best-on", listed, "--masks", masks, "--classes", 21]
+    assert main([str(argument) for argument in command]) == 0
+    output = capsys.readouterr()
+    maps = scores_of(tmp_path, masks, "--cams", psa, "--classes", 21)
+    best = f"best threshold on {listed}: {maps['best_threshold']} (mIoU {maps['best_miou']:.4f})\n"
+    assert output.err == f"{best}{target}: 2 written, 0 already there, 0 failed\n"
+    labels = scores_of(tmp_path, masks, "--labels", target, "--classes", 21)
+    assert 0.3 < labels["miou"] == maps["best_miou"] < 1
+    assert labels["per_class_iou"] == maps["per_class_iou"]
+    with Image.open(target / f"{NAMES[0]}.png") as image:
+        assert f"threshold={maps['best_threshold']}" in image.info["acr_reg labels"]
+
+
+def test_labels_without_background_score_as_the_maps(tmp_path, psa, masks):
+    assert main(["convert", str(psa), str(tmp_path / "labels"), "--to", "labels", "--no-background"]) == 0
+    maps = scores_of(tmp_path, masks, "--cams", psa, "--classes", 20, "--no-background")
+    labels = scores_of(tmp_path, masks, "--labels", tmp_path / "labels", "--classes", 20, "--no-background")
+    assert 0 < labels["miou"] == maps["best_miou"]
+
+
+def test_maps_of_another_size_than_the_masks_need_the_photos(tmp_path, psa, masks, capsys):
+    save_mask(masks / f"{NAMES[0]}.png", np.zeros((18, 28), int))
+    target, listed = tmp_path / "labels", tmp_path / "dev.txt"
+    command = ["convert", psa, target, "--to", "labels", "--best-on", listed, "--masks", masks, "--classes", 21]
+    assert main([str(argument) for argument in command]) == 2
+    assert re.search(rf"{NAMES[0]}\.npy is 9x14 .* 18x28 .*convert --images", capsys.readouterr().err)
+    assert not target.exists()
 
 
 def test_a_crf_pair_is_scored_where_it_is_named(tmp_path, psa, maps, capsys):
