@@ -8,7 +8,8 @@ unknown. The set has a background if class 0 is named "background".
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from PIL import Image
 from torch import Tensor
 
 from acr_reg.errors import CommandError
+from acr_reg.integrations.formats.masks import read_mask
+from acr_reg.integrations.formats.photos import open_photo
 
 UNKNOWN = 255
 MASK_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
@@ -46,11 +49,18 @@ class PhotoFolder:
         return torch.tensor([[float(number in self.labels[name]) for number in self.numbers] for name in ids])
 
     def photo(self, name: str) -> Image.Image:
-        return Image.open(self.root / "JPEGImages" / f"{name}.jpg").convert("RGB")
+        """In RGB, upright. Raises CommandError if it cannot be read."""
+        with _said_by_command():
+            return open_photo(self.root / "JPEGImages" / f"{name}.jpg")
 
     def mask(self, name: str) -> NDArray[np.uint8]:
-        """A mask (H,W) of the new ids, 255 for classes that are not kept."""
-        return self._new_ids()[np.asarray(Image.open(self.masks / f"{name}.png"))]
+        """A mask (H,W) of the new ids, 255 for classes that are not kept. Raises CommandError if it holds no ids."""
+        path = self.masks / f"{name}.png"
+        with _said_by_command():
+            ids = read_mask(path)
+        if ids.max() > UNKNOWN:
+            raise CommandError(f"{path} holds the id {ids.max()}. Use ids of 0 to {UNKNOWN}; {UNKNOWN} is unknown.")
+        return self._new_ids()[ids]
 
     def _new_ids(self) -> NDArray[np.uint8]:
         table = np.full(256, UNKNOWN, np.uint8)
@@ -86,6 +96,14 @@ def open_folder(root: Path, classes: Sequence[str] | None = None) -> PhotoFolder
         labels=labels,
         splits=labelled,
     )
+
+
+@contextmanager
+def _said_by_command() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # they name the file and the way out
+        raise CommandError(str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

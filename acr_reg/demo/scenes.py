@@ -18,6 +18,8 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_fill_holes
 from torch import Tensor
 
+from acr_reg.integrations.formats.photos import open_photo
+
 PICTOGRAMS = {
     "snowman": "\u2603",
     "umbrella": "\u2602",
@@ -129,7 +131,7 @@ def photographs() -> list[np.ndarray]:
             f"{folder} lacks {', '.join(missing)}, which scikit-image's wheels ship. "
             "Run pip install --force-reinstall scikit-image."
         )
-    return [np.asarray(Image.open(folder / name).convert("RGB").reduce(2)) for name in PHOTOGRAPHS]
+    return [np.asarray(open_photo(folder / name).reduce(2)) for name in PHOTOGRAPHS]
 
 
 @dataclass(frozen=True)

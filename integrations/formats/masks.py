@@ -33,8 +33,8 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
     255. Transparency is ignored. The map is turned as its EXIF orientation says, as photos are.
 
     Raises:
-        ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or below 0,
-            or the file holds several frames.
+        ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or
+            negative, or the file holds several frames.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
     """
     with opened(path) as stored:

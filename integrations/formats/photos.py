@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
@@ -57,31 +59,29 @@ def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         return (width, height) if _orientation(stored) in _ON_ITS_SIDE else (height, width)
 
 
-def opened(path: str | os.PathLike[str], decode: bool = True) -> Image.Image:
-    """The first frame of an image file, to be closed by the caller.
-
-    Raises OSError with the path, whatever Pillow raises for a damaged file.
-    """
-    try:
-        image = Image.open(path)
+@contextmanager
+def opened(path: str | os.PathLike[str], decode: bool = True) -> Iterator[Image.Image]:
+    """The first frame of an image file. Raises OSError with the path, whatever Pillow raises for a damaged file."""
+    with open(path, "rb") as file:  # given a name, Pillow maps some TIFFs into memory and scrambles those it must turn
         try:
+            image = Image.open(file)
             if decode:
                 image.load()
-        except BaseException:
-            image.close()
-            raise
-        return image
-    except UnidentifiedImageError as error:
-        raise UnidentifiedImageError(f"{path} is in no format that Pillow reads. Save it as PNG or JPEG.") from error
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno is not None:  # no such file, no permission: it names the path
-            raise
-        raise OSError(f"{path} is damaged: {error}. Get the file again, or leave it out.") from error
+        except UnidentifiedImageError as error:
+            message = f"{path} is in no format that Pillow reads. Save it as PNG or JPEG."
+            raise UnidentifiedImageError(message) from error
+        except Exception as error:
+            raise OSError(f"{path} is damaged: {error}. Get the file again, or leave it out.") from error
+        with image:
+            yield image
 
 
 def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
     """``image``, made from the decoded file ``stored``, turned as that says. The result asks for no turn."""
-    if stored.format != "TIFF" and (turn := _TURNS.get(_orientation(stored))):  # Pillow turns TIFFs as it decodes them
+    turn = (
+        None if stored.format == "TIFF" else _TURNS.get(_orientation(stored))
+    )  # Pillow turns TIFFs as it decodes them
+    if turn is not None:
         image = image.transpose(turn)
     image.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     return image

@@ -2,7 +2,7 @@
 
 Unpickling runs any function that the file names. Allowing only numpy's own constructors is not enough: a forged dtype
 makes numpy read bytes as pointers. So the dozen names that files of class maps need resolve to small stand-ins in this
-module, which accept plain numbers only. Every other name is refused.
+module, which accept plain numbers, and texts as keys. Every other name is refused.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy.typing as npt
 
 
 def read_npy(file: BinaryIO) -> Any:
-    """The one object in a .npy file: dicts, arrays (also of torch tensors) and numbers. Anything else raises."""
+    """The one object in a .npy file: dicts, arrays (also of torch tensors), numbers and texts. Anything else raises."""
     version = np.lib.format.read_magic(file)
     if version == (1, 0):
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     else:
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     if not dtype.hasobject or shape != ():
-        raise ValueError(f"The file holds a {dtype} array of shape {shape}, not a dict from class number to map.")
+        raise ValueError(f"The file holds a {dtype} array of shape {shape}, not a dict of arrays.")
     content = _plain(_Reader(file).load())
     return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
 
@@ -40,20 +40,23 @@ class _Reader(pickle.Unpickler):
         if module == "torch":
             found = _STORAGES.get(name)
         if found is None:
-            raise pickle.UnpicklingError(f"The file asks for {module}.{name}, which class maps do not need: not read.")
+            raise pickle.UnpicklingError(f"The file asks for {module}.{name}, which arrays do not need: not read.")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
         kind, code, *_ = pid  # ("storage", type, key, device, length) announces the raw numbers of a torch tensor
         if kind != "storage":
-            raise pickle.UnpicklingError(f"The file refers to {kind!r}, which class maps do not need: not read.")
+            raise pickle.UnpicklingError(f"The file refers to {kind!r}, which arrays do not need: not read.")
         return _Dtype(code)
+
+
+_FOREIGN_TYPE = "The file holds numbers of type {!r}. Only float and int are read."
 
 
 class _Dtype:
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
-        if not re.fullmatch(r"[fiub]\d\d?|O8", code):
-            raise pickle.UnpicklingError(f"The file holds numbers of type {code!r}. Only float and int are read.")
+        if not re.fullmatch(r"[fiub]\d\d?|U\d{1,4}|O8", code):
+            raise pickle.UnpicklingError(_FOREIGN_TYPE.format(code))
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -69,6 +72,8 @@ class _Array:
             if shape != () or len(content) != 1:
                 raise pickle.UnpicklingError(f"The file holds an array of objects of shape {shape}, not one dict.")
             self.value = content[0]
+        elif declared.dtype.kind == "U":
+            raise pickle.UnpicklingError(_FOREIGN_TYPE.format(declared.dtype.str[1:]))
         else:
             values = np.frombuffer(content, declared.dtype)
             self.value = values.reshape(shape, order="F" if fortran else "C")
@@ -84,6 +89,8 @@ def _plain(value: Any) -> Any:
 
 
 def _scalar(declared: _Dtype, content: bytes) -> Any:
+    if declared.dtype.kind == "U":  # a key from np.loadtxt; numpy would not check what the bytes stand for
+        return content.decode("utf-32-be" if declared.dtype.str[0] == ">" else "utf-32-le").rstrip("\0")
     return np.frombuffer(content, declared.dtype)[0].item()
 
 

@@ -5,10 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from acr_reg.demo.photo_folder import open_folder
 from acr_reg.errors import CommandError
+from acr_reg.integrations.formats.masks import read_mask
 from tests.support.attention import says
+from tests.support.image_files import GREY, write_png
 
 MakePhotos = Callable[..., Path]
 
@@ -67,3 +70,46 @@ def test_a_folder_without_masks_is_refused(make_photos: MakePhotos) -> None:
     with pytest.raises(CommandError) as error:
         open_folder(root)
     assert says(error, str(root), "SegmentationClassAug or SegmentationClass", "Add the masks")
+
+
+def test_photos_and_masks_are_turned_as_their_exif_says(make_photos: MakePhotos) -> None:
+    root = make_photos()
+    lying = open_folder(root).mask("c")
+    for path in (root / "JPEGImages" / "c.jpg", root / "SegmentationClass" / "c.png"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        with Image.open(path) as image:
+            image.copy().save(path, exif=exif)
+    folder = open_folder(root)
+    assert folder.photo("c").size == (40, 56)
+    assert (folder.mask("c") == np.rot90(lying, -1)).all()
+
+
+def test_a_mask_of_four_bits_keeps_its_ids(make_photos: MakePhotos) -> None:
+    root = make_photos()
+    path = root / "SegmentationClass" / "c.png"
+    ids = read_mask(path)
+    write_png(path, np.where(ids == 255, 15, ids), 4, GREY)
+    assert sorted(np.unique(open_folder(root).mask("c"))) == [0, 1, 3, 255]
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP", None])
+def test_a_mask_that_may_not_hold_its_ids_is_refused_by_name(make_photos: MakePhotos, format: str | None) -> None:
+    root = make_photos()
+    path = root / "SegmentationClass" / "c.png"
+    ids = read_mask(path)
+    if format is None:
+        Image.fromarray(ids.astype(np.uint16) * 2).save(path)
+    else:
+        Image.fromarray(ids).save(path, format=format)
+    with pytest.raises(CommandError) as error:
+        open_folder(root).mask("c")
+    assert says(error, "c.png", "the id 510" if format is None else f"{format} file")
+
+
+def test_a_photo_that_cannot_be_read_is_named(make_photos: MakePhotos) -> None:
+    root = make_photos()
+    (root / "JPEGImages" / "c.jpg").write_text("no photo")
+    with pytest.raises(CommandError) as error:
+        open_folder(root).photo("c")
+    assert says(error, "c.jpg", "Save it as PNG or JPEG")

