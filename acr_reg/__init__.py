@@ -7,6 +7,7 @@ require_supported_versions()
 from acr_reg.alignment.functional import align_attention, align_tokens, token_validity  # noqa: E402
 from acr_reg.attention.layer import LayerAttention  # noqa: E402
 from acr_reg.attention.maps import AttentionMaps  # noqa: E402
+from acr_reg.cam.attention import attention_rollout, class_attention  # noqa: E402
 from acr_reg.cam.gradient import class_token_gradient_cam  # noqa: E402
 from acr_reg.cam.inference import GradientCam  # noqa: E402
 from acr_reg.cam.refinement import (  # noqa: E402
@@ -71,8 +72,10 @@ __all__ = [
     "Window",
     "align_attention",
     "align_tokens",
+    "attention_rollout",
     "capture_attention",
     "check",
+    "class_attention",
     "class_token_gradient_cam",
     "multi_view_cam",
     "normalize_cam",

@@ -13,6 +13,7 @@ from torch import Tensor
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
+from acr_reg.errors import LayoutError
 from acr_reg.tokens import Lattice, patch_index, token_order
 from acr_reg.views.view import View, map_between, require_view
 
@@ -45,6 +46,21 @@ def attend_patches(layer: LayerAttention, values: Tensor) -> Tensor:
     return torch.cat(attended, -1)
 
 
+def layers_on_one_grid(attention: AttentionMaps, layers: Iterable[int] | None, what: str) -> AttentionMaps:
+    """The chosen layers (None: all), whose maps of the patches can be multiplied and added: queries and keys of all lie
+    on one grid. Raises :class:`~acr_reg.LayoutError` else; ``what`` is the verb of its advice."""
+    chosen = attention if layers is None else attention.select(layers)
+    grid = chosen[-1].layout.key
+    other = [layer.index for layer in chosen if layer.layout.query != grid or layer.layout.key != grid]
+    if other:
+        fitting = [layer.index for layer in chosen if layer.index not in other]
+        raise LayoutError(
+            f"Queries or keys of layers {other} are not on the {grid} grid of layer {chosen[-1].index}. {what} over "
+            f"layers {fitting or 'of one stage without reduced keys'}."
+        )
+    return chosen
+
+
 def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] | None = None, steps: int = 1) -> Tensor:
     """Propagates class maps (B, C, h, w) over the affinity of the patches, ``steps`` times (ACR, arXiv 2308.04321):
 
@@ -53,15 +69,8 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     ``layers`` chooses the layers in the sum (negative: from the last); None takes all, as published. The result is
     differentiable in both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
     """
-    chosen = attention if layers is None else attention.select(layers)
+    chosen = layers_on_one_grid(attention, layers, "Propagate")
     grid = chosen[-1].layout.key
-    other = [layer.index for layer in chosen if layer.layout.query != grid or layer.layout.key != grid]
-    if other:
-        fitting = [layer.index for layer in chosen if layer.index not in other]
-        raise ValueError(
-            f"Queries or keys of layers {other} are not on the {grid} grid of layer {chosen[-1].index}. Propagate over "
-            f"layers {fitting or 'of one stage without reduced keys'}."
-        )
     if cam.ndim != 4 or cam.shape[0] != attention.batch_size or tuple(cam.shape[-2:]) != (grid.height, grid.width):
         raise ValueError(
             f"The class maps have shape {tuple(cam.shape)} and the layers need ({attention.batch_size}, C, "

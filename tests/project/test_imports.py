@@ -30,12 +30,13 @@ FLOORS = [
     {"inspection"},
     {""},
     {"integrations"},
+    {"pictures"},
     {"demo"},
     {"commands"},
     {"__main__"},
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-OUTSIDE_THE_CORE = {"integrations", "commands", "demo", "__main__"}  # these alone may import other packages
+OUTSIDE_THE_CORE = {"integrations", "pictures", "commands", "demo", "__main__"}  # these alone may import other packages
 
 
 # ---------------------------------------------------------------- what importing costs

@@ -1,0 +1,1 @@
+"""Draws class maps and attention over photos."""
