@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": Command(
         "acr_reg.commands.evaluate", "score saved class maps against masks at every background threshold"
     ),
+    "show": Command("acr_reg.commands.show", "draw class maps over photos, or what a model attends to in a photo"),
 }
 
 

@@ -1,1 +1,1 @@
-"""Draws class maps and attention over photos."""
+"""Draws class maps, label maps and attention over photos."""

@@ -11,7 +11,8 @@ import pytest
 
 from acr_reg import check
 from acr_reg.__main__ import main
-from acr_reg.commands.check import add_arguments, numbers
+from acr_reg.commands.check import add_arguments
+from acr_reg.commands.models import numbers
 
 TINY = ["timm:vit_tiny_patch16_224", "--set", "img_size=64", "--set", "depth=2", "--size", "64"]
 

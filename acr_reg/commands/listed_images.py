@@ -1,0 +1,160 @@
+"""The images of a list as a contact sheet shows them: finds their files, reads them, brings them to one size."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from acr_reg.errors import CommandError, some
+from acr_reg.integrations.formats import Format, load_cams
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
+from acr_reg.integrations.formats.labels import pseudo_labels
+from acr_reg.integrations.formats.masks import IGNORED, read_mask
+from acr_reg.integrations.formats.photos import open_photo
+from acr_reg.integrations.scoring import LABEL_SUFFIXES, Sample, resized, score_cams
+from acr_reg.metrics import CamMeanIoU
+from acr_reg.pictures.sheet import SheetImage
+
+Size = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ListedImage:
+    """The files of one image: class maps or a label map, and a mask if there are masks."""
+
+    id: str
+    photo: Path
+    cams: Path | None
+    labels: Path | None
+    mask: Path | None
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How an image is read and drawn: ``heat`` draws each class map, else the class colours at the threshold (without
+    background: of the highest map) are drawn."""
+
+    heat: bool
+    background: bool
+    threshold: float | None
+    format: Format | None
+    resize: bool
+
+
+def find_files(
+    entries: Sequence[tuple[str, str]], photos: Path, cams: Path | None, labels: Path | None, masks: Path | None
+) -> list[ListedImage]:
+    """The files of every entry (id, file name of the mask). Files that a folder lacks are reported together."""
+    ids = [name for name, _ in entries]
+    none = [None] * len(ids)
+    return [
+        ListedImage(*files)
+        for files in zip(
+            ids,
+            _by_id("--photos", photos, ids, IMAGE_SUFFIXES),
+            none if cams is None else _by_id("--cams", cams, ids, CAM_SUFFIXES),
+            none if labels is None else _by_id("--labels", labels, ids, LABEL_SUFFIXES),
+            none if masks is None else _by_name("--masks", masks, [mask for _, mask in entries]),
+            strict=True,
+        )
+    ]
+
+
+def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
+    """The file of each id, with one of the suffixes in capitals or not."""
+    _check_folder(option, folder)
+    files: dict[str, list[Path]] = {name: [] for name in ids}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and path.stem in files and path.is_file():
+            files[path.stem].append(path)
+    _check_complete(option, folder, [f"{name}{suffixes[0]}" for name in ids if not files[name]], len(ids))
+    for name, paths in files.items():
+        if len(paths) > 1:
+            raise CommandError(
+                f"{option} {folder} holds {some([path.name for path in paths])} for {name}. Leave one of them there."
+            )
+    return [files[name][0] for name in ids]
+
+
+def _by_name(option: str, folder: Path, names: Sequence[str]) -> list[Path]:
+    _check_folder(option, folder)
+    _check_complete(option, folder, [name for name in names if not (folder / name).is_file()], len(names))
+    return [folder / name for name in names]
+
+
+def _check_folder(option: str, folder: Path) -> None:
+    if not folder.is_dir():
+        raise CommandError(f"{option} {folder} is not a folder. Give the folder of the files.")
+
+
+def _check_complete(option: str, folder: Path, missing: Sequence[str], total: int) -> None:
+    if missing:
+        raise CommandError(
+            f"{option} {folder}: {len(missing)} of {total} files are missing: {some(missing)}. "
+            "Give the folder that holds these files, and the list they were made from."
+        )
+
+
+def best_threshold(images: Sequence[ListedImage], drawing: Drawing) -> tuple[float, float]:
+    """The threshold that scores best on these images, as evaluate finds it, and its mIoU."""
+    samples = [Sample(image.id, image.cams, image.mask) for image in images if image.cams and image.mask]
+    try:
+        scores = score_cams(samples, CamMeanIoU(IGNORED), drawing.format, drawing.resize).compute()
+    except ValueError as error:
+        raise CommandError(f"The best threshold is unknown. Give one by --threshold. {error}") from error
+    assert scores.best_threshold is not None
+    return scores.best_threshold, scores.best_miou
+
+
+def read_image(files: ListedImage, drawing: Drawing) -> SheetImage:
+    """Read one image. With a mask, all has the mask's size, as evaluate compares it; else the photo's."""
+    try:
+        photo = open_photo(files.photo)
+        mask = None if files.mask is None else read_mask(files.mask)
+        size: Size = (photo.height, photo.width) if mask is None else mask.shape
+        sized = files.photo if files.mask is None else files.mask
+        if _differs((photo.height, photo.width), size, files.photo, sized, drawing):
+            photo = photo.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+        cams, labels = _predicted(files, size, sized, drawing)
+        return SheetImage(files.id, photo, cams if drawing.heat else {}, None if drawing.heat else labels, mask)
+    except (OSError, ValueError) as error:
+        raise CommandError(f"{files.id}: {error}") from error
+
+
+def _predicted(
+    files: ListedImage, size: Size, sized: Path, drawing: Drawing
+) -> tuple[dict[int, npt.NDArray[np.float32]], npt.NDArray[np.integer] | None]:
+    """Class maps by their id in the masks, or the label map."""
+    if files.labels is not None:
+        labels = read_mask(files.labels)
+        if _differs(labels.shape, size, files.labels, sized, drawing):
+            stored = Image.fromarray(labels.astype(np.int32))
+            labels = np.asarray(stored.resize((size[1], size[0]), Image.Resampling.NEAREST))
+        return {}, labels
+    assert files.cams is not None
+    maps = load_cams(files.cams, drawing.format)
+    for shape in {values.shape for values in maps.values()}:
+        _differs(shape, size, files.cams, sized, drawing)
+    maps = {number: resized(values, size) for number, values in maps.items()}
+    first = int(drawing.background)
+    if drawing.heat:
+        return {number + first: maps[number] for number in sorted(maps)}, None
+    try:
+        return {}, pseudo_labels(maps, drawing.threshold, background=drawing.background, size=(size[0], size[1]))
+    except ValueError as error:
+        raise CommandError(f"{files.cams}: {error}") from error
+
+
+def _differs(shape: Size, wanted: Size, path: Path, sized: Path, drawing: Drawing) -> bool:
+    """Whether the file must be resized. Raises ValueError if it may not."""
+    if shape != wanted and not drawing.resize:
+        raise ValueError(
+            f"{path} is {shape[0]}x{shape[1]} and {sized} is {wanted[0]}x{wanted[1]} (HxW). Save both at one size, or "
+            "pass --resize."
+        )
+    return shape != wanted
