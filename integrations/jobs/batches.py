@@ -101,7 +101,7 @@ class BatchedCams:
                 continue
             self.successes.add("transform")
             image = photo.image
-            labels = torch.as_tensor(self.labels[name])
+            labels = torch.tensor(self.labels[name])  # a copy: arrays out of a file may not be writable
             key = image.shape, image.dtype, image.device, labels.shape, labels.dtype
             batch = waiting.setdefault(key, [])
             batch.append(_Waiting(name, photo, labels))
