@@ -24,6 +24,9 @@ WAIT_FOR_START = timedelta(minutes=9)
 WAIT_FOR_END = timedelta(days=7)  # of a process that has done its share for the slowest one
 SECONDS_BEFORE_NOTICE = 30.0
 
+SECONDS_OF_SILENCE = 600.0  # after which a process counts as dead; its machine may be gone, too
+SECONDS_BETWEEN_SIGNS = 20.0
+
 _SECONDS_TO_LEAVE = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LONGEST_VALUE = 4 * 2**20  # bytes; torch's store refuses values above 8 MiB
@@ -72,6 +75,8 @@ class StoreMeeting:
         with _waiting_for_all(world):
             self.store = _store(rank, world, os.getpid())
             self.session = self._meet()
+        self.left = threading.Event()
+        threading.Thread(target=self._show_life, daemon=True).start()
 
     def _meet(self) -> str:
         """The name of this run, new each time: the store may hold what earlier runs and killed processes left."""
@@ -110,15 +115,26 @@ class StoreMeeting:
         self.store.set(f"{key}/{self.rank}", str(len(parts)))
         values = []
         for rank in range(self.world):
+            seen, sign = time.monotonic(), None
             while (found := self._look(f"{key}/{rank}")) is None:
                 if self._look(f"{self.session}/failed") is not None:
                     raise RuntimeError("A process reported a failure.")
+                last, sign = sign, self._look(f"{self.session}/life/{rank}")
+                seen = time.monotonic() if sign != last else seen
+                if time.monotonic() - seen > SECONDS_OF_SILENCE:
+                    raise RuntimeError(f"Process {rank} has shown no sign of life for {SECONDS_OF_SILENCE:g} seconds.")
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             whole = b"".join(self.store.get(f"{key}/{rank}/{number}") for number in range(int(found)))
             values.append(pickle.loads(whole))
         return values
 
+    def _show_life(self) -> None:
+        with suppress(RuntimeError):  # the store is gone, which the next gather() tells
+            while not self.left.wait(SECONDS_BETWEEN_SIGNS):
+                self.store.add(f"{self.session}/life/{self.rank}", 1)
+
     def leave(self, failed: bool) -> None:
+        self.left.set()
         with suppress(RuntimeError):  # nobody is there any more
             if failed:
                 self.store.set(f"{self.session}/failed", str(self.rank))

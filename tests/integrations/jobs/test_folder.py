@@ -1,0 +1,181 @@
+"""A folder filled by several processes: killed in the middle and started again, it holds everything once."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+
+import numpy as np
+import pytest
+
+from acr_reg.integrations.formats import load_cams
+from acr_reg.integrations.jobs.folder import CamFolder, fill
+from tests.support.paths import ROOT
+from tests.support.ranks import needs_gloo, on_two_ranks
+from tests.support.shared_run import COUNT, NAMES, calls, make_photos
+
+OLD = ".001.npy.0123456789abcdef0123456789abcdef"
+YOUNG = ".002.npy.0123456789abcdef0123456789abcdef"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_photos(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def started():
+    processes = []
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def start(folder, processes, world, *arguments, meet=True):
+    """``world`` processes, each with its RANK; they meet as under torchrun, or hear nothing of each other."""
+    for rank in range(world):
+        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)}
+        if meet:
+            environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port()))
+        command = [sys.executable, "-W", "error", "-m", "tests.support.shared_run", str(folder), *arguments]
+        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    return processes[-world:]
+
+
+def port(found=[]):  # noqa: B006 - one for all processes of this test run
+    if not found:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            found.append(free.getsockname()[1])
+    return found[0]
+
+
+def ended(processes):
+    errors = [process.communicate(timeout=100)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), errors
+    return errors
+
+
+def whole(folder):
+    return sorted(path.stem for path in (folder / "cams").glob("*.npy"))
+
+
+def wait_for(number, folder):
+    end = time.monotonic() + 100
+    while len(whole(folder)) < number:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def assert_complete(folder):
+    assert whole(folder) == NAMES
+    for number, name in enumerate(NAMES):
+        assert load_cams(folder / "cams" / f"{name}.npy")[0].shape == (6 + number % 3, 8)
+
+
+def reports(folder, world, target="cams"):
+    return [json.loads((folder / f"{target}_report_{rank}.json").read_text()) for rank in range(world)]
+
+
+@pytest.mark.parametrize(("killed", "then"), [([0, 1], 2), ([0], 3)])
+def test_a_killed_run_is_taken_up_again_with_nothing_lost_and_nothing_twice(folder, started, killed, then):
+    first = start(folder, started, 2)
+    wait_for(5, folder)
+    for rank in killed:
+        first[rank].send_signal(signal.SIGKILL)
+    if killed == [0]:  # the other one may end its share, and must not wait for ever
+        error = first[1].communicate(timeout=100)[1]
+        assert first[1].returncode != 0
+        assert "Another process of this run ended early" in error
+    for process in first:
+        process.wait(timeout=100)
+    done, made = whole(folder), len(calls(folder))
+    assert 5 <= len(done) < COUNT
+    for name in (OLD, YOUNG):
+        (folder / "cams" / name).touch()
+    os.utime(folder / "cams" / OLD, (0, 0))
+
+    errors = ended(start(folder, started, then))
+    assert_complete(folder)
+    missing = [name for name in NAMES if name not in done]
+    assert sorted(calls(folder)[made:]) == missing
+    assert sorted(calls(folder, "more")) == NAMES
+    assert reports(folder, then) == [[missing, done, {}]] * then
+    assert reports(folder, then, "more") == [[NAMES, [], {}]] * then
+    summaries = [line for error in errors for line in error.splitlines() if "written" in line]
+    assert len(summaries) == 2  # one a run
+    assert summaries[0].endswith(f"cams: {len(missing)} written, {len(done)} already there, 0 failed")
+    assert not (folder / "cams" / OLD).exists()
+    assert (folder / "cams" / YOUNG).exists()  # another run may be writing it
+
+
+def test_torchrun_restarts_a_killed_process(folder, started):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
+    command += ["--master-port", str(port()), "-m", "tests.support.shared_run", str(folder), "0.01", "015"]
+    started.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    ended(started)
+    assert_complete(folder)
+    (written, existing, failed), other = reports(folder, 2)
+    assert other == [written, existing, failed]
+    assert sorted(written + existing) == NAMES
+    assert existing
+    assert not failed
+    assert set(calls(folder)) == set(NAMES)
+
+
+def test_processes_of_an_array_do_their_shares_and_say_so(folder, started):
+    errors = ended(start(folder, started, 2, "0", meet=False))
+    assert_complete(folder)
+    assert [len(written) for written, _, _ in reports(folder, 2)] == [12, 12]
+    for rank, error in enumerate(errors):
+        assert f"cams: share {rank + 1} of 2: 12 written, 0 already there, 0 failed" in error
+
+
+def fill_on(rank, folder, names):
+    def read(name):
+        if name == "c":
+            raise ValueError("no such photo")
+        return {0: np.full((2, 2), 0.5)}, None
+
+    try:
+        report = fill(CamFolder(folder, "psa"), names, read, "Maps", False, True)
+    except ValueError as error:
+        return str(error)
+    return [report.written, report.existing, report.failed]
+
+
+def in_group(folder, rank):
+    """Runs of two processes that the caller has joined in a group, by name. They start in one folder."""
+    runs = {
+        "orders": [["d", "a", "c", "b"], ["a", "b", "c", "d"]],
+        "other lists": [["a", "b"], ["c", "d"]],
+        "other format": [["a", "b"], ["a", "b"]],
+    }
+    return {name: fill_on(rank, folder / name, lists[rank]) for name, lists in runs.items()}
+
+
+@needs_gloo
+def test_a_process_group_of_the_caller_is_used(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    irn = CamFolder(tmp_path / "other format", "irn")
+    fill(irn, ["a"], lambda name: ({0: np.ones((2, 2))}, None), "", False, False)
+    first, second = on_two_ranks(partial(in_group, tmp_path), tmp_path / "ranks")
+
+    failed = {"c": "no such photo"}
+    assert first["orders"] == [["d", "a", "b"], [], failed]  # each report in the order of its list
+    assert second["orders"] == [["a", "b", "d"], [], failed]
+    assert sorted(os.listdir(tmp_path / "orders")) == ["a.npy", "b.npy", "d.npy"]
+
+    assert first["other lists"] == second["other lists"]
+    assert "2 processes of this run were given different images" in first["other lists"]
+    assert os.listdir(tmp_path / "other lists") == []
+
+    assert first["other format"] == second["other format"]  # only one has the file in its share
+    assert "a.npy of an earlier run is not in the format psa" in first["other format"]
+    assert os.listdir(tmp_path / "other format") == ["a.npy"]
