@@ -20,7 +20,9 @@ class Command(NamedTuple):
 # Only the module of the given command is imported: the others may need packages that are not installed.
 COMMANDS = {
     "check": Command("acr_reg.commands.check", "show what a capture sees of a model; run this first on a new model"),
-    "convert": Command("acr_reg.commands.convert", "convert saved class maps into the file format of another codebase"),
+    "convert": Command(
+        "acr_reg.commands.convert", "convert saved class maps into another codebase's file format, or pseudo labels"
+    ),
     "demo": Command("acr_reg.commands.demo", "train without and with ACR on the same images and compare"),
     "evaluate": Command(
         "acr_reg.commands.evaluate", "score saved class maps against masks at every background threshold"

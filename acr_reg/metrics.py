@@ -19,6 +19,7 @@ __all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"
 
 FloatArray = npt.NDArray[np.floating]
 ROUNDING = 1e-5  # normalised or resized maps may leave [0, 1] by this
+PIXELS_AT_ONCE = 2**14  # temporary arrays stay in the cache, and in memory that the process has already
 EVEN = 0.01  # how far thresholds may be from evenly spaced ones, in steps
 SMALLEST_STEP = 1e-4  # between thresholds whose nearest is computed: float32 is 1000 times finer
 
@@ -140,28 +141,21 @@ class CamMeanIoU:
                 f"cam is {maps.shape[1]} x {maps.shape[2]} and mask {truth.shape[0]} x {truth.shape[1]}. Resize the "
                 "maps to the mask."
             )
+        self._check_values(maps)
         ids = self._checked_classes(classes, len(maps))
-        highest, best = self._highest(maps, ids)
-        truth = _codes("mask", truth, self.num_classes, self.ignore_index)
+        truth = _codes("mask", truth, self.num_classes, self.ignore_index).ravel()
 
-        # Each pixel is counted once, in a histogram over (verdict, class of the highest map, thresholds exceeded).
-        # Arithmetic instead of masks: its time does not depend on the image.
-        verdict = (best == truth).astype(np.uint8)  # 0: wrong, 1: right, 2: background in the mask, 3: ignored
-        if self.background:
-            # Right where the threshold is high enough, whatever the highest map.
-            np.maximum(verdict, np.multiply(truth == 0, 2, dtype=np.uint8), out=verdict)
-        np.maximum(verdict, np.multiply(truth == self.num_classes, 3, dtype=np.uint8), out=verdict)
-        shape = (4, *self._predicted.shape)
-        rows = np.multiply(verdict, shape[1], dtype=np.uint32)
-        rows += best
-        index = np.multiply(rows, shape[2], dtype=np.int64)
-        if self.background:
-            index += self._exceeded(highest)
-        counts = np.bincount(index.ravel(), minlength=math.prod(shape)).reshape(shape)
+        order = np.argsort(ids)  # the lowest id wins a tie, whatever the order of the maps
+        ids, flat = ids[order], [maps[position].ravel() for position in order]
+        counts = np.zeros((4, *self._predicted.shape), dtype=np.int64)
+        at_once = max(PIXELS_AT_ONCE, counts.size)
+        for start in range(0, truth.size, at_once):
+            part = slice(start, start + at_once)
+            counts += self._verdicts([values[part] for values in flat], ids, truth[part])
         self._predicted += counts[:3].sum(axis=0)
         self._correct += counts[1]
         self._correct[0] += counts[2].sum(axis=0)
-        self._truth += np.bincount(truth.ravel(), minlength=self.num_classes + 1)[: self.num_classes]
+        self._truth += np.bincount(truth, minlength=self.num_classes + 1)[: self.num_classes]
 
     def compute(self) -> CamScores:
         """Scores of all images counted so far.
@@ -218,30 +212,42 @@ class CamMeanIoU:
         correct[0] = self._correct[0].cumsum()[:-1]
         return CamCounts(predicted, correct, self._truth.copy())
 
+    def _verdicts(
+        self,
+        maps: Sequence[npt.NDArray[np.generic]],
+        ids: npt.NDArray[np.int64],
+        truth: npt.NDArray[np.unsignedinteger],
+    ) -> npt.NDArray[np.int64]:
+        """Pixels by verdict (0 wrong, 1 right, 2 background in the mask, 3 ignored), class and thresholds exceeded.
+
+        By arithmetic, because masked assignments take many times longer on noisy maps."""
+        highest, best = self._highest(maps, ids, truth.size)
+        verdict = (best == truth).view(np.uint8)
+        if self.background:  # right where the threshold is high enough, whatever the highest map
+            np.maximum(verdict, (truth == 0).view(np.uint8) << 1, out=verdict)
+        np.maximum(verdict, (truth == self.num_classes).view(np.uint8) * np.uint8(3), out=verdict)
+        shape = (4, *self._predicted.shape)
+        rows = np.multiply(verdict, shape[1], dtype=np.uint32)
+        rows += best
+        index = np.multiply(rows, shape[2], dtype=np.int64)
+        if self.background:
+            index += self._exceeded(highest)
+        return np.bincount(index, minlength=math.prod(shape)).reshape(shape)
+
     def _highest(
-        self, maps: npt.NDArray[np.generic], ids: npt.NDArray[np.int64]
+        self, maps: Sequence[npt.NDArray[np.generic]], ids: npt.NDArray[np.int64], size: int
     ) -> tuple[npt.NDArray[np.floating], npt.NDArray[np.unsignedinteger]]:
         """The highest value of each pixel, in the precision of the maps, and the class of its map."""
-        if maps.dtype.kind not in "fiub":
-            raise ValueError(f"cam has dtype {maps.dtype}. Convert the maps to float.")
-        size, small = maps.shape[1:], np.min_scalar_type(self.num_classes)
-        precision = np.result_type(maps.dtype, np.float32)
-        if maps.size == 0:
-            return np.zeros(size, precision), np.zeros(size, small)
-        order = np.argsort(ids)  # the lowest id wins a tie, whatever the order of the maps
-        highest, best = maps[order[0]].astype(precision), np.full(size, ids[order[0]], small)
-        for position in order[1:]:
-            values = maps[position].astype(precision, copy=False)
-            best ^= (best ^ ids[position].astype(small)) * (values > highest)  # the id, where it is higher
+        small = np.min_scalar_type(self.num_classes)
+        if not maps:
+            return np.zeros(size, np.float32), np.zeros(size, small)
+        precision = np.result_type(maps[0].dtype, np.float32)
+        highest, best = maps[0].astype(precision), np.full(size, ids[0], small)
+        for number, map_of_class in zip(ids[1:].astype(small), maps[1:], strict=True):
+            values = map_of_class.astype(precision, copy=False)
+            best ^= (best ^ number) * (values > highest)  # the number where it is higher
             np.maximum(highest, values, out=highest)
-        self._check_range(float(maps.min()), float(highest.max()))
         return highest, best
-
-    def _check_range(self, low: float, high: float) -> None:
-        if not np.isfinite([low, high]).all():
-            raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
-        if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
-            raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
 
     def _exceeded(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.intp]:
         """The number of thresholds that each value exceeds."""
@@ -255,6 +261,17 @@ class CamMeanIoU:
         nearest = np.clip(position, 0, thresholds.size, out=position).astype(np.intp)
         nearest += values > np.append(thresholds, np.inf).astype(values.dtype)[nearest]
         return nearest
+
+    def _check_values(self, maps: npt.NDArray[np.generic]) -> None:
+        if maps.dtype.kind not in "fiub":
+            raise ValueError(f"cam has dtype {maps.dtype}. Convert the maps to float.")
+        if maps.size == 0:
+            return
+        low, high = float(maps.min()), float(maps.max())
+        if not np.isfinite([low, high]).all():
+            raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
+        if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
+            raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
 
     def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
         first = 1 if self.background else 0
@@ -422,8 +439,8 @@ def _codes(
         wrong = [int(i) for i in np.unique(known) if not 0 <= i < num_classes]
         others = "" if ignore_index is None else f", or {ignore_index} (ignored)"
         raise ValueError(
-            f"{name} with ids {wrong[:8]}: only 0 to {num_classes - 1}{others} can be counted. Check the number of classes "
-            "and the ignored id."
+            f"{name} with ids {wrong[:8]}: only 0 to {num_classes - 1}{others} can be counted. Check the number of "
+            "classes and the ignored id."
         )
     codes = known.astype(np.min_scalar_type(num_classes))
     codes += np.multiply(ignored, num_classes, dtype=codes.dtype)

@@ -35,6 +35,8 @@ def convert_cams(
     alphas: tuple[float, float] = ALPHAS,
     overwrite: bool = False,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> FolderReport:
     """Read every .npy and .npz file of one folder, and write it under the same name to another folder in ``format``.
 
@@ -54,9 +56,15 @@ def convert_cams(
         alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
         overwrite: convert files again that exist.
         progress: show progress. Failures are written in any case.
+        workers: processes that read and resize the maps. 0 reads in this process.
+        share: under torchrun, or in an array of jobs with RANK and WORLD_SIZE, each process converts its share. All of
+            them must call this, with the same arguments. The report is of all processes, but in an array of its own
+            share. With False this process converts everything.
 
     Raises:
-        ValueError: the source holds no such files or is the target, or the target holds files of another format.
+        ValueError: the source holds no such files, or one image twice; it is the target; the target holds files of
+            another format.
+        RuntimeError: other processes of the run did not call this, or ended with an error.
 
     >>> import os, numpy as np
     >>> from acr_reg.integrations.formats import load_cams, save_cams
@@ -69,7 +77,7 @@ def convert_cams(
     """
     folder = CamFolder(Path(target), format, alphas)
     maps_of = _source_of(source, source_format, images, folder.folders)
-    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress)
+    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress, workers=workers, share=share)
 
 
 def convert_to_labels(
@@ -84,6 +92,8 @@ def convert_to_labels(
     images: str | os.PathLike[str] | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    workers: int = 0,
+    share: bool = True,
 ) -> FolderReport:
     """Read every .npy and .npz file of one folder, and write its pseudo labels as a palette PNG to another folder.
 
@@ -91,7 +101,7 @@ def convert_to_labels(
     a restarted run cannot mix labels of two rules.
 
     Args:
-        source, source_format, overwrite, progress: as for :func:`convert_cams`.
+        source, source_format, overwrite, progress, workers, share: as for :func:`convert_cams`.
         target: another folder, made if it does not exist.
         threshold, ignore_between, alphas, background: the rule, of
             :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`score_dev_list` finds the best threshold.
@@ -101,6 +111,7 @@ def convert_to_labels(
     Raises:
         ValueError: the source holds no such files, or the target is the source or ``images``. The target holds PNG
             files that another rule or another program made, unless ``overwrite`` replaces them. The rule is wrong.
+        RuntimeError: as for :func:`convert_cams`.
 
     >>> import os, numpy as np
     >>> from PIL import Image
@@ -115,7 +126,7 @@ def convert_to_labels(
     folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
     folder.check_others(maps_of.files if overwrite else ())
-    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress)
+    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress, workers=workers, share=share)
 
 
 def score_dev_list(
@@ -146,6 +157,7 @@ def score_dev_list(
     Raises:
         ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
             correct pixel at any threshold.
+        RuntimeError: as for :func:`convert_cams`.
     """
     from acr_reg.integrations.scoring import find_samples, read_list, score_cams  # needs pillow
 
@@ -202,11 +214,13 @@ class LabelFolder:
         except OSError as error:
             raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
-            raise ValueError(f"{file} was not made by this conversion. Choose another folder, or overwrite the files.")
+            raise ValueError(
+                f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."
+            )
         if found != str(self.rule):
             raise ValueError(
-                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite the "
-                "files."
+                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite its "
+                "files (--overwrite)."
             )
 
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:

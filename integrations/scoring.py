@@ -174,7 +174,8 @@ class _Counts(Dataset[Any], Generic[Metric]):
         self, samples: Sequence[Sample], at_once: int, empty: Metric, count: Callable[[Metric, Sample], None]
     ) -> None:
         self.runs = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
-        self.empty, self.count = empty, count
+        self.empty: Metric = empty
+        self.count: Callable[[Metric, Sample], None] = count
 
     def __len__(self) -> int:
         return len(self.runs)

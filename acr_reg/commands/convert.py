@@ -38,10 +38,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         nargs=2,
         metavar=("LOW", "HIGH"),
-        help=f"of psa_crf (default: {ALPHAS[0]:g} {ALPHAS[1]:g}); of labels: ignore pixels of which the backgrounds "
-        "(1 - highest map)^LOW and ^HIGH decide differently",
+        help=f"of psa_crf (default: {ALPHAS[0]:g} {ALPHAS[1]:g}); of labels: pixels are ignored where the background "
+        "(1 - highest map)^A wins with A = LOW and loses with HIGH",
     )
     parser.add_argument("--overwrite", action="store_true", help="convert files again that exist")
+    parser.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="processes that read the maps (default: 0, this process)"
+    )
     labels = parser.add_argument_group("labels", "With --to labels, exactly one of --alphas and:")
     labels.add_argument(
         "--threshold", type=float, metavar="T", help="background where no map exceeds T, else the highest map's class"
@@ -69,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert the folder. Returns 1 if a file was skipped. Errors of the user are CommandErrors."""
     _check_options(args)
-    common = {"images": args.images, "overwrite": args.overwrite}
+    common = {"images": args.images, "overwrite": args.overwrite, "workers": args.workers}
     try:
         if args.to == LABELS:
             rule = _label_rule(args)
@@ -77,12 +80,14 @@ def run(args: argparse.Namespace) -> int:
         else:
             alphas = ALPHAS if args.alphas is None else tuple(args.alphas)
             report = convert_cams(args.source, args.target, args.to, args.source_format, alphas=alphas, **common)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise CommandError(str(error)) from error
     return 1 if report.failed else 0
 
 
 def _check_options(args: argparse.Namespace) -> None:
+    if args.workers < 0:
+        raise CommandError(f"--workers is {args.workers}. Pass 0 to read in this process, or more.")
     values = {name: getattr(args, name) for name in (*RULES, "masks", "classes")}
     given = [name for name, value in values.items() if value is not None and value is not False]  # 0 is a threshold
     options = [f"--{name.replace('_', '-')}" for name in given]
@@ -114,7 +119,13 @@ def _label_rule(args: argparse.Namespace) -> dict[str, Any]:
     threshold = args.threshold
     if args.best_on is not None:
         scores = score_dev_list(
-            args.source, args.best_on, args.masks, args.classes, args.source_format, images=args.images
+            args.source,
+            args.best_on,
+            args.masks,
+            args.classes,
+            args.source_format,
+            images=args.images,
+            workers=args.workers,
         )
         threshold = scores.best_threshold
     pairs = {

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import subprocess
 import sys
 
 import numpy as np
@@ -14,6 +15,7 @@ from acr_reg.integrations.convert import convert_cams
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.masks import read_mask, save_mask
+from tests.support.ranks import needs_gloo
 
 NAMES = ["2007_000032", "2007_000039"]
 
@@ -161,6 +163,7 @@ def test_command_without_an_extra(tmp_path, psa, monkeypatch):
             r"--threshold and --alphas .*--to irn",
         ),
         (["psa", "to", "--to", "psa_crf", "--no-background"], r"--no-background .*--to psa_crf.* --to labels"),
+        (["psa", "to", "--to", "irn", "--workers", "-1"], r"--workers is -1\b.* 0 "),
         (["psa", "to", "--to", "labels"], r"No rule .*exactly one of --threshold, .*--best-on, --no-background"),
         (
             ["psa", "to", "--to", "labels", "--threshold", "0", "--ignore-between", "0.1", "0.2"],
@@ -240,6 +243,13 @@ def masks(tmp_path, maps):
     return tmp_path / "masks"
 
 
+def torchrun(*arguments):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "acr_reg"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [*launch, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+
+
 def scores_of(tmp_path, masks, *more):
     evaluate = ["evaluate", "--masks", masks, "--list", tmp_path / "dev.txt", "--json", tmp_path / "scores.json"]
     assert main([str(argument) for argument in (*evaluate, *more)]) == 0
@@ -259,6 +269,40 @@ def test_labels_at_the_best_threshold_of_a_list_score_as_the_maps(tmp_path, psa,
     assert labels["per_class_iou"] == maps["per_class_iou"]
     with Image.open(target / f"{NAMES[0]}.png") as image:
         assert f"threshold={maps['best_threshold']}" in image.info["acr_reg labels"]
+
+
+@needs_gloo
+def test_two_processes_of_torchrun_make_the_labels_of_one(tmp_path, psa, maps, masks):
+    """One threshold over the whole list, though each process scores half of it; one summary."""
+    for number in range(3):
+        save_cams(psa / f"2008_00000{number}.npy", maps[NAMES[0]])
+    arguments = ["--to", "labels", "--best-on", tmp_path / "dev.txt", "--masks", masks, "--classes", 21, "--workers", 1]
+    (psa / "2008_000001.npy").write_bytes(b"damaged")
+    assert main([str(argument) for argument in ("convert", psa, tmp_path / "one", *arguments)]) == 1
+    result = torchrun("convert", psa, tmp_path / "two", *arguments)
+    said = result.stderr
+    assert said.count("best threshold on") == 1
+    assert said.count(f"{tmp_path / 'two'}: 4 written, 0 already there, 1 failed") == 1
+    assert said.count("2008_000001 skipped") == 1
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    for file in os.listdir(tmp_path / "one"):
+        assert (tmp_path / "two" / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+
+
+def test_a_job_of_an_array_finds_the_threshold_of_the_whole_list(tmp_path, psa, masks, monkeypatch, capsys):
+    """Its processes never hear of each other, so each scores all; the labels are shared."""
+    arguments = ["--to", "labels", "--best-on", tmp_path / "dev.txt", "--masks", masks, "--classes", 21]
+    assert main([str(argument) for argument in ("convert", psa, tmp_path / "one", *arguments)]) == 0
+    capsys.readouterr()
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        assert main([str(argument) for argument in ("convert", psa, tmp_path / "two", *arguments)]) == 0
+        assert sorted(os.listdir(tmp_path / "two")) == [f"{name}.png" for name in NAMES[: rank + 1]]
+        assert f"share {rank + 1} of 2: 1 written" in capsys.readouterr().err
+    for name in NAMES:
+        assert (tmp_path / "two" / f"{name}.png").read_bytes() == (tmp_path / "one" / f"{name}.png").read_bytes()
 
 
 def test_labels_without_background_score_as_the_maps(tmp_path, psa, masks):
