@@ -191,9 +191,6 @@ class LabelFolder:
     def folders(self) -> list[Path]:
         return [self.path]
 
-    def is_empty(self) -> bool:
-        return not any(self.path.glob("*.png"))
-
     def files(self, name: str) -> list[Path]:
         return [self.path / f"{name}.png"]
 

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from acr_reg.demo.record import write_json
+from acr_reg.errors import CommandError
 from acr_reg.integrations.jobs.progress import show_progress
 from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
@@ -65,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with show_progress(bars=False) as progress:  # bars would take part of the CPU time that is measured
             progress.begin(f"benchmarks.study {args.name}", None)
             return int(args.command(args))
-    except StudyError as error:
+    except (StudyError, CommandError) as error:  # the second names a photo or mask that cannot be read
         print(f"study: {error}", file=sys.stderr)
         return 2
 

@@ -5,12 +5,13 @@
 | ``psa`` | ``{k: float32 (H, W)}`` | evaluation of ACR, MCTformer, SEAM, TransCAM, CTI, WeakTr; PSA's infer_aff |
 | ``psa_crf`` | ``{0: background, k + 1: float32 (H, W)}``, in each of two folders | PSA's training of AffinityNet |
 | ``irn`` | ``{"keys": (n,), "cam": torch (n, ceil(H/4), ceil(W/4)), "high_res": (n, H, W)}`` | IRN, ToCo's evaluation |
-| ``clip_es`` | ``{"keys": (n,), "attn_highres": float16 (n, H, W)}`` | CLIP-ES |
+| ``clip_es`` | ``{"keys": (n,), "attn_highres": float16 (n, H, W)}``, or ``highres`` before refinement | CLIP-ES |
 | ``npz`` | arrays under the names "k" | this library; holds no pickle |
+| ``puzzle`` | ``{"keys": (1 + n,), "cam": as in irn, "hr_cam": (n, H, W)}``, or ``rw`` after random walk | Puzzle-CAM |
 
-k is a 0-based class number (the background is not counted), and (H, W) is the size of the original image. All but
-``npz`` are ``.npy`` files that hold a pickle. A reader given a format that is not its own may score mIoU 0
-without an error.
+k is a 0-based class number (the background is not counted), and (H, W) is the size of the original image. The keys of
+``puzzle`` are 0 for the background, which has no map, and k + 1. All but ``npz`` are ``.npy`` files that hold a pickle.
+A reader given a format that is not its own may score mIoU 0 without an error.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz"]
+Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz", "puzzle"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 Maps = dict[int, npt.NDArray[np.float32]]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from acr_reg.integrations.formats.files import Format, Maps, check_format, checked_maps, kind_of
-from acr_reg.integrations.formats.recognize import format_of
+from acr_reg.integrations.formats.recognize import MAPS_OF, format_of
 from acr_reg.integrations.formats.unpickle import read_npy
 
 
@@ -17,7 +17,8 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
     """Read the class maps of one image: 0-based class -> float32 (H, W). No code in the file is run.
 
     Reads every format of :data:`FORMATS`, written here or by the codebases, with numpy or torch numbers in it. ``irn``
-    gives its ``high_res``, ``psa_crf`` its maps without the background.
+    gives its ``high_res``, ``clip_es`` its ``attn_highres`` or else ``highres``, ``puzzle`` its ``hr_cam`` or else
+    ``rw``, and ``psa_crf`` its maps without the background.
 
     Args:
         path: a .npy or .npz file.
@@ -73,15 +74,21 @@ def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
 
 
 def _maps_of(content: Any, format: Format) -> Maps:
-    if format in ("irn", "clip_es"):
-        return checked_maps(_keyed(content, "high_res" if format == "irn" else "attn_highres"))
-    maps = checked_maps(content)
+    if format in MAPS_OF:
+        maps = checked_maps(_keyed(content, format))
+    else:
+        maps = checked_maps(content)
     return {number - 1: values for number, values in maps.items() if number} if format == "psa_crf" else maps
 
 
-def _keyed(content: dict[str, Any], name: str) -> dict[Any, Any]:
+def _keyed(content: dict[str, Any], format: Format) -> dict[Any, Any]:
     """``{"keys": (n,), name: (n, H, W)}`` as a dict from class to map."""
+    name = next(name for name in MAPS_OF[format] if name in content)
     numbers, maps = np.asarray(content["keys"]), np.asarray(content[name])
+    if format == "puzzle":
+        if numbers.ndim != 1 or numbers[:1].tolist() != [0]:
+            raise ValueError(f"keys is {numbers.tolist()}, and Puzzle-CAM begins with the background's 0. Add it.")
+        numbers = numbers[1:] - 1
     if numbers.ndim != 1 or maps.ndim != 3 or len(numbers) != len(maps) or len(set(numbers.tolist())) != len(numbers):
         raise ValueError(
             f"keys is {kind_of(numbers)} and {name} is {kind_of(maps)}. Store n different classes and (n, H, W) maps."

@@ -36,6 +36,11 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
         ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or
             negative, or the file holds several frames.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
+
+    >>> import numpy as np
+    >>> save_mask("mask.png", np.array([[0, 15, 255]]))
+    >>> read_mask("mask.png")
+    array([[  0,  15, 255]], dtype=uint8)
     """
     with opened(path) as stored:
         compression = stored.info.get("compression") if stored.format == "TIFF" else None

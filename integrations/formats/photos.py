@@ -41,6 +41,13 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
     Raises:
         ValueError: floats leave [0, 1], or the range of the numbers is unknown, as for integers of 32 bits.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
+
+    >>> import numpy as np
+    >>> from PIL import Image
+    >>> Image.fromarray(np.full((30, 40), 32768, np.uint16)).save("photo.png")
+    >>> photo = open_photo("photo.png")
+    >>> photo.mode, photo.size, photo.getpixel((0, 0))
+    ('RGB', (40, 30), (128, 128, 128))
     """
     with opened(path) as stored:
         return upright(stored, _in_rgb(stored, path))
@@ -51,6 +58,13 @@ def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 
     The header gives it; only a PNG whose EXIF follows the pixels is decoded. Raises OSError as :func:`open_photo` does,
     but not for damaged pixels.
+
+    >>> from PIL import Image
+    >>> exif = Image.Exif()
+    >>> exif[0x0112] = 6  # a camera that was held upright
+    >>> Image.new("RGB", (40, 30)).save("photo.jpg", exif=exif)
+    >>> photo_size("photo.jpg")
+    (40, 30)
     """
     with opened(path, decode=_exif_follows_pixels(path)) as stored:
         width, height = stored.size

@@ -8,6 +8,12 @@ import numpy as np
 
 from acr_reg.integrations.formats.files import Format, Maps, checked_maps
 
+# The names under which the dicts with "keys" hold their maps. Where a file has two, its own evaluation reads the first.
+MAPS_OF: dict[Format, tuple[str, ...]] = {
+    "irn": ("high_res",),
+    "clip_es": ("attn_highres", "highres"),
+    "puzzle": ("hr_cam", "rw"),
+}
 # How far a file may differ from a CRF pair and still be taken for one: half precision, over 20 classes.
 _LIKE_A_CRF_FILE = 1e-2
 _HIGHEST_ALPHA = 100.0
@@ -15,10 +21,10 @@ _HIGHEST_ALPHA = 100.0
 
 def format_of(content: Any, format: Format | None) -> Format:
     """The format of a .npy file's content. ``format`` decides between ``psa`` and ``psa_crf`` alone."""
-    if isinstance(content, dict) and {"keys", "high_res"} <= content.keys():
-        return "irn"
-    if isinstance(content, dict) and {"keys", "attn_highres"} <= content.keys():
-        return "clip_es"
+    if isinstance(content, dict) and "keys" in content:
+        for named, names in MAPS_OF.items():
+            if content.keys() & set(names):
+                return named
     maps = checked_maps(content)
     if format == "psa_crf" and 0 not in maps:
         raise ValueError(f"The keys are {list(maps)[:5]}, without the 0 of a CRF pair's background. Read it as psa.")

@@ -29,8 +29,8 @@ def save_cams(
 ) -> None:
     """Write the class maps of one image. The file appears whole or not at all. numpy 1 and 2 both open it.
 
-    ``irn`` divides each map by its maximum, as IRN's thresholds expect, and its ``cam`` averages the map over 4 x 4
-    pixels. ``clip_es`` rounds to half precision (0.0005 near 1).
+    ``irn`` and ``puzzle`` divide each map by its maximum, as their readers' thresholds expect, and their ``cam``
+    averages the map over 4 x 4 pixels. ``clip_es`` rounds to half precision (0.0005 near 1).
 
     Args:
         path: ends in .npy, or in .npz for the format ``npz``. Its folder must exist.
@@ -39,8 +39,8 @@ def save_cams(
         format: one of :data:`FORMATS`; by default ``psa`` for .npy and ``npz`` for .npz. For ``psa_crf`` call
             :func:`save_crf_pair`.
         size: (H, W) of the original image in pixels. Maps of another size are resized to it: bilinearly, with pixel
-            centres at half, antialiased when shrinking. By default the maps keep their size. ``irn`` and ``clip_es``
-            need ``size`` if there are no maps.
+            centres at half, antialiased when shrinking. By default the maps keep their size. ``irn``, ``clip_es``
+            and ``puzzle`` need ``size`` if there are no maps.
 
     Raises:
         ValueError: the ending or format is unknown, a key is not a class, or maps differ in size or leave [0, 1].
@@ -63,11 +63,14 @@ def save_cams(
     else:
         keys = np.array(list(maps), dtype=np.int64)
         stacked = _stacked(maps, size)
-        if format == "irn":
-            high_res, strided = _over_maximum(stacked), _over_maximum(_strided(stacked))
-            write_object(content, {"keys": keys, "cam": strided, "high_res": high_res.numpy()})
-        else:
+        if format == "clip_es":
             write_object(content, {"keys": keys, "attn_highres": stacked.numpy().astype(np.float16)})
+        else:
+            high_res, strided = _over_maximum(stacked).numpy(), _over_maximum(_strided(stacked))
+            if format == "irn":
+                write_object(content, {"keys": keys, "cam": strided, "high_res": high_res})
+            else:
+                write_object(content, {"keys": np.pad(keys + 1, (1, 0)), "cam": strided, "hr_cam": high_res})
     with replacing(path) as unfinished:
         unfinished.write_bytes(content.getvalue())
 

@@ -204,3 +204,27 @@ def test_clip_es_dict_before_its_crf(path):
     scores = dictionary(path)["attn_highres"]
     background = np.power(1 - scores.max(0, keepdims=True), 1)
     assert ((background >= 0) & (background <= 1)).all()
+
+
+# ---------------------------------------------------------------- Puzzle-CAM dict
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.15])
+def test_puzzle_dict_in_evaluate_and_make_affinity_labels(path, threshold):
+    """A constant over the maps at full size, and the ids looked up in keys as they are."""
+    ids, maps = scene()
+    save_cams(path, maps, "puzzle")
+    found = dictionary(path)
+    scores = np.pad(found["hr_cam"], ((1, 0), (0, 0), (0, 0)), constant_values=threshold)
+    assert found["keys"].shape == (len(scores),)
+    np.testing.assert_array_equal(found["keys"][scores.argmax(0)], ids)
+    np.testing.assert_allclose(found["hr_cam"].max((1, 2)), 1)
+
+
+def test_puzzle_dict_in_inference_rw(path):
+    """The tensor at stride 4, moved by a method of torch's, as IRN's."""
+    _, maps = scene()
+    save_cams(path, maps, "puzzle")
+    strided = dictionary(path)["cam"].cpu()
+    save_cams(path, maps, "irn")
+    assert torch.equal(strided, dictionary(path)["cam"])

@@ -1,10 +1,13 @@
 """What every format of class maps must do: come back as it was written, with classes or without."""
 
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
+from acr_reg.integrations import formats
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from tests.support.class_maps import assert_same_maps, in_every_format
 
@@ -48,8 +51,10 @@ def test_an_image_without_classes_in_every_format(tmp_path):
         assert load_cams(path, format) == {}
     assert np.load(paths["irn"], allow_pickle=True).item()["cam"].shape == (0, 2, 3)
     assert np.load(paths["clip_es"], allow_pickle=True).item()["attn_highres"].shape == (0, 6, 9)
+    assert np.load(paths["puzzle"], allow_pickle=True).item()["hr_cam"].shape == (0, 6, 9)
+    assert np.load(paths["puzzle"], allow_pickle=True).item()["keys"].tolist() == [0]
     assert np.load(paths["psa_crf"], allow_pickle=True).item()[0].tolist() == np.ones((6, 9)).tolist()
-    for format in ("irn", "clip_es"):
+    for format in ("irn", "clip_es", "puzzle"):
         with pytest.raises(ValueError, match=r"no maps .*size=\(H, W\)"):
             save_cams(tmp_path / "image.npy", {}, format)
 
@@ -60,3 +65,21 @@ def test_unknown_format_and_size_are_refused(tmp_path, maps):
         load_cams(tmp_path / "image.npy", "voc")
     with pytest.raises(ValueError, match=r"size=\(0, 5\).*height.*width"):
         save_cams(tmp_path / "image.npy", maps, size=(0, 5))
+
+
+def test_the_face_needs_pillow_for_photos_and_masks_only():
+    code = (
+        "import sys; sys.modules['PIL'] = None\n"
+        "import acr_reg.integrations.formats as formats\n"
+        "formats.load_cams, formats.load_image_labels\n"
+        "try: formats.open_photo\n"
+        "except ModuleNotFoundError as error: print(error.name)\n"
+        "print(hasattr(formats, 'other'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["PIL", "False"]
+
+
+@pytest.mark.parametrize("name", formats.__all__)
+def test_the_face_holds_what_it_lists(name):
+    assert getattr(formats, name) is not None

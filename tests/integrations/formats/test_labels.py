@@ -6,8 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from acr_reg.integrations.formats import save_crf_pair
-from acr_reg.integrations.formats.labels import pseudo_labels
+from acr_reg.integrations.formats import pseudo_labels, save_crf_pair
 from acr_reg.metrics import CamMeanIoU
 
 THRESHOLDS = np.arange(20) / 20

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from acr_reg.integrations.formats import load_cams, save_cams
+from acr_reg.integrations.formats import cam_format, load_cams, save_cams
 from tests.support.class_maps import Call, assert_same_maps, write_npy
 
 
@@ -42,6 +42,45 @@ def test_reads_irn_dicts(tmp_path, maps, tensors):
     }
     np.save(tmp_path / "image.npy", content)
     assert_same_maps(load_cams(tmp_path / "image.npy"), maps)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_reads_clip_es_dicts_before_and_after_refinement(tmp_path, maps, half):
+    """Its authors tell people to save ``highres`` for the maps before refinement; with both, its evaluation reads the
+    refined ones."""
+    keys, stacked = np.array(list(maps)), np.stack(list(maps.values()))
+    stacked = stacked.astype(np.float16) if half else stacked
+    expected = dict(zip(maps, stacked, strict=True))
+    path = tmp_path / "image.npy"
+    for content in ({"highres": stacked}, {"highres": stacked * 0, "attn_highres": stacked}):
+        np.save(path, {"keys": keys, **content})
+        assert cam_format(path) == "clip_es"
+        assert_same_maps(load_cams(path), expected)
+        assert_same_maps(load_cams(path, "clip_es"), expected)
+
+
+def test_reads_puzzle_dicts_before_and_after_the_random_walk(tmp_path, maps):
+    """Their keys count the background, which has no map. With both, Puzzle-CAM's evaluation reads hr_cam."""
+    keys, stacked = np.array([0, *(number + 1 for number in maps)]), np.stack(list(maps.values()))
+    path = tmp_path / "image.npy"
+    for content in (
+        {"cam": torch.rand(2, 2, 2), "hr_cam": stacked},
+        {"rw": stacked},
+        {"rw": stacked * 0, "hr_cam": stacked},
+    ):
+        np.save(path, {"keys": keys, **content})
+        assert cam_format(path) == "puzzle"
+        assert_same_maps(load_cams(path), maps)
+        with pytest.raises(ValueError, match=r"in the format puzzle, not irn"):
+            load_cams(path, "irn")
+
+
+@pytest.mark.parametrize("keys", [[1, 3], [3, 0, 15], [], [0, 3, 15, 16], [0, 3, 3], [[0, 3, 15]], [0, 0, 3]])
+@pytest.mark.parametrize("name", ["hr_cam", "rw"])
+def test_puzzle_dicts_whose_keys_do_not_fit_their_maps_are_refused(tmp_path, maps, name, keys):
+    np.save(tmp_path / "image.npy", {"keys": np.array(keys), name: np.stack(list(maps.values()))})
+    with pytest.raises(ValueError, match=r"image\.npy: .*keys.*(0\. Add it|different classes|0-based)"):
+        load_cams(tmp_path / "image.npy")
 
 
 def test_reads_tensors_in_place_of_maps(tmp_path, maps):

@@ -67,15 +67,16 @@ def close(photo: Image.Image, expected: np.ndarray, by: int = 0) -> bool:
 # ---------------------------------------------------------------- the turn of EXIF
 
 
-@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp"])
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif", "webp", "mpo"])
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_a_photo_is_turned_as_its_exif_says_and_only_once(tmp_path, suffix, orientation):
-    options = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    best = {"quality": 100, "subsampling": 0}
+    options = {"jpg": best, "mpo": {"save_all": True, **best}, "webp": {"lossless": True}}.get(suffix, {})
     path = saved(tmp_path / f"photo.{suffix}", COLOURS, exif=exif_of(orientation), **options)
     expected = TURNS[orientation](COLOURS)
     photo = open_photo(path)
-    assert close(photo, expected, by=8 if suffix == "jpg" else 0)
-    assert close(ImageOps.exif_transpose(photo), expected, by=8 if suffix == "jpg" else 0)
+    assert close(photo, expected, by=8 if suffix in ("jpg", "mpo") else 0)
+    assert close(ImageOps.exif_transpose(photo), expected, by=8 if suffix in ("jpg", "mpo") else 0)
     assert photo_size(path) == expected.shape[:2]
 
 
