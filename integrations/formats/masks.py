@@ -92,9 +92,8 @@ def voc_palette() -> npt.NDArray[np.uint8]:
     """VOC's colours (256, 3): bits 0, 3, 6 of an id are the highest bits of red, 1, 4, 7 of green, 2, 5 of blue."""
     ids = np.arange(256)
     colours = np.zeros((256, 3), np.uint8)
-    for step in range(3):
-        for band in range(3):
-            colours[:, band] |= (((ids >> (3 * step + band)) & 1) << (7 - step)).astype(np.uint8)
+    for bit in range(8):
+        colours[:, bit % 3] |= ((ids >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
     colours.flags.writeable = False  # one array for all callers
     return colours
 
@@ -113,14 +112,14 @@ def _largest_value(path: str | os.PathLike[str], stored: Image.Image) -> int:
 
 
 def _ids_of_colours(path: str | os.PathLike[str], pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    weights = np.array([65536, 256, 1])
-    known, asked = voc_palette() @ weights, pixels @ weights
-    order = np.argsort(known)
-    at = order[np.searchsorted(known, asked, sorter=order).clip(max=255)]
-    wrong = known[at] != asked
+    bands = np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
+    ids = np.zeros(pixels.shape[:2], np.uint8)
+    for bit in range(8):
+        ids |= (bands[bit % 3] >> (7 - bit // 3) & 1) << bit  # back from voc_palette
+    wrong = ((bands[0] | bands[1]) & 31 | bands[2] & 63) != 0  # bits that no colour of the palette has
     if wrong.any():
         colours = [tuple(each) for each in np.unique(pixels[wrong], axis=0)[:_SHOWN].tolist()]
         raise ValueError(
             f"{path} has colours that are not VOC's, such as {colours}. Save the ids as a palette or grey PNG."
         )
-    return at.astype(np.uint8)
+    return ids

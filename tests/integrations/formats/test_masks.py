@@ -148,6 +148,22 @@ def test_other_colours_are_refused_by_name(tmp_path):
             read_mask(saved(tmp_path / "mask.png", pixels))
 
 
+def test_every_bit_of_a_colour_counts(tmp_path):
+    """The palette uses the three highest bits of red and green and the two highest of blue."""
+    for band in range(3):
+        for bit in range(8):
+            colour = np.zeros((1, 1, 3), np.uint8)
+            colour[..., band] = 1 << bit
+            path = saved(tmp_path / "mask.png", colour)
+            found = np.flatnonzero((voc_palette() == colour[0]).all(-1)).tolist()
+            assert len(found) == (bit > (5 if band == 2 else 4))
+            if found:
+                assert read(path) == [found]
+            else:
+                with pytest.raises(ValueError, match="not VOC's"):
+                    read_mask(path)
+
+
 def test_colours_of_16_bits_are_refused(tmp_path):
     """Pillow keeps the high byte alone, in which 128 is 0."""
     path = write_png(tmp_path / "mask.png", COLOURS.astype(np.uint16), 16, RGB)
