@@ -81,12 +81,14 @@ def show_attention(
     """Draws what a model attends to in one photo, as a matplotlib Figure for ``savefig``.
 
     Above, the class token's attention of one layer: its mean over heads, its rollout
-    (:func:`~acr_reg.attention_rollout`) of all layers up to this one, and head by head
-    (:func:`~acr_reg.class_attention`). Below, the attention of one patch, which is a row of the N x N map, as its mean
-    over heads: on the photo and on its view as the model computes them, then as
-    :class:`~acr_reg.AllPairsConsistencyLoss` compares them, with the view brought back onto the photo, and their
-    difference. The headings give the distance that the loss sees, for this patch and for the layer. Without a class
-    token the rollout is the mean over all queries, the heads are left out, and the heading says so.
+    (:func:`~acr_reg.attention_rollout`) and then head by head (:func:`~acr_reg.class_attention`). The rollout multiplies
+    the layers up to this one; in a pyramid, those of its stage. Without a class token it is the mean over all queries,
+    the heads are left out, and the heading says so.
+
+    Below, the attention of one patch, a row of the N x N map, as its mean over heads: on the photo and on its view as
+    the model computes them, then as :class:`~acr_reg.AllPairsConsistencyLoss` compares them, with the view brought back
+    onto the photo, and their difference. The heading gives the distance that the loss sees, for this patch and for the
+    layer.
 
     Args:
         model: as for :func:`~acr_reg.capture_attention`. It runs twice, in eval mode and without gradients, and is left
@@ -132,13 +134,13 @@ def show_attention(
     name = distance if isinstance(distance, str) else getattr(distance, "__name__", "given")
     heading = (
         f"What the patch in row {patch[0]}, column {patch[1]} (from 0) attends to, mean over heads, on the photo and "
-        f"on its view {view.brief}. The loss compares the two by the {name} distance: {of_patch:.3f} for this patch, "
-        f"{terms['affinity'].item():.3f} on average over all patches"
+        f"on its view {view.brief}. The loss compares the two by the {name} distance: {of_patch:.3g} for this patch, "
+        f"{terms['affinity'].item():.3g} on average over all patches"
     )
     if "activation" in terms:
-        heading += f", {terms['activation'].item():.3f} for the class token"
+        heading += f", {terms['activation'].item():.3g} for the class token"
     shown = lower[-1].shown
-    heading += "." if shown is None or shown.all() else ". Grey: not visible in both."
+    heading += "." if shown is None or shown.all() else ". Grey: hidden in one of them."
     title = f"{type(model).__name__}: attention of layer {pair[0].index} ({pair[0].name})"
     return _draw(title, [(note, upper), (heading, lower)])
 
@@ -175,26 +177,41 @@ def _class_panels(
 ) -> tuple[list[_Panel], str]:
     """The panels of the class token, and their heading."""
     grid = layer.layout.key
-    heads, note = None, "There is no class token, so its heads are left out"
+    heads, note = None, "There is no class token: the heads are left out"
     if layer.layout.known_class_tokens():
         heads = class_attention(maps, layer.index, class_token)[0]
-        which = "" if class_token is None else f" {class_token}"
-        note = f"What the class token{which} attends to"
+        note = f"What {'the class token' if class_token is None else f'class token {class_token}'} attends to"
     panels = [_Panel("photo", photo, grid)]
     if heads is not None:
         panels.append(_Panel("mean over heads", photo, grid, heads.mean(0)))
     try:
-        below = [index for index in maps.layers if index <= layer.index]
+        below = _same_tokens(maps, layer)
         rollout = attention_rollout(maps, below, class_token, "all" if heads is None else "class")[0]
-        title = f"rollout, layers {below[0]} to {below[-1]}" + (", mean of all queries" if heads is None else "")
+        title = f"rollout, layers {below[0]} to {below[-1]}"
         panels.append(_Panel(title, photo, grid, rollout))
-        note += ". Each panel has its own scale."
+        note += (
+            ", and the rollout is the mean over all queries." if heads is None else ". Each panel has its own scale."
+        )
     except ValueError as error:
-        note += f". The rollout is left out: {error}"
+        reason = str(error).partition(". ")[0]  # without the advice, which names arguments of attention_rollout
+        note += f". The rollout is left out: {reason}."
     panels += [
         _Panel(f"head {head}", photo, grid, each) for head, each in enumerate(heads if heads is not None else ())
     ]
     return panels, note
+
+
+def _same_tokens(maps: AttentionMaps, layer: LayerAttention) -> list[int]:
+    """The layer and those right below it with the same tokens: all of a plain transformer, or of one stage."""
+    found: list[int] = []
+    for other in maps:
+        if other.placed != layer.placed:
+            found = []
+        else:
+            found.append(other.index)
+        if other.index == layer.index:
+            break
+    return found
 
 
 def _shown_patch(pair: tuple[LayerAttention, LayerAttention], view: View, patch: Patch | None) -> Patch:
@@ -287,7 +304,7 @@ def _draw(title: str, parts: Sequence[tuple[str, Sequence[_Panel]]]) -> Figure:
 
 def _opacity(colour: Colour) -> Colormap:
     """The higher the value, the more the colour covers the photo; grey where there is no value."""
-    scale = LinearSegmentedColormap.from_list("opacity", [(*colour, 0.0), (*colour, 0.95)])
+    scale = LinearSegmentedColormap.from_list("opacity", [(*colour, 0.0), (*colour, 0.9)])
     return scale.with_extremes(bad=(0.75, 0.75, 0.75, 1.0))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from benchmarks.commands import run_command
 
 COMMANDS = {
+    "attention": "draw the picture of docs/attention",
     "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
     "views": "draw the pictures of docs/views.md",
 }

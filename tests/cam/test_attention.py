@@ -148,6 +148,17 @@ def test_the_rollout_is_the_class_row_of_the_product():
     assert found.sum((1, 2)).max() < 1
 
 
+def test_the_rollout_is_what_public_implementations_compute():
+    """Rows of A + I over their sum, multiplied as matrices: hila-chefer/Transformer-Explainability, and
+    jacobgil/vit-explain with discard_ratio=0."""
+    tensors = random_maps(GRID, layers=3)
+    steps = [each.mean(1) + torch.eye(21, dtype=torch.float64) for each in tensors]
+    product = steps[0] / steps[0].sum(-1, keepdim=True)
+    for step in steps[1:]:
+        product = (step / step.sum(-1, keepdim=True)).bmm(product)
+    torch.testing.assert_close(attention_rollout(wrap(tensors, GRID)), product[:, 0, 1:].unflatten(-1, GRID))
+
+
 def test_the_layers_are_multiplied_in_the_order_of_the_model_however_they_are_listed():
     tensors = random_maps(GRID, layers=4)
     expected = rolled_out([tensors[1], tensors[2]])[:, 0, 1:].unflatten(-1, GRID)
