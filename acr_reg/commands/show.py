@@ -18,7 +18,7 @@ from acr_reg.commands.listed_images import Drawing, ListedImage, best_threshold,
 from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of, load_weights
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats import FORMATS
-from acr_reg.integrations.formats.class_names import BACKGROUND, COCO, VOC, class_names
+from acr_reg.integrations.formats.class_names import class_names
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.formats.write import replacing
 from acr_reg.integrations.jobs.progress import show_progress
@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--masks", type=Path, metavar="DIR", help="folder of palette or grey PNG masks: also mark errors, with the mIoU"
     )
-    add("--names", metavar="FILE", help="names of the classes: one a line, or voc, or coco")
+    add(
+        "--names", metavar="FILE", help="names of the classes: voc, coco, a file of one a line, or an image_labels.json"
+    )
     add(
         "--draw",
         choices=("heat", "classes"),
@@ -129,7 +131,7 @@ def _run_sheet(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"--{error}") from error  # "list FILE ..."
     try:
-        names = [] if args.names is None else names_of(args.names, background)
+        names = [] if args.names is None else class_names(args.names, None, background)
     except ValueError as error:
         raise CommandError(f"--names {error}") from error
     count = len(entries) if args.all else min(args.first or FIRST, len(entries))
@@ -203,19 +205,6 @@ def _drawing(args: argparse.Namespace, images: list[ListedImage]) -> tuple[Drawi
     threshold, miou = best_threshold(images, drawing)
     how = f"background threshold {threshold:.4g}, the best of these images (mIoU {miou:.4f} over all of them)"
     return Drawing(heat, True, threshold, args.format, args.resize), how
-
-
-def names_of(source: str, background: bool) -> list[str]:
-    """The names of all ids, as many as there are: "voc", "coco" or a file, which may leave out the background."""
-    known = {"voc": VOC, "coco": COCO}.get(source)
-    if known is not None:
-        return class_names(source, len(known) + int(background), background)
-    try:
-        lines = Path(source).read_text(encoding="utf-8-sig").rstrip().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{source} cannot be read: {error}. Give voc, coco or a text file.") from error
-    has_background = bool(lines) and lines[0].strip().lower() in (BACKGROUND, "_background_")
-    return class_names(source, len(lines) + int(background and not has_background), background)
 
 
 # ---------------------------------------------------------------- attention

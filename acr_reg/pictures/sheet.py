@@ -173,7 +173,7 @@ def _panels(image: SheetImage, style: _Style, legend: _Legend) -> list[tuple[str
         legend.heat = True
         for number, values in image.cams.items():
             panels.append((style.name_of(number), _over(grey, _heat(values, low, high))))
-    for what, ids in (("predicted", image.labels), ("mask", image.mask)):
+    for what, ids in (("labels", image.labels), ("mask", image.mask)):
         if ids is not None:
             legend.ids |= set(np.unique(ids).tolist()) - {IGNORED} - ({0} if style.background else set())
             legend.ignored |= bool((ids == IGNORED).any())

@@ -9,6 +9,7 @@ from benchmarks.commands import run_command
 
 COMMANDS = {
     "attention": "draw the picture of docs/attention",
+    "sheet": "draw the contact sheets of docs/pictures",
     "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
     "views": "draw the pictures of docs/views.md",
 }

@@ -13,9 +13,9 @@ from PIL import Image
 from torch.nn import functional
 
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
-from acr_reg.integrations.jobs import progress
 from acr_reg.integrations.cam_folder import write_cams
 from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
+from acr_reg.integrations.jobs import progress
 
 SIZES = {"2007_000032": (30, 44), "2007_000039": (51, 33), "2007_000063": (16, 16)}
 LABELS = {"2007_000032": [1, 0, 0, 1], "2007_000039": [0, 1, 0, 0], "2007_000063": [0, 0, 1, 0]}

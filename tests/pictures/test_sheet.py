@@ -194,7 +194,7 @@ def test_names_of_classes_errors_and_images_are_written(written: list[str]) -> N
     captions = {
         "2007_000032",
         "photo",
-        "predicted",
+        "labels",
         "mask",
         f"errors, mIoU {image_miou(PREDICTED, TRUE):.3f}",
         "24 of 99",
