@@ -105,7 +105,7 @@ MASKS: dict[str, Callable[[Path], object]] = {
 def test_masks_are_read_as_the_page_says(tmp_path: Path, kind: str) -> None:
     if kind == "grey PNG of 1, 2, 4, 8 or 16 bits":
         for bits in (1, 2, 4, 8, 16):
-            ids = IDS.astype(np.uint16) % 2**bits * (1000 if bits == 16 else 1)
+            ids = (IDS.astype(int) % 2**bits * (1000 if bits == 16 else 1)).astype(np.uint16)
             assert (read_mask(write_png(tmp_path / "a.png", ids, bits, GREY_PNG)) == ids).all()
         return
     MASKS[kind](tmp_path)
