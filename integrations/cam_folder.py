@@ -15,7 +15,7 @@ from torch import Tensor
 
 from acr_reg import GradientCam, Identity, Lattice, View
 from acr_reg.integrations.formats import Format
-from acr_reg.integrations.formats.image_labels import labels_of
+from acr_reg.integrations.formats.image_labels import labels_of, load_image_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.batches import BatchedCams, PhotoReader
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
@@ -27,7 +27,7 @@ __all__ = ["FolderReport", "process_device", "write_cams"]
 def write_cams(
     cam: Callable[[Tensor, Tensor], Tensor | tuple[Tensor, Lattice]],
     images: Iterable[str | os.PathLike[str]],
-    labels: Mapping[Any, npt.ArrayLike],
+    labels: Mapping[Any, npt.ArrayLike] | str | os.PathLike[str],
     folder: str | os.PathLike[str],
     transform: Callable[[Image.Image], Tensor] | Callable[[Path], Tensor | tuple[Tensor, tuple[int, int]]],
     format: Format = "psa",
@@ -52,27 +52,47 @@ def write_cams(
     made or hold NaN. The run ends with a summary there, and the report names the skipped images. Progress is a bar if
     standard error is a terminal and rich is installed, else a line every ten seconds.
 
+    Under ``torchrun`` each process takes its share of the images, and every process returns the report of all. So do
+    the processes of a process group. Call it in each of them, with the same images. In an array of jobs, set RANK
+    (from 0) and WORLD_SIZE: each job takes its share, and says so in its own report. A later run, of any number of
+    processes, makes what is missing.
+
     Args:
-        cam: takes an image (1, 3, h, w) and its labels (1, C), both on the transform's device, and returns the maps
-            (1, C, h', w'), not normalised: a :class:`~acr_reg.GradientCam` or your own function. Maps of absent
-            classes are left out.
+        cam: takes images (B, bands, h, w) and their labels (B, C), and returns the maps (B, C, h', w'), not normalised:
+            a :class:`~acr_reg.GradientCam` or your own function. Maps of absent classes are left out.
         images: paths of the photos.
-        labels: from each ID to its (C,) labels, > 0 for the classes present, as in PSA's ``cls_labels.npy``.
+        labels: from each ID to its (C,) labels, > 0 for the classes present, or the path of such a file:
+            :func:`~acr_reg.integrations.formats.load_image_labels` says which. IRN's integer keys are understood.
         folder: made if it does not exist. ``psa_crf`` makes two, ``folder_4`` and ``folder_32``, named after the
             alphas.
-        transform: turns the photo (RGB) into a tensor (3, h, w) on the model's device. It may resize the photo, but not
-            crop or pad it: the maps are stretched over the whole photo.
+        transform: turns the photo into a tensor (bands, h, w). It gets what
+            :func:`~acr_reg.integrations.formats.photos.open_photo` returns: upright, in RGB of 8 bits. It may resize
+            the photo, but not crop or pad it: the maps are stretched over the whole photo.
         format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
         views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. The default is
             the image alone, which is right for a GradientCam: it merges its own views.
         normalize: "minmax" as in MCTformer and ACR, or "max" as in PSA and IRN, after the maps are enlarged.
         alphas: for ``psa_crf`` only, as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
+        transform_takes: with "path", ``transform`` gets the path of the image and reads it itself, with any number of
+            bands. It returns the tensor, or (tensor, (H, W) of the photo). Without that size, it is the upright photo's
+            as Pillow reads it, or (h, w) of the tensor if Pillow cannot.
+        device: where ``cam`` gets images and labels. By default where the model of a GradientCam is, and for another
+            ``cam`` where the transform leaves the images. :func:`process_device` is this process's own GPU.
+        batch_size: images for one call of ``cam``. Images whose tensors have one shape are put together, and each map
+            still has its own photo's size. If a batch fails, its images are tried one by one.
+        workers: processes that open and transform photos beside the model, as of a torch DataLoader; 0 does it in this
+            process. They take no GPU, so the transform returns tensors on the CPU. Where workers are spawned, the
+            transform must be a function of a module.
+        share: False makes every image in this process, whatever other processes there are, as where only the first
+            process of a training script calls this.
         overwrite: make maps again whose files exist.
         progress: show progress. Failures are written in any case.
 
     Raises:
-        ValueError: an image has no labels, two images have one ID, or the folder holds files of another format.
-        RuntimeError: ``cam`` fails for each of the first images, and the folder is empty.
+        ValueError: an image has no labels, two images have one ID, or the folder holds files of another format. RANK
+            and WORLD_SIZE name no process, or processes were given different images.
+        RuntimeError: ``cam`` or ``transform`` fails for each of the first images, and the folder is empty. ``cam``
+            cannot take batches, or a worker cannot go on. Other processes did not start this run, or ended early.
 
     >>> import numpy as np, torch
     >>> from PIL import Image
@@ -102,6 +122,7 @@ def write_cams(
     files = {path.stem: path for path in paths}
     target = CamFolder(Path(folder), format, alphas)
     device = _device_of(cam) if device is None else torch.device(device)
+    labels = load_image_labels(labels) if isinstance(labels, (str, os.PathLike)) else labels
     make = BatchedCams(cam, _found(labels, files), views, merge, normalize, batch_size, device, target.is_empty)
     read = PhotoReader(files, transform, transform_takes)
     return fill(target, list(files), read, "Class maps", overwrite, progress, make, workers=workers, share=share)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, PngImagePlugin
 
-from acr_reg.integrations.formats.photos import bits_of_tiff, opened, upright
+from acr_reg.integrations.formats.photos import bits_of_tiff, is_inverted_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
 
 IGNORED = 255
@@ -34,7 +34,7 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
 
     Raises:
         ValueError: the format may change ids (JPEG, WebP, GIF), a colour is none of VOC's, values are floats or
-            negative, or the file holds several frames.
+            negative, a TIFF stores white as 0, or the file holds several frames.
         OSError: there is no such file, it is damaged, or Pillow does not know its format.
 
     >>> import numpy as np
@@ -49,6 +49,8 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
             raise ValueError(f"{path} is a {kind}, which may change ids. Save the ids as a palette or grey PNG.")
         if getattr(stored, "is_animated", False):
             raise ValueError(f"{path} holds several frames. Save the ids of each image as a palette or grey PNG.")
+        if is_inverted_tiff(stored) and stored.mode != "1":
+            raise ValueError(f"{path} stores white as 0, and readers differ in its ids. Save ids as a grey PNG.")
         mode, largest = stored.mode, _largest_value(path, stored)
         if mode not in (*_ONE_BAND, *_WITH_ALPHA, *_COLOURS) or (mode not in _ONE_BAND and largest > 255):
             depth = " with 16 bits a band" if largest > 255 else ""

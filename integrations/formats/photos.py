@@ -92,11 +92,8 @@ def opened(path: str | os.PathLike[str], decode: bool = True) -> Iterator[Image.
 
 def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
     """``image``, made from the decoded file ``stored``, turned as that says. The result asks for no turn."""
-    turn = (
-        None if stored.format == "TIFF" else _TURNS.get(_orientation(stored))
-    )  # Pillow turns TIFFs as it decodes them
-    if turn is not None:
-        image = image.transpose(turn)
+    if stored.format != "TIFF" and _orientation(stored) in _TURNS:  # Pillow turns TIFFs itself as it decodes them
+        image = image.transpose(_TURNS[_orientation(stored)])
     image.info = {name: value for name, value in image.info.items() if name == "icc_profile"}
     return image
 
@@ -104,6 +101,11 @@ def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
 def bits_of_tiff(stored: Image.Image) -> int:
     """Bits of one band of a TIFF."""
     return int(stored.tag_v2.get(_BITS, (1,))[0])  # type: ignore[attr-defined]
+
+
+def is_inverted_tiff(stored: Image.Image) -> bool:
+    """Whether 0 is white. Pillow inverts such numbers of 1 to 8 bits, and leaves others as they are."""
+    return stored.format == "TIFF" and stored.tag_v2.get(_PHOTOMETRIC) == 0  # type: ignore[attr-defined]
 
 
 def _orientation(stored: Image.Image) -> int:
@@ -153,6 +155,5 @@ def _in_rgb(stored: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
         raise ValueError(
             f"{path} holds values from {values.min():.4g} to {values.max():.4g}. Scale them to [0, 1], or save 8 bits."
         )
-    if stored.format == "TIFF" and stored.tag_v2.get(_PHOTOMETRIC) == 0:  # type: ignore[attr-defined]
-        values = 1 - values  # 0 is white; of 8 bits, Pillow does this itself
+    values = 1 - values if is_inverted_tiff(stored) else values
     return Image.fromarray(np.rint(values * 255).astype(np.uint8)).convert("RGB")

@@ -101,7 +101,7 @@ class BatchedCams:
                 continue
             self.successes.add("transform")
             image = photo.image
-            labels = torch.tensor(self.labels[name])  # a copy: arrays out of a file may not be writable
+            labels = torch.tensor(self.labels[name])  # a copy: numpy may forbid writing
             key = image.shape, image.dtype, image.device, labels.shape, labels.dtype
             batch = waiting.setdefault(key, [])
             batch.append(_Waiting(name, photo, labels))
@@ -142,7 +142,7 @@ class BatchedCams:
         images = images if self.device is None else images.to(self.device)
         labels = torch.stack([one.labels for one in batch]).to(images.device)
         found = [self._checked(self.cam(view(images), labels), labels) for view in self.views]
-        return [self._merged(found, images, labels, index, one.photo.size) for index, one in enumerate(batch)]
+        return [self._merged(found, images[i : i + 1], i, one) for i, one in enumerate(batch)]
 
     def _checked(self, found: Any, labels: Tensor) -> tuple[Tensor, Lattice | None]:
         count, classes = labels.shape
@@ -161,25 +161,18 @@ class BatchedCams:
             )
         return maps.detach(), lattice
 
-    def _merged(
-        self,
-        found: list[tuple[Tensor, Lattice | None]],
-        images: Tensor,
-        labels: Tensor,
-        index: int,
-        size: tuple[int, int],
-    ) -> Maps:
+    def _merged(self, found: list[tuple[Tensor, Lattice | None]], image: Tensor, index: int, one: _Waiting) -> Maps:
         """The maps of the classes present, at the photo's own size."""
-        numbers = torch.nonzero(labels[index] > 0)[:, 0]
-        views = iter([(maps[index : index + 1, numbers], lattice) for maps, lattice in found])
+        numbers = torch.nonzero(one.labels > 0)[:, 0]
+        views = iter([(maps[index : index + 1, numbers.to(maps.device)], lattice) for maps, lattice in found])
 
         def next_view(_: Tensor) -> Tensor | tuple[Tensor, Lattice]:
             maps, lattice = next(views)
             return maps if lattice is None else (maps, lattice)
 
-        merged = multi_view_cam(next_view, images[index : index + 1], self.views, self.merge, size)
+        merged = multi_view_cam(next_view, image, self.views, self.merge, one.photo.size)
         bounded = normalize_cam(merged, self.normalize)[0].cpu().numpy()
-        return dict(zip(numbers.tolist(), bounded, strict=True)), size
+        return dict(zip(numbers.tolist(), bounded, strict=True)), one.photo.size
 
     def _count(self, name: str, failure: Failure, error: Exception | None = None) -> None:
         """Ends the run if code of the caller fails for each of the first images."""

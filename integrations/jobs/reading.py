@@ -75,6 +75,7 @@ def _started(results: _Results, workers: int) -> Iterator[Any]:
         # The number of workers is the user's choice; and they may run beside threads of torch, as always.
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         warnings.filterwarnings("ignore", ".*multi-threaded, use of fork", DeprecationWarning)
+        warnings.filterwarnings("ignore", "Got pickle error", UserWarning)  # the error itself is worded below
         try:
             return iter(DataLoader(results, None, num_workers=min(workers, len(results)), collate_fn=_as_it_is))
         except (pickle.PicklingError, AttributeError, TypeError) as error:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.nn import functional
 
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
@@ -62,6 +62,33 @@ def test_maps_have_the_size_of_each_image_and_its_classes(tmp_path, photos):
         for number, values in found.items():
             np.testing.assert_allclose(values, expected[number], atol=1e-5)
             assert (values.min(), values.max()) == (0, 1)
+
+
+def test_labels_may_be_a_file_and_have_the_numbers_of_irn(tmp_path, photos):
+    by_number = {int(name.replace("_", "")): np.array(values) for name, values in LABELS.items()}
+    np.save(tmp_path / "cls_labels.npy", by_number)
+    for folder, labels in (("names", LABELS), ("numbers", by_number), ("file", tmp_path / "cls_labels.npy")):
+        write_cams(cam, photos, labels, tmp_path / folder, transform)
+    expected = contents(tmp_path / "names", "psa")
+    assert contents(tmp_path / "numbers", "psa") == contents(tmp_path / "file", "psa") == expected
+
+
+def test_photos_are_upright_once(tmp_path):
+    upright = np.zeros((60, 40, 3), np.uint8)
+    upright[:20] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(np.rot90(upright).copy()).save(tmp_path / "photo.png", exif=exif)
+    for turn in (lambda photo: photo, ImageOps.exif_transpose):
+        write_cams(
+            lambda images, labels: images[:, :1],
+            [tmp_path / "photo.png"],
+            {"photo": [1]},
+            tmp_path / "cams",
+            lambda photo, turn=turn: torch.from_numpy(np.array(turn(photo))).permute(2, 0, 1) / 255,
+            overwrite=True,
+        )
+        np.testing.assert_array_equal(load_cams(tmp_path / "cams" / "photo.npy")[0], upright[..., 0] / 255)
 
 
 def test_views_are_merged(tmp_path, photos):

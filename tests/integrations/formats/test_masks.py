@@ -215,6 +215,20 @@ def test_several_frames_are_refused(tmp_path, suffix):
         read_mask(path)
 
 
+@pytest.mark.parametrize("depth", [2, 4, 8, 16])
+def test_tiffs_that_store_white_as_0_are_refused(tmp_path, depth):
+    """Pillow inverts those of up to 8 bits, other readers do not."""
+    path = write_tiff(tmp_path / "mask.tif", SMALL.shape, packed_rows(SMALL, depth), (depth,), {262: 0})
+    with pytest.raises(ValueError, match=r"mask\.tif stores white as 0"):
+        read_mask(path)
+
+
+@pytest.mark.parametrize("compression", ["raw", "group4"])
+def test_masks_of_one_bit_come_back_as_pillow_wrote_them(tmp_path, compression):
+    """Of which group4 stores white as 0."""
+    assert read(saved(tmp_path / "mask.tif", SMALL > 0, compression=compression)) == (SMALL > 0).astype(int).tolist()
+
+
 def test_files_that_cannot_be_read_are_os_errors_that_name_them(tmp_path):
     whole = io.BytesIO()
     Image.fromarray(np.random.default_rng(0).integers(0, 21, (64, 64), dtype=np.uint8)).save(whole, "PNG")
