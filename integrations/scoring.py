@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, Literal, NamedTuple, TypeVar
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, load_cams
 from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.reading import Failure, reading
 from acr_reg.integrations.jobs.shares import Share
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 
@@ -134,6 +135,7 @@ def score_cams(
     Raises:
         ValueError: a file cannot be read or does not fit its mask or the metric; the message names the file, and if it
             happens in one process of a shared run, all of them raise it. Or the masks of all samples hold no class.
+        RuntimeError: a worker or another process of the run died.
     """
     count = partial(_count_cams, format=format, resize=resize)
     total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
@@ -161,33 +163,33 @@ def score_labels(
     return total
 
 
-class _Failure(NamedTuple):
-    """An error of the user's files. It is sent as a value, because DataLoader would wrap it in a traceback."""
+@dataclass(frozen=True)
+class _Runs(Generic[Metric]):
+    """Counts runs of images, by their numbers: what a worker does."""
 
-    message: str
+    samples: Sequence[Sample]
+    at_once: int
+    empty: Metric
+    count: Callable[[Metric, Sample], None]
 
+    @property
+    def numbers(self) -> list[str]:
+        return [str(number) for number in range(-(-len(self.samples) // self.at_once))]
 
-class _Counts(Dataset[Any], Generic[Metric]):
-    """Counts of runs of images: what a worker makes of an index."""
-
-    def __init__(
-        self, samples: Sequence[Sample], at_once: int, empty: Metric, count: Callable[[Metric, Sample], None]
-    ) -> None:
-        self.runs = [samples[start : start + at_once] for start in range(0, len(samples), at_once)]
-        self.empty: Metric = empty
-        self.count: Callable[[Metric, Sample], None] = count
-
-    def __len__(self) -> int:
-        return len(self.runs)
-
-    def __getitem__(self, index: int) -> tuple[int, Metric | _Failure]:
+    def __call__(self, number: str) -> tuple[int, Metric]:
+        start = int(number) * self.at_once
+        samples = self.samples[start : start + self.at_once]
         counter = self.empty.empty()
-        for sample in self.runs[index]:
+        for sample in samples:
             try:
                 self.count(counter, sample)
-            except (OSError, ValueError) as error:
-                return 0, _Failure(str(error))
-        return len(self.runs[index]), counter
+            except (OSError, ValueError) as error:  # they name the file
+                raise ValueError(str(error)) from error
+            except Exception as error:  # a damaged file may fail anywhere
+                raise ValueError(
+                    f"{sample.prediction} with {sample.mask}: {type(error).__name__}: {error}. Make the files again."
+                ) from error
+        return len(samples), counter
 
 
 def _counted(
@@ -201,8 +203,8 @@ def _counted(
     """The counts of all processes of a shared run."""
     total = empty
     for part in share.gather(_count_share(share.of(samples), empty, count, workers, progress and share.speaks)):
-        if isinstance(part, _Failure):
-            raise ValueError(part.message)
+        if isinstance(part, Failure):
+            raise ValueError(part.text)
         total = total + part
     return total
 
@@ -213,26 +215,22 @@ def _count_share(
     count: Callable[[Metric, Sample], None],
     workers: int,
     progress: bool,
-) -> Metric | _Failure:
+) -> Metric | Failure:
+    """The counts of this process. An error of the user's files is a value, to be told to the other processes."""
     if len(samples) < FEWEST_FOR_WORKERS:
         workers = 0
-    counts = _Counts(samples, IMAGES_AT_ONCE if workers else 1, empty, count)
-    parts: Iterator[tuple[int, Metric | _Failure]]
-    parts = iter(DataLoader(counts, batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    runs = _Runs(samples, IMAGES_AT_ONCE if workers else 1, empty, count)
     total = empty
-    with show_progress(progress) as bar:
+    with reading(runs.numbers, runs, workers) as parts, show_progress(progress) as bar:
         step = bar.begin("Scoring", len(samples))
-        for images, part in parts:
-            if isinstance(part, _Failure):
+        for _, part in parts:
+            if isinstance(part, Failure):
                 return part
-            total = total + part
+            images, counter = part
+            total = total + counter
             for _ in range(images):
                 step()
     return total
-
-
-def _as_it_is(counts: Any) -> Any:
-    return counts
 
 
 def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resize: bool) -> None:
@@ -242,7 +240,7 @@ def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resiz
     if beyond:
         raise ValueError(
             f"{sample.prediction} holds classes {beyond}, and {metric.num_classes} ids allow 0 to "
-            f"{metric.num_classes - 1 - first}. Check --classes, and that the keys of the maps are 0-based."
+            f"{metric.num_classes - 1 - first}. Check the number of classes, and that the keys of the maps are 0-based."
         )
     if resize:
         maps = {number: resized(values, mask.shape) for number, values in maps.items()}

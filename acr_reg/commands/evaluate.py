@@ -75,22 +75,30 @@ class _Job(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Score the listed images, print a table, write the JSON. Errors of the user are CommandErrors."""
-    with share_of_run() as share:
-        if share.world > 1 and share.group is None:
-            raise CommandError(
-                f"RANK is {share.rank} of {share.world} without MASTER_ADDR: nobody would add up the scores. Run one "
-                "process without RANK, or torchrun."
-            )
-        try:
-            job = _in_all(share, lambda: _prepare(args))
-            metric = _score(job.samples, args, share)
-        except CommandError:
-            if share.speaks:
-                raise
-            return 2  # every process has this error, and one writes it
-        if not share.speaks:
-            return 0
+    error = None
+    try:
+        with share_of_run() as share:
+            _check_share(share)
+            try:
+                job = _in_all(share, lambda: _prepare(args))
+                metric = _score(job.samples, args, share)
+            except CommandError as raised:  # in every process: they part in peace, and one of them tells
+                error = raised
+    except (RuntimeError, ValueError) as raised:  # the processes do not come together, or one died
+        raise CommandError(str(raised)) from raised
+    if not share.speaks:
+        return 0 if error is None else 2
+    if error is not None:
+        raise error
     return _report(metric, job, args)
+
+
+def _check_share(share: Share) -> None:
+    if share.is_apart:
+        raise CommandError(
+            f"RANK={os.environ['RANK']} without MASTER_ADDR: this process would count a part, and nobody would add up "
+            "the parts. Unset RANK and WORLD_SIZE, or use torchrun."
+        )
 
 
 def _in_all(share: Share, make: Callable[[], T]) -> T:
@@ -262,5 +270,7 @@ def _numbers(values: Iterable[np.floating]) -> list[float | None]:
 
 
 def _id_or_none(text: str) -> int | None:
-    """An option's value. argparse names what is neither."""
-    return None if text == "none" else int(text)
+    try:
+        return None if text == "none" else int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no id. Give a whole number, or none.") from error
