@@ -81,9 +81,9 @@ def show_attention(
     """Draws what a model attends to in one photo, as a matplotlib Figure for ``savefig``.
 
     Above, the class token's attention of one layer: its mean over heads, its rollout
-    (:func:`~acr_reg.attention_rollout`) and then head by head (:func:`~acr_reg.class_attention`). The rollout multiplies
-    the layers up to this one; in a pyramid, those of its stage. Without a class token it is the mean over all queries,
-    the heads are left out, and the heading says so.
+    (:func:`~acr_reg.attention_rollout`) and then head by head (:func:`~acr_reg.class_attention`). The rollout
+    multiplies the layers up to this one; in a pyramid, those of its stage. Without a class token it is the mean over
+    all queries, the heads are left out, and the heading says so.
 
     Below, the attention of one patch, a row of the N x N map, as its mean over heads: on the photo and on its view as
     the model computes them, then as :class:`~acr_reg.AllPairsConsistencyLoss` compares them, with the view brought back
