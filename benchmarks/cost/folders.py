@@ -15,7 +15,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -78,7 +78,7 @@ def now() -> Seconds:
     return Seconds(time.perf_counter(), sum(os.times()[:4]))
 
 
-def compare(job: str, images: int, variants: dict[str, Callable[[], list[np.ndarray]]], rounds: int) -> list[Result]:
+def compare(job: str, images: int, variants: Mapping[str, Callable[[], list[np.ndarray]]], rounds: int) -> list[Result]:
     """Time the variants in turns. Each returns what it computed."""
     spent: dict[str, list[Seconds]] = {name: [] for name in variants}
     found: dict[str, list[np.ndarray]] = {}
@@ -183,7 +183,7 @@ def measure_scoring(config: Config, folder: Path) -> list[Result]:
             metric.update(np.stack(list(maps.values())), mask, [k + 1 for k in maps])
         return [metric.compute().miou]
 
-    variants = {
+    variants: dict[str, Callable[[], list[np.ndarray]]] = {
         "no worker": partial(evaluate, 0),
         "two workers": partial(evaluate, 2),
         "counting alone, no files": update,
