@@ -73,10 +73,15 @@ def test_nothing_is_written_before_the_first_part_nor_by_a_short_job(monkeypatch
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
 def test_no_line_comes_after_the_end_however_it_ends(often, capsys, error):
     threads = threading.active_count()
-    with pytest.raises(error), show_progress() as shown:
-        shown.begin("training", 4)
-        wait_for(lambda: capsys.readouterr().err, "training")
-        raise error
+
+    def job():
+        with show_progress() as shown:
+            shown.begin("training", 4)
+            wait_for(lambda: capsys.readouterr().err, "training")
+            raise error
+
+    with pytest.raises(error):
+        job()
     assert threading.active_count() == threads
     capsys.readouterr()
     time.sleep(0.1)
@@ -160,15 +165,15 @@ def test_a_closed_standard_error_does_not_end_the_job(often, monkeypatch):
 
 def test_a_pipe_whose_reader_is_gone_does_not_end_the_job(often, monkeypatch):
     reader, writer = os.pipe()
-    with pytest.raises(BrokenPipeError), os.fdopen(writer, "w", buffering=1) as stream:  # as it closes, after the job
-        monkeypatch.setattr(sys, "stderr", stream)
-        with show_progress() as shown:
-            shown.begin("training", 1)
-            os.close(reader)
-            time.sleep(0.1)
-            shown.note("a note")
-        ended = True
-    assert ended
+    stream = os.fdopen(writer, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    with show_progress() as shown:
+        shown.begin("training", 1)
+        os.close(reader)
+        time.sleep(0.1)
+        shown.note("a note")
+    with pytest.raises(BrokenPipeError):
+        stream.close()
 
 
 # ---------------------------------------------------------------- terminals
