@@ -10,11 +10,15 @@ import sys
 import termios
 import threading
 import time
+from contextlib import contextmanager
 
+import numpy as np
 import pytest
 
-from acr_reg.integrations.jobs import progress
+from acr_reg.integrations.jobs import folder, progress
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
 from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.shares import Share
 from tests.support.paths import ROOT
 
 
@@ -307,3 +311,23 @@ Path({str(done)!r}).touch()
     process.stdout.close()
     process.wait(timeout=60)
     assert done.exists()
+
+
+# ---------------------------------------------------------------- a run that waits
+
+
+def test_the_wait_for_other_processes_is_not_silent(often, monkeypatch, capsys, tmp_path):
+    class SlowMeeting:
+        def gather(self, value):
+            if isinstance(value, FolderReport):
+                wait_for(lambda: capsys.readouterr().err, "Waiting for the other processes: 0 s so far\n")
+            return [value]
+
+    @contextmanager
+    def share_of_run(shared):
+        yield Share(0, 2, SlowMeeting())
+
+    monkeypatch.setattr(folder, "share_of_run", share_of_run)
+    target = CamFolder(tmp_path / "cams", "psa")
+    report = fill(target, ["a", "b"], lambda name: ({0: np.eye(4)}, None), "Class maps", False, True)
+    assert report.written == ["a"]
