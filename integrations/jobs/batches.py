@@ -183,6 +183,6 @@ class BatchedCams:
         if len(failed) == _TRIES and self.is_new_run():
             needed = "maps (B, C, h, w)" if failure.blame == "cam" else "a tensor (bands, h, w)"
             raise StopRun(
-                f"{failure.blame} failed for each of the first images, {', '.join(failed)}: {failure.text}. Nothing "
-                f"was written. Make it return {needed}, and run again."
+                f"{failure.blame} failed for each of the first images, {', '.join(failed)}: "
+                f"{failure.text.rstrip('.')}. Nothing was written. Make it return {needed}, and run again."
             ) from error

@@ -27,6 +27,7 @@ SECONDS_BEFORE_NOTICE = 30.0
 SECONDS_OF_SILENCE = 600.0  # after which a process counts as dead; its machine may be gone, too
 SECONDS_BETWEEN_SIGNS = 20.0
 
+_LOST = (RuntimeError, OSError)  # what torch raises for a peer that is gone; some versions raise TimeoutError
 _SECONDS_TO_LEAVE = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LONGEST_VALUE = 4 * 2**20  # bytes; torch's store refuses values above 8 MiB
@@ -57,7 +58,7 @@ class GroupMeeting:
         try:
             dist.monitored_barrier(self.group, timeout=WAIT_FOR_END)
             dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:
+        except _LOST as error:
             raise RuntimeError(_ENDED_EARLY) from error
         return values
 
@@ -105,7 +106,7 @@ class StoreMeeting:
     def gather(self, value: Any) -> list[Any]:
         try:
             return self._gather(f"{self.session}/{next(self.numbers)}", pickle.dumps(value))
-        except RuntimeError as error:  # the store is gone with the process that held it
+        except _LOST as error:  # the store is gone with the process that held it
             raise RuntimeError(_ENDED_EARLY) from error
 
     def _gather(self, key: str, data: bytes) -> list[Any]:
@@ -129,13 +130,13 @@ class StoreMeeting:
         return values
 
     def _show_life(self) -> None:
-        with suppress(RuntimeError):  # the store is gone, which the next gather() tells
+        with suppress(*_LOST):  # the store is gone, which the next gather() tells
             while not self.left.wait(SECONDS_BETWEEN_SIGNS):
                 self.store.add(f"{self.session}/life/{self.rank}", 1)
 
     def leave(self, failed: bool) -> None:
         self.left.set()
-        with suppress(RuntimeError):  # nobody is there any more
+        with suppress(*_LOST):  # nobody is there any more
             if failed:
                 self.store.set(f"{self.session}/failed", str(self.rank))
                 return
@@ -172,7 +173,7 @@ def _waiting_for_all(world: int) -> Iterator[None]:
     notice.start()
     try:
         yield
-    except RuntimeError as error:
+    except _LOST as error:
         raise RuntimeError(
             f"Not all of the {world} processes started this run within {WAIT_FOR_START}. Call it in each of them, or "
             "pass share=False."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
 import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -97,8 +98,9 @@ def _items(names: Sequence[str], results: Iterator[Any]) -> Generator[tuple[str,
                 raise
             result = _Stop(f"A worker died: {error} Memory, or /dev/shm, may be too small: pass fewer workers=.")
         if interrupted:
-            # Raised anew, since the traceback of the first holds the workers, which end with this reference.
+            # Raised anew, since the traceback of the first holds the workers, which end with the last reference.
             del results
+            gc.collect()  # some versions of torch leave a cycle
             raise KeyboardInterrupt
         if isinstance(result, _Stop):
             del results

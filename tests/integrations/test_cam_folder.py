@@ -270,6 +270,16 @@ def test_mistakes_are_told_before_any_work(tmp_path, photos):
     assert not (tmp_path / "cams").exists()
 
 
+def test_a_process_takes_its_share_unless_told_otherwise(tmp_path, photos, monkeypatch, capsys):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert write_cams(cam, photos, LABELS, tmp_path / "cams", transform).written == ["2007_000039"]
+    assert "cams: share 2 of 2: 1 written, 0 already there, 0 failed" in capsys.readouterr().err
+    report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform, share=False)
+    assert (report.written, report.existing) == (["2007_000032", "2007_000063"], ["2007_000039"])
+    assert "cams: 2 written, 1 already there, 0 failed" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- progress
 
 

@@ -79,7 +79,7 @@ def test_batches_give_the_maps_of_single_images(tmp_path, photos, batch_size, vi
 
 def test_batches_of_a_transformer(tmp_path, photos):
     torch.manual_seed(0)
-    block = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    block = torch.nn.TransformerEncoderLayer(16, 2, 32)
 
     class Vit(torch.nn.Module):
         def __init__(self):
@@ -87,12 +87,12 @@ def test_batches_of_a_transformer(tmp_path, photos):
             self.patch_embed, self.block = torch.nn.Conv2d(3, 16, 8, 8), block
 
         def forward(self, images):
-            return self.block(self.patch_embed(images).flatten(2).transpose(1, 2)).mean(1)[:, :4]
+            return self.block(self.patch_embed(images).flatten(2).permute(2, 0, 1)).mean(0)[:, :4]
 
     def square(photo):
-        return torch.from_numpy(np.array(photo.resize((32, 32)))).permute(2, 0, 1) / 255
+        return torch.from_numpy(np.array(photo.resize((32, 32)))).permute(2, 0, 1).double() / 255
 
-    with GradientCam(Vit(), start_layer=0, query="all", steps=1) as gradient_cam:
+    with GradientCam(Vit().double(), start_layer=0, query="all", steps=1) as gradient_cam:
         for folder, batch_size in (("single", 1), ("batches", 4)):
             report = write_cams(gradient_cam, photos, LABELS, tmp_path / folder, square, batch_size=batch_size)
             assert report.written == NAMES

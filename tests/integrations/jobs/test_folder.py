@@ -7,12 +7,14 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from functools import partial
 
 import numpy as np
 import pytest
 
 from acr_reg.integrations.formats import load_cams
+from acr_reg.integrations.jobs import meeting
 from acr_reg.integrations.jobs.folder import CamFolder, fill
 from tests.support.paths import ROOT
 from tests.support.ranks import needs_gloo, on_two_ranks
@@ -145,7 +147,7 @@ def fill_on(rank, folder, names):
 
     try:
         report = fill(CamFolder(folder, "psa"), names, read, "Maps", False, True)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return [report.written, report.existing, report.failed]
 
@@ -157,7 +159,11 @@ def in_group(folder, rank):
         "other lists": [["a", "b"], ["c", "d"]],
         "other format": [["a", "b"], ["a", "b"]],
     }
-    return {name: fill_on(rank, folder / name, lists[rank]) for name, lists in runs.items()}
+    found = {name: fill_on(rank, folder / name, lists[rank]) for name, lists in runs.items()}
+    if rank == 0:
+        meeting.WAIT_FOR_START = timedelta(seconds=2)
+        found["alone"] = fill_on(rank, folder / "alone", ["a"])
+    return found  # to a barrier, where rank 1 waits for rank 0 meanwhile, as in a training script
 
 
 @needs_gloo
@@ -179,3 +185,7 @@ def test_a_process_group_of_the_caller_is_used(tmp_path):
     assert first["other format"] == second["other format"]  # only one has the file in its share
     assert "a.npy of an earlier run is not in the format psa" in first["other format"]
     assert os.listdir(tmp_path / "other format") == ["a.npy"]
+
+    assert "Not all of the 2 processes started this run within 0:00:02" in first["alone"]
+    assert "share=False" in first["alone"]
+    assert not (tmp_path / "alone").exists()

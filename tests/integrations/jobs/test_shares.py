@@ -84,7 +84,8 @@ def test_a_process_that_starts_a_run_alone_ends_soon(environment, monkeypatch, c
     environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     with pytest.raises(RuntimeError, match=r"Not all of the 2 processes .*0:00:01.*share=False"), share_of_run():
         pass
-    assert "Waiting for all 2 processes to start this run." in capsys.readouterr().err
+    if rank == "0":  # torch 2.1 connects to rank 0 without letting a thread write this
+        assert "Waiting for all 2 processes to start this run." in capsys.readouterr().err
     assert not any(type(thread) is threading.Timer for thread in threading.enumerate())
 
 
