@@ -25,7 +25,7 @@ COMMANDS = {
     ),
     "demo": Command("acr_reg.commands.demo", "train without and with ACR on the same images and compare"),
     "evaluate": Command(
-        "acr_reg.commands.evaluate", "score saved class maps against masks at every background threshold"
+        "acr_reg.commands.evaluate", "score class maps, at every background threshold, or label maps against masks"
     ),
     "show": Command("acr_reg.commands.show", "draw class maps over photos, or what a model attends to in a photo"),
 }

@@ -272,8 +272,8 @@ def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: i
             *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
         ]
         raise ValueError(
-            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write the ids of the classes into the masks, "
-            "or ignore another id (--ignore-index)."
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write class ids into the masks, or change the "
+            "ignored id (--ignore-index)."
         )
 
 

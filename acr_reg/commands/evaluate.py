@@ -26,6 +26,7 @@ from acr_reg.metrics import CamMeanIoU, CamScores, LabelMeanIoU, LabelScores
 T = TypeVar("T")
 
 THRESHOLDS = 100
+WIDEST = 10_000  # columns of a table in a pipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,8 +97,8 @@ def run(args: argparse.Namespace) -> int:
 def _check_share(share: Share) -> None:
     if share.is_apart:
         raise CommandError(
-            f"RANK={os.environ['RANK']} without MASTER_ADDR: this process would count a part, and nobody would add up "
-            "the parts. Unset RANK and WORLD_SIZE, or use torchrun."
+            f"RANK={os.environ['RANK']} without MASTER_ADDR would score a share that nobody adds up. Unset RANK and "
+            "WORLD_SIZE, or use torchrun."
         )
 
 
@@ -175,8 +176,9 @@ def _report(metric: CamMeanIoU | LabelMeanIoU, job: _Job, args: argparse.Namespa
     labels = job.names or ["background" if background and number == 0 else "" for number in range(args.classes)]
     console = Console()
     table = _table(scores, labels)
-    if not console.is_terminal:  # a pipe has no width: 80 columns would cut long names
-        console = Console(width=max(console.width, console.measure(table).maximum))
+    if not console.is_terminal:  # rich takes a pipe for 80 columns, and would fold long names
+        wide = console.options.update(width=WIDEST)
+        console = Console(width=max(console.width, console.measure(table, options=wide).maximum))
     console.print(table)
     figures = {"images": str(len(job.samples)), **_figures(scores, metric)}
     for name, figure in figures.items():

@@ -4,6 +4,8 @@ process matters, and by its main function in this process for the rest (importin
 import json
 import os
 import re
+import shutil
+import socket
 import subprocess
 import sys
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from PIL import Image
 from acr_reg.__main__ import COMMANDS, main
 from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.scoring import resized
-from acr_reg.metrics import CamMeanIoU
+from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 from tests.support.paths import ROOT
 
 COMMAND = [sys.executable, "-W", "error", "-m", "acr_reg"]
@@ -74,8 +76,23 @@ class Data:
             metric.update(stacked, mask, [number + first for number in present])
         self.scores = metric.compute()
 
-    def options(self, classes=21):
-        return ["--cams", self.cams, "--masks", self.masks, "--list", self.list, "--classes", classes]
+    def options(self, classes=21, predictions="--cams"):
+        folder = self.cams if predictions == "--cams" else self.labels
+        return [predictions, folder, "--masks", self.masks, "--list", self.list, "--classes", classes]
+
+    def write_labels(self):
+        """Label maps that are wrong, and without a label, here and there. Returns their scores by the library."""
+        rng, metric = np.random.default_rng(1), LabelMeanIoU(21)
+        self.labels = self.folder / "labels"
+        self.labels.mkdir()
+        for path in sorted(self.masks.iterdir()):
+            with Image.open(path) as image:
+                mask = np.array(image)
+            labels = np.where(rng.random(mask.shape) < 0.3, rng.choice([0, 1, 20, 255], mask.shape), mask)
+            labels[mask == 255] = 5  # where nobody looks
+            write_mask(self.labels / path.name, labels, palette=True)
+            metric.update(labels, mask)
+        return metric
 
 
 @pytest.fixture
@@ -313,3 +330,196 @@ def test_help_explains_the_keys(run):
     result = run("evaluate", "--help")
     assert result.returncode == 0
     assert "Class k is mask id k + 1" in " ".join(result.stdout.split())
+
+
+def test_label_maps_have_one_score_without_a_threshold(data, tmp_path, run):
+    metric = data.write_labels()
+    scores = metric.compute()
+    result = run("evaluate", *data.options(predictions="--labels"), "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert 0.2 < scores.miou < 0.9
+    for key in ("miou", "pixel_accuracy", "class_accuracy"):
+        assert content[key] == getattr(scores, key)
+    for key in ("per_class_iou", "per_class_accuracy", "false_positive_rate", "false_negative_rate"):
+        found = np.array([np.nan if value is None else value for value in content[key]])
+        np.testing.assert_array_equal(found, getattr(scores, key))
+    assert content["confusion"] == metric.confusion().tolist()
+    assert (content["ignore_index"], content["names"], content["images"]) == (255, None, 3)
+    assert not {"thresholds", "best_threshold", "best_miou"} & content.keys()
+
+    assert "threshold" not in result.stdout
+    assert re.search(rf"\nmIoU +{scores.miou:.4f} over 5 of 21 ids\n", result.stdout)
+    assert re.search(rf"\npixel accuracy +{scores.pixel_accuracy:.4f}\n", result.stdout)
+    assert re.search(rf"\nclass accuracy +{scores.class_accuracy:.4f}, mean over 5 ids\n", result.stdout)
+    unlabelled = metric.confusion()[:, -1].sum()
+    assert unlabelled > 0
+    assert re.search(rf"\nunlabelled +{unlabelled} pixels \(.* %\) predicted as 255, missed\n", result.stdout)
+
+
+def test_perfect_label_maps_score_1(data, run):
+    data.write_labels()
+    result = run("evaluate", "--labels", data.masks, *data.options()[2:])
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"mIoU +1\.0000 over 5 of 21 ids", result.stdout)
+    assert "unlabelled" not in result.stdout
+
+
+def test_label_maps_of_another_size_are_named_and_resize_helps(data, run):
+    data.write_labels()
+    for path in data.masks.iterdir():
+        with Image.open(path) as image:
+            mask = np.array(image)
+        write_mask(data.labels / path.name, np.kron(mask, np.ones((2, 3))), palette=False)
+    result = run("evaluate", *data.options(predictions="--labels"))
+    assert_user_error(result, r"labels/2007_000032\.png is 10x24 .*masks/2007_000032\.png is 5x8", "--resize")
+    result = run("evaluate", *data.options(predictions="--labels"), "--resize")
+    assert re.search(r"mIoU +1\.0000", result.stdout)
+
+
+def test_the_kind_of_folder_is_told_where_it_was_taken_for_the_other(data, run):
+    data.write_labels()
+    result = run("evaluate", "--cams", data.labels, *data.options()[2:])
+    assert_user_error(result, r"--cams .*labels holds label maps \(\.png\).*as --labels")
+    result = run("evaluate", "--labels", data.cams, *data.options()[2:])
+    assert_user_error(result, r"--labels .*cams holds class maps.*as --cams")
+    result = run("evaluate", *data.options(), "--labels", data.labels)
+    assert_user_error(result, "argument --labels: not allowed with argument --cams")
+    (data.labels / f"{NAMES[1]}.png").unlink()
+    result = run("evaluate", *data.options(predictions="--labels"))
+    assert_user_error(result, rf"--labels .*1 of 3 files are missing: {NAMES[1]}\.png")
+
+
+@pytest.mark.parametrize("option", [("--thresholds", 10), ("--format", "psa")])
+def test_options_of_class_maps_are_refused_for_label_maps(data, run, option):
+    data.write_labels()
+    result = run("evaluate", *data.options(predictions="--labels"), *option)
+    assert_user_error(result, f"{option[0]} is for class maps .*--labels")
+
+
+def test_masks_of_0_and_255_hold_no_class(data, run):
+    for name, size in zip(NAMES, [(5, 8), (9, 4), (6, 7)], strict=True):
+        write_mask(data.masks / f"{name}.png", np.resize([0, 255], size), palette=True)
+    result = run("evaluate", *data.options())
+    assert_user_error(
+        result, r"masks hold no class: every pixel is 0 \(background\) or 255 \(ignored\).*--ignore-index"
+    )
+    result = run("evaluate", *data.options(), "--ignore-index", "none")
+    assert_user_error(result, r"mask with ids \[255\].*number of classes and the ignored id")
+    result = run("evaluate", *data.options(256), "--ignore-index", "none")
+    assert result.returncode == 0
+    assert re.search(r"│ 255 +│ 0\.0000 ", result.stdout)
+
+
+def test_another_id_or_none_is_ignored(data, tmp_path, run):
+    for name in NAMES:
+        with Image.open(data.masks / f"{name}.png") as image:
+            mask = np.array(image)
+        write_mask(data.masks / f"{name}.png", np.where(mask == 255, 99, mask), palette=False)
+    assert_user_error(run("evaluate", *data.options()), r"mask with ids \[99\]")
+    result = run("evaluate", *data.options(), "--ignore-index", 99, "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert (content["best_miou"], content["ignore_index"]) == (data.scores.best_miou, 99)
+    result = run("evaluate", *data.options(100), "--ignore-index", "none", "--json", tmp_path / "scores.json")
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert (content["ignore_index"], content["per_class_iou"][99]) == (None, 0)
+    result = run("evaluate", *data.options(), "--ignore-index", "all")
+    assert_user_error(result, "argument --ignore-index: 'all' is no id.*none")
+
+
+@pytest.mark.parametrize("format", ["jpg", "webp"])
+def test_masks_whose_compression_changes_ids_are_refused(data, run, format):
+    for name in NAMES:
+        with Image.open(data.masks / f"{name}.png") as image:
+            image.convert("L").save(data.masks / f"{name}.{format}")
+    data.list.write_text("\n".join(f"/a/{name}.jpg /b/{name}.{format}" for name in NAMES))
+    result = run("evaluate", *data.options())
+    assert_user_error(result, rf"{NAMES[0]}\.{format} is a \w+ file.*change.*PNG")
+
+
+def test_names_stand_in_the_table_and_in_the_json(data, tmp_path, run):
+    result = run("evaluate", *data.options(), "--names", "voc", "--json", tmp_path / "scores.json")
+    assert (result.returncode, result.stderr) == (0, "")
+    for label in (" 0 background ", " 1 aeroplane ", "20 tvmonitor "):
+        assert f"│ {label}" in result.stdout
+    names = json.loads((tmp_path / "scores.json").read_text())["names"]
+    assert (len(names), names[20]) == (21, "tvmonitor")
+    assert_user_error(run("evaluate", *data.options(30), "--names", "voc"), "--names voc has 20 names for 30 ids")
+    assert_user_error(run("evaluate", *data.options(), "--names", tmp_path / "absent"), "--names .*absent cannot be")
+
+
+def test_a_pipe_cuts_no_name(data, tmp_path):
+    """rich takes a pipe for 80 columns. Names may also look like rich's markup."""
+    names = ["[bold]", "a name of many words " * 6, *(f"class {number}" for number in range(169))]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    result = run_process("evaluate", *data.options(171), "--names", tmp_path / "names.txt")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert re.search(r"│   0 \[bold\] +│ 0\.\d{4} │", result.stdout)
+    assert f"│   1 {names[1].strip()} │" in result.stdout
+    assert "│ 170 class 168 " in result.stdout
+
+
+def run_two(arguments, **environment):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    command = [*torchrun, "-m", "acr_reg", "evaluate", *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("predictions", ["--cams", "--labels"])
+def test_two_processes_of_torchrun_print_one_table_with_the_same_scores(data, tmp_path, run, predictions):
+    data.write_labels()
+    alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
+    expected = run("evaluate", *data.options(predictions=predictions), "--json", alone)
+    done = run_two([*data.options(predictions=predictions), "--json", shared])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == expected.stdout
+    assert shared.read_text() == alone.read_text()
+
+
+def test_an_error_in_one_process_of_torchrun_ends_both_with_one_message(data):
+    (data.cams / f"{NAMES[1]}.npz").write_bytes(b"damaged")  # in the share of the second process
+    done = run_two(data.options())
+    assert done.returncode != 0
+    assert done.stdout == ""
+    assert len(re.findall(rf"acr_reg evaluate: error: .*{NAMES[1]}\.npz", done.stderr)) == 1
+    data.list.unlink()
+    done = run_two(data.options())
+    assert len(re.findall(r"acr_reg evaluate: error: --list .* cannot be read", done.stderr)) == 1
+
+
+def test_a_job_of_an_array_is_refused_because_nobody_adds_up(data, run, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    result = run("evaluate", *data.options())
+    assert_user_error(result, "RANK=1 without MASTER_ADDR.*nobody.*torchrun")
+    monkeypatch.setenv("RANK", "4")
+    assert_user_error(run("evaluate", *data.options()), "RANK='4' and WORLD_SIZE='4' name no process")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert run("evaluate", *data.options()).returncode == 0
+
+
+def test_workers_give_the_same_table(tmp_path, run):
+    names = [f"image_{number}" for number in range(3)]
+    data = Data(tmp_path, names=names)
+    many = [f"copy_{number}" for number in range(60)]
+    for number, name in enumerate(many):
+        suffix = ".npz" if number % 3 == 1 else ".npy"
+        shutil.copy(data.cams / f"{names[number % 3]}{suffix}", data.cams / f"{name}{suffix}")
+        shutil.copy(data.masks / f"{names[number % 3]}.png", data.masks / f"{name}.png")
+    data.list.write_text("\n".join(many))
+    results = [run("evaluate", *data.options(), "--workers", number) for number in (0, 2)]
+    assert results[0].returncode == 0
+    assert f"mIoU            {data.scores.best_miou:.4f} over" in results[0].stdout
+    assert results[0] == results[1]
+    assert_user_error(run("evaluate", *data.options(), "--workers", -1), "--workers is -1")
+    (data.masks / "copy_41.png").write_text("no image")
+    result = run("evaluate", *data.options(), "--workers", 2)
+    assert_user_error(result, r"copy_41\.png")
+    assert result.stderr.count("\n") == 1

@@ -1,6 +1,7 @@
 """Scoring the files of a list: in this process, in workers and over several processes, with equal counts."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -83,6 +84,13 @@ def test_few_images_start_no_worker(folder, monkeypatch):
     score_cams(folder.of_cams[:49], CamMeanIoU(4), workers=2, progress=False)
     score_cams(folder.of_cams[:50], CamMeanIoU(4), workers=2, progress=False)
     assert asked == [0, 2]
+
+
+def test_what_a_worker_does_can_be_sent_to_it_where_processes_are_not_forked(folder, monkeypatch):
+    reading = scoring.reading
+    monkeypatch.setattr(scoring, "reading", lambda names, read, _: reading(names, pickle.loads(pickle.dumps(read)), 0))
+    found = score_cams(folder.of_cams, CamMeanIoU(4), "psa", resize=True, workers=2, progress=False)
+    assert_equal_counts(found, folder.cams)
 
 
 class TwoMeet:

@@ -116,7 +116,8 @@ SPACINGS = {
     "uneven": np.array([0.0, 0.01, 0.5, 0.501, 0.99]),
     "many": np.arange(9_000) / 9_000,
     "more than computed": np.arange(30_000) / 30_000,
-    "too near for single precision": 0.5 + np.arange(5) * 1e-9,
+    "too near for single precision": 0.3 + np.arange(5) * 1e-9,
+    "as near as rounding": 0.7 + np.arange(40) * 3e-8,
 }
 
 
@@ -169,6 +170,13 @@ def test_masks_of_any_whole_type(dtype):
     rng = np.random.default_rng(10)
     mask = rng.choice([0, 1, 2, 100], (6, 7)).astype(dtype)
     check_equal_counts([(rng.random((2, 6, 7)), mask, [1, 2])], 3, THRESHOLDS, ignore_index=100)
+
+
+@pytest.mark.parametrize("size", [(200, 211), (128, 128), (1, 16385)])
+def test_an_image_of_more_pixels_than_are_counted_at_once(size):
+    rng = np.random.default_rng(13)
+    mask = rng.choice([0, 1, 2, 3, 255], size)
+    check_equal_counts([(rng.random((3, *size)), mask, [3, 1, 2])], 4, THRESHOLDS)
 
 
 def test_views_of_arrays_are_counted_where_they_lie():
