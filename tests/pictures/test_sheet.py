@@ -44,7 +44,7 @@ def page_of(*images: SheetImage, panel: int = 64, **options: object) -> npt.NDAr
 
 
 def on_white(colour: tuple[int, int, int], opacity: int, white: int = 255) -> npt.NDArray[np.integer]:
-    return np.rint(white + (np.array(colour) - white) * opacity / 255).astype(int)
+    return np.rint(white + (np.array(colour, int) - white) * opacity / 255).astype(int)
 
 
 def places(page: npt.NDArray[np.uint8], colour: npt.NDArray[np.integer]) -> set[tuple[int, int]]:
@@ -149,12 +149,17 @@ def test_the_miou_is_none_where_all_is_ignored() -> None:
 def test_classes_have_the_colours_of_voc_and_background_is_clear() -> None:
     ids = np.zeros((4, 4), int)
     ids[1, 2:] = 15
-    page = page_of(toy(labels=ids))
-    assert len(places(page, on_white(tuple(voc_palette()[15]), 170))) > 0.7 * 2 * SCALE**2  # beside the class's name
-    photo_and_rest = places(page, np.array([255, 255, 255]))
-    assert len(photo_and_rest) >= (16 + 14) * SCALE**2
-    without = page_of(toy(labels=ids), background=False)
-    assert len(places(without, on_white((0, 0, 0), 170))) > 0.7 * 14 * SCALE**2
+    image = SheetImage("dark", Image.new("RGB", (4, 4), "black"), labels=ids)
+    grey = round(0.3 * 255)  # of a black photo below
+
+    def seen(page: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> int:
+        return len(places(page, on_white(colour, 170, white=grey)))
+
+    page = page_of(image)
+    assert 0.6 * 2 * SCALE**2 < seen(page, tuple(voc_palette()[15])) <= 2 * SCALE**2  # the class's name hides some
+    assert 0.9 * 14 * SCALE**2 < seen(page, (grey, grey, grey)) <= 14 * SCALE**2
+    without = page_of(image, background=False)
+    assert 0.7 * 14 * SCALE**2 < seen(without, (0, 0, 0)) <= 14 * SCALE**2
 
 
 def test_a_heat_map_runs_from_0_to_1_and_without_background_over_the_values_of_the_image() -> None:
@@ -237,9 +242,10 @@ def test_images_of_any_shape_are_drawn(size: tuple[int, int]) -> None:
 
 
 def test_an_id_above_255_is_not_drawn_as_ignored(written: list[str]) -> None:
-    page_of(toy(labels=np.full((4, 4), 510)))
+    page = page_of(toy(labels=np.full((4, 4), 510)), background=False)
     assert "id 510" in written
     assert "ignored" not in written
+    assert not places(page, on_white(tuple(voc_palette()[255]), 170))
 
 
 # ---------------------------------------------------------------- pages
