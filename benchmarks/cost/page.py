@@ -144,7 +144,7 @@ def folder_table() -> str:
 def ordered_folders() -> list[Row]:
     """The rows of a job follow its first variant, whose ratio is 1 in every round."""
     rows = results("folders")
-    return sorted(rows, key=lambda r: (r["job"] != "write_cams", r["wall_ratio"] != [1.0] * 3, r["variant"]))
+    return sorted(rows, key=lambda r: (r["job"] != "write_cams", r["wall_ratio"] != [1.0] * 3, r["variant"][::-1]))
 
 
 def slope_table() -> str:
