@@ -28,6 +28,15 @@ NAMES = {
     "blockwise": "blockwise (default)",
     "rows": "blockwise, `rows=0.25`",
 }
+FOLDERS = (
+    "batches of 1, no worker",
+    "batches of 8, no worker",
+    "batches of 1, a worker reads",
+    "batches of 8, a worker reads",
+    "no worker",
+    "two workers",
+    "counting alone, no files",
+)
 Row = Mapping[str, Any]
 
 
@@ -131,7 +140,7 @@ def folder_table() -> str:
         "| job | variant | images | an image: ms (quartiles) | of the first | CPU ms | of the first |",
         "|---|---|---|---|---|---|---|",
     ]
-    for r in ordered_folders():
+    for r in sorted(results("folders"), key=lambda r: FOLDERS.index(r["variant"])):
         low, median, high = (1000 * seconds / r["images"] for seconds in r["wall_seconds"])
         cpu = 1000 * r["cpu_seconds"][1] / r["images"]
         lines.append(
@@ -139,12 +148,6 @@ def folder_table() -> str:
             f"| {r['wall_ratio'][1]:.2f} | {cpu:.0f} | {r['cpu_ratio'][1]:.2f} |"
         )
     return "\n".join(lines)
-
-
-def ordered_folders() -> list[Row]:
-    """The rows of a job follow its first variant, whose ratio is 1 in every round."""
-    rows = results("folders")
-    return sorted(rows, key=lambda r: (r["job"] != "write_cams", r["wall_ratio"] != [1.0] * 3, r["variant"][::-1]))
 
 
 def slope_table() -> str:
