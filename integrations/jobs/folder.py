@@ -140,7 +140,7 @@ def fill(
         known = set(finished)
         waiting = [name for name in own if name not in known]
         with reading(waiting, read, workers) as items, show_progress(progress and part.speaks) as bar:
-            step = bar.begin(what, len(waiting))
+            step = bar.begin(what if part.world == 1 else f"{what}, {part}", len(waiting))
 
             def end(name: str, error: ValueError | Failure | None) -> None:
                 if error is None:

@@ -54,7 +54,7 @@ def main(folder: Path, seconds: str = "0.05", killed_once: str = "") -> None:
     photos = [folder / f"{name}.png" for name in NAMES]
     for target in ("cams", "more"):  # two runs in one job
         cam = noting_cam(folder / f"{target}_calls.txt", float(seconds), killed_once)
-        report = write_cams(cam, photos, dict.fromkeys(NAMES, [1]), folder / target, transform, batch_size=2)
+        report = write_cams(cam, photos, {name: [1] for name in NAMES}, folder / target, transform, batch_size=2)
         result = [report.written, report.existing, report.failed]
         (folder / f"{target}_report_{os.environ.get('RANK', 0)}.json").write_text(json.dumps(result))
 

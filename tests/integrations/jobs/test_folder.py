@@ -87,7 +87,7 @@ def reports(folder, world, target="cams"):
 
 @pytest.mark.parametrize(("killed", "then"), [([0, 1], 2), ([0], 3)])
 def test_a_killed_run_is_taken_up_again_with_nothing_lost_and_nothing_twice(folder, started, killed, then):
-    first = start(folder, started, 2)
+    first = start(folder, started, 2, "0.5")  # seconds a batch: it is killed before its end
     wait_for(5, folder)
     for rank in killed:
         first[rank].send_signal(signal.SIGKILL)
@@ -103,7 +103,7 @@ def test_a_killed_run_is_taken_up_again_with_nothing_lost_and_nothing_twice(fold
         (folder / "cams" / name).touch()
     os.utime(folder / "cams" / OLD, (0, 0))
 
-    errors = ended(start(folder, started, then))
+    errors = ended(start(folder, started, then, "0"))
     assert_complete(folder)
     missing = [name for name in NAMES if name not in done]
     assert sorted(calls(folder)[made:]) == missing
