@@ -26,7 +26,7 @@ from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 __all__ = ["Sample", "find_samples", "read_list", "resized", "score_cams", "score_labels"]
 
 Kind = Literal["cams", "labels"]
-LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")
+LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")  # read_mask says why not JPEG
 IMAGES_AT_ONCE = 16  # what a worker counts before it reports
 FEWEST_FOR_WORKERS = 50  # starting workers takes longer than scoring fewer images
 
@@ -85,7 +85,7 @@ def find_samples(
     Args:
         entries: ids and mask file names.
         predictions: the folder of ID.npy or ID.npz, or for ``kind="labels"`` of ID.png (or .bmp, .tif, .tiff).
-        masks: the folder of the masks.
+        masks: the folder of the masks: the named files, or else files of these names with another of these endings.
         kind: what the folder holds, "cams" or "labels". Messages name the folder so.
 
     Raises:
@@ -98,9 +98,10 @@ def find_samples(
             raise ValueError(f"{name} {folder} is not a folder. Give the folder of the files.")
     samples = []
     for name, mask in entries:
-        candidates = [folders[kind] / f"{name}{suffix}" for suffix in suffixes]
-        prediction = next((path for path in candidates if path.is_file()), candidates[0])
-        samples.append(Sample(name, prediction, folders["masks"] / mask))
+        prediction = _first_of(folders[kind], name, suffixes) or folders[kind] / f"{name}{suffixes[0]}"
+        named = folders["masks"] / mask
+        other = None if named.is_file() else _first_of(folders["masks"], _stem(mask), LABEL_SUFFIXES)
+        samples.append(Sample(name, prediction, other or named))
     for name, paths in ((kind, [s.prediction for s in samples]), ("masks", [s.mask for s in samples])):
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -272,8 +273,8 @@ def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: i
             *([] if ignore_index is None else [f"{ignore_index} (ignored)"]),
         ]
         raise ValueError(
-            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write class ids into the masks, or change the "
-            "ignored id (--ignore-index)."
+            f"The masks hold no class: every pixel is {' or '.join(ids)}. Write class ids into the masks, or change "
+            "the ignored id (--ignore-index)."
         )
 
 
@@ -296,6 +297,12 @@ def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArr
 def _nearest(length: int, wanted: int) -> npt.NDArray[np.intp]:
     """For each of ``wanted`` pixels along an axis: the one of ``length`` in which its centre lies."""
     return ((2 * np.arange(wanted) + 1) * length) // (2 * wanted)
+
+
+def _first_of(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:
+    """The file of that name with the first of the endings, in small or capital letters."""
+    candidates = (folder / f"{name}{ending}" for suffix in suffixes for ending in (suffix, suffix.upper()))
+    return next((path for path in candidates if path.is_file()), None)
 
 
 def _stem(path: str) -> str:

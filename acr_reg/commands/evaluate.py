@@ -143,9 +143,10 @@ def _prepare(args: argparse.Namespace) -> _Job:
 
 def _check_kind(cams: Path | None, labels: Path | None) -> None:
     """Label maps given as class maps, or the reverse, would only be files that are missing."""
-    if cams is not None and not any(cams.glob("*.np[yz]")) and any(cams.glob("*.png")):
+    png, maps = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
+    if cams is not None and not any(cams.glob(maps)) and any(cams.glob(png)):
         raise CommandError(f"--cams {cams} holds label maps (.png) and no class maps. Pass the folder as --labels.")
-    if labels is not None and any(labels.glob("*.np[yz]")) and not any(labels.glob("*.png")):
+    if labels is not None and any(labels.glob(maps)) and not any(labels.glob(png)):
         raise CommandError(f"--labels {labels} holds class maps and no label maps (.png). Pass the folder as --cams.")
 
 

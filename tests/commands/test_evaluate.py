@@ -438,6 +438,32 @@ def test_masks_whose_compression_changes_ids_are_refused(data, run, format):
     assert_user_error(result, rf"{NAMES[0]}\.{format} is a \w+ file.*change.*PNG")
 
 
+def test_a_list_of_ids_finds_masks_and_label_maps_of_other_endings(data, run):
+    data.write_labels()
+    expected = run("evaluate", *data.options(predictions="--labels")).stdout
+    for folder, name, ending in [
+        (data.masks, NAMES[0], ".PNG"),
+        (data.masks, NAMES[1], ".tif"),
+        (data.labels, NAMES[1], ".PNG"),
+        (data.labels, NAMES[2], ".bmp"),
+    ]:
+        with Image.open(folder / f"{name}.png") as image:
+            image.save(folder / f"other{ending}")
+        (folder / f"{name}.png").unlink()
+        (folder / f"other{ending}").rename(folder / f"{name}{ending}")
+    result = run("evaluate", *data.options(predictions="--labels"))
+    assert (result.returncode, result.stdout) == (0, expected)
+    for folder in (data.labels, data.masks):
+        for path in folder.glob(f"{NAMES[0]}*"):
+            with Image.open(path) as image:
+                image.convert("L").save(folder / f"{NAMES[0]}.jpg")
+            path.unlink()
+        result = run("evaluate", *data.options(predictions="--labels"))
+        assert_user_error(result, rf"{folder.name}/{NAMES[0]}\.jpg is a JPEG file.*change.*PNG")
+        (folder / f"{NAMES[0]}.jpg").unlink()
+        write_mask(folder / f"{NAMES[0]}.png", np.zeros((5, 8)), palette=False)
+
+
 def test_names_stand_in_the_table_and_in_the_json(data, tmp_path, run):
     result = run("evaluate", *data.options(), "--names", "voc", "--json", tmp_path / "scores.json")
     assert (result.returncode, result.stderr) == (0, "")
