@@ -185,7 +185,7 @@ def _panels(image: SheetImage, style: _Style, legend: _Legend) -> list[tuple[str
         stripes = _coloured(np.where(image.mask == IGNORED, IGNORED, 0), True, _stripe_width(image.mask, photo))
         layer = np.where(kinds[..., None] > 0, _error_colours()[kinds], stripes)
         dull = photo.convert("L").point(lambda value: _DULL[0] + value * (_DULL[1] - _DULL[0]) // 255).convert("RGB")
-        panels.append((f"errors, mIoU {image_miou(image.labels, image.mask):.3f}", _over(dull, layer)))
+        panels.append((f"mIoU {image_miou(image.labels, image.mask):.3f}", _over(dull, layer)))
     return panels
 
 

@@ -201,7 +201,7 @@ def test_names_of_classes_errors_and_images_are_written(written: list[str]) -> N
         "photo",
         "labels",
         "mask",
-        f"errors, mIoU {image_miou(PREDICTED, TRUE):.3f}",
+        f"mIoU {image_miou(PREDICTED, TRUE):.3f}",
         "24 of 99",
     }
     legend = {"cow", "horse", "ignored", "class map: 0 to 1", *(name for name, _ in ERRORS.values())}
