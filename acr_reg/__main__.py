@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from acr_reg.errors import CommandError
+from acr_reg.integrations.jobs.progress import show_progress
 
 
 class Command(NamedTuple):
@@ -40,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for known, command in COMMANDS.items():
             subparser = subparsers.add_parser(known, help=command.summary, description=command.summary)
             if known == name:
-                module = import_module(command.module)
+                with show_progress(bars=False) as progress:
+                    progress.begin("loading packages", None)  # from the disks of a cluster this takes minutes
+                    module = import_module(command.module)
                 module.add_arguments(subparser)
         args = parser.parse_args(arguments)
         return int(module.run(args))

@@ -31,6 +31,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!acr_reg\b).*"),
     ("py:.*", r"acr_reg(\.\w+)*\._.*"),  # this and the next are not for users
+    ("py:.*", r"acr_reg\.integrations\.jobs\.(meeting\.\w+|shares\.T)"),
     ("py:.*", r"acr_reg\.(attention|alignment|capture|placement|views)\.\w+\.[A-Z]\w+.*"),
 ]
 

@@ -66,7 +66,7 @@ def write_cams(
         folder: made if it does not exist. ``psa_crf`` makes two, ``folder_4`` and ``folder_32``, named after the
             alphas.
         transform: turns the photo into a tensor (bands, h, w). It gets what
-            :func:`~acr_reg.integrations.formats.photos.open_photo` returns: upright, in RGB of 8 bits. It may resize
+            :func:`~acr_reg.integrations.formats.open_photo` returns: upright, in RGB of 8 bits. It may resize
             the photo, but not crop or pad it: the maps are stretched over the whole photo.
         format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
         views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. The default is

@@ -9,6 +9,7 @@ import torch
 import acr_reg
 from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of
 from acr_reg.errors import CommandError
+from acr_reg.integrations.jobs.progress import show_progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,15 +41,17 @@ def run(args: argparse.Namespace) -> int:
         args.batch, args.channels, args.size[0], args.size[-1], generator=torch.Generator().manual_seed(0)
     )
     try:
-        report = acr_reg.check(
-            model,
-            images,
-            VIEWS[args.view],
-            forward=forward,
-            layers=args.layers,
-            no_grad=args.no_grad,
-            **hints_of(args),
-        )
+        with show_progress() as progress:
+            progress.begin(f"checking {type(model).__name__}", None)
+            report = acr_reg.check(
+                model,
+                images,
+                VIEWS[args.view],
+                forward=forward,
+                layers=args.layers,
+                no_grad=args.no_grad,
+                **hints_of(args),
+            )
     except Exception as error:  # of an option, or of the model on these images
         raise CommandError(
             f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. "

@@ -68,7 +68,9 @@ def run(args: argparse.Namespace) -> int:
         console.print(paired_table(differences))
     lines = [*plan.notes, *verdict([result.rows for result in results], plan)]
     console.print("\n".join(lines), soft_wrap=True)
-    save(args.output, plan, split, results, differences, lines)
+    with show_progress() as progress:
+        progress.begin("drawing", None)
+        save(args.output, plan, split, results, differences, lines)
     console.print(f"Written: {args.output / 'demo.png'}, {args.output / 'demo.json'}", soft_wrap=True)
     return 0
 

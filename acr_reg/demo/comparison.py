@@ -25,9 +25,8 @@ WITH = "with ACR"
 CONTROL = "ACR, flip not undone"
 PICTURES = 6
 
-Report = Callable[
-    [str, int], Callable[[], None]
-]  # (what begins, number of steps) -> a function to call after each step
+# (what begins, number of steps or None) -> a function to call after each step
+Report = Callable[[str, int | None], Callable[[], None]]
 
 
 def losses(activation: float, affinity: float, controls: bool) -> dict[str, AllPairsConsistencyLoss | None]:
@@ -180,8 +179,11 @@ class SeedResult:
 
 def run_seed(plan: Plan, seed: int, split: str, report: Report) -> SeedResult:
     """Scores baselines and conditions on `split`, at the thresholds of "dev", and draws maps of its first images."""
+    report("preparing images and model", None)
     task = plan.start(seed, report)
+    report("baselines", None)
     rows = task.baselines(split)
+    report("preparing the scored images", None)
     development = task.truths("dev")
     shown = development if split == "dev" else task.truths(split)
     first = first_images(shown[0], PICTURES)

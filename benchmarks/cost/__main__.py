@@ -12,6 +12,7 @@ COMMANDS = {
     "scaling": "the same, by the number of tokens",
     "cam": "time and memory of class maps",
     "metrics": "time and memory of scoring class maps",
+    "folders": "time of class maps and scores of a whole folder",
     "capture": "time that the capture adds to a forward pass",
     "gpu": "steps and class maps on CUDA",
     "page": "put the results into README.md and docs/cost.md",

@@ -28,6 +28,15 @@ NAMES = {
     "blockwise": "blockwise (default)",
     "rows": "blockwise, `rows=0.25`",
 }
+FOLDERS = (
+    "batches of 1, no worker",
+    "batches of 8, no worker",
+    "batches of 1, a worker reads",
+    "batches of 8, a worker reads",
+    "no worker",
+    "two workers",
+    "counting alone, no files",
+)
 Row = Mapping[str, Any]
 
 
@@ -126,6 +135,21 @@ def cam_table() -> str:
     return "\n".join(lines)
 
 
+def folder_table() -> str:
+    lines = [
+        "| job | variant | images | an image: ms (quartiles) | of the first | CPU ms | of the first |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(results("folders"), key=lambda r: FOLDERS.index(r["variant"])):
+        low, median, high = (1000 * seconds / r["images"] for seconds in r["wall_seconds"])
+        cpu = 1000 * r["cpu_seconds"][1] / r["images"]
+        lines.append(
+            f"| {r['job']} | {r['variant']} | {r['images']} | {median:.0f} ({low:.0f} to {high:.0f}) "
+            f"| {r['wall_ratio'][1]:.2f} | {cpu:.0f} | {r['cpu_ratio'][1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def slope_table() -> str:
     about = json.loads((HERE / "scaling.json").read_text(encoding="utf-8"))
     lines = ["| step | sizes, px | slope of extra memory | slope of extra CPU time |", "|---|---|---|---|"]
@@ -141,7 +165,8 @@ def sections() -> dict[Path, str]:
     full = (
         f"## Training step\n\n{step_table(results('step'))}\n\n"
         f"## Growth with the tokens\n\n{slope_table()}\n\n{scaling}\n\n"
-        f"## Class maps, ViT-S at 384 px, an image and its flip\n\n{cam_table()}"
+        f"## Class maps, ViT-S at 384 px, an image and its flip\n\n{cam_table()}\n\n"
+        f"## Folders: class maps of a ViT-S at 224 px, and scores of saved maps\n\n{folder_table()}"
     )
     return {README: short_table(), PAGE: full}
 

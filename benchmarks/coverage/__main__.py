@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 
 from acr_reg.demo.record import write_json
+from acr_reg.integrations.jobs.progress import show_progress
 from benchmarks.coverage.measure import measure
 from benchmarks.coverage.models import CANDIDATES
 from benchmarks.coverage.page import document, summary
@@ -39,17 +40,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    chosen = [
+        candidate
+        for candidate in CANDIDATES
+        if not args.only or any(part in f"{candidate.library} {candidate.name}" for part in args.only)
+    ]
     rows = []
-    for candidate in CANDIDATES:
-        if args.only and not any(part in f"{candidate.library} {candidate.name}" for part in args.only):
-            continue
-        try:
-            row = measure(candidate)
-        except Exception as error:
-            raise RuntimeError(f"{candidate.library} {candidate.name} could not be measured.") from error
-        rows.append(row)
-        gc.collect()
-        print(f"{row.verdict:9} {row.library:13} {row.name:44} {row.captured}/{row.expected} {row.reason}", flush=True)
+    with show_progress(bars=False) as progress:  # the CPU time of each model is measured
+        step = progress.begin("models", len(chosen))
+        for candidate in chosen:
+            try:
+                row = measure(candidate)
+            except Exception as error:
+                raise RuntimeError(f"{candidate.library} {candidate.name} could not be measured.") from error
+            rows.append(row)
+            gc.collect()
+            step()
+            said = f"{row.verdict:9} {row.library:13} {row.name:44} {row.captured}/{row.expected} {row.reason}"
+            print(said, flush=True)
     print(summary(rows))
     if args.write:
         write_page(PAGE, document(rows))

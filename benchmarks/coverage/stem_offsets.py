@@ -29,6 +29,7 @@ from transformers import SegformerConfig, SegformerModel
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Lattice, capture_attention
 from acr_reg.demo.record import write_json
 from acr_reg.inspection.offsets import token_offsets
+from acr_reg.integrations.jobs.progress import show_progress
 
 VIEW = HorizontalFlip()
 
@@ -159,7 +160,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help="write benchmarks/coverage/stem_offsets.json")
     args = parser.parse_args(arguments)
     config = Config()
-    results = [result for name in MODELS for result in measure(name, config)]
+    with show_progress() as progress:
+        step = progress.begin("models", len(MODELS))
+        results = []
+        for name in MODELS:
+            results += measure(name, config)
+            step()
     for r in results:
         print(
             f"{r.model:10} layer {r.layer}: queries {r.query[0]:+6.1f} of {r.query[1]:g} px, keys {r.key[0]:+6.1f} of "

@@ -30,6 +30,7 @@ from acr_reg.demo.record import write_json
 from acr_reg.errors import some
 from acr_reg.integrations import mctformer
 from acr_reg.integrations.added_lines import add_lines, added_lines
+from acr_reg.integrations.jobs.progress import show_progress
 from benchmarks.recipe.results import STAGES, RecipeError, collect, table, write_page
 
 HOST, COMMIT = "xulianuwa/MCTformer", "0acc27a"
@@ -215,7 +216,8 @@ def run_stage(place: Place, settings: Settings, arm: str, seed: int, stage: str)
         shutil.rmtree(run / leftover, ignore_errors=True)
     environment = {**os.environ, "TORCH_HOME": str(hub(place))} if hub(place).is_dir() else None
     begin = time.time()
-    with open(run / f"{stage}.log", "w", encoding="utf-8") as log:
+    with open(run / f"{stage}.log", "w", encoding="utf-8") as log, show_progress() as progress:
+        progress.begin(f"{run.name}: {stage}", None)
         done = subprocess.run(
             command, cwd=place.source(arm), env=environment, stdout=log, stderr=subprocess.STDOUT, check=False
         )

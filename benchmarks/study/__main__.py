@@ -29,6 +29,7 @@ import torch
 
 from acr_reg.demo.record import write_json
 from acr_reg.errors import CommandError
+from acr_reg.integrations.jobs.progress import show_progress
 from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
@@ -62,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
     try:
-        return int(args.command(args))
+        with show_progress(bars=False) as progress:  # bars would take part of the CPU time that is measured
+            progress.begin(f"benchmarks.study {args.name}", None)
+            return int(args.command(args))
     except (StudyError, CommandError) as error:  # the second names a photo or mask that cannot be read
         print(f"study: {error}", file=sys.stderr)
         return 2
@@ -90,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
     add("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
     plain = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__, formatter_class=plain)
-    commands = result.add_subparsers(required=True)
+    commands = result.add_subparsers(required=True, dest="name")
 
     cell = commands.add_parser("cell", parents=[shared], help="run one cell")
     cell.add_argument("--set", dest="photos", choices=SETS, required=True)

@@ -156,6 +156,8 @@ def fill(
                         end(name, made)
                     else:
                         saver.save(partial(target.save, name, *made), partial(end, name))
+            if part.world > 1 and not part.is_apart:
+                bar.begin("Waiting for the other processes", None)
             report = _merged(part.gather(report), names)
             if part.speaks and (progress or report.failed):
                 whose = f"{part}: " if part.is_apart else ""

@@ -10,7 +10,7 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
-from benchmarks.cost import cam, gpu, metrics, page, scaling, step
+from benchmarks.cost import cam, folders, gpu, metrics, page, scaling, step
 from benchmarks.cost.models import Setting, build_model
 from benchmarks.cost.process import in_turns, merge, peak_megabytes, quartiles, run_fresh
 from benchmarks.cost.variants import STEPS, difference, make_cam, make_step
@@ -149,6 +149,23 @@ def test_the_gpu_page_has_its_table():
     text = gpu.PAGE.read_text(encoding="utf-8")
     said = "Unmeasured: there was no GPU. `tests/benchmarks/test_cost.py` runs the command's code on the CPU."
     assert filled(text, gpu.BEGIN, f"{said}\n\n{gpu.table([])}") == text
+
+
+def test_jobs_over_a_folder_are_timed_and_compute_the_same_in_every_variant():
+    config = folders.Config("vit_tiny_patch16_224", 32, 3, 26, 2, 20, 30, batches=(1, 2), rounds=1)  # 52 are scored: workers start
+    results = folders.measure(config)
+    assert [(r.job, r.variant) for r in results] == [
+        ("write_cams", "batches of 1, no worker"),
+        ("write_cams", "batches of 2, no worker"),
+        ("write_cams", "batches of 1, a worker reads"),
+        ("write_cams", "batches of 2, a worker reads"),
+        ("evaluate", "no worker"),
+        ("evaluate", "two workers"),
+        ("evaluate", "counting alone, no files"),
+    ]
+    assert all(r.wall_seconds[0] > 0 and r.cpu_seconds[0] > 0 for r in results)
+    assert all(r.difference < 1e-3 for r in results[:4]) and all(r.difference == 0 for r in results[4:])
+    assert results[0].wall_ratio == results[4].cpu_ratio == (1, 1, 1)
 
 
 def test_turns_begin_with_another_each_round():

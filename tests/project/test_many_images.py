@@ -1,0 +1,204 @@
+"""docs/many_images.md: its script and its commands run, in one process, in several, and as a SLURM array."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from acr_reg.__main__ import main
+from acr_reg.integrations.formats import load_cams
+from acr_reg.integrations.formats.masks import save_mask
+from tests.project.test_snippets import blocks_of
+from tests.support.paths import ROOT
+
+PAGE = (ROOT / "docs" / "many_images.md").read_text(encoding="utf-8")
+SHELL = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NAMES = [f"2007_{number:06}" for number in range(7)]
+# So that a core makes a map in no time. All else in the script stays as it is shown.
+SMALL = {
+    '"vit_small_patch16_224"': '"vit_tiny_patch16_224"',
+    ", 20, 448": ", 20, 32",
+    "BATCH, WORKERS = 8, 4": "BATCH, WORKERS = 2, 1",
+}
+
+
+class Said(NamedTuple):
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The folder in which the page's reader works."""
+    folder = tmp_path_factory.mktemp("many_images")
+    (source,) = [block.source for block in blocks_of(PAGE) if block.language == "python"]
+    for shown, small in SMALL.items():
+        assert source.count(shown) == 1
+        source = source.replace(shown, small)
+    (folder / "make_cams.py").write_text(source)
+    voc, random = folder / "VOCdevkit" / "VOC2012", np.random.default_rng(0)
+    for part in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (voc / part).mkdir(parents=True)
+    labels = {}
+    for number, name in enumerate(NAMES):
+        size = (20 + number, 30)
+        Image.fromarray(random.integers(0, 256, (*size, 3), np.uint8)).save(voc / "JPEGImages" / f"{name}.jpg")
+        labels[name] = np.eye(20, dtype=np.float32)[[number, 19]].sum(0)
+        save_mask(voc / "SegmentationClassAug" / f"{name}.png", random.choice([0, number + 1, 20], size))
+    np.save(folder / "cls_labels.npy", labels)
+    for file in (voc / "ImageSets/Segmentation/train_aug.txt", folder / "train.txt"):
+        file.write_text("\n".join(NAMES))
+    torch.manual_seed(0)
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=20, img_size=32)
+    torch.save(model.state_dict(), folder / "vit_small_voc.pt")
+    return folder
+
+
+@pytest.fixture
+def alone(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Said]:
+    """Runs a line of the page that starts one process, in this one: loading torch again would take most of the time."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(project)
+
+    def start(command: str) -> Said:
+        python, *arguments = shlex.split(command)
+        assert python == "python"
+        if arguments[:2] == ["-m", "acr_reg"]:
+            code: object = main(arguments[2:])
+        else:
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(arguments[0], run_name="__main__")
+            code = end.value.code
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        return Said(said.out, said.err)
+
+    return start
+
+
+def run(project: Path, command: str, **variables: str) -> Said:
+    """Lines of the page, in a shell in which python and torchrun are those of this environment."""
+    python = shlex.quote(sys.executable)
+    programs = f'python() {{ {python} "$@"; }}\ntorchrun() {{ {python} -m torch.distributed.run "$@"; }}\n'
+    kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
+    done = subprocess.run(
+        ["bash", "-ec", programs + command],
+        cwd=project,
+        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return Said(done.stdout, done.stderr)
+
+
+def shown(start: str) -> str:
+    """The page's command that begins so."""
+    (line,) = [line for block in SHELL for line in block.splitlines() if line.startswith(start)]
+    return line
+
+
+def fresh(project: Path) -> None:
+    for file in (project / "cams").glob("*"):
+        file.unlink()
+
+
+def written(project: Path) -> list[str]:
+    return sorted(path.name for path in (project / "cams").iterdir())
+
+
+EVERY = [f"{name}.npy" for name in NAMES]
+
+
+def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callable[[str], Said]) -> None:
+    fresh(project)
+    said = alone("python make_cams.py").err
+    assert "cams: 7 written, 0 already there, 0 failed" in said
+    by_one = {name: load_cams(project / "cams" / f"{name}.npy") for name in NAMES}
+    assert [maps[19].shape for maps in by_one.values()] == [(20 + number, 30) for number in range(7)]
+    fresh(project)
+    command = shown("torchrun --nproc-per-node 8 make_cams.py").replace(" 8 ", " 2 ")
+    said = run(project, command).err
+    assert said.count("cams: 7 written, 0 already there, 0 failed") == 1
+    assert written(project) == EVERY
+    for name, maps in by_one.items():
+        again = load_cams(project / "cams" / f"{name}.npy")
+        # Normalising maps that random weights leave nearly flat enlarges the rounding of another batch.
+        assert all(np.allclose(again[number], values, atol=1e-3) for number, values in maps.items())
+    said = run(project, command).err
+    assert said.count("cams: 0 written, 7 already there, 0 failed") == 1
+
+
+def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(
+    project: Path, alone: Callable[[str], Said]
+) -> None:
+    fresh(project)
+    (script,) = [block for block in SHELL if "--array" in block]
+    variables = {"SLURM_ARRAY_TASK_COUNT": "3", "MASTER_ADDR": "left by a module of the cluster"}
+    for task, count in (("0", 3), ("2", 2)):  # task 1 was lost
+        said = run(project, script, SLURM_ARRAY_TASK_ID=task, **variables).err
+        assert f"cams: share {int(task) + 1} of 3: {count} written, 0 already there, 0 failed" in said
+    assert len(written(project)) == 5
+    assert '--wrap "python make_cams.py"' in shown("sbatch --dependency")
+    said = alone("python make_cams.py").err
+    assert "cams: 2 written, 5 already there, 0 failed" in said
+    assert written(project) == EVERY
+
+
+def test_one_torchrun_a_machine_shares_the_run(project: Path) -> None:
+    """Two of them on this machine stand for two machines."""
+    fresh(project)
+    (script,) = [block for block in SHELL if "srun" in block]
+    slurm = """
+    scontrol() { echo localhost; }
+    srun() { "$@" & "$@" & wait -n; wait -n; }
+    """
+    small = script.replace("--nproc-per-node 8", "--nproc-per-node 1").replace(":29500", f":{free_port()}")
+    variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
+    said = run(project, slurm + small, **variables).err
+    assert said.count("cams: 7 written, 0 already there, 0 failed") == 1
+    assert written(project) == EVERY
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def test_scores_and_pseudo_labels_are_made_as_shown(project: Path, alone: Callable[[str], Said]) -> None:
+    fresh(project)
+    alone("python make_cams.py")
+    table = alone(shown("python -m acr_reg evaluate --cams")).out
+    assert "aeroplane" in table
+    shared = run(project, shown("torchrun --nproc-per-node 8 -m acr_reg evaluate").replace(" 8 ", " 2 ")).out
+    assert shared == table
+    miou = re.search(r"mIoU +([\d.]+)", table)[1]  # type: ignore[index]
+    assert f"(mIoU {miou})" in alone(shown("python -m acr_reg convert cams labels --to")).err
+    assert f"{miou} over" in alone(shown("python -m acr_reg evaluate --labels")).out
+    for folder in ("labels_band", "labels_alphas"):
+        alone(shown(f"python -m acr_reg convert cams {folder} "))
+        ids = {int(i) for name in NAMES for i in np.unique(Image.open(project / folder / f"{name}.png"))}
+        assert 255 in ids and len(ids) > 2
+
+
+def test_each_command_of_the_page_is_run_here() -> None:
+    commands = [line for block in SHELL if "#SBATCH" not in block for line in block.splitlines()]
+    assert len(commands) == 9, "a command came to the page: run it in a test of this file"
