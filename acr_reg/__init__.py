@@ -23,7 +23,7 @@ from acr_reg.errors import (  # noqa: E402
 from acr_reg.inspection.check import check  # noqa: E402
 from acr_reg.inspection.report import Check, LayerCheck  # noqa: E402
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss  # noqa: E402
-from acr_reg.metrics import CamCounts, CamMeanIoU, CamScores  # noqa: E402
+from acr_reg.metrics import CamCounts, CamMeanIoU, CamScores, LabelMeanIoU, LabelScores  # noqa: E402
 from acr_reg.tokens import Lattice, TokenLayout, Window  # noqa: E402
 from acr_reg.views.constructors import (  # noqa: E402
     Compose,
@@ -54,6 +54,8 @@ __all__ = [
     "GradientCam",
     "HorizontalFlip",
     "Identity",
+    "LabelMeanIoU",
+    "LabelScores",
     "Lattice",
     "LayerAttention",
     "LayerCheck",
