@@ -226,7 +226,7 @@ from acr_reg.metrics import CamMeanIoU
 
 def slow(path):
     (Path(sys.argv[1]) / f"worker_{os.getpid()}").touch()
-    time.sleep(0.05)
+    time.sleep(20)
     return read_mask(path)
 
 read_mask, scoring.read_mask = scoring.read_mask, slow

@@ -523,5 +523,5 @@ def test_bad_label_maps_are_named_and_count_nothing(labels, mask, message):
 
 
 def test_label_counters_need_a_class():
-    with pytest.raises(ValueError, match="num_classes is 0.*at least 1"):
+    with pytest.raises(ValueError, match=r"num_classes is 0.*at least 1"):
         LabelMeanIoU(0)
