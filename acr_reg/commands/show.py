@@ -231,17 +231,19 @@ def _run_attention(args: argparse.Namespace) -> int:
     image = pixels if args.no_normalization else _normalized(pixels, model, args)
     path = args.output or Path("attention.png")
     try:
-        figure = show_attention(
-            model,
-            image[None],
-            pixels,
-            VIEWS[args.view or "hflip"],
-            layer=-1 if args.layer is None else args.layer,
-            patch=None if args.patch is None else tuple(args.patch),
-            class_token=args.class_token,
-            forward=forward_of(model, args),
-            **hints_of(args),
-        )
+        with show_progress() as progress:
+            progress.begin(f"running {type(model).__name__}", None)
+            figure = show_attention(
+                model,
+                image[None],
+                pixels,
+                VIEWS[args.view or "hflip"],
+                layer=-1 if args.layer is None else args.layer,
+                patch=None if args.patch is None else tuple(args.patch),
+                class_token=args.class_token,
+                forward=forward_of(model, args),
+                **hints_of(args),
+            )
     except CommandError:
         raise
     except Exception as error:  # of an option, or of the model on this image

@@ -3,9 +3,11 @@ the pictures and numbers that `python -m benchmarks.pictures tutorial` made. tes
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import re
+import shlex
 from pathlib import Path
 
 import matplotlib  # noqa: F401  # this file is left out where the extras are not installed
@@ -13,6 +15,7 @@ import pytest
 from PIL import Image
 
 import acr_reg
+from acr_reg.__main__ import COMMANDS
 from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
 from tests.support.paths import ROOT
 
@@ -76,3 +79,22 @@ def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
     page = filled(TUTORIAL, table)
     assert table in page and NOT_RUN not in page and not PICTURE.search(page)
     assert len(re.findall(r"\(tutorial/\w+\.png\)", page)) == 3
+
+
+COMMAND = re.compile(r"^ *(?:torchrun .*-m acr_reg|python -m acr_reg) +([a-z]+) (.*)$", re.M)
+COMMANDS_SHOWN = [
+    pytest.param(command, options, id=f"{path.name}: {command} {options[:40]}")
+    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    for command, options in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
+]
+
+
+@pytest.mark.parametrize(("command", "options"), COMMANDS_SHOWN)
+def test_every_command_shown_has_these_options(command: str, options: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(COMMANDS[command].module).add_arguments(parser)
+    parser.parse_args(shlex.split(options, comments=True))
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS_SHOWN) > 10
