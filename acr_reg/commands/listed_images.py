@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.masks import IGNORED, read_mask
 from acr_reg.integrations.formats.photos import open_photo
-from acr_reg.integrations.scoring import LABEL_SUFFIXES, Sample, resized, score_cams
+from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.scoring import LABEL_SUFFIXES, resized
 from acr_reg.metrics import CamMeanIoU
 from acr_reg.pictures.sheet import SheetImage
 
@@ -102,11 +103,23 @@ def _check_complete(option: str, folder: Path, missing: Sequence[str], total: in
 
 def best_threshold(images: Sequence[ListedImage], drawing: Drawing) -> tuple[float, float]:
     """The threshold that scores best on these images, as evaluate finds it, and its mIoU."""
-    samples = [Sample(image.id, image.cams, image.mask) for image in images if image.cams and image.mask]
+    counts, maps_alone = CamMeanIoU(IGNORED), replace(drawing, heat=True)
+    with show_progress() as progress:
+        step = progress.begin("Scoring", len(images))
+        for files in images:
+            assert files.mask is not None
+            try:
+                mask = read_mask(files.mask)
+                cams, _ = _predicted(files, mask.shape, files.mask, maps_alone)
+                maps = np.stack(list(cams.values())) if cams else np.zeros((0, *mask.shape), np.float32)
+                counts.update(maps, mask, list(cams))
+            except (OSError, ValueError) as error:
+                raise CommandError(f"{files.id}: {error}") from error
+            step()
     try:
-        scores = score_cams(samples, CamMeanIoU(IGNORED), drawing.format, drawing.resize).compute()
+        scores = counts.compute()
     except ValueError as error:
-        raise CommandError(f"The best threshold is unknown. Give one by --threshold. {error}") from error
+        raise CommandError("The masks of these images hold no known pixel. Give a threshold by --threshold.") from error
     assert scores.best_threshold is not None
     return scores.best_threshold, scores.best_miou
 

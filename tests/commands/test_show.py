@@ -147,6 +147,14 @@ def test_with_masks_the_best_threshold_is_the_one_of_evaluate(data: Data, run: R
     assert sum(text.startswith("mIoU 0.") for text in written) == 3
 
 
+def test_masks_without_a_known_pixel_need_a_threshold(data: Data, run: Run, written: list[str]) -> None:
+    for name, truth in zip(data.ids, data.truth, strict=True):
+        save_mask(data.masks / f"{name}.png", np.full_like(truth, 255))
+    assert_user_error(run(*data.options(), "--masks", data.masks), "no known pixel.*--threshold")
+    assert run(*data.options(), "--masks", data.masks, "--threshold", 0.5).code == 0
+    assert "mIoU nan" in written
+
+
 def test_label_maps_are_drawn_with_the_miou_of_each_image(data: Data, run: Run, written: list[str]) -> None:
     result = run(*data.options("labels"), "--masks", data.masks)
     assert (result.code, result.out) == (0, f"{data.sheet}\n")
