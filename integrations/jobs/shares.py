@@ -73,62 +73,10 @@ def share_of_run(shared: bool = True) -> Iterator[Share]:
     if world == 1 or not (grouped or "MASTER_ADDR" in os.environ):
         yield Share(rank, world)
         return
-    # The store tells at once of a process that fails and lives on, which a group tells only when it ends.
+    # The store tells at once of a process that fails and lives on; a group tells only when it ends.
     named = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    stored = "MASTER_ADDR" in os.environ and named == (str(rank), str(world))
-    meeting: Meeting | None = None
-
-    def of(self, items: Sequence[T]) -> list[T]:
-        """This process's items. The processes share none, and together have all."""
-        return list(items[self.rank :: self.world])
-
-    def gather(self, value: T) -> list[T]:
-        """The value of every process, by rank; without a meeting this one's alone. Waits for the slowest.
-
-        Values travel as pickles. Raises RuntimeError if another process ended with an error."""
-        return [value] if self.meeting is None else self.meeting.gather(value)
-
-    @property
-    def speaks(self) -> bool:
-        """Whether this process writes what concerns the whole run."""
-        return self.rank == 0 or self.meeting is None
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether other processes have shares of which this one never hears."""
-        return self.world > 1 and self.meeting is None
-
-    def __str__(self) -> str:
-        return f"share {self.rank + 1} of {self.world}"
-
-
-@contextmanager
-def share_of_run(shared: bool = True) -> Iterator[Share]:
-    """This process's share, by RANK and WORLD_SIZE as torchrun sets them. One process has everything, and so has each
-    if ``shared`` is False.
-
-    Processes with MASTER_ADDR, or with a process group of the caller, bring their results together. All of them must
-    come, in the same order if there are several runs. Without MASTER_ADDR, as in a SLURM array, they hear nothing of
-    each other.
-
-    Raises:
-        ValueError: RANK and WORLD_SIZE name no process of a run.
-        RuntimeError: the other processes did not start this run within nine minutes.
-    """
-    if not shared:
-        yield Share()
-        return
-    grouped = dist.is_available() and dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if grouped else _place()
-    if world == 1 or not (grouped or "MASTER_ADDR" in os.environ):
-        yield Share(rank, world)
-        return
-    # The store tells at once of a process that fails and lives on, which a group tells only when it ends.
-    stored = "MASTER_ADDR" in os.environ and (os.environ.get("RANK"), os.environ.get("WORLD_SIZE")) == (
-        str(rank),
-        str(world),
-    )
-    meeting: Meeting = StoreMeeting(rank, world) if stored else GroupMeeting(rank, world)
+    stored = not grouped or ("MASTER_ADDR" in os.environ and named == (str(rank), str(world)))
+    meeting = StoreMeeting(rank, world) if stored else GroupMeeting(rank, world)
     failed = True
     try:
         yield Share(rank, world, meeting)
