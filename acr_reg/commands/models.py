@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import acr_reg
 from acr_reg.errors import CommandError, some
@@ -165,9 +164,7 @@ def _state_of(path: Path) -> dict[str, Tensor]:
         raise CommandError(
             f"--weights {path} holds no state dict. Save model.state_dict(), alone or under {' or '.join(WRAPPERS)}."
         )
-    state = dict(content)
-    consume_prefix_in_state_dict_if_present(state, "module.")  # of DistributedDataParallel
-    return state
+    return {name.removeprefix("module."): values for name, values in content.items()}  # of DistributedDataParallel
 
 
 def numbers(text: str) -> int | tuple[int, ...]:
