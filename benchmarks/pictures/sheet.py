@@ -76,8 +76,8 @@ def write(folder: Path, settings: SceneSettings) -> None:
             if acr_reg([*COMMAND, *options, "--output", f"{name}.png"]):
                 raise RuntimeError(f"The command for {name}.png failed. Its message stands above.")
             picture = Image.open(f"{name}.png").convert("RGB")
-            kept = ["#{:02x}{:02x}{:02x}".format(*colour) for _, colour in ERRORS.values()]
-            with_few_colours(picture, 253, kept).save(folder / f"{name}.png", optimize=True)
+            kept = ["white"] + ["#{:02x}{:02x}{:02x}".format(*colour) for _, colour in ERRORS.values()]
+            with_few_colours(picture, 256 - len(kept), kept).save(folder / f"{name}.png", optimize=True)
 
 
 @contextmanager
