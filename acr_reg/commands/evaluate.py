@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=int, required=True, metavar="N", help="number of ids, background included: VOC 21, COCO 81"
     )
-    parser.add_argument("--names", metavar="FILE", help="class names for the table: voc, coco, a file of one a line, or an image_labels.json")
+    parser.add_argument(
+        "--names", metavar="FILE", help="class names: voc, coco, a file of one a line, or an image_labels.json"
+    )
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument(
         "--ignore-index",

@@ -12,7 +12,7 @@ from PIL import Image
 def with_few_colours(picture: Image.Image, colours: int = 256, kept: Sequence[ColorType] = ()) -> Image.Image:
     """An RGB picture in that many colours and the ``kept`` ones (256 in all), which stay however few pixels have them.
     It is not dithered, because that would make it large."""
-    chosen = picture.quantize(colours, kmeans=2, dither=Image.Dither.NONE)  # without, small photos turn blue or orange
+    chosen = picture.quantize(colours, dither=Image.Dither.NONE)
     if not kept:
         return chosen
     palette = chosen.getpalette()

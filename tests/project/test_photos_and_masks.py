@@ -98,7 +98,9 @@ MASKS: dict[str, Callable[[Path], object]] = {
     "WebP": lambda path: coloured(IDS).save(path / "a.webp"),
     "GIF": lambda path: Image.fromarray(IDS).save(path / "a.gif"),
     "TIFF with JPEG compression": lambda path: Image.fromarray(IDS).save(path / "a.tif", compression="jpeg"),
-    "several frames": lambda path: coloured(IDS).save(path / "a.png", save_all=True, append_images=[coloured(IDS[::-1])]),
+    "several frames": lambda path: coloured(IDS).save(
+        path / "a.png", save_all=True, append_images=[coloured(IDS[::-1])]
+    ),
     "floats": lambda path: Image.fromarray(IDS.astype(np.float32)).save(path / "a.tif"),
 }
 
