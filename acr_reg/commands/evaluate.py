@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from acr_reg.commands.listed_images import check_kind
 from acr_reg.demo.record import write_json
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats import FORMATS
@@ -51,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes", type=int, required=True, metavar="N", help="number of ids, background included: VOC 21, COCO 81"
     )
-    parser.add_argument("--names", metavar="FILE", help="class names for the table: voc, coco, or a file of one a line")
+    parser.add_argument(
+        "--names", metavar="FILE", help="class names: voc, coco, a file of one a line, or an image_labels.json"
+    )
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument(
         "--ignore-index",
@@ -131,7 +134,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
         names = None if args.names is None else class_names(args.names, args.classes, not args.no_background)
     except ValueError as error:
         raise CommandError(f"--names {error}") from error
-    _check_kind(args.cams, args.labels)
+    check_kind(args.cams, args.labels)
     try:
         entries = read_list(args.list)
         if args.labels is not None:
@@ -139,15 +142,6 @@ def _prepare(args: argparse.Namespace) -> _Job:
         return _Job(find_samples(entries, args.cams, args.masks), names)
     except ValueError as error:
         raise CommandError(f"--{error}") from error  # the functions name their arguments as these options
-
-
-def _check_kind(cams: Path | None, labels: Path | None) -> None:
-    """Label maps given as class maps, or the reverse, would only be files that are missing."""
-    png, maps = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
-    if cams is not None and not any(cams.glob(maps)) and any(cams.glob(png)):
-        raise CommandError(f"--cams {cams} holds label maps (.png) and no class maps. Pass the folder as --labels.")
-    if labels is not None and any(labels.glob(maps)) and not any(labels.glob(png)):
-        raise CommandError(f"--labels {labels} holds class maps and no label maps (.png). Pass the folder as --cams.")
 
 
 def _score(samples: Sequence[Sample], args: argparse.Namespace, share: Share) -> CamMeanIoU | LabelMeanIoU:

@@ -51,6 +51,7 @@ def find_files(
     entries: Sequence[tuple[str, str]], photos: Path, cams: Path | None, labels: Path | None, masks: Path | None
 ) -> list[ListedImage]:
     """The files of every entry (id, file name of the mask). Files that a folder lacks are reported together."""
+    check_kind(cams, labels)
     ids = [name for name, _ in entries]
     none = [None] * len(ids)
     return [
@@ -64,6 +65,15 @@ def find_files(
             strict=True,
         )
     ]
+
+
+def check_kind(cams: Path | None, labels: Path | None) -> None:
+    """Label maps given as class maps, or the reverse, would only be files that are missing."""
+    png, maps = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
+    if cams is not None and not any(cams.glob(maps)) and any(cams.glob(png)):
+        raise CommandError(f"--cams {cams} holds label maps (.png) and no class maps. Pass the folder as --labels.")
+    if labels is not None and any(labels.glob(maps)) and not any(labels.glob(png)):
+        raise CommandError(f"--labels {labels} holds class maps and no label maps (.png). Pass the folder as --cams.")
 
 
 def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:

@@ -24,8 +24,6 @@ from acr_reg.demo import scenes
 from acr_reg.demo.scene_task import QUICK, SceneSettings, SceneTask
 from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.formats.masks import save_mask
-from acr_reg.pictures.sheet import ERRORS
-from benchmarks.pictures.palette import with_few_colours
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "pictures"
 SHOWN = 8  # scenes
@@ -75,9 +73,7 @@ def write(folder: Path, settings: SceneSettings) -> None:
         for name, options in PICTURES.items():
             if acr_reg([*COMMAND, *options, "--output", f"{name}.png"]):
                 raise RuntimeError(f"The command for {name}.png failed. Its message stands above.")
-            picture = Image.open(f"{name}.png").convert("RGB")
-            kept = ["#{:02x}{:02x}{:02x}".format(*colour) for _, colour in ERRORS.values()]
-            with_few_colours(picture, 253, kept).save(folder / f"{name}.png", optimize=True)
+            Image.open(f"{name}.png").save(folder / f"{name}.png", optimize=True)
 
 
 @contextmanager

@@ -53,7 +53,7 @@ def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
             raise ValueError(f"{path} stores white as 0, and readers differ in its ids. Save ids as a grey PNG.")
         mode, largest = stored.mode, _largest_value(path, stored)
         if mode not in (*_ONE_BAND, *_WITH_ALPHA, *_COLOURS) or (mode not in _ONE_BAND and largest > 255):
-            depth = " with 16 bits a band" if largest > 255 else ""
+            depth = " with 16 bits a band" if mode in (*_WITH_ALPHA, *_COLOURS) else ""
             raise ValueError(f"{path} is an image of mode {mode}{depth}. Save the ids as a palette or grey PNG.")
         shown = 65535 if mode == "I" and stored.format == "PPM" else 255
         pixels = np.asarray(upright(stored, stored))

@@ -151,7 +151,9 @@ def _in_rgb(stored: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     else:
         raise ValueError(f"{path} has mode {mode}, whose range is unknown. Save it with 8 or 16 bits a band.")
     values: npt.NDArray[np.float32] = np.asarray(stored).astype(np.float32) / highest
-    if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
+    if np.isnan(values).any():
+        raise ValueError(f"{path} holds NaN. Fill in the missing pixels, and save it again.")
+    if not (values.min() >= 0 and values.max() <= 1):
         raise ValueError(
             f"{path} holds values from {values.min():.4g} to {values.max():.4g}. Scale them to [0, 1], or save 8 bits."
         )

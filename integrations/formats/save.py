@@ -148,7 +148,9 @@ def _format_to_write(path: Path, format: Format | None) -> Format:
 def _maps_to_write(cams: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> Maps:
     maps = checked_maps(cams)
     for number, values in maps.items():
-        if values.size and not (values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING):  # NaN fails too
+        if np.isnan(values).any():
+            raise ValueError(f"The map of class {number} has NaN. Check how it is normalised: 0 / 0 in an empty map?")
+        if values.size and not (values.min() >= -ROUNDING and values.max() <= 1 + ROUNDING):
             raise ValueError(
                 f"The map of class {number} holds values from {values.min():.4g} to {values.max():.4g}. They must lie "
                 "in [0, 1]: normalise each map first."

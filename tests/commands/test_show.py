@@ -235,6 +235,12 @@ def test_missing_masks_and_label_maps_are_named(data: Data, run: Run) -> None:
     assert_user_error(run(*data.options("labels")), r"--labels .*1 of 3 files")
 
 
+def test_the_kind_of_folder_is_told_where_it_was_taken_for_the_other(data: Data, run: Run) -> None:
+    data.cams, data.labels = data.labels, data.cams
+    assert_user_error(run(*data.options()), r"--cams .*labels holds label maps \(\.png\).*as --labels")
+    assert_user_error(run(*data.options("labels")), r"--labels .*cams holds class maps.*as --cams")
+
+
 def test_masks_are_found_by_their_own_names_in_the_list(data: Data, run: Run) -> None:
     for name in data.ids:
         (data.masks / f"{name}.png").rename(data.masks / f"{name}_truth.png")

@@ -204,7 +204,7 @@ def test_without_failuresprogress_false_is_silent(tmp_path, photos, capsys):
 @pytest.mark.parametrize(
     ("wrong", "facts"),
     [
-        (lambda maps: maps * torch.nan, ["class 1 ", "from nan to nan", "[0, 1]"]),
+        (lambda maps: maps * torch.nan, ["class 1 ", "has NaN"]),
         (lambda maps: maps[:, :2], ["cam ", "(1, 2, ", "4 classes", "(1, 4, h, w)"]),
         (lambda maps: maps[0], ["cam ", "(4, 4, 4)", "(1, 4, h, w)"]),
         (lambda maps: maps.view(5, 5), ["RuntimeError: shape '[5, 5]' is invalid"]),

@@ -43,7 +43,8 @@ def photo(path: Path, kind: str) -> Path:
     elif kind == "grey of 16 bits":
         Image.fromarray(np.rint(RAMP * 65535).astype(np.uint16)).save(path / "a.png")
     elif kind.startswith("floats"):
-        Image.fromarray((RAMP * (2 if "beyond" in kind else 1)).astype(np.float32)).save(path / "a.tif")
+        factor = 2 if "beyond" in kind else np.nan if "NaN" in kind else 1
+        Image.fromarray((RAMP * factor).astype(np.float32)).save(path / "a.tif")
         return path / "a.tif"
     elif kind == "integers of 32 bits":
         Image.fromarray((RAMP * 1e6).astype(np.int32)).save(path / "a.tif")
@@ -97,6 +98,9 @@ MASKS: dict[str, Callable[[Path], object]] = {
     "WebP": lambda path: coloured(IDS).save(path / "a.webp"),
     "GIF": lambda path: Image.fromarray(IDS).save(path / "a.gif"),
     "TIFF with JPEG compression": lambda path: Image.fromarray(IDS).save(path / "a.tif", compression="jpeg"),
+    "several frames": lambda path: coloured(IDS).save(
+        path / "a.png", save_all=True, append_images=[coloured(IDS[::-1])]
+    ),
     "floats": lambda path: Image.fromarray(IDS.astype(np.float32)).save(path / "a.tif"),
 }
 

@@ -307,7 +307,7 @@ def test_each_kind_of_photo_has_the_right_colours_and_size(tmp_path, name):
             "mode I, whose range is unknown",
         ),
         ("floats.tif", lambda path: saved(path, RAMP.astype(np.float32) * 255), "from 0 to 255.* to \\[0, 1\\]"),
-        ("nan.tif", lambda path: saved(path, np.full((H, W), np.nan, np.float32)), "from nan to nan"),
+        ("nan.tif", lambda path: saved(path, np.full((H, W), np.nan, np.float32)), "holds NaN"),
         ("negative.tif", lambda path: saved(path, RAMP.astype(np.float32) - 0.5), "from -0.5 to 0.5"),
         ("lab.tif", lambda path: _lab(path), "mode LAB"),
     ],

@@ -107,4 +107,4 @@ def test_a_map_that_cannot_be_saved_fails_its_image_alone(tmp_path):
         batch_size=3,
     )
     assert report.written == ["0", "2"]
-    assert "from nan to nan" in report.failed["1"]
+    assert "has NaN" in report.failed["1"]
