@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument(
         "--ignore-index",
-        type=_id_or_none,
+        type=id_or_none,
         default=255,
         metavar="ID",
         help="mask id not counted, or none (default: 255)",
@@ -272,7 +272,8 @@ def _numbers(values: Iterable[np.floating]) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values]
 
 
-def _id_or_none(text: str) -> int | None:
+def id_or_none(text: str) -> int | None:
+    """The value of --ignore-index."""
     try:
         return None if text == "none" else int(text)
     except ValueError as error:

@@ -174,6 +174,40 @@ def test_without_background_the_highest_map_wins(data: Data, run: Run, written: 
     assert "class map: lowest to highest value of the image" in written
 
 
+@pytest.mark.parametrize("ignored", [254, 20, "none"])
+def test_another_id_is_ignored_if_asked(data: Data, run: Run, written: list[str], ignored: int | str) -> None:
+    for folder, all_ids in ((data.labels, data.predicted), (data.masks, data.truth)):
+        for name, ids in zip(data.ids, all_ids, strict=True):
+            save_mask(folder / f"{name}.png", np.where(ids == 255, 16 if ignored == "none" else ignored, ids))
+    options = ["--masks", data.masks, "--ignore-index", ignored]
+    assert run(*data.options("labels"), *options).code == 0
+    assert ("ignored" in written) == (ignored != "none")
+    assert ("id 16" in written) == (ignored == "none")
+    for labels, mask in zip(data.predicted, data.truth, strict=True):
+        metric = LabelMeanIoU(21)
+        if ignored == "none":
+            labels, mask = (np.where(ids == 255, 16, ids) for ids in (labels, mask))
+        metric.update(labels, mask)
+        assert f"mIoU {metric.compute().miou:.3f}" in written
+    found = re.search(r"mIoU ([0-9.]+) over all", run(*data.options(), *options).out)
+    assert found is not None
+    if ignored != "none":
+        assert float(found[1]) == pytest.approx(data.metric.compute().best_miou, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", ["x", "1.5", ""])
+def test_what_is_no_ignored_id_is_named(data: Data, run: Run, value: str) -> None:
+    assert_user_error(run(*data.options(), "--ignore-index", value), f"--ignore-index.*'{value}' is no id")
+
+
+def test_masks_with_another_ending_are_found_as_evaluate_finds_them(data: Data, run: Run, written: list[str]) -> None:
+    for name, mask in zip(data.ids, data.truth, strict=True):
+        (data.masks / f"{name}.png").unlink()
+        Image.fromarray(mask.astype(np.uint8)).save(data.masks / f"{name}.TIF")
+    assert run(*data.options("labels"), "--masks", data.masks).code == 0
+    assert written.count("mask") == 3
+
+
 def test_heat_maps_can_stand_beside_masks(data: Data, run: Run, written: list[str]) -> None:
     assert run(*data.options(), "--masks", data.masks, "--draw", "heat").code == 0
     assert written.count("mask") == 3
