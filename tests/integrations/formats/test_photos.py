@@ -376,7 +376,7 @@ def test_photos_beyond_pillows_limit_are_read_without_a_warning(
     for limit in (H * W - 1, H * W // 2 - 1):  # Pillow warns, and refuses
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
         assert (photo_size(path), open_photo(path).size) == ((H, W), (W, H))
-        assert Image.MAX_IMAGE_PIXELS == limit
+        assert limit == Image.MAX_IMAGE_PIXELS
 
 
 def test_threads_and_bad_files_leave_pillows_limit_as_it_was(tmp_path: Path) -> None:
@@ -390,7 +390,7 @@ def test_threads_and_bad_files_leave_pillows_limit_as_it_was(tmp_path: Path) -> 
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(read, [good, bad] * 50))
-    assert Image.MAX_IMAGE_PIXELS == before
+    assert before == Image.MAX_IMAGE_PIXELS
 
 
 def test_a_photo_that_does_not_fit_in_memory_is_named(tmp_path: Path) -> None:
