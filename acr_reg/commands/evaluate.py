@@ -127,6 +127,8 @@ def _prepare(args: argparse.Namespace) -> _Job:
             raise CommandError(f"--{option} is for class maps (--cams). Leave it out with --labels.")
     if args.json is not None and not args.json.parent.is_dir():
         raise CommandError(f"--json {args.json}: The folder {args.json.parent} does not exist. Make it first.")
+    if args.json is not None and args.json.is_dir():
+        raise CommandError(f"--json {args.json} is a folder. Give the name of a file.")
     try:
         names = None if args.names is None else class_names(args.names, args.classes, not args.no_background)
     except ValueError as error:
@@ -162,6 +164,10 @@ def _score(samples: Sequence[Sample], args: argparse.Namespace, share: Share) ->
         return score_cams(samples, cams, args.format, args.resize, workers, share=share)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    except MemoryError as error:
+        raise CommandError(
+            f"--classes {args.classes} needs more memory than there is. Give the number of ids."
+        ) from error
 
 
 def _cores() -> int:

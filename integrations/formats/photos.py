@@ -177,7 +177,7 @@ def _in_rgb(stored: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     elif mode == "F":
         highest = 1
     else:
-        raise ValueError(f"{path} has mode {mode}, whose range is unknown. Save it with 8 or 16 bits a band.")
+        raise ValueError(f"{path} has mode {mode}, whose range is unknown. Save it as PNG with 8 or 16 bits.")
     values: npt.NDArray[np.float32] = np.asarray(stored).astype(np.float32) / highest
     if not (values.min() >= 0 and values.max() <= 1):  # NaN fails too
         raise ValueError(
