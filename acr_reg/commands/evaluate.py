@@ -165,9 +165,7 @@ def _score(samples: Sequence[Sample], args: argparse.Namespace, share: Share) ->
     except ValueError as error:
         raise CommandError(str(error)) from error
     except MemoryError as error:
-        raise CommandError(
-            f"--classes {args.classes} needs more memory than there is. Give the number of ids."
-        ) from error
+        raise CommandError(f"--classes {args.classes} needs too much memory. Give the number of ids.") from error
 
 
 def _cores() -> int:
