@@ -133,7 +133,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
         names = None if args.names is None else class_names(args.names, args.classes, not args.no_background)
     except ValueError as error:
         raise CommandError(f"--names {error}") from error
-    _check_kind(args.cams, args.labels)
+    check_kind(args.cams, args.labels)
     try:
         entries = read_list(args.list)
         if args.labels is not None:
@@ -143,7 +143,7 @@ def _prepare(args: argparse.Namespace) -> _Job:
         raise CommandError(f"--{error}") from error  # the functions name their arguments as these options
 
 
-def _check_kind(cams: Path | None, labels: Path | None) -> None:
+def check_kind(cams: Path | None, labels: Path | None) -> None:
     """Label maps given as class maps, or the reverse, would only be files that are missing."""
     png, maps = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
     if cams is not None and not any(cams.glob(maps)) and any(cams.glob(png)):

@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from acr_reg.commands.evaluate import id_or_none
+from acr_reg.commands.evaluate import check_kind, id_or_none
 from acr_reg.commands.listed_images import Drawing, ListedImage, best_threshold, find_files, read_image
 from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of, load_weights
 from acr_reg.errors import CommandError
@@ -31,6 +31,7 @@ from acr_reg.pictures.sheet import SheetImage, contact_sheet
 
 FIRST = 24  # images on a page, and in the whole sheet without --first or --all
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+WIDEST_PANEL = 4096
 EITHER = "Give --cams or --labels for a contact sheet, or MODEL and PHOTO for the attention of a model."
 
 # The options of each use. Their defaults are None, False or [], so that one which was given is noticed.
@@ -139,6 +140,7 @@ def _run_sheet(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"--names {error}") from error
     count = len(entries) if args.all else min(args.first or FIRST, len(entries))
+    check_kind(args.cams, args.labels)
     images = find_files(entries[:count], args.photos, args.cams, args.labels, args.masks)
     said = f"{count} images" if count == len(entries) else f"the first {count} of {len(entries)} images"
     notes = [f"{args.cams or args.labels}: {said} of {args.list}"]
@@ -181,6 +183,8 @@ def _check_sheet(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise CommandError(f"--{name} is {value}. It must be at least {least}.")
+    if args.panel is not None and args.panel > WIDEST_PANEL:
+        raise CommandError(f"--panel is {args.panel}. It must be at most {WIDEST_PANEL}.")
     if args.all and args.first is not None:
         raise CommandError(f"--first {args.first} does not go with --all. Give one of them.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:

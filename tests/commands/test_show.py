@@ -262,6 +262,12 @@ def test_all_missing_files_are_named_together(data: Data, run: Run) -> None:
     assert_user_error(run(*data.options("labels")), r"--photos .*1 of 2 files.*other\.jpg")
 
 
+def test_label_maps_given_as_class_maps_and_the_reverse_are_named(data: Data, run: Run) -> None:
+    data.cams, data.labels = data.labels, data.cams
+    assert_user_error(run(*data.options()), "--cams .* holds label maps.*--labels")
+    assert_user_error(run(*data.options("labels")), "--labels .* holds class maps.*--cams")
+
+
 def test_missing_masks_and_label_maps_are_named(data: Data, run: Run) -> None:
     (data.masks / f"{data.ids[0]}.png").unlink()
     (data.labels / f"{data.ids[1]}.png").unlink()
@@ -324,6 +330,7 @@ def test_names_come_from_the_file_with_the_labels(data: Data, run: Run, written:
         (["--first", "2", "--all"], "--first 2 .*--all"),
         (["--columns", "0"], "--columns is 0"),
         (["--panel", "8"], "--panel is 8.*32"),
+        (["--panel", "99999999"], "--panel is 99999999.*4096"),
         (["--names", "none.txt"], r"--names none\.txt cannot be read"),
         (["--output", "sheet.jpg"], r"--output sheet\.jpg .*\.png"),
         (["--output", "none/sheet.png"], "--output .*folder none does not exist"),
