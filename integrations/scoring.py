@@ -99,9 +99,7 @@ def find_samples(
     samples = []
     for name, mask in entries:
         prediction = _first_of(folders[kind], name, suffixes) or folders[kind] / f"{name}{suffixes[0]}"
-        named = folders["masks"] / mask
-        other = None if named.is_file() else _first_of(folders["masks"], _stem(mask), LABEL_SUFFIXES)
-        samples.append(Sample(name, prediction, other or named))
+        samples.append(Sample(name, prediction, mask_file(folders["masks"], mask)))
     for name, paths in ((kind, [s.prediction for s in samples]), ("masks", [s.mask for s in samples])):
         missing = [path.name for path in paths if not path.is_file()]
         if missing:
@@ -297,6 +295,12 @@ def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArr
 def _nearest(length: int, wanted: int) -> npt.NDArray[np.intp]:
     """For each of ``wanted`` pixels along an axis: the one of ``length`` in which its centre lies."""
     return ((2 * np.arange(wanted) + 1) * length) // (2 * wanted)
+
+
+def mask_file(folder: Path, name: str) -> Path:
+    """The file of this name, or else of this name with another ending; the one of this name if there is none."""
+    named = folder / name
+    return named if named.is_file() else _first_of(folder, _stem(name), LABEL_SUFFIXES) or named
 
 
 def _first_of(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:

@@ -254,8 +254,10 @@ class Recorder:
         # another thread is inside one: its hook would not tell when it is left.
         inside = self._state.entries or self._running.is_elsewhere() or self.placer.needs_more_images
         if self.index.attending and not inside and not any(run.reentrant for run in runs):
-            # The encoder makes nested tensors of padded ones where no mode is on, and they could not be recorded.
-            encoders = {m for m in self.index.names if isinstance(m, nn.TransformerEncoder) and self.index.counts(m)}
+            # Where no mode is on, the encoder makes nested tensors of padded ones, which could not be recorded, and its
+            # layers call one kernel in place of their attention, if torch does not look for hooks before (torch 2.1).
+            fast = nn.TransformerEncoder, nn.TransformerEncoderLayer
+            encoders = {m for m in self.index.names if isinstance(m, fast) and self.index.counts(m)}
             self._alike = self.index.alike() | self._unknown_modules | encoders
             self._narrowed = True  # first: modules that an interruption leaves watched cost time only
             self._state.sources = None

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-background", action="store_true", help="mask id 0 is a class: argmax, no threshold")
     parser.add_argument(
         "--ignore-index",
-        type=_id_or_none,
+        type=id_or_none,
         default=255,
         metavar="ID",
         help="mask id not counted, or none (default: 255)",
@@ -130,6 +130,8 @@ def _prepare(args: argparse.Namespace) -> _Job:
             raise CommandError(f"--{option} is for class maps (--cams). Leave it out with --labels.")
     if args.json is not None and not args.json.parent.is_dir():
         raise CommandError(f"--json {args.json}: The folder {args.json.parent} does not exist. Make it first.")
+    if args.json is not None and args.json.is_dir():
+        raise CommandError(f"--json {args.json} is a folder. Give the name of a file.")
     try:
         names = None if args.names is None else class_names(args.names, args.classes, not args.no_background)
     except ValueError as error:
@@ -156,6 +158,8 @@ def _score(samples: Sequence[Sample], args: argparse.Namespace, share: Share) ->
         return score_cams(samples, cams, args.format, args.resize, workers, share=share)
     except ValueError as error:
         raise CommandError(str(error)) from error
+    except MemoryError as error:
+        raise CommandError(f"--classes {args.classes} needs too much memory. Give the number of ids.") from error
 
 
 def _cores() -> int:
@@ -266,7 +270,8 @@ def _numbers(values: Iterable[np.floating]) -> list[float | None]:
     return [None if math.isnan(value) else float(value) for value in values]
 
 
-def _id_or_none(text: str) -> int | None:
+def id_or_none(text: str) -> int | None:
+    """The value of --ignore-index."""
     try:
         return None if text == "none" else int(text)
     except ValueError as error:

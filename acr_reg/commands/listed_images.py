@@ -14,14 +14,15 @@ from acr_reg.errors import CommandError, some
 from acr_reg.integrations.formats import Format, load_cams
 from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import pseudo_labels
-from acr_reg.integrations.formats.masks import IGNORED, read_mask
+from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.jobs.progress import show_progress
-from acr_reg.integrations.scoring import LABEL_SUFFIXES, resized
+from acr_reg.integrations.scoring import LABEL_SUFFIXES, mask_file, resized
 from acr_reg.metrics import CamMeanIoU
 from acr_reg.pictures.sheet import SheetImage
 
 Size = tuple[int, ...]
+NUM_IDS = 255  # that class maps can have as labels
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Drawing:
     heat: bool
     background: bool
     threshold: float | None
+    ignore_index: int | None
     format: Format | None
     resize: bool
 
@@ -94,8 +96,9 @@ def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, .
 
 def _by_name(option: str, folder: Path, names: Sequence[str]) -> list[Path]:
     _check_folder(option, folder)
-    _check_complete(option, folder, [name for name in names if not (folder / name).is_file()], len(names))
-    return [folder / name for name in names]
+    files = [mask_file(folder, name) for name in names]
+    _check_complete(option, folder, [path.name for path in files if not path.is_file()], len(names))
+    return files
 
 
 def _check_folder(option: str, folder: Path) -> None:
@@ -113,7 +116,8 @@ def _check_complete(option: str, folder: Path, missing: Sequence[str], total: in
 
 def best_threshold(images: Sequence[ListedImage], drawing: Drawing) -> tuple[float, float]:
     """The threshold that scores best on these images, as evaluate finds it, and its mIoU."""
-    counts, maps_alone = CamMeanIoU(IGNORED), replace(drawing, heat=True)
+    counts = CamMeanIoU(NUM_IDS, ignore_index=drawing.ignore_index)
+    maps_alone = replace(drawing, heat=True)
     with show_progress() as progress:
         step = progress.begin("Scoring", len(images))
         for files in images:

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from acr_reg.commands.evaluate import id_or_none
 from acr_reg.commands.listed_images import Drawing, ListedImage, best_threshold, find_files, read_image
 from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of, load_weights
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats import FORMATS
 from acr_reg.integrations.formats.class_names import class_names
+from acr_reg.integrations.formats.masks import IGNORED
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.formats.write import replacing
 from acr_reg.integrations.jobs.progress import show_progress
@@ -28,13 +31,14 @@ from acr_reg.pictures.sheet import SheetImage, contact_sheet
 
 FIRST = 24  # images on a page, and in the whole sheet without --first or --all
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+WIDEST_PANEL = 4096
 EITHER = "Give --cams or --labels for a contact sheet, or MODEL and PHOTO for the attention of a model."
 
 # The options of each use. Their defaults are None, False or [], so that one which was given is noticed.
 # fmt: off
 OF_SHEET = (
-    "cams", "labels", "photos", "list", "masks", "names", "draw", "threshold", "format", "no_background", "resize",
-    "first", "all", "columns", "panel",
+    "cams", "labels", "photos", "list", "masks", "names", "draw", "threshold", "format", "no_background",
+    "ignore_index", "resize", "first", "all", "columns", "panel",
 )
 OF_MODEL = (
     "model", "photo", "set", "weights", "layer", "patch", "class_token", "view", "size", "mean", "std",
@@ -73,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threshold", type=float, metavar="T", help="background is <= T (default: the best of the images, by --masks)")
     add("--format", choices=FORMATS, help="of the maps (default: found from each file)")
     add("--no-background", action="store_true", help="id 0 is a class, and class k has id k")
+    add("--ignore-index", type=id_or_none, nargs=1, metavar="ID", help="of pixels not counted, or none (default: 255)")
     add("--resize", action="store_true", help="resize all to the size of the mask, or without masks of the photo")
     add("--first", type=int, metavar="N", help=f"show the first N images (default: {FIRST})")
     add("--all", action="store_true", help=f"show all images, {FIRST} on a page: sheet_1.png, sheet_2.png, ...")
@@ -153,9 +158,10 @@ def _run_sheet(args: argparse.Namespace) -> int:
                 yield read_image(files, drawing)
                 step()
 
+        ways: dict[str, Any] = {"background": background, "ignore_index": drawing.ignore_index, "notes": notes}
         options = {name: value for name in ("columns", "panel") if (value := getattr(args, name)) is not None}
         try:
-            sheet = contact_sheet(read(), names=names, background=background, per_page=FIRST, notes=notes, **options)
+            sheet = contact_sheet(read(), names=names, per_page=FIRST, **ways, **options)
             for path, page in zip(paths, sheet, strict=True):
                 page.save(unfinished.enter_context(replacing(path)), format="PNG")
         except (OSError, ValueError) as error:
@@ -176,6 +182,8 @@ def _check_sheet(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < least:
             raise CommandError(f"--{name} is {value}. It must be at least {least}.")
+    if args.panel is not None and args.panel > WIDEST_PANEL:
+        raise CommandError(f"--panel is {args.panel}. It must be at most {WIDEST_PANEL}.")
     if args.all and args.first is not None:
         raise CommandError(f"--first {args.first} does not go with --all. Give one of them.")
     if args.threshold is not None and not 0 <= args.threshold <= 1:
@@ -197,14 +205,15 @@ def _drawing(args: argparse.Namespace, images: list[ListedImage]) -> tuple[Drawi
     """How images are drawn, and the line that says at which threshold."""
     known = args.threshold is not None or args.masks is not None or args.no_background
     heat = args.cams is not None and (args.draw or ("classes" if known else "heat")) == "heat"
-    drawing = Drawing(heat, not args.no_background, args.threshold, args.format, args.resize)
+    [ignored] = args.ignore_index or [IGNORED]
+    drawing = Drawing(heat, not args.no_background, args.threshold, ignored, args.format, args.resize)
     if heat or args.labels is not None or args.no_background:
         return drawing, ""
     if args.threshold is not None:
         return drawing, f"background threshold {args.threshold:.4g}"
     threshold, miou = best_threshold(images, drawing)
     how = f"background threshold {threshold:.4g}, the best of these images (mIoU {miou:.4f} over all of them)"
-    return Drawing(heat, True, threshold, args.format, args.resize), how
+    return replace(drawing, threshold=threshold), how
 
 
 # ---------------------------------------------------------------- attention

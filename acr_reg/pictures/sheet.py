@@ -42,9 +42,9 @@ class SheetImage:
         name: written above the panels.
         photo: in RGB.
         cams: class id -> (H, W) map, each drawn as a heat map.
-        labels: (H, W) class ids that were predicted; 255 is drawn as ignored, and is an error where the mask knows
-            better.
-        mask: (H, W) class ids of the truth; 255 is ignored. With labels too, the errors are drawn.
+        labels: (H, W) class ids that were predicted; the ignored id is drawn as such, and is an error where the mask
+            knows better.
+        mask: (H, W) class ids of the truth, or the ignored id. With labels too, the errors are drawn.
 
     Raises:
         ValueError: a size differs from the photo's.
@@ -72,6 +72,7 @@ def contact_sheet(
     *,
     names: Sequence[str] = (),
     background: bool = True,
+    ignore_index: int | None = IGNORED,
     columns: int = 8,
     panel: int = 160,
     per_page: int = 24,
@@ -82,13 +83,14 @@ def contact_sheet(
     Each image gets a panel for the photo, each class map, the labels, the mask, and the errors of the labels with the
     image's mIoU (over the ids in its labels or its mask). Class colours are VOC's; background is left clear. The errors
     are in colours that people with colour blindness can tell apart: false (a class where the mask has background),
-    missed (no class, or 255, where the mask has one), wrong class. A legend names what a page shows.
+    missed (no class, or the ignored id, where the mask has one), wrong class. A legend names what a page shows.
 
     Args:
         images: read one page at a time, so that a generator can load them.
         names: names[i] is the name of id i, background included if there is one. Others are shown by their id.
         background: whether id 0 is background. Heat maps then run from 0 to 1, else from the lowest to the highest
             value of the image's maps.
+        ignore_index: the id of pixels without a class. None: there is no such id.
         columns: panels across a page.
         panel: the longer side of a panel in pixels.
         per_page: images on a page.
@@ -111,23 +113,25 @@ def contact_sheet(
     for what, value, least in (("columns", columns, 1), ("per_page", per_page, 1), ("panel", panel, 32)):
         if value < least:
             raise ValueError(f"{what} is {value}. It must be at least {least}.")
-    return _pages(iter(images), _Style(tuple(names), background, columns, panel), per_page, notes)
+    return _pages(iter(images), _Style(tuple(names), background, ignore_index, columns, panel), per_page, notes)
 
 
-def image_miou(labels: Ids, mask: Ids) -> float:
-    """mIoU of one image: the mean over the ids in labels or mask (H, W), where the mask is not 255. Pixels labelled 255
-    are missed. NaN if the mask is 255 everywhere."""
-    known = mask != IGNORED
+def image_miou(labels: Ids, mask: Ids, ignore_index: int | None = IGNORED) -> float:
+    """mIoU of one image: the mean over the ids in labels or mask (H, W), where the mask is not ignored. Pixels labelled
+    with the ignored id are missed. NaN if the mask is ignored everywhere."""
+    known = mask != ignore_index
     labels, mask = labels[known], mask[known]
-    ids = set(np.unique(mask).tolist()) | (set(np.unique(labels).tolist()) - {IGNORED})
+    ids = set(np.unique(mask).tolist()) | (set(np.unique(labels).tolist()) - {ignore_index})
     ious = [np.sum((labels == i) & (mask == i)) / np.sum((labels == i) | (mask == i)) for i in ids]
     return float(np.mean(ious)) if ious else float("nan")
 
 
-def find_errors(labels: Ids, mask: Ids, background: bool = True) -> npt.NDArray[np.uint8]:
-    """What is wrong with each pixel (H, W): FALSE, MISSED, CONFUSED, or 0 where it is right or the mask is 255."""
-    wrong = (labels != mask) & (mask != IGNORED)
-    no_class = (labels == IGNORED) | ((labels == 0) & background)
+def find_errors(
+    labels: Ids, mask: Ids, background: bool = True, ignore_index: int | None = IGNORED
+) -> npt.NDArray[np.uint8]:
+    """What is wrong with each pixel (H, W): FALSE, MISSED, CONFUSED, or 0 where it is right or the mask is ignored."""
+    wrong = (labels != mask) & (mask != ignore_index)
+    no_class = (labels == ignore_index) | ((labels == 0) & background)
     kinds = np.where((mask == 0) & background, FALSE, CONFUSED)
     return np.where(wrong, np.where(no_class, MISSED, kinds), 0).astype(np.uint8)
 
@@ -139,6 +143,7 @@ def find_errors(labels: Ids, mask: Ids, background: bool = True) -> npt.NDArray[
 class _Style:
     names: tuple[str, ...]
     background: bool
+    ignore_index: int | None
     columns: int
     panel: int
 
@@ -175,17 +180,20 @@ def _panels(image: SheetImage, style: _Style, legend: _Legend) -> list[tuple[str
             panels.append((style.name_of(number), _over(grey, _heat(values, low, high))))
     for what, ids in (("labels", image.labels), ("mask", image.mask)):
         if ids is not None:
-            legend.ids |= set(np.unique(ids).tolist()) - {IGNORED} - ({0} if style.background else set())
-            legend.ignored |= bool((ids == IGNORED).any())
-            drawn = _over(grey, _coloured(ids, style.background, _stripe_width(ids, photo)))
+            ignored = ids == style.ignore_index
+            legend.ids |= set(np.unique(ids[~ignored]).tolist()) - ({0} if style.background else set())
+            legend.ignored |= bool(ignored.any())
+            drawn = _over(grey, _coloured(ids, ignored, style.background, _stripe_width(ids, photo)))
             panels.append((what, _with_names(drawn, ids, style)))
     if image.labels is not None and image.mask is not None:
-        kinds = find_errors(image.labels, image.mask, style.background)
+        kinds = find_errors(image.labels, image.mask, style.background, style.ignore_index)
         legend.errors |= set(ERRORS) if style.background else {CONFUSED, *np.unique(kinds).tolist()} - {0}
-        stripes = _coloured(np.where(image.mask == IGNORED, IGNORED, 0), True, _stripe_width(image.mask, photo))
+        ignored = image.mask == style.ignore_index
+        stripes = _coloured(np.zeros_like(image.mask), ignored, True, _stripe_width(image.mask, photo))
         layer = np.where(kinds[..., None] > 0, _error_colours()[kinds], stripes)
         dull = photo.convert("L").point(lambda value: _DULL[0] + value * (_DULL[1] - _DULL[0]) // 255).convert("RGB")
-        panels.append((f"mIoU {image_miou(image.labels, image.mask):.3f}", _over(dull, layer)))
+        miou = image_miou(image.labels, image.mask, style.ignore_index)
+        panels.append((f"mIoU {miou:.3f}", _over(dull, layer)))
     return panels
 
 
@@ -238,13 +246,12 @@ def _error_colours() -> npt.NDArray[np.uint8]:
     return table
 
 
-def _coloured(ids: Ids, background: bool, stripe: int) -> npt.NDArray[np.uint8]:
+def _coloured(ids: Ids, ignored: npt.NDArray[np.bool_], background: bool, stripe: int) -> npt.NDArray[np.uint8]:
     """(H, W, 4): class colours, nothing on background, and stripes on ignored pixels."""
     table = np.concatenate([voc_palette(), np.full((256, 1), _OPACITY, np.uint8)], 1)
     if background:
         table[0] = 0
     layer = table[_palette_index(ids)]
-    ignored = ids == IGNORED
     if ignored.any():
         rows, columns = np.ogrid[: ids.shape[0], : ids.shape[1]]
         striped = (rows + columns) // stripe % 2 == 0
@@ -254,8 +261,8 @@ def _coloured(ids: Ids, background: bool, stripe: int) -> npt.NDArray[np.uint8]:
 
 
 def _palette_index(ids: Ids) -> Ids:
-    """Ids above the palette take its colours again, but never the one of ignored pixels."""
-    return np.where(ids > IGNORED, ids % IGNORED, ids)
+    """Ids above the palette take its colours again, but neither the one of ignored pixels nor that of background."""
+    return np.where(ids < IGNORED, ids, ids % (IGNORED - 1) + 1)
 
 
 def _stripe_width(ids: Ids, drawn: Image.Image) -> int:
@@ -272,7 +279,7 @@ def _with_names(drawn: Image.Image, ids: Ids, style: _Style) -> Image.Image:
     small = ids[rows[:, None], columns[None]]
     for number in np.unique(small).tolist():
         region = small == number
-        if number == IGNORED or (number == 0 and style.background) or region.mean() < _SMALLEST_NAMED:
+        if number == style.ignore_index or (number == 0 and style.background) or region.mean() < _SMALLEST_NAMED:
             continue
         distance = distance_transform_edt(np.pad(region, 1))[1:-1, 1:-1]
         y, x = divmod(int(distance.argmax()), drawn.width)
@@ -349,7 +356,7 @@ def _head(width: int, style: _Style, legend: _Legend, notes: Sequence[str]) -> I
         )
     swatches += [(ERRORS[kind][0], _swatch(ERRORS[kind][1])) for kind in sorted(legend.errors)]
     if legend.ignored:
-        stripes = _coloured(np.full((11, 22), IGNORED), True, 4)
+        stripes = _coloured(np.zeros((11, 22), np.uint8), np.ones((11, 22), bool), True, 4)
         swatches.append(("ignored", _over(Image.new("RGB", (22, 11), "white"), stripes)))
     if legend.heat:
         bar = np.repeat(_heat_colours()[None, ::2], 11, 0)

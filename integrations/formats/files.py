@@ -48,7 +48,7 @@ def checked_maps(cams: Mapping[Any, Any]) -> Maps:
                 "dicts keys and attn_highres."
             )
         array = np.asarray(values)
-        if array.ndim != 2 or array.dtype.kind not in "fiub":
+        if array.ndim != 2 or not array.size or array.dtype.kind not in "fiub":
             raise ValueError(f"Class {number} holds {kind_of(array)}. Give each class one (H, W) map of numbers.")
         maps[int(number)] = array.astype(np.float32)
     sizes = {number: array.shape for number, array in maps.items()}

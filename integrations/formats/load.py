@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from zipfile import is_zipfile
 
 import numpy as np
 
@@ -55,8 +56,10 @@ def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
     check_format(format)
     try:
         if path.suffix == ".npz":
+            if path.is_file() and not is_zipfile(path):
+                raise ValueError("The file is cut off, or no .npz file. Make it again.")
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                content: Any = {int(name): archive[name] for name in archive.files}
+                content: Any = {int(name) if name.isdecimal() else name: archive[name] for name in archive.files}
             found: Format = "npz"
         elif path.suffix == ".npy":
             with open(path, "rb") as file:

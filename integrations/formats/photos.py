@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -36,7 +37,7 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
 
     Grey, palette, CMYK and YCbCr are converted as Pillow does it; transparency is dropped, as training scripts drop it.
     Grey of 12 or 16 bits is scaled by its range, such as 0 to 65535, and floats from [0, 1]. Damaged EXIF is ignored.
-    A file of several frames gives its first.
+    A file of several frames gives its first. Any number of pixels is read, also where Pillow's own limit is lower.
 
     Raises:
         ValueError: floats leave [0, 1], or the range of the numbers is unknown, as for integers of 32 bits.
@@ -78,16 +79,43 @@ def opened(path: str | os.PathLike[str], decode: bool = True) -> Iterator[Image.
     """The first frame of an image file. Raises OSError with the path, whatever Pillow raises for a damaged file."""
     with open(path, "rb") as file:  # given a name, Pillow maps some TIFFs into memory and scrambles those it must turn
         try:
-            image = Image.open(file)
-            if decode:
-                image.load()
+            with _of_any_size:
+                image = Image.open(file)
+                if decode:
+                    image.load()
         except UnidentifiedImageError as error:
-            message = f"{path} is in no format that Pillow reads. Save it as PNG or JPEG."
+            message = f"{path} is in no format that Pillow reads. Save it as PNG."
             raise UnidentifiedImageError(message) from error
+        except MemoryError as error:
+            raise OSError(f"{path} is too large for the memory. Save it with fewer pixels.") from error
         except Exception as error:
             raise OSError(f"{path} is damaged: {error}. Get the file again, or leave it out.") from error
         with image:
             yield image
+
+
+class _OfAnySize:
+    """Pillow warns of large images and refuses larger ones, as files of strangers. These are the user's own. Its limit
+    is one for all threads, so the last to leave restores it."""
+
+    def __init__(self) -> None:
+        self.lock, self.inside = threading.Lock(), 0
+        self.limit = Image.MAX_IMAGE_PIXELS
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.inside:
+                self.limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if not self.inside:
+                Image.MAX_IMAGE_PIXELS = self.limit
+
+
+_of_any_size = _OfAnySize()
 
 
 def upright(stored: Image.Image, image: Image.Image) -> Image.Image:
@@ -149,7 +177,7 @@ def _in_rgb(stored: Image.Image, path: str | os.PathLike[str]) -> Image.Image:
     elif mode == "F":
         highest = 1
     else:
-        raise ValueError(f"{path} has mode {mode}, whose range is unknown. Save it with 8 or 16 bits a band.")
+        raise ValueError(f"{path} has mode {mode}, whose range is unknown. Save it as PNG with 8 or 16 bits.")
     values: npt.NDArray[np.float32] = np.asarray(stored).astype(np.float32) / highest
     if np.isnan(values).any():
         raise ValueError(f"{path} holds NaN. Fill in the missing pixels, and save it again.")

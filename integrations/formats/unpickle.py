@@ -21,14 +21,20 @@ import numpy.typing as npt
 
 def read_npy(file: BinaryIO) -> Any:
     """The one object in a .npy file: dicts, arrays (also of torch tensors), numbers and texts. Anything else raises."""
-    version = np.lib.format.read_magic(file)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-    else:
-        shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        else:
+            shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    except ValueError as error:
+        raise ValueError(f"The file is cut off, or no .npy file: {error}. Make it again.") from error
     if not dtype.hasobject or shape != ():
         raise ValueError(f"The file holds a {dtype} array of shape {shape}, not a dict of arrays.")
-    content = _plain(_Reader(file).load())
+    try:
+        content = _plain(_Reader(file).load())
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(f"The file is cut off or damaged: {error}. Make it again.") from error
     return content.item() if isinstance(content, np.ndarray) and content.shape == () else content
 
 
@@ -40,13 +46,13 @@ class _Reader(pickle.Unpickler):
         if module == "torch":
             found = _STORAGES.get(name)
         if found is None:
-            raise pickle.UnpicklingError(f"The file asks for {module}.{name}, which arrays do not need: not read.")
+            raise ValueError(f"The file asks for {module}.{name}, which arrays do not need: not read.")
         return found
 
     def persistent_load(self, pid: Any) -> Any:
         kind, code, *_ = pid  # ("storage", type, key, device, length) announces the raw numbers of a torch tensor
         if kind != "storage":
-            raise pickle.UnpicklingError(f"The file refers to {kind!r}, which arrays do not need: not read.")
+            raise ValueError(f"The file refers to {kind!r}, which arrays do not need: not read.")
         return _Dtype(code)
 
 
@@ -56,7 +62,7 @@ _FOREIGN_TYPE = "The file holds numbers of type {!r}. Only float and int are rea
 class _Dtype:
     def __init__(self, code: str, align: bool = False, copy: bool = True) -> None:
         if not re.fullmatch(r"[fiub]\d\d?|U\d{1,4}|O8", code):
-            raise pickle.UnpicklingError(_FOREIGN_TYPE.format(code))
+            raise ValueError(_FOREIGN_TYPE.format(code))
         self.dtype = np.dtype(code)
 
     def __setstate__(self, state: tuple[Any, ...]) -> None:
@@ -70,10 +76,10 @@ class _Array:
         _, shape, declared, fortran, content = state
         if declared.dtype == object:
             if shape != () or len(content) != 1:
-                raise pickle.UnpicklingError(f"The file holds an array of objects of shape {shape}, not one dict.")
+                raise ValueError(f"The file holds an array of objects of shape {shape}, not one dict.")
             self.value = content[0]
         elif declared.dtype.kind == "U":
-            raise pickle.UnpicklingError(_FOREIGN_TYPE.format(declared.dtype.str[1:]))
+            raise ValueError(_FOREIGN_TYPE.format(declared.dtype.str[1:]))
         else:
             values = np.frombuffer(content, declared.dtype)
             self.value = values.reshape(shape, order="F" if fortran else "C")
@@ -103,14 +109,14 @@ def _torch_storage(content: bytes) -> npt.NDArray[Any]:
     file = io.BytesIO(content)
     _magic, _version, _system, declared, keys = (_Reader(file).load() for _ in range(5))
     if len(keys) != 1:
-        raise pickle.UnpicklingError(f"One torch storage of the file holds {len(keys)} storages. Only 1 is read.")
+        raise ValueError(f"One torch storage of the file holds {len(keys)} storages. Only 1 is read.")
     length = int.from_bytes(file.read(8), "little")
     return np.frombuffer(file.read(), declared.dtype, count=length)
 
 
 def _torch_tensor(storage: npt.NDArray[Any], offset: int, size: Any, stride: Any, *_: Any) -> npt.NDArray[Any]:
     if math.prod(size) > len(storage):
-        raise pickle.UnpicklingError(f"A tensor of size {size} is larger than its storage of {len(storage)} numbers.")
+        raise ValueError(f"A tensor of size {size} is larger than its storage of {len(storage)} numbers.")
     index = np.full(size, offset)  # indexing checks the storage's bounds; a strided view does not
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         index += np.arange(length).reshape(-1, *[1] * (len(size) - axis - 1)) * step

@@ -154,9 +154,7 @@ class StoreMeeting:
         return None if value == b"?" else value
 
 
-_ENDED_EARLY = (
-    "Another process of this run ended early, and its own error says why. Run again: finished images are passed over."
-)
+_ENDED_EARLY = "Another process of this run ended early, and its own error says why. Mend that, and run again."
 
 
 @cache

@@ -96,7 +96,8 @@ def _items(names: Sequence[str], results: Iterator[Any]) -> Generator[tuple[str,
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
-            result = _Stop(f"A worker died: {error} Memory, or /dev/shm, may be too small: pass fewer workers=.")
+            reason = str(error).rstrip(".")
+            result = _Stop(f"A worker died: {reason}. Memory, or /dev/shm, may be too small: pass fewer workers=.")
         if interrupted:
             # Raised anew, since the traceback of the first holds the workers, which end with the last reference.
             del results

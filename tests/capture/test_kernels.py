@@ -363,6 +363,29 @@ def test_an_encoder_that_would_nest_padded_tokens_is_captured_in_every_run() -> 
         captured_in_every_run(model, lambda: model(x))
 
 
+class LikeTorch21(nn.TransformerEncoderLayer):
+    """Passes over the hooks of its attention where no mode is on, as the kernel of the whole layer does there."""
+
+    def forward(self, src: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if torch.overrides.has_torch_function((src,)):
+            return super().forward(src, *args, **kwargs)
+        tokens = self.norm1(src + self.self_attn.forward(src, src, src, need_weights=False)[0])
+        return self.norm2(tokens + self.linear2(self.linear1(tokens).relu()))
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, LikeTorch21])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_an_encoder_layer_with_a_kernel_of_its_own_is_captured_in_every_run(kind: type, stacked: bool) -> None:
+    layer = kind(32, 4, 64, dropout=0.0, batch_first=True)
+    stack = [nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)] if stacked else [layer, copy.deepcopy(layer)]
+    model, x = Tokens(*stack).eval(), images()
+    with torch.no_grad():
+        captured_in_every_run(model, lambda: model(x))
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    captured_in_every_run(model, lambda: model(x))
+
+
 def test_maps_that_become_sparse_break_nothing() -> None:
     class Sparse(Attention):
         def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

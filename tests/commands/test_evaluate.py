@@ -549,3 +549,17 @@ def test_workers_give_the_same_table(tmp_path, run):
     result = run("evaluate", *data.options(), "--workers", 2)
     assert_user_error(result, r"copy_41\.png")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_folder_as_json_is_refused_before_any_work(data, tmp_path, run):
+    result = run("evaluate", *data.options(), "--json", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert f"--json {tmp_path} is a folder" in result.stderr
+
+
+def test_counts_that_do_not_fit_in_memory_are_an_error(data, run):
+    options = [option if option != "--cams" else "--labels" for option in data.options(2**24)]
+    options[options.index("--labels") + 1] = data.masks
+    result = run("evaluate", *options)
+    assert result.returncode == 2
+    assert "--classes 16777216 needs too much memory" in result.stderr

@@ -174,6 +174,40 @@ def test_without_background_the_highest_map_wins(data: Data, run: Run, written: 
     assert "class map: lowest to highest value of the image" in written
 
 
+@pytest.mark.parametrize("ignored", [254, 20, "none"])
+def test_another_id_is_ignored_if_asked(data: Data, run: Run, written: list[str], ignored: int | str) -> None:
+    for folder, all_ids in ((data.labels, data.predicted), (data.masks, data.truth)):
+        for name, ids in zip(data.ids, all_ids, strict=True):
+            save_mask(folder / f"{name}.png", np.where(ids == 255, 16 if ignored == "none" else ignored, ids))
+    options = ["--masks", data.masks, "--ignore-index", ignored]
+    assert run(*data.options("labels"), *options).code == 0
+    assert ("ignored" in written) == (ignored != "none")
+    assert ("id 16" in written) == (ignored == "none")
+    for labels, mask in zip(data.predicted, data.truth, strict=True):
+        metric = LabelMeanIoU(21)
+        if ignored == "none":
+            labels, mask = (np.where(ids == 255, 16, ids) for ids in (labels, mask))
+        metric.update(labels, mask)
+        assert f"mIoU {metric.compute().miou:.3f}" in written
+    found = re.search(r"mIoU ([0-9.]+) over all", run(*data.options(), *options).out)
+    assert found is not None
+    if ignored != "none":
+        assert float(found[1]) == pytest.approx(data.metric.compute().best_miou, abs=1e-4)
+
+
+@pytest.mark.parametrize("value", ["x", "1.5", ""])
+def test_what_is_no_ignored_id_is_named(data: Data, run: Run, value: str) -> None:
+    assert_user_error(run(*data.options(), "--ignore-index", value), f"--ignore-index.*'{value}' is no id")
+
+
+def test_masks_with_another_ending_are_found_as_evaluate_finds_them(data: Data, run: Run, written: list[str]) -> None:
+    for name, mask in zip(data.ids, data.truth, strict=True):
+        (data.masks / f"{name}.png").unlink()
+        Image.fromarray(mask.astype(np.uint8)).save(data.masks / f"{name}.TIF")
+    assert run(*data.options("labels"), "--masks", data.masks).code == 0
+    assert written.count("mask") == 3
+
+
 def test_heat_maps_can_stand_beside_masks(data: Data, run: Run, written: list[str]) -> None:
     assert run(*data.options(), "--masks", data.masks, "--draw", "heat").code == 0
     assert written.count("mask") == 3
@@ -226,6 +260,12 @@ def test_all_missing_files_are_named_together(data: Data, run: Run) -> None:
     assert_user_error(run(*data.options()), rf"--cams .*1 of 1 files.*{data.ids[2]}\.npy")
     data.list.write_text(f"{data.ids[2]}\nother", encoding="utf-8")
     assert_user_error(run(*data.options("labels")), r"--photos .*1 of 2 files.*other\.jpg")
+
+
+def test_label_maps_given_as_class_maps_and_the_reverse_are_named(data: Data, run: Run) -> None:
+    data.cams, data.labels = data.labels, data.cams
+    assert_user_error(run(*data.options()), "--cams .* holds label maps.*--labels")
+    assert_user_error(run(*data.options("labels")), "--labels .* holds class maps.*--cams")
 
 
 def test_missing_masks_and_label_maps_are_named(data: Data, run: Run) -> None:
@@ -296,6 +336,7 @@ def test_names_come_from_the_file_with_the_labels(data: Data, run: Run, written:
         (["--first", "2", "--all"], "--first 2 .*--all"),
         (["--columns", "0"], "--columns is 0"),
         (["--panel", "8"], "--panel is 8.*32"),
+        (["--panel", "99999999"], "--panel is 99999999.*4096"),
         (["--names", "none.txt"], r"--names none\.txt cannot be read"),
         (["--output", "sheet.jpg"], r"--output sheet\.jpg .*\.png"),
         (["--output", "none/sheet.png"], "--output .*folder none does not exist"),

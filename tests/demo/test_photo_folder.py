@@ -112,4 +112,4 @@ def test_a_photo_that_cannot_be_read_is_named(make_photos: MakePhotos) -> None:
     (root / "JPEGImages" / "c.jpg").write_text("no photo")
     with pytest.raises(CommandError) as error:
         open_folder(root).photo("c")
-    assert says(error, "c.jpg", "Save it as PNG or JPEG")
+    assert says(error, "c.jpg", "Save it as PNG")

@@ -78,6 +78,28 @@ def test_without_background_a_wrong_class_is_just_that() -> None:
     np.testing.assert_array_equal(find_errors(PREDICTED, TRUE, background=False), expected)
 
 
+@pytest.mark.parametrize("ignored", [254, 300, 0])
+def test_another_id_is_ignored_if_asked(ignored: int, written: list[str]) -> None:
+    def moved(ids: npt.NDArray[np.integer]) -> npt.NDArray[np.integer]:
+        return np.where(ids == 255, ignored, ids + 1)
+
+    expected = find_errors(PREDICTED, TRUE, background=False)
+    np.testing.assert_array_equal(find_errors(moved(PREDICTED), moved(TRUE), False, ignored), expected)
+    page = page_of(toy(labels=moved(PREDICTED), mask=moved(TRUE)), background=False, ignore_index=ignored)
+    assert "ignored" in written
+    assert f"id {ignored}" not in written
+    usual = page_of(toy(labels=np.where(PREDICTED == 255, 255, PREDICTED + 1)), background=False)
+    assert len(places(page, on_white((90, 90, 90), 110))) >= len(places(usual, on_white((90, 90, 90), 110)))
+
+
+def test_without_an_ignored_id_255_is_a_class_like_any_other(written: list[str]) -> None:
+    assert find_errors(PREDICTED, TRUE, ignore_index=None)[0, 3] == MISSED
+    assert find_errors(PREDICTED, TRUE, ignore_index=None)[3, 1] == CONFUSED
+    page_of(toy(labels=PREDICTED, mask=TRUE), ignore_index=None)
+    assert "id 255" in written
+    assert "ignored" not in written
+
+
 def test_wrong_pixels_are_marked_at_their_places_and_no_others() -> None:
     page = page_of(toy(labels=PREDICTED, mask=TRUE))
     marked = {kind: places(page, on_white(colour, 225, white=180)) for kind, (_, colour) in ERRORS.items()}
@@ -130,13 +152,14 @@ def test_the_colours_of_errors_differ_for_people_with_colour_blindness() -> None
         assert distances[:3].min() > 20, f"{name}: {distances.round()}"
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_the_miou_is_the_one_of_evaluate(seed: int) -> None:
+@pytest.mark.parametrize("ignore_index", [255, 7, 0, None])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_miou_is_the_one_of_evaluate(seed: int, ignore_index: int | None) -> None:
     rng = np.random.default_rng(seed)
     labels, mask = (rng.choice([0, 1, 2, 3, 7, 255], (6, 9), p=[0.4, 0.3, 0.1, 0.1, 0.05, 0.05]) for _ in range(2))
-    metric = LabelMeanIoU(10)
+    metric = LabelMeanIoU(256, ignore_index)
     metric.update(labels, mask)
-    assert image_miou(labels, mask) == pytest.approx(metric.compute().miou, abs=1e-12)
+    assert image_miou(labels, mask, ignore_index) == pytest.approx(metric.compute().miou, abs=1e-12)
 
 
 def test_the_miou_is_none_where_all_is_ignored() -> None:
@@ -241,11 +264,17 @@ def test_images_of_any_shape_are_drawn(size: tuple[int, int]) -> None:
     page_of(image)
 
 
-def test_an_id_above_255_is_not_drawn_as_ignored(written: list[str]) -> None:
-    page = page_of(toy(labels=np.full((4, 4), 510)), background=False)
-    assert "id 510" in written
+@pytest.mark.parametrize("number", [256, 509, 510, 765])
+@pytest.mark.parametrize("background", [True, False])
+def test_an_id_above_255_is_drawn_neither_as_ignored_nor_as_background(
+    number: int, background: bool, written: list[str]
+) -> None:
+    page = page_of(toy(labels=np.full((4, 4), number)), background=background)
+    assert f"id {number}" in written
     assert "ignored" not in written
     assert not places(page, on_white(tuple(voc_palette()[255]), 170))
+    colours = voc_palette()[1:255]
+    assert any(len(places(page, on_white(tuple(colour), 170))) > 0.5 * (4 * SCALE) ** 2 for colour in colours)
 
 
 # ---------------------------------------------------------------- pages

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +141,27 @@ def test_npz_with_a_pickle_inside_is_refused(tmp_path):
     with pytest.raises(ValueError, match="allow_pickle"):
         load_cams(tmp_path / "image.npz")
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("name", ["whole.npy", "whole.npz"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.99])
+def test_a_file_that_is_cut_off_says_so(tmp_path: Path, name: str, share: float) -> None:
+    path = tmp_path / name
+    save_cams(path, {14: np.random.default_rng(0).random((20, 30))})
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    with pytest.raises(ValueError, match=rf"{name}: The file is cut off.*Make it again\."):
+        load_cams(path)
+
+
+def test_the_arrays_of_an_npz_are_named_by_class(tmp_path: Path) -> None:
+    np.savez(tmp_path / "named.npz", cat=np.ones((4, 4)))
+    with pytest.raises(ValueError, match=r"named\.npz: The keys are \['cat'\]"):
+        load_cams(tmp_path / "named.npz")
+
+
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0)])
+def test_a_map_without_a_pixel_is_refused(tmp_path: Path, shape: tuple[int, int]) -> None:
+    np.savez(tmp_path / "empty.npz", **{"14": np.ones(shape)})
+    with pytest.raises(ValueError, match=r"empty\.npz: Class 14 holds .*one \(H, W\) map"):
+        load_cams(tmp_path / "empty.npz")

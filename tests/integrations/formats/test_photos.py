@@ -4,6 +4,8 @@ import io
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -361,3 +363,40 @@ def test_the_turns_of_this_file_are_those_of_exif(tmp_path):
         path = saved(tmp_path / "photo.png", COLOURS, exif=exif_of(orientation))
         with Image.open(path) as stored:
             assert close(ImageOps.exif_transpose(stored), TURNS[orientation](COLOURS))
+
+
+# ---------------------------------------------------------------- size
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "TIFF", "BMP", "GIF"])
+def test_photos_beyond_pillows_limit_are_read_without_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    path = saved(tmp_path / "photo", GREYS, format=format)
+    for limit in (H * W - 1, H * W // 2 - 1):  # Pillow warns, and refuses
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        assert (photo_size(path), open_photo(path).size) == ((H, W), (W, H))
+        assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_threads_and_bad_files_leave_pillows_limit_as_it_was(tmp_path: Path) -> None:
+    good, bad = saved(tmp_path / "good.png", GREYS), tmp_path / "bad.png"
+    bad.write_bytes(good.read_bytes()[:60])
+    before = Image.MAX_IMAGE_PIXELS
+
+    def read(path: Path) -> None:
+        with suppress(OSError):
+            open_photo(path)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(read, [good, bad] * 50))
+    assert before == Image.MAX_IMAGE_PIXELS
+
+
+def test_a_photo_that_does_not_fit_in_memory_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "huge.png"
+    header = struct.pack(">IIBBBBB", 2**31 - 1, 2**31 - 1, 8, 2, 0, 0, 0)
+    chunks = png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks)
+    with pytest.raises(OSError, match=r"huge\.png is too large for the memory"):
+        open_photo(path)

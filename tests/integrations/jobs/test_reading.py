@@ -62,7 +62,7 @@ def kill_worker(name):
 
 
 def test_a_worker_that_dies_ends_the_run():
-    with reading(NAMES, kill_worker, 1) as items, pytest.raises(StopRun, match=r"worker died: .*fewer workers="):
+    with reading(NAMES, kill_worker, 1) as items, pytest.raises(StopRun, match=r"died: .*\w\. Memory.*fewer workers="):
         list(items)
     assert not multiprocessing.active_children()
 
