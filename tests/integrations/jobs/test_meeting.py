@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -9,7 +10,7 @@ import pytest
 import torch.distributed as dist
 
 from acr_reg.integrations.jobs import meeting
-from acr_reg.integrations.jobs.meeting import StoreMeeting
+from acr_reg.integrations.jobs.meeting import Meeting
 
 
 @pytest.fixture
@@ -17,8 +18,9 @@ def store(monkeypatch):
     """One store for two threads that stand for processes, each with a connection of its own."""
     server = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=20))
     clients = [dist.TCPStore("127.0.0.1", server.port, 1, False, timedelta(seconds=20)) for _ in range(3)]
-    monkeypatch.setattr(meeting, "_store", lambda rank, world, pid: clients[rank])
+    monkeypatch.setattr(meeting, "_store", lambda rank, world: clients[rank])
     monkeypatch.setattr(meeting, "WAIT_FOR_START", timedelta(seconds=20))
+    monkeypatch.setattr(meeting, "_runs", Counter())
     return server
 
 
@@ -26,7 +28,7 @@ def together(*works):
     """What each work returns, or the error it raised, given the meeting of its rank."""
 
     def attend(rank, work):
-        met = StoreMeeting(rank, len(works))
+        met = Meeting(rank, len(works))
         try:
             return work(met)
         except RuntimeError as error:
@@ -57,27 +59,27 @@ def test_values_may_be_longer_than_a_store_takes(store):
     assert found[0] == found[1] == values
 
 
-def test_what_earlier_runs_and_dead_processes_left_is_no_answer(store):
-    """As after an elastic restart, which may keep the store."""
+def test_what_earlier_runs_and_dead_processes_left_is_no_answer(store, monkeypatch):
+    """torchrun may keep the store when it starts the processes again."""
 
     def work(met):
-        return met.session, met.gather(1), met.leave(False)
+        return met.gather(met.rank), met.leave(False)
 
-    first = together(work, work)
-    store.set("acr_reg/hello/1", "dead")
-    store.set("acr_reg/session/dead", first[0][0])
-    again = together(work, work)
-    assert again[0] == again[1]
-    assert again[0][0] != first[0][0]
-    assert again[0][1] == [1, 1]
+    for attempt in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
+        monkeypatch.setattr(meeting, "_runs", Counter())  # these are other processes
+        assert together(work, work) == [([0, 1], None)] * 2  # a second run in one job
+        assert together(work, work) == [([0, 1], None)] * 2
+        found = together(lambda met: met.gather(1), lambda met: met.leave(failed=True))
+        assert "ended early" in str(found[0])
 
 
 def test_who_does_not_come_is_not_waited_for(store, monkeypatch):
     monkeypatch.setattr(meeting, "WAIT_FOR_START", timedelta(seconds=0.5))
-    StoreMeeting(0, 1).leave(False)
+    Meeting(0, 1).leave(False)
     for rank in (0, 1):
         with pytest.raises(RuntimeError, match=r"Not all of the 2 processes"):
-            StoreMeeting(rank, 2)
+            Meeting(rank, 2)
 
 
 def test_a_failure_ends_the_wait_of_the_others(store):
