@@ -7,13 +7,13 @@ import pickle
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
 from typing import Any
+from uuid import uuid4
 
 from torch.distributed.rendezvous import rendezvous
 
@@ -34,8 +34,6 @@ _SECONDS_TO_LEAVE = 60.0
 _SECONDS_BETWEEN_LOOKS = 0.05
 _LONGEST_VALUE = 4 * 2**20  # bytes; torch's store refuses values above 8 MiB
 
-_runs = Counter[int]()  # that this process has started with others, by its rank
-
 
 class Meeting:
     """The processes of a run, after all have come. It opens no process group: torch cannot open one twice under
@@ -44,27 +42,40 @@ class Meeting:
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.numbers = count()
-        # torchrun may keep the store when it starts the processes again. A message of before is then no answer.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        self.run = f"acr_reg/{attempt}/{world}/{_runs[rank]}"
         with _waiting_for_all(world):
             self.store = _store(rank, world)
-            self._gather(f"{self.run}/met", pickle.dumps(None), WAIT_FOR_START.total_seconds())
-        _runs[rank] += 1
+            self.run = self._meet()
         self.left = threading.Event()
         threading.Thread(target=self._show_life, daemon=True).start()
+
+    def _meet(self) -> str:
+        """A name for this run, made of a new word of each process. torchrun keeps the store when it starts processes
+        again, and its count of restarts differs between machines: words of earlier runs and killed processes stay."""
+        self.store.set(f"acr_reg/word/{self.rank}", uuid4().hex)
+        run, end = "", time.monotonic() + WAIT_FOR_START.total_seconds()
+        while time.monotonic() < end:
+            words = [self._look(f"acr_reg/word/{rank}") for rank in range(self.world)]
+            # Asked after the words are read: one who has met the others may have begun another run since.
+            if run and self._look(f"{run}/met") == str(self.world).encode():
+                return run
+            name = f"acr_reg/{b'-'.join(word for word in words if word).decode()}"
+            if None not in words and name != run:
+                run = name
+                self.store.add(f"{run}/met", 1)
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+        raise RuntimeError("The others did not come.")
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every process, by rank. Waits for the slowest."""
         try:
-            return self._gather(f"{self.run}/{next(self.numbers)}", pickle.dumps(value), SECONDS_OF_SILENCE)
+            return self._gather(f"{self.run}/{next(self.numbers)}", pickle.dumps(value))
         except _LOST as error:  # the store is gone with the process that held it
             raise RuntimeError(
                 "Another process of this run ended early, and its own error says why. Run again: finished images are "
                 "passed over."
             ) from error
 
-    def _gather(self, key: str, data: bytes, seconds_of_silence: float) -> list[Any]:
+    def _gather(self, key: str, data: bytes) -> list[Any]:
         parts = [data[start : start + _LONGEST_VALUE] for start in range(0, len(data), _LONGEST_VALUE)]
         for number, part in enumerate(parts):
             self.store.set(f"{key}/{self.rank}/{number}", part)
@@ -77,8 +88,8 @@ class Meeting:
                     raise RuntimeError("A process reported a failure.")
                 last, sign = sign, self._look(f"{self.run}/life/{rank}")
                 seen = time.monotonic() if sign != last else seen
-                if time.monotonic() - seen > seconds_of_silence:
-                    raise RuntimeError(f"Process {rank} has shown no sign of life for {seconds_of_silence:g} seconds.")
+                if time.monotonic() - seen > SECONDS_OF_SILENCE:
+                    raise RuntimeError(f"Process {rank} has shown no sign of life for {SECONDS_OF_SILENCE:g} seconds.")
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
             whole = b"".join(self.store.get(f"{key}/{rank}/{number}") for number in range(int(found)))
             values.append(pickle.loads(whole))

@@ -2,7 +2,6 @@
 
 import os
 import time
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -20,7 +19,6 @@ def store(monkeypatch):
     clients = [dist.TCPStore("127.0.0.1", server.port, 1, False, timedelta(seconds=20)) for _ in range(3)]
     monkeypatch.setattr(meeting, "_store", lambda rank, world: clients[rank])
     monkeypatch.setattr(meeting, "WAIT_FOR_START", timedelta(seconds=20))
-    monkeypatch.setattr(meeting, "_runs", Counter())
     return server
 
 
@@ -59,19 +57,54 @@ def test_values_may_be_longer_than_a_store_takes(store):
     assert found[0] == found[1] == values
 
 
-def test_what_earlier_runs_and_dead_processes_left_is_no_answer(store, monkeypatch):
-    """torchrun may keep the store when it starts the processes again."""
+def test_what_earlier_runs_and_dead_processes_left_is_no_answer(store):
+    """torchrun may keep the store when it starts the processes again, on each machine at another time."""
 
     def work(met):
-        return met.gather(met.rank), met.leave(False)
+        return met.run, met.gather(met.rank), met.leave(False)
 
-    for attempt in ("0", "1"):
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", attempt)
-        monkeypatch.setattr(meeting, "_runs", Counter())  # these are other processes
-        assert together(work, work) == [([0, 1], None)] * 2  # a second run in one job
-        assert together(work, work) == [([0, 1], None)] * 2
+    runs = []
+    for number in range(3):
+        store.set("acr_reg/word/1", f"dead{number}")
+        first, second = together(work, work)
+        assert first == second == (first[0], [0, 1], None)
+        runs.append(first[0])
         found = together(lambda met: met.gather(1), lambda met: met.leave(failed=True))
         assert "ended early" in str(found[0])
+    assert len(set(runs)) == 3
+
+
+def test_a_process_that_starts_again_is_met_anew(store):
+    """It was killed before all had come, and the others have read its word."""
+    for rank in (1, 2):
+        store.set(f"acr_reg/word/{rank}", "killed")
+
+    def work(rank):
+        time.sleep(0.3 * rank)
+        met = Meeting(rank, 3)
+        values = met.gather(rank)
+        met.leave(failed=False)
+        return values
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(work, range(3), timeout=60)) == [[0, 1, 2]] * 3
+
+
+def test_a_process_that_fails_at_once_may_start_the_next_run_at_once(store):
+    """Others that have not seen yet that all have met stay in the run of which they are."""
+
+    def work(rank):
+        runs = []
+        for _ in range(4):
+            met = Meeting(rank, 3)
+            met.left.set()
+            runs.append(met.run)
+        return runs
+
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(work, range(3), timeout=60)
+    assert others == [first, first]
+    assert len(set(first)) == 4
 
 
 def test_who_does_not_come_is_not_waited_for(store, monkeypatch):
