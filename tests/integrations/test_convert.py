@@ -148,6 +148,12 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path, cams):
     assert (tmp_path / "labels" / f"{NAMES[0]}.png").stat().st_mtime_ns == before
 
 
+def test_empty_labels_of_a_crash_are_made_anew(tmp_path, cams):
+    quiet(cams, tmp_path / "labels", threshold=0.4)
+    (tmp_path / "labels" / f"{NAMES[1]}.png").write_bytes(b"")
+    assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
+
+
 @pytest.mark.parametrize(
     "second",
     [
