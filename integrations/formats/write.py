@@ -36,6 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, path)
+    except OSError as error:
+        error.filename = error.filename or os.fspath(path)  # a full disk does not say where
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 

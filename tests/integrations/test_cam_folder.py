@@ -1,5 +1,6 @@
 """Class maps of a list of images into a folder: at each image's size, to be taken up again, with no failure hidden."""
 
+import errno
 import io
 import os
 import re
@@ -267,10 +268,10 @@ def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
 
 def test_a_full_disk_ends_the_run(tmp_path, photos, monkeypatch):
     def full(source, target):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*2007_000032\.npy'"):
         write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     assert os.listdir(tmp_path / "cams") == []
 
