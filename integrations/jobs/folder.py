@@ -134,6 +134,8 @@ def fill(
     """
     with share_of_run(share) as part:
         for folder in target.folders:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file. Name a folder to write to.")
             folder.mkdir(parents=True, exist_ok=True)
             if part.speaks:
                 remove_unfinished(folder)
