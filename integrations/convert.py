@@ -123,7 +123,7 @@ def convert_to_labels(
     >>> np.asarray(Image.open("labels/2007_000032.png")).tolist()
     [[0, 255, 15]]
     """
-    folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background), images is not None)
+    folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
     folder.check_others(maps_of.files if overwrite else ())
     return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress, workers=workers, share=share)
@@ -182,15 +182,10 @@ def score_dev_list(
 
 @dataclass(frozen=True)
 class LabelFolder:
-    """Where the pseudo labels of a run go: one PNG an image, all made by one rule and of one kind of size."""
+    """Where the pseudo labels of a run go: one PNG an image, all made by one rule."""
 
     path: Path
     rule: LabelRule
-    resized: bool  # to the sizes of photos
-
-    @property
-    def settings(self) -> str:
-        return f"{self.rule} and images" if self.resized else str(self.rule)
 
     @property
     def folders(self) -> list[Path]:
@@ -203,7 +198,7 @@ class LabelFolder:
         from acr_reg.integrations.formats.masks import save_mask  # needs pillow, which no other conversion does
 
         labels = pseudo_labels(maps, **asdict(self.rule), size=size)
-        save_mask(self.files(name)[0], labels, {SETTINGS: self.settings})
+        save_mask(self.files(name)[0], labels, {SETTINGS: str(self.rule)})
 
     def check(self, name: str) -> None:
         """Raises ValueError if the file of an earlier run was made by another rule."""
@@ -219,9 +214,9 @@ class LabelFolder:
             raise ValueError(
                 f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."
             )
-        if found != self.settings:
+        if found != str(self.rule):
             raise ValueError(
-                f"{file} was made with {found}, and this run has {self.settings}. Choose another folder, or overwrite its "
+                f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite its "
                 "files (--overwrite)."
             )
 

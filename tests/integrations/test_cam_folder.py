@@ -189,7 +189,7 @@ def test_names_are_any_that_a_file_may_have(tmp_path):
     for name in [*names, "bad\n"]:
         Image.new("RGB", (8, 6)).save(tmp_path / f"{name}.png")
     (tmp_path / "bad\n.png").write_bytes(b"no photo")
-    labels = {name: LABELS["2007_000032"] for name in [*names, "bad\n"]}
+    labels = dict.fromkeys([*names, "bad\n"], LABELS["2007_000032"])
     for found in ([], names):
         images = [tmp_path / f"{name}.png" for name in labels]
         report = write_cams(cam, images, labels, tmp_path / "cams", transform)

@@ -223,18 +223,6 @@ def test_sizes_are_those_of_upright_photos(tmp_path, cams):
     assert read_mask(tmp_path / "labels" / f"{NAMES[0]}.png").shape == (20, 30)
 
 
-@pytest.mark.parametrize("first", [False, True])
-def test_labels_at_the_sizes_of_maps_and_of_photos_do_not_mix(tmp_path, cams, first):
-    photos = photos_of(tmp_path, dict.fromkeys(NAMES, (20, 30)))
-    options = [{}, {"images": photos}]
-    quiet(cams, tmp_path / "labels", threshold=0.4, **options[first])
-    assert quiet(cams, tmp_path / "labels", threshold=0.4, **options[first]).existing == NAMES
-    with pytest.raises(ValueError, match=r"threshold=0\.4( and images)?, and .* threshold=0\.4( and images)?\. Choose"):
-        quiet(cams, tmp_path / "labels", threshold=0.4, **options[not first])
-    quiet(cams, tmp_path / "labels", threshold=0.4, **options[not first], overwrite=True)
-    assert (read_mask(tmp_path / "labels" / f"{NAMES[0]}.png").shape == (20, 30)) == (not first)
-
-
 @pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".PNG", ".webp", ".tif", ".TIFF", ".bmp", ".gif"])
 def test_photos_are_found_whatever_their_ending(tmp_path, cams, suffix):
     photos = photos_of(tmp_path, dict.fromkeys(NAMES, (20, 30)), suffix)
