@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from torch.distributed.rendezvous import rendezvous
 
-from acr_reg._torch_private import store_of_process_group
+from acr_reg.processes import store_of_process_group
 
 # A process waits this long for the others to start the run. NCCL ends a job in which a process waits ten minutes: if
 # the others wait in a barrier of their training script, the error should come first.
