@@ -274,3 +274,12 @@ def _saved(node: Any) -> tuple[bool, bool]:
         if saved is not None and saved != ():
             return False, True
     return False, False
+
+
+def store_of_process_group() -> Any:
+    """The store in which the processes of the default process group met; None without a group, or without a store."""
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()

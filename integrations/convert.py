@@ -15,7 +15,7 @@ from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
 from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
-from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill, is_made
 from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.integrations.jobs.shares import Share, share_of_run
 from acr_reg.metrics import CamMeanIoU, CamScores
@@ -223,7 +223,7 @@ class LabelFolder:
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:
         """Checks every file that stays. A run that overwrites and is killed leaves files of two rules."""
         for file in sorted(self.path.glob("*.png")):
-            if file.stem not in replaced:
+            if file.stem not in replaced and is_made(file):
                 self.check(file.stem)
 
 

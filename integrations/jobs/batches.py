@@ -100,6 +100,9 @@ class BatchedCams:
                 yield name, photo
                 continue
             self.successes.add("transform")
+            if photo.image.device.type == "cpu" and photo.image.is_shared():
+                # Of a worker: while it waits it would hold an open file and a part of /dev/shm, which are scarce.
+                photo = photo._replace(image=photo.image.clone())
             image = photo.image
             labels = torch.tensor(self.labels[name])  # a copy: numpy may forbid writing
             key = image.shape, image.dtype, image.device, labels.shape, labels.dtype

@@ -106,6 +106,11 @@ class CamFolder:
             ) from error
 
 
+def is_made(file: Path) -> bool:
+    """Whether a file of an earlier run counts as finished. A machine that lost power leaves empty files."""
+    return file.is_file() and file.stat().st_size > 0
+
+
 def fill(
     target: Target,
     names: Sequence[str],
@@ -129,11 +134,13 @@ def fill(
     """
     with share_of_run(share) as part:
         for folder in target.folders:
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"{folder} is a file. Name a folder to write to.")
             folder.mkdir(parents=True, exist_ok=True)
             if part.speaks:
                 remove_unfinished(folder)
         own = _own(part, names)
-        finished = [] if overwrite else [name for name in own if all(file.is_file() for file in target.files(name))]
+        finished = [] if overwrite else [name for name in own if all(map(is_made, target.files(name)))]
         for name in _first(part.gather(finished[:1])):  # in every process the same, so that all end if one does
             target.check(name)
         report = FolderReport(existing=finished)
@@ -169,7 +176,7 @@ def _own(part: Share, names: Sequence[str]) -> list[str]:
     """This process's IDs, of all: which files exist changes while other processes start. The order of a folder differs
     between machines, so it decides nothing."""
     ordered = sorted(names)
-    digests = part.gather(hashlib.sha256("\n".join(ordered).encode()).hexdigest())
+    digests = part.gather(hashlib.sha256("\n".join(ordered).encode(errors="surrogatepass")).hexdigest())
     if len(set(digests)) > 1:
         raise ValueError(
             f"The {part.world} processes of this run were given different images. Give all of them the whole list: "

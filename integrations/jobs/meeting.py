@@ -1,4 +1,4 @@
-"""How the processes of one run meet and hear of each other: through torchrun's store, or the caller's process group."""
+"""How the processes of one run meet and hear of each other: through the store of torchrun or of the caller's group."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
 from itertools import count
-from typing import Any, Protocol
+from typing import Any
 from uuid import uuid4
 
-import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
+
+from acr_reg.processes import store_of_process_group
 
 # A process waits this long for the others to start the run. NCCL ends a job in which a process waits ten minutes: if
 # the others wait in a barrier of their training script, the error should come first.
 WAIT_FOR_START = timedelta(minutes=9)
-WAIT_FOR_END = timedelta(days=7)  # of a process that has done its share for the slowest one
 SECONDS_BEFORE_NOTICE = 30.0
 
-SECONDS_OF_SILENCE = 600.0  # after which a process counts as dead; its machine may be gone, too
+# A process that has done its share waits for the slowest without limit, unless that one is silent: torchrun ends the
+# processes of its own machine alone, and a killed process of another one says nothing.
+SECONDS_OF_SILENCE = 600.0
 SECONDS_BETWEEN_SIGNS = 20.0
 
 _LOST = (RuntimeError, OSError)  # what torch raises for a peer that is gone; some versions raise TimeoutError
@@ -33,81 +35,44 @@ _SECONDS_BETWEEN_LOOKS = 0.05
 _LONGEST_VALUE = 4 * 2**20  # bytes; torch's store refuses values above 8 MiB
 
 
-class Meeting(Protocol):
-    """The processes of a run, after all have come."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of every process, by rank. Waits for the slowest."""
-
-    def leave(self, failed: bool) -> None:
-        """Called once, at the end. After a failure the others learn of it and wait for nothing."""
-
-
-class GroupMeeting:
-    """Meets through a gloo group beside the caller's own process group, which may have any backend."""
-
-    def __init__(self, rank: int, world: int) -> None:
-        self.world = world
-        with _waiting_for_all(world):
-            group = dist.new_group(backend="gloo", timeout=WAIT_FOR_START)
-        assert isinstance(group, dist.ProcessGroup)
-        self.group = group
-
-    def gather(self, value: Any) -> list[Any]:
-        values: list[Any] = [None] * self.world
-        try:
-            dist.monitored_barrier(self.group, timeout=WAIT_FOR_END)
-            dist.all_gather_object(values, value, group=self.group)
-        except _LOST as error:
-            raise RuntimeError(_ENDED_EARLY) from error
-        return values
-
-    def leave(self, failed: bool) -> None:
-        dist.destroy_process_group(self.group)
-
-
-class StoreMeeting:
-    """Meets through the store at MASTER_ADDR and MASTER_PORT. It opens no process group: torch cannot open one twice
-    under torchrun, and the caller may want to."""
+class Meeting:
+    """The processes of a run, after all have come. It opens no process group: torch cannot open one twice under
+    torchrun, and the caller may want to. Nor would Ctrl-C end the wait of a group."""
 
     def __init__(self, rank: int, world: int) -> None:
         self.rank, self.world = rank, world
         self.numbers = count()
         with _waiting_for_all(world):
-            self.store = _store(rank, world, os.getpid())
-            self.session = self._meet()
+            self.store = _store(rank, world)
+            self.run = self._meet()
         self.left = threading.Event()
         threading.Thread(target=self._show_life, daemon=True).start()
 
     def _meet(self) -> str:
-        """The name of this run, new each time: the store may hold what earlier runs and killed processes left."""
-        me, session, answered = uuid4().hex, uuid4().hex if self.rank == 0 else None, set[bytes]()
-        self.store.set(f"acr_reg/hello/{self.rank}", me)
-        end = time.monotonic() + WAIT_FOR_START.total_seconds()
-        joined = False
+        """A name for this run, made of a new word of each process. torchrun keeps the store when it starts processes
+        again, and its count of restarts differs between machines: words of earlier runs and killed processes stay."""
+        self.store.set(f"acr_reg/word/{self.rank}", uuid4().hex)
+        run, end = "", time.monotonic() + WAIT_FOR_START.total_seconds()
         while time.monotonic() < end:
-            if self.rank == 0:
-                hellos = {self._look(f"acr_reg/hello/{rank}") for rank in range(self.world)} - {None} - answered
-                for hello in hellos:
-                    assert hello is not None and session is not None
-                    self.store.set(f"acr_reg/session/{hello.decode()}", session)
-                    answered.add(hello)
-            elif session is None and (found := self._look(f"acr_reg/session/{me}")) is not None:
-                session = found.decode()
-            if session is not None:
-                if not joined:
-                    self.store.add(f"{session}/met", 1)
-                    joined = True
-                if self._look(f"{session}/met") == str(self.world).encode():
-                    return session
+            words = [self._look(f"acr_reg/word/{rank}") for rank in range(self.world)]
+            # Asked after the words are read: one who has met the others may have begun another run since.
+            if run and self._look(f"{run}/met") == str(self.world).encode():
+                return run
+            name = f"acr_reg/{b'-'.join(word for word in words if word).decode()}"
+            if None not in words and name != run:
+                run = name
+                self.store.add(f"{run}/met", 1)
             time.sleep(_SECONDS_BETWEEN_LOOKS)
         raise RuntimeError("The others did not come.")
 
     def gather(self, value: Any) -> list[Any]:
+        """The value of every process, by rank. Waits for the slowest."""
         try:
-            return self._gather(f"{self.session}/{next(self.numbers)}", pickle.dumps(value))
+            return self._gather(f"{self.run}/{next(self.numbers)}", pickle.dumps(value))
         except _LOST as error:  # the store is gone with the process that held it
-            raise RuntimeError(_ENDED_EARLY) from error
+            raise RuntimeError(
+                "Another process of this run ended early, and its own error says why. Mend that, and run again."
+            ) from error
 
     def _gather(self, key: str, data: bytes) -> list[Any]:
         parts = [data[start : start + _LONGEST_VALUE] for start in range(0, len(data), _LONGEST_VALUE)]
@@ -118,9 +83,9 @@ class StoreMeeting:
         for rank in range(self.world):
             seen, sign = time.monotonic(), None
             while (found := self._look(f"{key}/{rank}")) is None:
-                if self._look(f"{self.session}/failed") is not None:
+                if self._look(f"{self.run}/failed") is not None:
                     raise RuntimeError("A process reported a failure.")
-                last, sign = sign, self._look(f"{self.session}/life/{rank}")
+                last, sign = sign, self._look(f"{self.run}/life/{rank}")
                 seen = time.monotonic() if sign != last else seen
                 if time.monotonic() - seen > SECONDS_OF_SILENCE:
                     raise RuntimeError(f"Process {rank} has shown no sign of life for {SECONDS_OF_SILENCE:g} seconds.")
@@ -132,18 +97,19 @@ class StoreMeeting:
     def _show_life(self) -> None:
         with suppress(*_LOST):  # the store is gone, which the next gather() tells
             while not self.left.wait(SECONDS_BETWEEN_SIGNS):
-                self.store.add(f"{self.session}/life/{self.rank}", 1)
+                self.store.add(f"{self.run}/life/{self.rank}", 1)
 
     def leave(self, failed: bool) -> None:
+        """Called once, at the end. After a failure the others learn of it and wait for nothing."""
         self.left.set()
         with suppress(*_LOST):  # nobody is there any more
             if failed:
-                self.store.set(f"{self.session}/failed", str(self.rank))
+                self.store.set(f"{self.run}/failed", str(self.rank))
                 return
-            self.store.add(f"{self.session}/left", 1)
+            self.store.add(f"{self.run}/left", 1)
             # The store may live in the process of rank 0, and others still read.
             end = time.monotonic() + _SECONDS_TO_LEAVE
-            while self.rank == 0 and self._look(f"{self.session}/left") != str(self.world).encode():
+            while self.rank == 0 and self._look(f"{self.run}/left") != str(self.world).encode():
                 if time.monotonic() > end:
                     return
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
@@ -154,11 +120,12 @@ class StoreMeeting:
         return None if value == b"?" else value
 
 
-_ENDED_EARLY = "Another process of this run ended early, and its own error says why. Mend that, and run again."
+def _store(rank: int, world: int) -> Any:
+    return store_of_process_group() or _store_at_master(rank, world, os.getpid())
 
 
 @cache
-def _store(rank: int, world: int, pid: int) -> Any:
+def _store_at_master(rank: int, world: int, pid: int) -> Any:
     """Kept for the life of the process ``pid``: rank 0 may hold the store in its memory for all."""
     return next(rendezvous("env://", rank, world, timeout=WAIT_FOR_START))[0]
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from acr_reg.integrations.jobs.meeting import GroupMeeting, Meeting, StoreMeeting
+from acr_reg.integrations.jobs.meeting import Meeting
 
 __all__ = ["Share", "process_device", "share_of_run"]
 
@@ -73,10 +73,7 @@ def share_of_run(shared: bool = True) -> Iterator[Share]:
     if world == 1 or not (grouped or "MASTER_ADDR" in os.environ):
         yield Share(rank, world)
         return
-    # The store tells at once of a process that fails and lives on; a group tells only when it ends.
-    named = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
-    stored = not grouped or ("MASTER_ADDR" in os.environ and named == (str(rank), str(world)))
-    meeting = StoreMeeting(rank, world) if stored else GroupMeeting(rank, world)
+    meeting = Meeting(rank, world)
     failed = True
     try:
         yield Share(rank, world, meeting)

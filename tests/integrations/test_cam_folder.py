@@ -1,5 +1,6 @@
 """Class maps of a list of images into a folder: at each image's size, to be taken up again, with no failure hidden."""
 
+import errno
 import io
 import os
 import re
@@ -168,6 +169,35 @@ def test_a_second_run_makes_what_is_missing_only(tmp_path, photos, format):
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize("empty", [0, 2])
+def test_empty_files_of_a_crash_are_made_anew(tmp_path, photos, empty):
+    """A disk that lost power keeps the name of a file and not its content."""
+    names = list(SIZES)
+    for format in ("psa", "psa_crf"):
+        write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format)
+        file = tmp_path / ("cams" if format == "psa" else "cams_32") / f"{names[empty]}.npy"
+        content = file.read_bytes()
+        file.write_bytes(b"")
+        assert write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format).written == [names[empty]]
+        assert file.read_bytes() == content
+
+
+def test_names_are_any_that_a_file_may_have(tmp_path):
+    """Undecodable bytes too, in each way that a name travels: files, failures, other processes' lists."""
+    names = ["a b", "x.y.z", "-dash", "[1]*", "new\nline", "\u65e5\u672c", "\U0001f600" * 58, "a" * 240]
+    names += [os.fsdecode(b"\xff\xfe")] if sys.platform == "linux" else []
+    for name in [*names, "bad\n"]:
+        Image.new("RGB", (8, 6)).save(tmp_path / f"{name}.png")
+    (tmp_path / "bad\n.png").write_bytes(b"no photo")
+    labels = dict.fromkeys([*names, "bad\n"], LABELS["2007_000032"])
+    for found in ([], names):
+        images = [tmp_path / f"{name}.png" for name in labels]
+        report = write_cams(cam, images, labels, tmp_path / "cams", transform)
+        assert (report.existing or report.written, list(report.failed)) == (names, ["bad\n"])
+        assert report.existing == found
+        assert sorted(os.listdir(tmp_path / "cams")) == sorted(f"{name}.npy" for name in names)
+
+
 def test_a_run_that_is_broken_off_leaves_whole_files(tmp_path, photos):
     def interrupted(images, labels):
         if labels[0, 2]:
@@ -238,10 +268,10 @@ def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
 
 def test_a_full_disk_ends_the_run(tmp_path, photos, monkeypatch):
     def full(source, target):
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*2007_000032\.npy'"):
         write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     assert os.listdir(tmp_path / "cams") == []
 

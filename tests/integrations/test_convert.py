@@ -148,6 +148,12 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path, cams):
     assert (tmp_path / "labels" / f"{NAMES[0]}.png").stat().st_mtime_ns == before
 
 
+def test_empty_labels_of_a_crash_are_made_anew(tmp_path, cams):
+    quiet(cams, tmp_path / "labels", threshold=0.4)
+    (tmp_path / "labels" / f"{NAMES[1]}.png").write_bytes(b"")
+    assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
+
+
 @pytest.mark.parametrize(
     "second",
     [
@@ -243,6 +249,7 @@ def test_mistakes_are_told_before_any_work(tmp_path, cams, masks):
     target = tmp_path / "labels"
     for fact, source, to, options in [
         (r"exactly one of threshold", cams, target, {}),
+        (r"000032\.npy is a file\. Name a folder", cams, cams / f"{NAMES[0]}.npy", {"threshold": 0.4}),
         (r"cams is both source and target", cams, cams, {"threshold": 0.4}),
         (r"photos is both folder of the photos and target", cams, photos, {"threshold": 0.4, "images": photos}),
         (r"absent is not a folder.*photos", cams, target, {"threshold": 0.4, "images": tmp_path / "absent"}),

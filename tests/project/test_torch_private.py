@@ -497,6 +497,20 @@ def test_dtensors_are_known_and_so_is_what_a_rank_holds_of_one(mesh: Any) -> Non
     assert not private.comes_from_split(x * 2, set()), note
 
 
+def test_the_store_of_the_process_group_is_where_its_processes_met() -> None:
+    note = changed("_get_default_store", "how init_process_group keeps its store")
+    assert private.store_of_process_group() is None, note
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        store = private.store_of_process_group()
+        store.set("acr_reg/key", "value")
+        assert store.get("acr_reg/key") == b"value", note
+        assert store.compare_set("acr_reg/other", "?", "?") == b"?", note
+    finally:
+        torch.distributed.destroy_process_group()
+    assert private.store_of_process_group() is None, note
+
+
 def test_without_a_process_group_there_are_no_dtensors() -> None:
     assert not private.has_dtensors()
 

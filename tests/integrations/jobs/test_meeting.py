@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from acr_reg.integrations.jobs import meeting
-from acr_reg.integrations.jobs.meeting import StoreMeeting
+from acr_reg.integrations.jobs.meeting import Meeting
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def store(monkeypatch):
     """One store for two threads that stand for processes, each with a connection of its own."""
     server = dist.TCPStore("127.0.0.1", 0, 1, True, timedelta(seconds=20))
     clients = [dist.TCPStore("127.0.0.1", server.port, 1, False, timedelta(seconds=20)) for _ in range(3)]
-    monkeypatch.setattr(meeting, "_store", lambda rank, world, pid: clients[rank])
+    monkeypatch.setattr(meeting, "_store", lambda rank, world: clients[rank])
     monkeypatch.setattr(meeting, "WAIT_FOR_START", timedelta(seconds=20))
     return server
 
@@ -26,7 +26,7 @@ def together(*works):
     """What each work returns, or the error it raised, given the meeting of its rank."""
 
     def attend(rank, work):
-        met = StoreMeeting(rank, len(works))
+        met = Meeting(rank, len(works))
         try:
             return work(met)
         except RuntimeError as error:
@@ -58,26 +58,61 @@ def test_values_may_be_longer_than_a_store_takes(store):
 
 
 def test_what_earlier_runs_and_dead_processes_left_is_no_answer(store):
-    """As after an elastic restart, which may keep the store."""
+    """torchrun may keep the store when it starts the processes again, on each machine at another time."""
 
     def work(met):
-        return met.session, met.gather(1), met.leave(False)
+        return met.run, met.gather(met.rank), met.leave(False)
 
-    first = together(work, work)
-    store.set("acr_reg/hello/1", "dead")
-    store.set("acr_reg/session/dead", first[0][0])
-    again = together(work, work)
-    assert again[0] == again[1]
-    assert again[0][0] != first[0][0]
-    assert again[0][1] == [1, 1]
+    runs = []
+    for number in range(3):
+        store.set("acr_reg/word/1", f"dead{number}")
+        first, second = together(work, work)
+        assert first == second == (first[0], [0, 1], None)
+        runs.append(first[0])
+        found = together(lambda met: met.gather(1), lambda met: met.leave(failed=True))
+        assert "ended early" in str(found[0])
+    assert len(set(runs)) == 3
+
+
+def test_a_process_that_starts_again_is_met_anew(store):
+    """It was killed before all had come, and the others have read its word."""
+    for rank in (1, 2):
+        store.set(f"acr_reg/word/{rank}", "killed")
+
+    def work(rank):
+        time.sleep(0.3 * rank)
+        met = Meeting(rank, 3)
+        values = met.gather(rank)
+        met.leave(failed=False)
+        return values
+
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(work, range(3), timeout=60)) == [[0, 1, 2]] * 3
+
+
+def test_a_process_that_fails_at_once_may_start_the_next_run_at_once(store):
+    """Others that have not seen yet that all have met stay in the run of which they are."""
+
+    def work(rank):
+        runs = []
+        for _ in range(4):
+            met = Meeting(rank, 3)
+            met.left.set()
+            runs.append(met.run)
+        return runs
+
+    with ThreadPoolExecutor(3) as threads:
+        first, *others = threads.map(work, range(3), timeout=60)
+    assert others == [first, first]
+    assert len(set(first)) == 4
 
 
 def test_who_does_not_come_is_not_waited_for(store, monkeypatch):
     monkeypatch.setattr(meeting, "WAIT_FOR_START", timedelta(seconds=0.5))
-    StoreMeeting(0, 1).leave(False)
+    Meeting(0, 1).leave(False)
     for rank in (0, 1):
         with pytest.raises(RuntimeError, match=r"Not all of the 2 processes"):
-            StoreMeeting(rank, 2)
+            Meeting(rank, 2)
 
 
 def test_a_failure_ends_the_wait_of_the_others(store):

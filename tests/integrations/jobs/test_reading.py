@@ -143,6 +143,26 @@ def test_an_interruption_of_cam_leaves_no_worker_and_no_file(tmp_path, photos):
     assert kept.value
 
 
+def narrower(path):
+    return torch.ones(1, 4, 1 + int(path.stem))
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux, to count open files")
+def test_images_that_wait_hold_no_open_file(tmp_path):
+    """Of the 1024 that a process may have: 4 batches of images wait for their like, each from a worker."""
+    open_files = []
+
+    def counting(images, labels):
+        open_files.append(len(os.listdir("/proc/self/fd")))
+        return images
+
+    names = [f"{number}" for number in range(60)]
+    before, labels = len(os.listdir("/proc/self/fd")), {name: [1] for name in names}
+    options = {"transform_takes": "path", "workers": 1, "batch_size": 12, "progress": False}
+    assert write_cams(counting, names, labels, tmp_path, narrower, **options).written == names
+    assert max(open_files) - before < 30
+
+
 def on_gpu(photo):
     return torch.zeros(3, 4, 4, device="meta")
 
