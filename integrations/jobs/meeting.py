@@ -51,12 +51,12 @@ class Meeting:
     def _meet(self) -> str:
         """A name for this run, made of a new word of each process. torchrun keeps the store when it starts processes
         again, and its count of restarts differs between machines: words of earlier runs and killed processes stay."""
-        self.store.set(f"acr_reg/word/{self.rank}", uuid4().hex)
+        self._put(f"acr_reg/word/{self.rank}", uuid4().hex)
         run, end = "", time.monotonic() + WAIT_FOR_START.total_seconds()
         while time.monotonic() < end:
             words = [self._look(f"acr_reg/word/{rank}") for rank in range(self.world)]
             # Asked after the words are read: one who has met the others may have begun another run since.
-            if run and self._look(f"{run}/met") == str(self.world).encode():
+            if run and self._count(f"{run}/met") == self.world:
                 return run
             name = f"acr_reg/{b'-'.join(word for word in words if word).decode()}"
             if None not in words and name != run:
@@ -78,14 +78,14 @@ class Meeting:
         parts = [data[start : start + _LONGEST_VALUE] for start in range(0, len(data), _LONGEST_VALUE)]
         for number, part in enumerate(parts):
             self.store.set(f"{key}/{self.rank}/{number}", part)
-        self.store.set(f"{key}/{self.rank}", str(len(parts)))
+        self._put(f"{key}/{self.rank}", str(len(parts)))
         values = []
         for rank in range(self.world):
-            seen, sign = time.monotonic(), None
+            seen, sign = time.monotonic(), -1
             while (found := self._look(f"{key}/{rank}")) is None:
-                if self._look(f"{self.run}/failed") is not None:
+                if self._count(f"{self.run}/failed"):
                     raise RuntimeError("A process reported a failure.")
-                last, sign = sign, self._look(f"{self.run}/life/{rank}")
+                last, sign = sign, self._count(f"{self.run}/life/{rank}")
                 seen = time.monotonic() if sign != last else seen
                 if time.monotonic() - seen > SECONDS_OF_SILENCE:
                     raise RuntimeError(f"Process {rank} has shown no sign of life for {SECONDS_OF_SILENCE:g} seconds.")
@@ -104,20 +104,28 @@ class Meeting:
         self.left.set()
         with suppress(*_LOST):  # nobody is there any more
             if failed:
-                self.store.set(f"{self.run}/failed", str(self.rank))
+                self.store.add(f"{self.run}/failed", 1)
                 return
             self.store.add(f"{self.run}/left", 1)
             # The store may live in the process of rank 0, and others still read.
             end = time.monotonic() + _SECONDS_TO_LEAVE
-            while self.rank == 0 and self._look(f"{self.run}/left") != str(self.world).encode():
+            while self.rank == 0 and self._count(f"{self.run}/left") != self.world:
                 if time.monotonic() > end:
                     return
                 time.sleep(_SECONDS_BETWEEN_LOOKS)
 
+    def _put(self, key: str, value: str) -> None:
+        self.store.set(key, value)
+        self.store.add(f"{key}/there", 1)
+
     def _look(self, key: str) -> bytes | None:
-        """The value if there is one, at once: ``get`` would wait, and no signal ends that wait."""
-        value = self.store.compare_set(key, "?", "?")  # changes nothing: no value is a question mark
-        return None if value == b"?" else value
+        """The value that :meth:`_put` has put, or None at once: ``get`` would wait, and no signal ends that wait."""
+        value: bytes | None = self.store.get(key) if self._count(f"{key}/there") else None
+        return value
+
+    def _count(self, key: str) -> int:
+        """What ``add`` has added up so far: of what a store can do in every torch, this alone never waits."""
+        return int(self.store.add(key, 0))
 
 
 def _store(rank: int, world: int) -> Any:
