@@ -11,7 +11,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = ("PIL", "matplotlib", "rich", "scipy", "skimage", "sklearn", "timm", "torchvision", "transformers")
 # Parts of the package that may import extras themselves.
-NEED_EXTRAS = re.compile(r"acr_reg\.(?:pictures|demo|commands|__main__)\b")
+NEED_EXTRAS = re.compile(r"acr_reg\.(?:pictures|demo|commands|__main__|integrations\.(?:cam_folder|scoring))\b")
 IMPORT = re.compile(r"^(?:from ([\w.]+) import ([\w, ]+|\()|import ([\w.]+))", re.MULTILINE)
 
 

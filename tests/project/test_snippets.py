@@ -75,9 +75,18 @@ def execute(block: Block, namespace: dict[str, Any], filename: str) -> None:
         exec(compile(padded, filename, "exec"), namespace)
 
 
+class Runner(doctest.DocTestRunner):
+    """Raises an error of import as it is, so that tests/conftest.py sees a package that is not installed."""
+
+    def report_unexpected_exception(self, out, test, example, exc_info):
+        if isinstance(exc_info[1], ModuleNotFoundError):
+            raise exc_info[1]
+        super().report_unexpected_exception(out, test, example, exc_info)
+
+
 def run_examples(examples: doctest.DocTest) -> None:
     report: list[str] = []
-    result = doctest.DocTestRunner(optionflags=FLAGS).run(examples, out=report.append, clear_globs=False)
+    result = Runner(optionflags=FLAGS).run(examples, out=report.append, clear_globs=False)
     assert result.failed == 0, "".join(report)
 
 

@@ -1,5 +1,6 @@
 """What is written can be read by its users, at the size of the image, and appears whole or not at all."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -145,11 +146,11 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, maps, monkeypatch, ste
     def full_disk(self, data):
         with open(self, "wb") as file:
             file.write(data[:10])
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     def no_rename(source, target):
         assert Path(source).stat().st_size > 100  # the new file is whole by then
-        raise OSError("No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     if step == "write":
         monkeypatch.setattr(Path, "write_bytes", full_disk)

@@ -236,6 +236,7 @@ def plain(received):
 
 @pytest.mark.parametrize("columns", [40, 80])
 def test_a_terminal_shows_name_and_counts_in_its_width(columns):
+    pytest.importorskip("rich")
     code, received = on_a_terminal(JOB, columns)
     assert code == 0
     bars = [line for line in plain(received).splitlines() if re.match(r".*(training|loading)", line)]
