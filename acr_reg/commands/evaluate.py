@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from acr_reg.commands.listed_images import check_kind
+from acr_reg.commands.listed_images import check_kind, holds_label_maps
 from acr_reg.demo.record import write_json
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats import FORMATS
@@ -79,6 +79,9 @@ class _Job(NamedTuple):
 
 def run(args: argparse.Namespace) -> int:
     """Score the listed images, print a table, write the JSON. Errors of the user are CommandErrors."""
+    are_labels = args.cams is not None and holds_label_maps(args.cams)
+    if are_labels:
+        args.cams, args.labels = None, args.cams
     error = None
     try:
         with share_of_run() as share:
@@ -94,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
         return 0 if error is None else 2
     if error is not None:
         raise error
+    if are_labels:
+        print(
+            f"note: --cams {args.labels} holds label maps (.png). They are scored without a threshold, as by --labels.",
+            file=sys.stderr,
+        )
     return _report(metric, job, args)
 
 

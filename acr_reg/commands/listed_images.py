@@ -24,6 +24,8 @@ from acr_reg.pictures.sheet import SheetImage
 Size = tuple[int, ...]
 NUM_IDS = 255  # that class maps can have as labels
 
+_PNG, _CAMS = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
+
 
 @dataclass(frozen=True)
 class ListedImage:
@@ -71,11 +73,15 @@ def find_files(
 
 def check_kind(cams: Path | None, labels: Path | None) -> None:
     """Label maps given as class maps, or the reverse, would only be files that are missing."""
-    png, maps = "*.[pP][nN][gG]", "*.[nN][pP][yYzZ]"
-    if cams is not None and not any(cams.glob(maps)) and any(cams.glob(png)):
+    if cams is not None and holds_label_maps(cams):
         raise CommandError(f"--cams {cams} holds label maps (.png) and no class maps. Pass the folder as --labels.")
-    if labels is not None and any(labels.glob(maps)) and not any(labels.glob(png)):
+    if labels is not None and any(labels.glob(_CAMS)) and not any(labels.glob(_PNG)):
         raise CommandError(f"--labels {labels} holds class maps and no label maps (.png). Pass the folder as --cams.")
+
+
+def holds_label_maps(folder: Path) -> bool:
+    """Whether the folder holds PNG files and no class maps."""
+    return not any(folder.glob(_CAMS)) and any(folder.glob(_PNG))
 
 
 def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:

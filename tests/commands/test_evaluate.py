@@ -379,8 +379,12 @@ def test_label_maps_of_another_size_are_named_and_resize_helps(data, run):
 
 def test_the_kind_of_folder_is_told_where_it_was_taken_for_the_other(data, run):
     data.write_labels()
+    as_labels = run("evaluate", *data.options(predictions="--labels"))
     result = run("evaluate", "--cams", data.labels, *data.options()[2:])
-    assert_user_error(result, r"--cams .*labels holds label maps \(\.png\).*as --labels")
+    assert (result.returncode, result.stdout) == (0, as_labels.stdout)
+    assert re.search(r"--cams .*labels holds label maps \(\.png\).*as by --labels", result.stderr)
+    result = run("evaluate", "--cams", data.labels, *data.options()[2:], "--thresholds", 10)
+    assert_user_error(result, "--thresholds is for class maps")
     result = run("evaluate", "--labels", data.cams, *data.options()[2:])
     assert_user_error(result, r"--labels .*cams holds class maps.*as --cams")
     result = run("evaluate", *data.options(), "--labels", data.labels)
