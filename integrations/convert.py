@@ -77,6 +77,8 @@ def convert_cams(
     """
     folder = CamFolder(Path(target), format, alphas)
     maps_of = _source_of(source, source_format, images, folder.folders)
+    if not overwrite:
+        _refuse_other_sizes(folder, maps_of)
     return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress, workers=workers, share=share)
 
 
@@ -126,6 +128,8 @@ def convert_to_labels(
     folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
     folder.check_others(maps_of.files if overwrite else ())
+    if not overwrite:
+        _refuse_other_sizes(folder, maps_of)
     return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress, workers=workers, share=share)
 
 
@@ -220,11 +224,36 @@ class LabelFolder:
                 "files (--overwrite)."
             )
 
+    def size(self, name: str) -> tuple[int, int] | None:
+        from acr_reg.integrations.formats.photos import photo_size
+
+        return photo_size(self.files(name)[0])
+
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:
         """Checks every file that stays. A run that overwrites and is killed leaves files of two rules."""
         for file in sorted(self.path.glob("*.png")):
             if file.stem not in replaced and is_made(file):
                 self.check(file.stem)
+
+
+def _refuse_other_sizes(target: CamFolder | LabelFolder, maps_of: _Source) -> None:
+    """Files of a run without ``images`` would be passed over by one with it. The first that has a size shows it."""
+    if maps_of.images is None:
+        return
+    for name in filter(maps_of.photos.get, maps_of.files):
+        file = target.files(name)[0]
+        try:
+            size = target.size(name) if is_made(file) else None
+        except (OSError, ValueError):  # of another format or rule: check() says so
+            return
+        if size is not None:
+            wanted = maps_of.size_of_photo(name)
+            if size != wanted:
+                raise ValueError(
+                    f"{file} of an earlier run is {size[0]}x{size[1]} and its photo {wanted[0]}x{wanted[1]} (HxW). "
+                    "Choose another folder, or overwrite its files (--overwrite)."
+                )
+            return
 
 
 @dataclass(frozen=True)
@@ -241,14 +270,14 @@ class _Source:
         maps = load_cams(self.files[name], self.format)
         if self.images is None:
             return maps, None
-        size = self._size(name)
+        size = self.size_of_photo(name)
         if self.like_evaluate:
             from acr_reg.integrations.scoring import resized
 
             maps = {number: resized(values, size) for number, values in maps.items()}
         return maps, size
 
-    def _size(self, name: str) -> tuple[int, int]:
+    def size_of_photo(self, name: str) -> tuple[int, int]:
         from acr_reg.integrations.formats.photos import photo_size
 
         found = self.photos.get(name, [])

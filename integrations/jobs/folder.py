@@ -105,6 +105,11 @@ class CamFolder:
                 f"files. ({error})"
             ) from error
 
+    def size(self, name: str) -> tuple[int, int] | None:
+        """The (H, W) of the maps in a file; None if it holds no map."""
+        maps = load_cams(self.files(name)[0], self.format)
+        return next(((values.shape[0], values.shape[1]) for values in maps.values()), None)
+
 
 def is_made(file: Path) -> bool:
     """Whether a file of an earlier run counts as finished. A machine that lost power leaves empty files."""

@@ -230,6 +230,25 @@ def test_photos_are_found_whatever_their_ending(tmp_path, cams, suffix):
     assert load_cams(tmp_path / "psa" / f"{NAMES[0]}.npy")[0].shape == (20, 30)
 
 
+@pytest.mark.parametrize("format", ["irn", "labels"])
+def test_files_at_the_maps_size_are_not_taken_for_those_at_the_photos(tmp_path, cams, format):
+    """Of a run without images=, before one with it."""
+    photos = photos_of(
+        tmp_path, {name: (2 * height, 2 * width) for name, (height, width) in zip(NAMES, SIZES, strict=True)}
+    )
+
+    def convert(**options):
+        if format == "labels":
+            return quiet(cams, tmp_path / "out", threshold=0.5, **options)
+        return convert_cams(cams, tmp_path / "out", format, progress=False, **options)
+
+    convert()
+    with pytest.raises(ValueError, match=r"9x14 and its photo 18x28 .*overwrite"):
+        convert(images=photos)
+    assert convert(images=photos, overwrite=True).written == NAMES
+    assert convert(images=photos).existing == NAMES
+
+
 def test_two_photos_of_one_image_are_told_by_name(tmp_path, cams):
     photos = photos_of(tmp_path, dict.fromkeys(NAMES, (20, 30)))
     photos_of(tmp_path, {NAMES[0]: (30, 20)}, ".PNG")
