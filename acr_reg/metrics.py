@@ -167,11 +167,7 @@ class CamMeanIoU:
             raise ValueError("No pixel was counted. Call update() with a mask that is not all ignore_index.")
         counts = self.counts()
         predicted, correct = counts.predicted, counts.correct
-        union = predicted + self._truth[:, None] - correct
-        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
-            iou = correct / union
-            wrong = (predicted - correct) / union
-            missed = (self._truth[:, None] - correct) / union
+        iou, wrong, missed = _shares_of_union(predicted, correct, self._truth[:, None])
         miou = _mean_over_classes(iou)
         best = int(miou.argmax())
         return CamScores(
@@ -383,11 +379,9 @@ class LabelMeanIoU:
             raise ValueError("No pixel was counted. Call update() with a mask that is not all ignore_index.")
         correct, truth = self._confusion.diagonal(), self._confusion.sum(axis=1)
         predicted = self._confusion[:, :-1].sum(axis=0)
-        union = predicted + truth - correct
-        with np.errstate(invalid="ignore"):  # 0 / 0: a class that is nowhere
-            iou = correct / union
+        iou, wrong, missed = _shares_of_union(predicted, correct, truth)
+        with np.errstate(invalid="ignore"):  # 0 / 0: a class that no mask has
             accuracy = correct / truth
-            wrong, missed = (predicted - correct) / union, (truth - correct) / union
         return LabelScores(
             miou=float(_mean_over_classes(iou)),
             per_class_iou=iou,
@@ -445,6 +439,15 @@ def _codes(
     codes = known.astype(np.min_scalar_type(num_classes))
     codes += np.multiply(ignored, num_classes, dtype=codes.dtype)
     return codes
+
+
+def _shares_of_union(
+    predicted: npt.NDArray[np.int64], correct: npt.NDArray[np.int64], truth: npt.NDArray[np.int64]
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """IoU, wrong and missed pixels of each class, over its union; NaN for a class that is nowhere."""
+    union = predicted + truth - correct
+    with np.errstate(invalid="ignore"):  # 0 / 0
+        return correct / union, (predicted - correct) / union, (truth - correct) / union
 
 
 def _mean_over_classes(iou: FloatArray) -> FloatArray:

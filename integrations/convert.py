@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
-from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES, files_by_id
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill, is_made
@@ -306,7 +306,7 @@ def _source_of(
     for path, kind in ((source, "source"), (photos, "folder of the photos")):
         if path is not None and any(path.resolve() == target.resolve() for target in targets):
             raise ValueError(f"{path} is both {kind} and target. Name another target folder.")
-    files = _by_id(source, CAM_SUFFIXES)
+    files = files_by_id(source, CAM_SUFFIXES)
     if not files:
         raise ValueError(f"There are no .npy or .npz files in {source}. Give the folder that holds one per image.")
     for paths in files.values():
@@ -314,14 +314,5 @@ def _source_of(
             raise ValueError(f"{source} holds {some([path.name for path in paths])}: one image twice. Leave one.")
     if photos is not None and not photos.is_dir():
         raise ValueError(f"{photos} is not a folder. Give the folder of the photos.")
-    by_id = {} if photos is None else _by_id(photos, IMAGE_SUFFIXES)
+    by_id = {} if photos is None else files_by_id(photos, IMAGE_SUFFIXES)
     return _Source({name: paths[0] for name, paths in files.items()}, format, photos, like_evaluate, by_id)
-
-
-def _by_id(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
-    """The files of each ID, sorted."""
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and path.is_file():
-            files.setdefault(path.stem, []).append(path)
-    return files

@@ -23,7 +23,7 @@ from acr_reg.integrations.jobs.reading import Failure, reading
 from acr_reg.integrations.jobs.shares import Share
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 
-__all__ = ["Sample", "find_samples", "read_list", "resized", "score_cams", "score_labels"]
+__all__ = ["Sample", "find_samples", "read_list", "resized", "resized_labels", "score_cams", "score_labels"]
 
 Kind = Literal["cams", "labels"]
 LABEL_SUFFIXES = (".png", ".bmp", ".tif", ".tiff", ".jpg", ".jpeg")  # read_mask says why not JPEG
@@ -255,7 +255,7 @@ def _count_cams(metric: CamMeanIoU, sample: Sample, format: Format | None, resiz
 def _count_labels(metric: LabelMeanIoU, sample: Sample, resize: bool) -> None:
     labels, mask = read_mask(sample.prediction), read_mask(sample.mask)
     if resize and labels.shape != mask.shape:
-        labels = labels[np.ix_(*map(_nearest, labels.shape, mask.shape))]
+        labels = resized_labels(labels, mask.shape)
     _check_size(sample, labels.shape, mask.shape)
     try:
         metric.update(labels, mask)
@@ -290,6 +290,11 @@ def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArr
         return values
     height, width = size
     return np.asarray(Image.fromarray(values).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resized_labels(labels: npt.NDArray[np.integer], size: tuple[int, ...]) -> npt.NDArray[np.integer]:
+    """A label map (H, W) at another (H, W) size: the nearest pixels."""
+    return labels[np.ix_(*map(_nearest, labels.shape, size))]
 
 
 def _nearest(length: int, wanted: int) -> npt.NDArray[np.intp]:

@@ -12,12 +12,12 @@ from PIL import Image
 
 from acr_reg.errors import CommandError, some
 from acr_reg.integrations.formats import Format, load_cams
-from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES, files_by_id
 from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.jobs.progress import show_progress
-from acr_reg.integrations.scoring import LABEL_SUFFIXES, mask_file, resized
+from acr_reg.integrations.scoring import LABEL_SUFFIXES, mask_file, resized, resized_labels
 from acr_reg.metrics import CamMeanIoU
 from acr_reg.pictures.sheet import SheetImage
 
@@ -85,18 +85,14 @@ def holds_label_maps(folder: Path) -> bool:
 
 
 def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
-    """The file of each id, with one of the suffixes in capitals or not."""
+    """The file of each id."""
     _check_folder(option, folder)
-    files: dict[str, list[Path]] = {name: [] for name in ids}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and path.stem in files and path.is_file():
-            files[path.stem].append(path)
-    _check_complete(option, folder, [f"{name}{suffixes[0]}" for name in ids if not files[name]], len(ids))
-    for name, paths in files.items():
-        if len(paths) > 1:
-            raise CommandError(
-                f"{option} {folder} holds {some([path.name for path in paths])} for {name}. Leave one of them there."
-            )
+    files = files_by_id(folder, suffixes)
+    _check_complete(option, folder, [f"{name}{suffixes[0]}" for name in ids if name not in files], len(ids))
+    for name in ids:
+        if len(files[name]) > 1:
+            names = some([path.name for path in files[name]])
+            raise CommandError(f"{option} {folder} holds {names} for {name}. Leave one of them there.")
     return [files[name][0] for name in ids]
 
 
@@ -166,8 +162,7 @@ def _predicted(
     if files.labels is not None:
         labels = read_mask(files.labels)
         if _differs(labels.shape, size, files.labels, sized, drawing):
-            stored = Image.fromarray(labels.astype(np.int32))
-            labels = np.asarray(stored.resize((size[1], size[0]), Image.Resampling.NEAREST))
+            labels = resized_labels(labels, size)
         return {}, labels
     assert files.cams is not None
     maps = load_cams(files.cams, drawing.format)

@@ -21,7 +21,7 @@ from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats import FORMATS
 from acr_reg.integrations.formats.class_names import class_names
-from acr_reg.integrations.formats.masks import IGNORED
+from acr_reg.integrations.formats.files import IGNORED
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.formats.write import replacing
 from acr_reg.integrations.jobs.progress import show_progress

@@ -12,7 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from acr_reg.integrations.formats.masks import IGNORED, voc_palette
+from acr_reg.integrations.formats.files import IGNORED
+from acr_reg.integrations.formats.masks import voc_palette
+from acr_reg.integrations.formats.save import ROUNDING
 
 Ids = npt.NDArray[np.integer]
 Colour = tuple[int, int, int]
@@ -217,7 +219,7 @@ def _range_of(image: SheetImage, background: bool) -> tuple[float, float]:
     low, high = (float(function([function(each) for each in values])) for function in (np.min, np.max))
     if not np.isfinite([low, high]).all():
         raise ValueError(f"{image.name}: The maps have NaN or infinite values. Check how they are normalised.")
-    if background and not -1e-5 <= low <= high <= 1 + 1e-5:  # as rounding may leave [0, 1]
+    if background and not -ROUNDING <= low <= high <= 1 + ROUNDING:
         raise ValueError(f"{image.name}: The maps run from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
     return (0.0, 1.0) if background else (low, high)
 

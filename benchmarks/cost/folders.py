@@ -215,7 +215,7 @@ def show(results: Sequence[Result]) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cost folders", description="Time of jobs over a folder.")
     parser.add_argument("--rounds", type=int, default=Config.rounds)
-    args = parse(parser, "folders", no_child, arguments)
+    args = parse(parser, "folders", None, arguments)
     if args is None:
         return 0
     config = Config(rounds=args.rounds)
@@ -224,7 +224,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.write:
         merge(RESULTS / "folders.json", [asdict(r) for r in results], ("job", "variant"), config=asdict(config))
     return 0
-
-
-def no_child(payload: object) -> None:
-    """This benchmark starts no fresh process."""

@@ -42,10 +42,13 @@ def run_fresh(command: str, payload: Mapping[str, Any], give_back: bool = False)
 
 
 def parse(
-    parser: ArgumentParser, command: str, child: Callable[[Any], Any], arguments: Sequence[str] | None = None
+    parser: ArgumentParser, command: str, child: Callable[[Any], Any] | None, arguments: Sequence[str] | None = None
 ) -> Namespace | None:
-    """The options of a benchmark; None in a process of :func:`run_fresh`, once the answer of ``child`` is printed."""
+    """The options of a benchmark; None in a process of :func:`run_fresh`, once the answer of ``child`` is printed. A
+    benchmark without a ``child`` starts no such process."""
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.relative_to(ROOT)}/{command}.json")
+    if child is None:
+        return parser.parse_args(arguments)
     parser.add_argument("--child", help=SUPPRESS)
     args = parser.parse_args(arguments)
     if args.child is None:

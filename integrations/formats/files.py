@@ -17,12 +17,15 @@ A reader given a format that is not its own may score mIoU 0 without an error.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz", "puzzle"]
+IGNORED = 255  # the id of unknown pixels in masks and label maps, so that no class may have it
+
 FORMATS: tuple[Format, ...] = get_args(Format)
 Maps = dict[int, npt.NDArray[np.float32]]
 
@@ -55,6 +58,15 @@ def checked_maps(cams: Mapping[Any, Any]) -> Maps:
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The maps differ in size: {sizes}. Resize them all to the size of the image.")
     return maps
+
+
+def files_by_id(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[Path]]:
+    """The files of each ID, sorted: those with one of the suffixes, in capitals or not."""
+    files: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in suffixes and path.is_file():
+            files.setdefault(path.stem, []).append(path)
+    return files
 
 
 def kind_of(value: Any) -> str:

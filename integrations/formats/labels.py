@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from acr_reg.integrations.formats.files import checked_maps
+from acr_reg.integrations.formats.files import IGNORED, checked_maps
 from acr_reg.integrations.formats.save import ROUNDING, check_alphas
-
-IGNORED = 255  # so that no class may have this id
 
 
 def pseudo_labels(

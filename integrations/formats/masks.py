@@ -15,7 +15,6 @@ from PIL import Image, PngImagePlugin
 from acr_reg.integrations.formats.photos import bits_of_tiff, is_inverted_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
 
-IGNORED = 255
 _EXACT = ("PNG", "BMP", "DIB", "TIFF", "PPM")  # not GIF: those who write it number the palette anew
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
 _ONE_BAND = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L", "I;16N")
