@@ -94,20 +94,29 @@ def find_samples(
     suffixes = CAM_SUFFIXES if kind == "cams" else LABEL_SUFFIXES
     folders = {kind: Path(predictions), "masks": Path(masks)}
     for name, folder in folders.items():
-        if not folder.is_dir():
-            raise ValueError(f"{name} {folder} is not a folder. Give the folder of the files.")
+        check_folder(name, folder)
     samples = []
     for name, mask in entries:
         prediction = _first_of(folders[kind], name, suffixes) or folders[kind] / f"{name}{suffixes[0]}"
         samples.append(Sample(name, prediction, mask_file(folders["masks"], mask)))
     for name, paths in ((kind, [s.prediction for s in samples]), ("masks", [s.mask for s in samples])):
-        missing = [path.name for path in paths if not path.is_file()]
-        if missing:
-            raise ValueError(
-                f"{name} {folders[name]}: {len(missing)} of {len(samples)} files are missing: {some(missing)}. "
-                "Give the folder that holds these files, and the list they were made from."
-            )
+        check_complete(name, folders[name], [path.name for path in paths if not path.is_file()], len(samples))
     return samples
+
+
+def check_folder(name: str, folder: Path) -> None:
+    """Raises ValueError, which names the folder so, if there is none."""
+    if not folder.is_dir():
+        raise ValueError(f"{name} {folder} is not a folder. Give the folder of the files.")
+
+
+def check_complete(name: str, folder: Path, missing: Sequence[str], total: int) -> None:
+    """Raises ValueError if files of a list are missing in the folder."""
+    if missing:
+        raise ValueError(
+            f"{name} {folder}: {len(missing)} of {total} files are missing: {some(missing)}. "
+            "Give the folder that holds these files, and the list they were made from."
+        )
 
 
 def score_cams(

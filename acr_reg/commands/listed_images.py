@@ -17,7 +17,14 @@ from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.masks import read_mask
 from acr_reg.integrations.formats.photos import open_photo
 from acr_reg.integrations.jobs.progress import show_progress
-from acr_reg.integrations.scoring import LABEL_SUFFIXES, mask_file, resized, resized_labels
+from acr_reg.integrations.scoring import (
+    LABEL_SUFFIXES,
+    check_complete,
+    check_folder,
+    mask_file,
+    resized,
+    resized_labels,
+)
 from acr_reg.metrics import CamMeanIoU
 from acr_reg.pictures.sheet import SheetImage
 
@@ -54,7 +61,9 @@ class Drawing:
 def find_files(
     entries: Sequence[tuple[str, str]], photos: Path, cams: Path | None, labels: Path | None, masks: Path | None
 ) -> list[ListedImage]:
-    """The files of every entry (id, file name of the mask). Files that a folder lacks are reported together."""
+    """The files of every entry (id, file name of the mask). Files that a folder lacks are reported together.
+
+    Raises ValueError for them, in the words of the options."""
     check_kind(cams, labels)
     ids = [name for name, _ in entries]
     none = [None] * len(ids)
@@ -86,34 +95,21 @@ def holds_label_maps(folder: Path) -> bool:
 
 def _by_id(option: str, folder: Path, ids: Sequence[str], suffixes: tuple[str, ...]) -> list[Path]:
     """The file of each id."""
-    _check_folder(option, folder)
+    check_folder(option, folder)
     files = files_by_id(folder, suffixes)
-    _check_complete(option, folder, [f"{name}{suffixes[0]}" for name in ids if name not in files], len(ids))
+    check_complete(option, folder, [f"{name}{suffixes[0]}" for name in ids if name not in files], len(ids))
     for name in ids:
         if len(files[name]) > 1:
             names = some([path.name for path in files[name]])
-            raise CommandError(f"{option} {folder} holds {names} for {name}. Leave one of them there.")
+            raise ValueError(f"{option} {folder} holds {names} for {name}. Leave one of them there.")
     return [files[name][0] for name in ids]
 
 
 def _by_name(option: str, folder: Path, names: Sequence[str]) -> list[Path]:
-    _check_folder(option, folder)
+    check_folder(option, folder)
     files = [mask_file(folder, name) for name in names]
-    _check_complete(option, folder, [path.name for path in files if not path.is_file()], len(names))
+    check_complete(option, folder, [path.name for path in files if not path.is_file()], len(names))
     return files
-
-
-def _check_folder(option: str, folder: Path) -> None:
-    if not folder.is_dir():
-        raise CommandError(f"{option} {folder} is not a folder. Give the folder of the files.")
-
-
-def _check_complete(option: str, folder: Path, missing: Sequence[str], total: int) -> None:
-    if missing:
-        raise CommandError(
-            f"{option} {folder}: {len(missing)} of {total} files are missing: {some(missing)}. "
-            "Give the folder that holds these files, and the list they were made from."
-        )
 
 
 def best_threshold(images: Sequence[ListedImage], drawing: Drawing) -> tuple[float, float]:

@@ -140,7 +140,10 @@ def _run_sheet(args: argparse.Namespace) -> int:
     except ValueError as error:
         raise CommandError(f"--names {error}") from error
     count = len(entries) if args.all else min(args.first or FIRST, len(entries))
-    images = find_files(entries[:count], args.photos, args.cams, args.labels, args.masks)
+    try:
+        images = find_files(entries[:count], args.photos, args.cams, args.labels, args.masks)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     said = f"{count} images" if count == len(entries) else f"the first {count} of {len(entries)} images"
     notes = [f"{args.cams or args.labels}: {said} of {args.list}"]
     drawing, how = _drawing(args, images)
