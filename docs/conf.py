@@ -16,7 +16,7 @@ project = "acr_reg"
 author = "acr_reg contributors"
 release = version = acr_reg.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_heading_anchors = 3
 default_role = "py:obj"
 
@@ -35,9 +35,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"acr_reg\.(attention|alignment|capture|placement|views)\.\w+\.[A-Z]\w+.*"),
 ]
 
-html_theme = "alabaster"
-html_theme_options = {"page_width": "1200px", "fixed_sidebar": True}
-html_sidebars = {"**": ["about.html", "searchfield.html", "navigation.html"]}
+html_theme = "furo"
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 
 

@@ -21,7 +21,7 @@ from acr_reg.views.view import View, require_view
 
 # The paper's weight of 100 on a mean over 576 tokens is 100 / 576 of the distance per row.
 DEFAULT_WEIGHT = 0.17
-# The paper has no such term. A weight of 1, alone, cost gradient CAMs 0.1 of mIoU on dev photos (docs/study.md).
+# The paper has no such term. A weight of 1, alone, cost gradient CAMs 0.1 of mIoU on dev photos: docs/explanation.
 DEFAULT_CAM_WEIGHT = 0.1
 
 

@@ -15,7 +15,7 @@ COMMANDS = {
     "folders": "time of class maps and scores of a whole folder",
     "capture": "time that the capture adds to a forward pass",
     "gpu": "steps and class maps on CUDA",
-    "page": "put the results into README.md and docs/cost.md",
+    "page": "put the results into README.md and docs/explanation/cost.md",
 }
 
 

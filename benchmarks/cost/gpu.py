@@ -1,7 +1,7 @@
 """The cost cases on a CUDA device: time by CUDA events, memory by the allocator's peak. Not measured yet.
 
     python -m benchmarks.cost gpu            # ViT-S at 384 and 768 px, batch 1 and 4; class maps of 1, 2 and 5 classes
-    python -m benchmarks.cost gpu --write    # also benchmarks/cost/results/gpu.json and the table of docs/gpu_cost.md
+    python -m benchmarks.cost gpu --write    # also results/gpu.json and the table of docs/explanation/gpu_cost.md
 
 The steps and class maps are those of step.py and cam.py. A case that runs out of memory is reported as such.
 """
@@ -24,7 +24,7 @@ from benchmarks.cost.process import RESULTS
 from benchmarks.cost.variants import CAMS, STEPS, make_cam, make_step
 from benchmarks.marked_page import begin, fill
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "gpu_cost.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "gpu_cost.md"
 BEGIN = begin("cost gpu --write")
 
 
@@ -131,7 +131,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--sizes", nargs="+", type=int, default=Config.sizes)
     parser.add_argument("--batches", nargs="+", type=int, default=Config.batches)
     parser.add_argument(
-        "--write", action="store_true", help="write benchmarks/cost/results/gpu.json and docs/gpu_cost.md"
+        "--write", action="store_true", help="write benchmarks/cost/results/gpu.json and docs/explanation/gpu_cost.md"
     )
     args = parser.parse_args(arguments)
     config = Config(tuple(args.models), tuple(args.sizes), tuple(args.batches))

@@ -1,7 +1,7 @@
-"""The measured costs as Markdown: a short table for README.md, all cases for docs/cost.md.
+"""The measured costs as Markdown: a short table for README.md, all cases for docs/explanation/cost.md.
 
     python -m benchmarks.cost page            # prints both
-    python -m benchmarks.cost page --write    # puts them into README.md and docs/cost.md
+    python -m benchmarks.cost page --write    # puts them into README.md and docs/explanation/cost.md
 
 It reads the JSON files in benchmarks/cost/results/ and measures nothing.
 """
@@ -19,7 +19,7 @@ from benchmarks.marked_page import begin, fill
 HERE = Path(__file__).resolve().parent / "results"
 ROOT = HERE.parents[2]
 README = ROOT / "README.md"
-PAGE = ROOT / "docs" / "cost.md"
+PAGE = ROOT / "docs" / "explanation" / "cost.md"
 BEGIN = begin("cost page --write")
 ORDER = ("tiny", "small", "base")
 NAMES = {
@@ -173,7 +173,7 @@ def sections() -> dict[Path, str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cost page", description="The measured costs as Markdown.")
-    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/cost.md")
+    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/explanation/cost.md")
     args = parser.parse_args(arguments)
     for path, table in sections().items():
         print(table)

@@ -1,8 +1,8 @@
 """How memory and CPU time of a training step grow with the number of tokens, from 196 to 4096.
 
     python -m benchmarks.cost scaling            # ViT-Ti, one image; about 15 minutes
-    python -m benchmarks.cost scaling --write    # also benchmarks/cost/results/scaling.json and docs/cost.png
-    python -m benchmarks.cost scaling --plot     # docs/cost.png from the results in the JSON
+    python -m benchmarks.cost scaling --write    # also results/scaling.json and docs/explanation/cost.png
+    python -m benchmarks.cost scaling --plot     # docs/explanation/cost.png from the results in the JSON
 
 The steps of step.py run at several image sizes. The slope is that of the extra over the plain step on logarithmic axes:
 1 is linear in the number of tokens, 2 is quadratic.
@@ -26,7 +26,7 @@ from benchmarks.cost.process import RESULTS, merge
 from benchmarks.cost.variants import STEPS
 
 ROWS = RESULTS / "scaling.json"
-PLOT = Path(__file__).resolve().parents[2] / "docs" / "cost.png"
+PLOT = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "cost.png"
 
 
 @dataclass(frozen=True)

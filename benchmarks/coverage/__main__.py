@@ -2,7 +2,7 @@
 
     python -m benchmarks.coverage                      # the whole table, a few minutes on one core
     python -m benchmarks.coverage --only swin vit_     # rows whose name or library contains one of these
-    python -m benchmarks.coverage --write              # also docs/coverage.md and benchmarks/coverage/results.json
+    python -m benchmarks.coverage --write              # also docs/reference/coverage.md and results.json
 
 A row is green if every layer of token-to-token attention is captured, its map times V is the layer's own result, its
 rows sum to 1, the outputs do not change by a bit, gradients reach query and key, and a logit has a gradient for the
@@ -29,13 +29,13 @@ from benchmarks.coverage.page import document, summary
 from benchmarks.marked_page import write_page
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "coverage.md"
+PAGE = HERE.parents[1] / "docs" / "reference" / "coverage.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.coverage", description="Which models the capture serves.")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose library or name contains one of these")
-    write = "write docs/coverage.md and benchmarks/coverage/results.json"
+    write = "write docs/reference/coverage.md and benchmarks/coverage/results.json"
     parser.add_argument("--write", action="store_true", help=write)
     args = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""docs/coverage.md from the measured rows."""
+"""docs/reference/coverage.md from the measured rows."""
 
 from __future__ import annotations
 

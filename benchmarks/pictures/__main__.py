@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from benchmarks.commands import run_command
 
 COMMANDS = {
-    "attention": "draw the picture of docs/attention",
-    "sheet": "draw the contact sheets of docs/pictures",
-    "tutorial": "run docs/tutorial.md, draw its pictures and fill its table",
-    "views": "draw the pictures of docs/views.md",
+    "attention": "draw the picture of docs/guides/attention",
+    "sheet": "draw the contact sheets of docs/guides/pictures",
+    "tutorial": "run docs/start/tutorial.md, draw its pictures and fill its table",
+    "views": "draw the pictures of docs/guides/views.md",
 }
 
 

@@ -1,6 +1,6 @@
-"""The picture of docs/attention: what a pretrained ViT-S/14 attends to in a photograph and in its flip.
+"""The picture of docs/guides/attention: what a pretrained ViT-S/14 attends to in a photograph and in its flip.
 
-    python -m benchmarks.pictures attention --weights FILE    # writes docs/attention/astronaut.png; 10 seconds
+    python -m benchmarks.pictures attention --weights FILE    # writes docs/guides/attention/astronaut.png; 10 seconds
 
 The photograph comes with scikit-image. Without ``--weights`` timm downloads the weights of DINOv2.
 """
@@ -22,7 +22,7 @@ from acr_reg import HorizontalFlip
 from acr_reg.demo import pretrained
 from acr_reg.pictures.attention import show_attention
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "attention"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "attention"
 SIZE = 24 * pretrained.PATCH  # px, a square
 FACE = (6, 10)  # the patch on the nose, of 24 x 24
 
@@ -60,7 +60,9 @@ def write(folder: Path, model: nn.Module, dpi: int = 80) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.pictures attention", description="Draw docs/attention.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.pictures attention", description="Draw docs/guides/attention."
+    )
     parser.add_argument("--weights", type=Path, metavar="FILE", help=f"of timm's {pretrained.NAME} (default: download)")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for the picture (default: %(default)s)")
     options = parser.parse_args(arguments)

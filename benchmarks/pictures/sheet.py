@@ -1,6 +1,6 @@
-"""The pictures of docs/pictures: contact sheets of the demo's scenes, by the command ``python -m acr_reg show``.
+"""The pictures of docs/guides/pictures: contact sheets of the demo's scenes, by the command ``python -m acr_reg show``.
 
-    python -m benchmarks.pictures sheet    # writes docs/pictures/sheet.png and heat.png; two minutes
+    python -m benchmarks.pictures sheet    # writes docs/guides/pictures/sheet.png and heat.png; two minutes
 
 The scenes are composed from files that scikit-image and matplotlib ship. The class maps are those of the demo's small
 vision transformer, trained for a short while on image labels alone, without ACR.
@@ -25,7 +25,7 @@ from acr_reg.demo.scene_task import QUICK, SceneSettings, SceneTask
 from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.formats.masks import save_mask
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "pictures"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "pictures"
 SHOWN = 8  # scenes
 SETTINGS = SceneSettings(pretrain_steps=300, train_scenes=8000)  # less than the demo's: these pictures prove nothing
 COMMAND = [
@@ -88,7 +88,9 @@ def _inside(folder: Path) -> Iterator[None]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.pictures sheet", description="Draw docs/pictures/*.png.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.pictures sheet", description="Draw docs/guides/pictures/*.png."
+    )
     parser.add_argument("--quick", action="store_true", help="train for a few steps: the maps mean nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for the pictures (default: %(default)s)")
     options = parser.parse_args(arguments)

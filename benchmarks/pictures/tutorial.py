@@ -1,6 +1,6 @@
-"""The pictures and numbers of docs/tutorial.md: its blocks, run with the longer setting that its comment names.
+"""The pictures and numbers of docs/start/tutorial.md: its blocks, run with the longer setting that its comment names.
 
-    python -m benchmarks.pictures tutorial    # writes docs/tutorial/ and the table; about eight minutes on one core
+    python -m benchmarks.pictures tutorial    # docs/start/tutorial/ and the table; about eight minutes on one core
 
 The pictures show the first scenes of the test split, and the patch that the first scene's pictogram covers most.
 """
@@ -30,7 +30,7 @@ from acr_reg.demo import scenes
 from acr_reg.demo.record import write_json
 from benchmarks import marked_page
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "tutorial.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "start" / "tutorial.md"
 FOLDER = PAGE.parent / "tutorial"
 SETTING = re.compile(r"^(PRETRAIN, .*) = ([\d, ]+)  # the pictures: ([\d, ]+)$", re.MULTILINE)
 BEGIN = marked_page.begin("pictures tutorial")
@@ -190,7 +190,9 @@ def write(folder: Path, short: bool) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.pictures tutorial", description="Run docs/tutorial.md.")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.pictures tutorial", description="Run docs/start/tutorial.md."
+    )
     parser.add_argument("--short", action="store_true", help="keep the page's own setting, whose figures mean nothing")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="for pictures and numbers (default: %(default)s)")
     options = parser.parse_args(arguments)

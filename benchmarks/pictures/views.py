@@ -1,6 +1,6 @@
-"""The pictures of docs/views.md: what each kind of view does to an image, a class map and a row of attention.
+"""The pictures of docs/guides/views.md: what each kind of view does to an image, a class map and a row of attention.
 
-    python -m benchmarks.pictures views    # writes docs/views/*.png and docs/views/views.json; 15 seconds
+    python -m benchmarks.pictures views    # writes docs/guides/views/*.png and docs/guides/views/views.json; 15 seconds
 
 It needs no download and no weights: the photographs come with scikit-image, and the network has no parameters; its
 tokens attend to patches of their own colour and texture. The library treats it like any model (capture_attention, the
@@ -40,7 +40,7 @@ from acr_reg import (
 from acr_reg.demo.record import write_json
 from benchmarks.pictures.panels import CAM, ROW, Box, Colour, Panel, box_around, draw, over_tokens
 
-FOLDER = Path(__file__).resolve().parents[2] / "docs" / "views"
+FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "views"
 SIZE = (320, 480)
 PATCH = 16
 STEM = 32  # px, the stride of the overlapping stem
@@ -319,7 +319,7 @@ def write(folder: Path, kinds: list[str], dpi: int = 100) -> dict[str, dict[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m benchmarks.pictures views", description="Draw docs/views/*.png.")
+    parser = argparse.ArgumentParser("python -m benchmarks.pictures views", description="Draw docs/guides/views/*.png.")
     known = f"{', '.join(KINDS)} (default: all, and views.json)"
     parser.add_argument("kinds", nargs="*", choices=[[], *KINDS], metavar="KIND", help=known)
     kinds = parser.parse_args(arguments).kinds

@@ -3,8 +3,8 @@
     python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --dry-run
     python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --write
 
-See docs/recipe_mctformer_plus.md. The host's checkout stays as it is; the lines that acr_reg/integrations/mctformer.py
-lists are added to copies of it. Finished stages are not run again. ``--out`` holds one set of settings.
+See docs/hosts/recipe_mctformer_plus.md. The host's checkout stays as it is; the lines that
+acr_reg/integrations/mctformer.py lists are added to copies of it. Finished stages are not run again. ``--out`` holds one set of settings.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def check_data(place: Place, settings: Settings) -> dict[str, list[str]]:
         if missing:
             raise RecipeError(
                 f"{place.voc / folder} has {len(ids) - len(missing)} of the {len(ids)} files in the host's lists; "
-                f"{some(missing)} are missing. docs/recipe_mctformer_plus.md says how to get the data."
+                f"{some(missing)} are missing. docs/hosts/recipe_mctformer_plus.md says how to get the data."
             )
     return listed
 
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
     add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="(default: 0 1 2)")
     add("--arms", nargs="+", choices=ARMS, default=ARMS, help="(default: both)")
     add("--dry-run", action="store_true", help="check and copy everything and print the commands, but run none")
-    add("--write", action="store_true", help="fill the table of docs/recipe_mctformer_plus.md")
+    add("--write", action="store_true", help="fill the table of docs/hosts/recipe_mctformer_plus.md")
     args = parser.parse_args(arguments)
     settings = settings or Settings()
     place = Place(args.voc.resolve(), args.mctformer.resolve(), args.out.resolve(), args.masks)

@@ -19,10 +19,10 @@ from benchmarks.marked_page import begin, fill
 
 STAGES = ("train", "cams", "evaluate")  # the host's commands of a run, in order
 SCHEMA = "acr_reg/recipe_voc/1"
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipe_mctformer_plus.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "hosts" / "recipe_mctformer_plus.md"
 BEGIN = begin("recipe --write")
 
-# key -> type, in results.json and in each of its runs; docs/recipe_mctformer_plus.md explains them
+# key -> type, in results.json and in each of its runs; docs/hosts/recipe_mctformer_plus.md explains them
 FIELDS: dict[str, Any] = {
     "schema": str,
     "host": str,

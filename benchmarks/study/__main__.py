@@ -7,10 +7,10 @@ python -m benchmarks.study run --set msrc --plan dev          # continues after 
 python -m benchmarks.study freeze --set msrc                  # after dev; commit benchmarks/study/results/frozen.json
 python -m benchmarks.study run --set msrc --plan primary      # scores test.txt, once
                                                               # then both with --plan main: the other conditions
-python -m benchmarks.study pictures --set msrc                # docs/study/*.png, of dev photos
+python -m benchmarks.study pictures --set msrc                # docs/explanation/study/*.png, of dev photos
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
 python -m benchmarks.study scenes acr_demo/demo.json
-python -m benchmarks.study report                             # docs/study.md, tables in README.md and docs/weights.md
+python -m benchmarks.study report                             # the study's pages and tables
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from benchmarks.study.store import BASELINES, FROZEN, all_cells, claimed, frozen
 from benchmarks.study.views import VIEWS
 
 HERE = Path(__file__).resolve().parent
-PAGE = HERE.parents[1] / "docs" / "study.md"
+PAGE = HERE.parents[1] / "docs" / "explanation" / "study.md"
 WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
 
 
@@ -134,7 +134,9 @@ def parser() -> argparse.ArgumentParser:
     )
     freeze.set_defaults(command=run_freeze)
 
-    pictures = commands.add_parser("pictures", parents=[shared], help="draw docs/study/*.png, of dev photos")
+    pictures = commands.add_parser(
+        "pictures", parents=[shared], help="draw docs/explanation/study/*.png, of dev photos"
+    )
     pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
     pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
     pictures.set_defaults(command=run_pictures)
@@ -144,7 +146,9 @@ def parser() -> argparse.ArgumentParser:
     scenes.set_defaults(command=run_scenes)
 
     tables = commands.add_parser(
-        "report", parents=[shared], help="write docs/study.md and the tables in README.md and docs/weights.md"
+        "report",
+        parents=[shared],
+        help="write docs/explanation/study.md and the tables in README.md and docs/guides/weights.md",
     )
     tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
     tables.set_defaults(command=run_report)

@@ -1,4 +1,4 @@
-"""benchmarks/pictures/attention.py makes the committed picture of docs/attention, but for the weights."""
+"""benchmarks/pictures/attention.py makes the committed picture of docs/guides/attention, but for the weights."""
 
 from __future__ import annotations
 

@@ -309,7 +309,7 @@ def test_table_of_the_page_is_filled(tmp_path):
 
 
 def test_the_page_says_that_nothing_is_measured():
-    page = (ROOT / "docs" / "recipe_mctformer_plus.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "hosts" / "recipe_mctformer_plus.md").read_text(encoding="utf-8")
     assert filled(page, BEGIN, "Unmeasured.\n\n" + table({"runs": [], "summary": {}})) == page
 
 

@@ -1,4 +1,4 @@
-"""The measurement of stems that docs/views.md quotes: on SegFormer's own stem, and the figures that were written."""
+"""The measurement of stems that docs/guides/views.md quotes: SegFormer's own stem, and the figures that were written."""
 
 import json
 
@@ -39,7 +39,7 @@ def test_the_loss_of_a_flipped_pair_falls(measured):
 
 def test_the_page_quotes_what_was_written():
     written = json.loads((ROOT / "benchmarks/coverage/stem_offsets.json").read_text(encoding="utf-8"))
-    page = (ROOT / "docs/views.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs/guides/views.md").read_text(encoding="utf-8")
     rows = [r for r in written["results"] if r["model"] == "SegFormer"]
     assert [(r["query"][0], r["query"][1], r["key"][1]) for r in rows] == MIT
     for r in rows:

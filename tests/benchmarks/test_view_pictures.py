@@ -1,4 +1,4 @@
-"""benchmarks/pictures/views.py makes every picture of docs/views.md, and each shows what alignment does."""
+"""benchmarks/pictures/views.py makes every picture of docs/guides/views.md, and each shows what alignment does."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_the_aligned_row_is_drawn_as_the_images_own(kind: str) -> None:
 
 
 def test_the_page_shows_every_picture_and_no_other() -> None:
-    page = (ROOT / "docs" / "views.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "views.md").read_text(encoding="utf-8")
     shown = re.findall(r"!\[[^\]]+\]\(views/(\w+)\.png\)", page)
     assert sorted(shown) == sorted(KINDS)
     assert {path.stem for path in FOLDER.glob("*.png")} == set(KINDS)
@@ -74,7 +74,7 @@ def test_the_page_shows_every_picture_and_no_other() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_page_quotes_the_numbers(kind: str) -> None:
     """The caption below a picture ends with the affinity term before and after."""
-    page = (ROOT / "docs" / "views.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "guides" / "views.md").read_text(encoding="utf-8")
     caption = page.split(f"(views/{kind}.png)")[1].split("\n\n")[1]
     quoted = [float(number) for number in re.findall(r"\((\d\.\d\d)[^();]*[;,] (\d(?:\.\d\d)?)", caption)[-1]]
     committed = json.loads((FOLDER / "views.json").read_text(encoding="utf-8"))[kind]

@@ -20,21 +20,23 @@ from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quot
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
-TUTORIAL = (DOCS / "tutorial.md").read_text(encoding="utf-8")
-NUMBERS = DOCS / "tutorial" / "tutorial.json"
+TUTORIAL = (DOCS / "start" / "tutorial.md").read_text(encoding="utf-8")
+NUMBERS = DOCS / "start" / "tutorial" / "tutorial.json"
 
 
 def test_the_reference_lists_every_public_name_once() -> None:
-    listed = re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", (DOCS / "api.rst").read_text(), re.M)
+    listed = re.findall(
+        r"^\.\. auto(?:class|function|exception):: (\w+)$", (DOCS / "reference" / "api.rst").read_text(), re.M
+    )
     assert sorted(listed) == sorted(acr_reg.__all__)
 
 
 def test_the_reference_lists_modules_that_exist() -> None:
-    for module in re.findall(r"^\.\. automodule:: ([\w.]+)$", (DOCS / "api.rst").read_text(), re.M):
+    for module in re.findall(r"^\.\. automodule:: ([\w.]+)$", (DOCS / "reference" / "api.rst").read_text(), re.M):
         importlib.import_module(module)
 
 
-SECTIONS = re.split(r"^### ", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), flags=re.M)[1:]
+SECTIONS = re.split(r"^### ", (DOCS / "reference" / "messages.md").read_text(encoding="utf-8"), flags=re.M)[1:]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
@@ -64,7 +66,7 @@ def test_the_tutorial_quotes_its_numbers_or_says_that_there_are_none() -> None:
 
 def test_the_tutorial_shows_every_picture_and_no_other() -> None:
     shown = re.findall(r"!\[[^\]]+\]\(tutorial/(\w+\.png)\)", TUTORIAL)
-    pictures = sorted((DOCS / "tutorial").glob("*.png"))
+    pictures = sorted((DOCS / "start" / "tutorial").glob("*.png"))
     assert sorted(shown) == [path.name for path in pictures]
     for path in pictures:
         assert path.stat().st_size < 250_000
@@ -84,7 +86,7 @@ def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
 COMMAND = re.compile(r"^ *(?:torchrun .*-m acr_reg|python -m acr_reg) +([a-z]+) (.*)$", re.M)
 COMMANDS_SHOWN = [
     pytest.param(command, options, id=f"{path.name}: {command} {options[:40]}")
-    for path in (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+    for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
     for command, options in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
 ]
 

@@ -1,4 +1,4 @@
-"""docs/many_images.md: its script and its commands run, in one process, in several, and as a SLURM array."""
+"""docs/guides/many_images.md: its script and its commands run, in one process, in several, and as a SLURM array."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from acr_reg.integrations.formats.masks import save_mask
 from tests.project.test_snippets import blocks_of
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "many_images.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "guides" / "many_images.md").read_text(encoding="utf-8")
 SHELL = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NAMES = [f"2007_{number:06}" for number in range(7)]

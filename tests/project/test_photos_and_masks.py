@@ -1,4 +1,4 @@
-"""docs/photos_and_masks.md: each row of its tables is tried on a file of that kind."""
+"""docs/reference/photos_and_masks.md: each row of its tables is tried on a file of that kind."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.support.image_files import GREY as GREY_PNG
 from tests.support.image_files import write_png
 from tests.support.paths import ROOT
 
-PAGE = (ROOT / "docs" / "photos_and_masks.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "reference" / "photos_and_masks.md").read_text(encoding="utf-8")
 RAMP = np.linspace(0, 1, 12).reshape(3, 4)
 GREY = np.rint(RAMP * 255).astype(np.uint8)
 IDS = np.array([[0, 1, 2], [1, 0, 1]], np.uint8)

@@ -1,4 +1,4 @@
-"""The study's tables in README.md and docs/weights.md, which stand between markers."""
+"""The study's tables in README.md and docs/guides/weights.md, which stand between markers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from benchmarks.study.settings import CAM_WEIGHTS, REFERENCE, SETS, Setting
 from benchmarks.study.store import frozen_setting
 
 ROOT = Path(__file__).resolve().parents[3]
-README, WEIGHTS = ROOT / "README.md", ROOT / "docs" / "weights.md"
+README, WEIGHTS = ROOT / "README.md", ROOT / "docs" / "guides" / "weights.md"
 
 ROW_WEIGHT, CAM_WEIGHT = 0.17, 0.1  # the defaults of AllPairsConsistencyLoss
 BASELINES = {  # photos -> the row's label, the beginnings of the names of the baselines in it

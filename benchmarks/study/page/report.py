@@ -1,4 +1,4 @@
-"""docs/study.md from the JSON of the finished cells. The page names the cells that are missing."""
+"""docs/explanation/study.md from the JSON of the finished cells. The page names the cells that are missing."""
 
 from __future__ import annotations
 
