@@ -1,4 +1,4 @@
-"""The measurement of stems that docs/guides/views.md quotes: SegFormer's own stem, and the figures that were written."""
+"""The measurement of stems that docs/guides/views.md quotes: SegFormer's own stem, and the figures written."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The page of the study, its tables in README.md and docs/guides/weights.md: each seed, its origin, what is missing."""
+"""The page of the study and its tables in README.md and guides/weights.md: each seed, its origin, what is missing."""
 
 from __future__ import annotations
 
