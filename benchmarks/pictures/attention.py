@@ -1,6 +1,6 @@
-"""The picture of docs/guides/attention: what a pretrained ViT-S/14 attends to in a photograph and in its flip.
+"""The pictures of docs/guides/attention: what a pretrained ViT-S/14 attends to in a photograph and in its flip.
 
-    python -m benchmarks.pictures attention --weights FILE    # writes docs/guides/attention/astronaut.png; 10 seconds
+    python -m benchmarks.pictures attention --weights FILE    # writes docs/guides/attention/*.png; 10 seconds
 
 The photograph comes with scikit-image. Without ``--weights`` timm downloads the weights of DINOv2.
 """
@@ -25,6 +25,7 @@ from acr_reg.pictures.attention import show_attention
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "attention"
 SIZE = 24 * pretrained.PATCH  # px, a square
 FACE = (6, 10)  # the patch on the nose, of 24 x 24
+LAST_ROW = 3.1  # inches: the panels of one patch at the bottom of the picture, which README shows alone
 
 
 def photograph() -> Tensor:
@@ -45,7 +46,7 @@ def build(weights: Path | None) -> nn.Module:
 
 
 def write(folder: Path, model: nn.Module, dpi: int = 80) -> Path:
-    """Write the picture of a model for images of SIZE x SIZE pixels."""
+    """Write astronaut.png, of a model for images of SIZE x SIZE pixels, and its last row as consistency.png."""
     photo = photograph()
     mean, std = (torch.tensor(each)[:, None, None] for each in (pretrained.MEAN, pretrained.STD))
     figure = show_attention(model, ((photo - mean) / std)[None], photo, HorizontalFlip(), patch=FACE)
@@ -56,6 +57,7 @@ def write(folder: Path, model: nn.Module, dpi: int = 80) -> Path:
     # Half the bytes. Without k-means the few purple pixels would turn red.
     few = Image.open(drawn).convert("RGB").quantize(256, kmeans=2, dither=Image.Dither.NONE)
     few.save(path, optimize=True)
+    few.crop((0, few.height - int(LAST_ROW * dpi), *few.size)).save(folder / "consistency.png", optimize=True)
     return path
 
 

@@ -29,6 +29,12 @@ def test_the_picture_shows_what_the_committed_one_shows(tmp_path: Path) -> None:
     assert (FOLDER / "astronaut.png").stat().st_size < 300_000
 
 
+def test_the_picture_of_the_readme_is_the_last_row() -> None:
+    whole, row = (Image.open(FOLDER / name).convert("RGB") for name in ("astronaut.png", "consistency.png"))
+    assert row.width == whole.width
+    assert row.tobytes() == whole.crop((0, whole.height - row.height, *whole.size)).tobytes()
+
+
 def test_the_photograph_fits_the_patches() -> None:
     photo = photograph()
     assert photo.shape == (3, SIZE, SIZE)
