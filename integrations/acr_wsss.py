@@ -38,6 +38,9 @@ The lines to add stand before the given line of the host's file at that commit, 
 the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
 
     OpenNLPLab/ACR_WSSS at 530a59d
+        title: ACR_WSSS
+        regularises: as its own loop: the class token's row and the affinity in all blocks
+        views: multiples of 16
         train_acr.py, before line 2:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import acr_wsss

@@ -35,6 +35,9 @@ it, and ``torch.distributed.launch`` passes ``--local-rank``, with a dash. pyden
 training.
 
     rulixiang/afa at adcfa29
+        title: AFA
+        regularises: the affinity on reduced keys, the classifier's map, both without padding
+        views: multiples of 32
         scripts/dist_train_voc.py, before line 8:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import afa

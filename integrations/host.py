@@ -209,7 +209,7 @@ def part(network: nn.Module, name: str, family: str) -> nn.Module:
     found = dict(network.named_modules()).get(name)
     if found is None:
         raise ValueError(
-            f"{type(network).__name__} has no {name!r}, unlike the {family} family. Use the host file for it (README), "
-            "or capture_attention."
+            f"{type(network).__name__} has no {name!r}, unlike the {family} family. Use the host file for it "
+            "(docs/hosts), or capture_attention."
         )
     return found

@@ -49,6 +49,9 @@ and Pillow has dropped a name. With them, each ``main.py`` (WeakTr's with mlflow
 their model and load a file shaped like the weights. ``acr_reg.integrations.added_lines`` puts the lines into a copy.
 
     xulianuwa/MCTformer at 0acc27a (MCTformer+)
+        title: MCTformer+
+        regularises: the class tokens' rows, the affinity, the head's map
+        views: the size it trains at
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -72,6 +75,9 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             PIL.Image.CUBIC = PIL.Image.BICUBIC
 
     xulianuwa/MCTformer at 9606597 (MCTformer V1 and V2)
+        title: MCTformer
+        regularises: the class tokens' rows, the affinity, the head's map (V1: the class tokens' map)
+        views: multiples of 16
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -95,6 +101,9 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             PIL.Image.CUBIC = PIL.Image.BICUBIC
 
     hustvl/WeakTr at 3457ad3
+        title: WeakTr
+        regularises: the class tokens' rows, the affinity, the head's map
+        views: multiples of 16
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -118,6 +127,9 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             PIL.Image.CUBIC = PIL.Image.BICUBIC
 
     yoon307/CTI at 1c6fdb4
+        title: CTI
+        regularises: the class tokens' rows, the affinity, the head's map, of ``img``
+        views: the size it trains at
         models/model_CTI.py, before line 44:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer as with_acr
@@ -197,7 +209,7 @@ def _num_classes(network: nn.Module) -> int:
     if not hasattr(network, "num_classes_with_fg") and (classes == 0 or tokens != classes):
         raise ValueError(
             f"{type(network).__name__} has {tokens} class tokens for {classes} classes, unlike the MCTformer family. "
-            "Use the host file for it (README), or capture_attention."
+            "Use the host file for it (docs/hosts), or capture_attention."
         )
     return classes
 

@@ -44,6 +44,9 @@ and DuPL with ``--backbone vit_base_patch16_224``; DeiT-B loads without timm). `
 optimizer ``CosWarmupAdamW`` uses it, which is not the default.
 
     rulixiang/ToCo at e13514d
+        title: ToCo
+        regularises: the class token's row, the affinity, the classifier's map, in the pass on the images
+        views: multiples of 16
         scripts/dist_train_voc_seg_neg.py, before line 10:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -68,6 +71,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             model.pretrained_cfg = model.default_cfg
 
     Wu0409/DuPL at b21990f (both branches; run 1, late in training, is that on the images alone)
+        title: DuPL
+        regularises: as ToCo, in both branches
+        views: multiples of 16
         train_final_voc.py, before line 14:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -90,6 +96,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             model.pretrained_cfg = model.default_cfg
 
     zwyang6/SeCo at 202357f
+        title: SeCo
+        regularises: as ToCo, in the trained encoder
+        views: multiples of 16
         scripts/train_voc.py, before line 8:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -112,6 +121,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             cls_score = np.float64(cls_score)
 
     zwyang6/MoRe at d733d34
+        title: MoRe
+        regularises: the rows of 20 class tokens, the affinity, the classifier's map
+        views: multiples of 16
         scripts/train_voc.py, before line 8:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -134,6 +146,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             cls_score = np.float64(cls_score)
 
     fwu11/MCC at 0731ecc
+        title: MCC
+        regularises: as ToCo
+        views: multiples of 16
         scripts/dist_train_voc_seg_neg.py, before line 14:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -157,6 +172,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             model.pretrained_cfg = model.default_cfg
 
     ZaiyiHu/CTFA at ff0bb03
+        title: CTFA
+        regularises: as ToCo
+        views: multiples of 16
         scripts/dist_train_potsdam_seg_neg_fp.py, before line 21:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -180,6 +198,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             model.pretrained_cfg = model.default_cfg
 
     youshyee/CoSA at 01d3467 (with --decoder LargeFOV, the default; its assignment network is not captured)
+        title: CoSA
+        regularises: as ToCo, in the trained network's pass on the strongly augmented images
+        views: multiples of 16
         main.py, before line 13:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco

@@ -33,6 +33,9 @@ The lines to add stand before the given line of the host's file at that commit, 
 itself needs the line "on today's torch and timm": Pillow has dropped a name.
 
     liruiwen/TransCAM at 4ffe693
+        title: TransCAM
+        regularises: the class token's row, the affinity, the convolutional head's map
+        views: squares, multiples of 16
         train_TransCAM.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import transcam

@@ -31,6 +31,9 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
 ``torch.distributed.launch`` passes ``--local-rank``.
 
     zbf1991/WeCLIP at 0f47db4 (WeCLIP)
+        title: WeCLIP
+        regularises: the decoder's affinity and class probabilities, without padding
+        views: multiples of 16
         WeCLIP/scripts/dist_clip_voc.py, before line 17:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip
@@ -46,6 +49,9 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
             del first, second, maps
 
     zbf1991/WeCLIP at 0f47db4 (WeCLIP+)
+        title: WeCLIP+
+        regularises: the decoder's affinity on CLIP's and on DINO's features, class probabilities
+        views: multiples of 16
         WeCLIP+/scripts/dist_clip_voc.py, before line 16:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip
@@ -73,6 +79,9 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
             # numpy.lib.utils is gone, and its deprecate was not used
 
     zwyang6/ExCEL at 2cd7f51
+        title: ExCEL
+        regularises: the decoder's affinity and class probabilities, without padding
+        views: squares, multiples of 16
         scripts/train_voc.py, before line 12:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip

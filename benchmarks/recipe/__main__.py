@@ -4,8 +4,8 @@
     python -m benchmarks.recipe --voc VOCdevkit/VOC2012 --mctformer MCTformer --out runs/voc --write
 
 See docs/hosts/recipe_mctformer_plus.md. The host's checkout stays as it is; the lines that
-acr_reg/integrations/mctformer.py lists are added to copies of it. Finished stages are not run again. ``--out`` holds one
-set of settings.
+acr_reg/integrations/mctformer.py lists are added to copies of it. Finished stages are not run again. ``--out`` holds
+one set of settings.
 """
 
 from __future__ import annotations

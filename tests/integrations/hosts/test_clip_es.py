@@ -9,6 +9,11 @@ blocks.
 Run on 2026-11-29 with torch 2.14.1 on a CPU, random weights, a CLIP of 12 blocks of 64 channels, images of 64 x 96,
 with the host's ``encode_image``, ``forward_last_layer`` and ``GradCAM``. Stubbed: OpenCV, lxml, ttach and
 pkg_resources, which these parts do not call.
+
+    linyq2117/CLIP-ES at 3893f81
+        title: CLIP-ES
+        regularises: nothing, because it trains nothing; class maps of its CLIP are made
+        views: none
 """
 
 import sys

@@ -142,8 +142,8 @@ class PlainViT(Small):
 @pytest.mark.parametrize(
     ("model", "facts"),
     [
-        (nn.Sequential(nn.Linear(2, 2)), "^Sequential .*'blocks'.*MCTformer.*README"),
-        (PlainViT(), "^PlainViT .*1 class tokens for 1000 classes.*MCTformer.*README"),
+        (nn.Sequential(nn.Linear(2, 2)), "^Sequential .*'blocks'.*MCTformer.*docs/hosts"),
+        (PlainViT(), "^PlainViT .*1 class tokens for 1000 classes.*MCTformer.*docs/hosts"),
     ],
 )
 def test_other_families_are_refused(model, facts):

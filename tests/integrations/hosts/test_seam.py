@@ -12,6 +12,9 @@ checkpoint, TensorBoard, the pictures of the first step (OpenCV, pydensecrf), sa
 today's torch; reading photos does (``PIL.Image.CUBIC`` is gone). At 80 px the first step's term is 9 % larger.
 
     YudeWang/SEAM at 3212261
+        title: SEAM
+        regularises: its own equivariance term, by ``cam_consistency``
+        views: scales
         train_SEAM.py, before line 14:
             from acr_reg import Scale
             from acr_reg.losses.functional import cam_consistency

@@ -9,6 +9,9 @@ of ``train_one_epoch``. Stubbed: the loader, the TensorBoard writer, OpenCV, the
 was not run: at be5bdfa its training script is no Python (line 80).
 
     vasgaowei/TS-CAM at 25aece4
+        title: TS-CAM
+        regularises: the class token's row, the affinity, the head's map
+        views: squares of the size it trains at
         tools_cam/train_cam.py, before line 19:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, capture_attention
             from acr_reg.integrations.host import FeatureRecorder, HostCapture, unwrap

@@ -1,0 +1,1 @@
+"""The pages of docs/hosts, from the docstrings that hold the lines to add."""
