@@ -16,15 +16,9 @@ from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, capture_attention
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
-    for name, default in {
-        "epochs": 2,
-        "images": 32,
-        "size": 64,
-        "batch": 4,
-        "accumulate": 2,
-        "folder": "acr_run",
-    }.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name, default in {"epochs": 2, "images": 32, "size": 64, "batch": 4, "accumulate": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", default="acr_run")
     parser.add_argument("--precision", choices=["no", "bf16", "fp16"], default="no")
     args = parser.parse_args(argv)
     torch.manual_seed(0)

@@ -44,15 +44,9 @@ class ConsistentViT(pl.LightningModule):
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
-    for name, default in {
-        "steps": 8,
-        "images": 32,
-        "size": 64,
-        "batch": 4,
-        "accumulate": 1,
-        "folder": "acr_run",
-    }.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name, default in {"steps": 8, "images": 32, "size": 64, "batch": 4, "accumulate": 1}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", default="acr_run")
     args = parser.parse_args(argv)
     pl.seed_everything(0, verbose=False)
     module = ConsistentViT(args.size)

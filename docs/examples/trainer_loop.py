@@ -30,15 +30,9 @@ class ConsistentTrainer(Trainer):
 
 def main(argv=None):
     parser = argparse.ArgumentParser()
-    for name, default in {
-        "steps": 8,
-        "images": 32,
-        "size": 64,
-        "batch": 4,
-        "accumulate": 2,
-        "folder": "acr_run",
-    }.items():
-        parser.add_argument(f"--{name}", type=type(default), default=default)
+    for name, default in {"steps": 8, "images": 32, "size": 64, "batch": 4, "accumulate": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--folder", default="acr_run")
     args = parser.parse_args(argv)
     set_seed(0)
     # Your model, such as ViTForImageClassification.from_pretrained(...), and your data set of images and labels:
