@@ -148,7 +148,7 @@ def test_lightning_and_the_trainer_log_the_terms_beside_a_validation(tmp_path: P
 
 def test_two_processes_of_the_plain_loop_have_one_history(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(EXAMPLES / "plain_loop.py"), *"--images 8 --size 32 --batch 2 --epochs 1".split()]
+    script = [str(EXAMPLES / "plain_loop.py"), "--images", "8", "--size", "32", "--batch", "2", "--epochs", "1"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, *script, "--folder", str(tmp_path / "run")], capture_output=True, text=True, env=environment
