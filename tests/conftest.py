@@ -9,7 +9,10 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-EXTRAS = ("PIL", "matplotlib", "rich", "scipy", "skimage", "sklearn", "timm", "torchvision", "transformers")
+EXTRAS = (
+    *("PIL", "matplotlib", "rich", "scipy", "skimage", "sklearn", "timm", "torchvision", "transformers"),
+    *("accelerate", "pytorch_lightning", "tensorboard"),
+)
 # Parts of the package that may import extras themselves.
 NEED_EXTRAS = re.compile(r"acr_reg\.(?:pictures|demo|commands|__main__|integrations\.(?:cam_folder|scoring))\b")
 IMPORT = re.compile(r"^(?:from ([\w.]+) import ([\w, ]+|\()|import ([\w.]+))", re.MULTILINE)
