@@ -187,14 +187,16 @@ def _weights(results: Path, found: Sequence[Group]) -> str:
         leader = frozen_setting(results, photos, REFERENCE)
         reference = None if leader is None else dev.get(leader)
         header += [f"{about.title}: mAP", "raw CAM mIoU", "seeds"]
-        columns.append([_changes(reference, dev, weight) for weight in WEIGHTS])
-    return table(header, [[f"{w:g}", *sum(of_sets, [])] for w, *of_sets in zip(WEIGHTS, *columns, strict=True)])
+        columns.append({weight: _changes(reference, dev, weight) for weight in WEIGHTS})
+    rows = [[f"{weight:g}", *(cell for column in columns for cell in column[weight])] for weight in WEIGHTS]
+    run = [row for row in rows if any(cell != NOT_RUN for cell in row[1::3])]
+    return table(header, run) if run else NOT_RUN
 
 
 def _changes(reference: Group | None, dev: dict[Setting, Group], weight: float) -> list[str]:
     group = None if reference is None else dev.get(reference.setting.with_condition("both", weight))
     if reference is None or group is None:
-        return [NOT_RUN, NOT_RUN, ""]
+        return [NOT_RUN, NOT_RUN, "0"]
     found = [paired_mean(reference, group, figure) for figure in (mean_ap_of, raw_of)]
     shown = [NOT_RUN if each is None else signed_spread(each) for each in found]
     return [*shown, "" if found[1] is None else str(found[1][2])]

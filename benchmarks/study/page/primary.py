@@ -86,7 +86,8 @@ class Contrast:
 
     def verdict(self) -> str:
         """The figures and the verdict, in sentences that can be checked against the rows."""
-        means = [moments([raw_of(group.records[seed]) for seed in self.seeds])[0] for group in (self.first, self.second)]
+        pair = (self.first, self.second)
+        means = [moments([raw_of(group.records[seed]) for seed in self.seeds])[0] for group in pair]
         mean, deviation, seeds = found = moments([each.value for each in self.raw])
         above = sum(each.value > 0 for each in self.raw)
         clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
@@ -146,7 +147,8 @@ def primary(results: Path, found: Sequence[Group], photos: str) -> str:
         return "Not scored yet."
     frozen = {group.title: group.setting.epochs for contrast in made for group in (contrast.first, contrast.second)}
     chosen = "; ".join(f"{title}, {epochs} epochs" for title, epochs in frozen.items())
-    return "\n".join([f"- Settings, chosen on dev photos: {chosen}.", verdicts(results, found, photos), "", by_seed(made)])
+    settings = f"- Settings, chosen on dev photos: {chosen}."
+    return "\n".join([settings, verdicts(results, found, photos), "", by_seed(made)])
 
 
 def verdicts(results: Path, found: Sequence[Group], photos: str) -> str:

@@ -113,4 +113,5 @@ def _mean(found: list[dict[str, Any]], key: str, digits: int) -> str:
 def _paired(seeds: Mapping[str, Mapping[str, Any]], first: str, second: str, maps: str) -> str:
     values = [rows[second][maps] - rows[first][maps] for rows in seeds.values()]
     above = sum(value > 0 for value in values)
-    return f"{np.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}, above zero in {above} of {len(values)} seeds)"
+    spread_of = f"{min(values):+.3f} to {max(values):+.3f}"
+    return f"{np.mean(values):+.3f} ({spread_of}, above zero in {above} of {len(values)} seeds)"
