@@ -42,6 +42,7 @@ def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
     # Every seed of every contrast of VOC, and MSRC said to be missing.
     reference, better, control = (CONDITIONS[name].title for name in ("two", "both", "misreported"))
     rows = page.partition(f"From {reference} to {better}, weight 0.5:\n")[2].splitlines()[3:5]
+    assert len(rows) == 2
     for seed, row in enumerate(rows):
         gain = made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou()
         assert row.startswith(f"| {seed} | 0.800 to 0.799 |")
@@ -67,7 +68,9 @@ def test_details_are_of_the_frozen_size_and_epochs_however_few_were_run_there(tm
 
     def detailed() -> set[str]:
         lines = appendix(tmp_path, "voc").splitlines()
-        return {line.split("photos, ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))}
+        return {
+            line.split("photos, ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))
+        }
 
     assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 2 epochs"]
     entry = {"plan": "primary", "setting": asdict(cell.setting), "reading": asdict(Reading()), "seeds": [0]}

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.choice import PRIMARY
 from benchmarks.study.counts import Difference
 from benchmarks.study.page.tables import (
     Group,
@@ -131,12 +130,14 @@ def contrasts(results: Path, found: Sequence[Group], photos: str) -> list[Contra
     """The contrasts of primary.json on the test photos of one set, of which there are cells."""
     path = results / FILE
     pairs = read_json(path)["contrasts"] if path.exists() else []
-    own = {
-        group.setting.condition: group
-        for group in found
-        if (group.setting.photos, group.split) == (photos, "test") and group.setting.condition in PRIMARY
-    }
-    made = [Contrast(own[first], own[second]) for first, second in pairs if {first, second} <= own.keys()]
+    own = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
+    made = [
+        Contrast(a, b)
+        for first, second in pairs
+        for a in own
+        for b in own
+        if (a.setting.condition, b.setting.condition) == (first, second)
+    ]
     return [contrast for contrast in made if contrast.seeds]
 
 
