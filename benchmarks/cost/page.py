@@ -53,7 +53,7 @@ def short_table() -> str:
         "|---|---|---|---|---|",
     ]
     for case in SHORT:
-        published, ours = steps[*case, "published"], steps[*case, "blockwise"]
+        published, ours = (steps[(*case, variant)] for variant in ("published", "blockwise"))
         model, size, batch = case
         lines.append(
             f"| ViT-{model[0].upper()}, {size} px, batch of {batch} | {_seconds(published)} | {_seconds(ours)} "
