@@ -58,7 +58,7 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     """Page -> marker -> the block behind it."""
     found = groups(results)
     tested = {photos: _tested(found, photos) for photos in SETS}
-    study = {}
+    study: dict[str, str] = {}
     for photos, own in tested.items():
         study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
     study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
