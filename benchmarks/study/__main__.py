@@ -35,8 +35,8 @@ from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
 from benchmarks.study.page.blocks import blocks
 from benchmarks.study.page.pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
-from benchmarks.study.page.report import report
-from benchmarks.study.page.scenes import keep
+from benchmarks.study.page.report import appendix
+from benchmarks.study.page.scenes import keep, scenes
 from benchmarks.study.photos import Places
 from benchmarks.study.plans import PLANS, plan
 from benchmarks.study.settings import (
@@ -148,9 +148,11 @@ def parser() -> argparse.ArgumentParser:
     tables = commands.add_parser(
         "report",
         parents=[shared],
-        help="write docs/explanation/study.md and the tables in README.md and docs/guides/weights.md",
+        help="write the study's appendices, and the tables in README.md, docs/explanation and docs/guides/weights.md",
     )
-    tables.add_argument("--output", type=Path, default=PAGE, metavar="FILE")
+    tables.add_argument(
+        "--output", type=Path, default=PAGE.parent, metavar="DIR", help="another folder gets the appendices alone"
+    )
     tables.set_defaults(command=run_report)
     return result
 
@@ -265,14 +267,21 @@ def run_scenes(args: argparse.Namespace) -> int:
 
 
 def run_report(args: argparse.Namespace) -> int:
-    write_page(args.output, report(args.results, args.output.with_suffix("")))
-    print(f"Written: {args.output}")
-    if args.output == PAGE:
+    for name, text in appendices(args.results, args.output).items():
+        write_page(args.output / name, text)
+        print(f"Written: {args.output / name}")
+    if args.output == PAGE.parent:
         for page, found in blocks(args.results).items():
             for marker, block in found.items():
                 fill(page, marker, block)
             print(f"Written: the tables of the study in {page}")
     return 0
+
+
+def appendices(results: Path, folder: Path) -> dict[str, str]:
+    """File name -> page: one for each set of photos, and that of the scenes."""
+    pages = {f"{PAGE.stem}_{photos}.md": appendix(results, photos, folder / PAGE.stem) for photos in SETS}
+    return pages | {f"{PAGE.stem}_scenes.md": scenes(results)}
 
 
 if __name__ == "__main__":

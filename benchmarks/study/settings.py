@@ -60,15 +60,15 @@ class Condition:
 
 
 CONDITIONS = {
-    "plain": Condition("plain, one view", views=1),
-    "two": Condition("two views, no consistency"),
-    "activation": Condition("activation only", activation=True),
-    "affinity": Condition("affinity only", affinity=True),
-    "both": Condition("activation and affinity", activation=True, affinity=True),
-    "cam": Condition("CAM term only", cam=True),
-    "both_cam": Condition("activation, affinity and CAM term", activation=True, affinity=True, cam=True),
-    "misreported": Condition("both, view misreported", activation=True, affinity=True, reported=False),
-    "smoothing": Condition("no consistency, entropy held at that of both", entropy_of_both=True),
+    "plain": Condition("one view", views=1),
+    "two": Condition("two views, without ACR"),
+    "activation": Condition("activation alone", activation=True),
+    "affinity": Condition("affinity alone", affinity=True),
+    "both": Condition("ACR (activation and affinity)", activation=True, affinity=True),
+    "cam": Condition("class maps alone", cam=True),
+    "both_cam": Condition("ACR and class maps", activation=True, affinity=True, cam=True),
+    "misreported": Condition("control: flip not undone", activation=True, affinity=True, reported=False),
+    "smoothing": Condition("control: attention held at ACR's entropy", entropy_of_both=True),
 }
 REFERENCE = "two"
 

@@ -1,4 +1,4 @@
-"""The page of the study and its tables in README.md and guides/weights.md: each seed, its origin, what is missing."""
+"""The pages of the study and its blocks in other pages: each seed, its origin, what is missing."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from acr_reg.demo.record import write_json
 from benchmarks.marked_page import filled
 from benchmarks.study import __main__ as study
 from benchmarks.study.counts import Difference
-from benchmarks.study.page.blocks import NOT_RUN, README, blocks
-from benchmarks.study.page.blocks import WEIGHTS as WEIGHTS_PAGE
-from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged
-from benchmarks.study.page.report import report
+from benchmarks.study.page.blocks import GUIDE, NOT_RUN, PROTOCOL, README, STUDY, blocks
+from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged, rule
+from benchmarks.study.page.report import appendix
+from benchmarks.study.page.scenes import scenes
 from benchmarks.study.page.tables import WEIGHTS_NOTE, groups, paired_mean, raw_of, reference_of
 from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, SEEDS, SETS, Cell, Reading, base
 from benchmarks.study.store import FROZEN
@@ -35,32 +35,30 @@ def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
     write_json(tmp_path / "primary.json", {"text": text, "contrasts": [["two", "both"], ["misreported", "both"]]})
     baseline = {"rows": [{"name": "best centred ellipse", "miou": 0.359}]}
     write_json(tmp_path / "voc" / "dev" / "baselines.json", baseline)
-    page = report(tmp_path)
-    assert "\n".join(text) + "\n\n(Today benchmarks/study_choice.py is benchmarks/study/choice.py.)\n\n###" in page
-    assert "the demo scored test.txt of both\nsets once before" in page
-    assert "67.3 mIoU on VOC is not reproduced" in page
-    headings = [line for line in page.splitlines() if line.startswith("### ")]
-    assert len(headings) > 6
-    assert all(WEIGHTS_NOTE in line for line in headings)
+    assert rule(tmp_path) == "\n".join(text) + "\n\n(Today benchmarks/study_choice.py is benchmarks/study/choice.py.)"
+    page = appendix(tmp_path, "voc")
+    assert WEIGHTS_NOTE in page
     assert "| best centred ellipse |  |  | 0.359 |" in page
     # Every seed of every contrast of VOC, and MSRC said to be missing.
-    better = "activation and affinity, weight 0.5"
-    rows = [line for line in page.splitlines() if line.startswith(f"| {better} less two views, no consistency |")]
+    reference, better, control = (CONDITIONS[name].title for name in ("two", "both", "misreported"))
+    rows = page.partition(f"From {reference} to {better}, weight 0.5:\n")[2].splitlines()[3:5]
     assert len(rows) == 2
     for seed, row in enumerate(rows):
         gain = made_counts(seed, 0.6).miou() - made_counts(seed, 0.5).miou()
-        assert row.split(" | ")[1:3] == [str(seed), "0.800 to 0.799"]
+        assert row.startswith(f"| {seed} | 0.800 to 0.799 |")
         assert f"| {gain:+.3f} (" in row
-    assert page.count(f"| {better} less both, view misreported, weight 0.5 |") == 2
-    assert page.count("Not scored yet.") == 1
-    frozen = next(line for line in page.splitlines() if line.startswith("- Frozen on dev: "))
-    assert better in frozen and CONDITIONS["affinity"].title not in frozen  # another plan's, in the table below
-    assert page.count(f"| {CONDITIONS['affinity'].title}, weight 0.5 | 1 |") == 1
-    assert page.count(f"| {CONDITIONS['affinity'].title}, weight 0.5 less two views, no consistency | 0 | 0.8") == 1
+    assert page.count(f"From {control}, weight 0.5 to {better}, weight 0.5:") == 1
+    assert "Not scored yet." not in page and "Not scored yet." in appendix(tmp_path, "msrc")
+    frozen = next(line for line in page.splitlines() if line.startswith("- Settings, chosen on dev photos: "))
+    alone = CONDITIONS["affinity"].title
+    assert better in frozen and alone not in frozen  # another plan's, in the table below
+    assert page.count(f"| {alone}, weight 0.5 | 1 |") == 1
+    assert page.count(f"From {reference} to {alone}, weight 0.5:\n") == 1
     # The weight that loses mAP is no candidate at matched mAP; the better one is.
-    matched = next(line for line in page.splitlines() if line.startswith("At matched mAP"))
+    matched = page.partition("At matched mAP")[2].partition("\n\n|")[0].partition("###")[0]
     assert "weight 0.5" in matched
     assert "weight 1.5" not in matched
+    assert max(line.count(" | ") for line in page.splitlines()) < 9
 
 
 def test_details_are_of_the_frozen_size_and_epochs_however_few_were_run_there(tmp_path: Path):
@@ -69,8 +67,10 @@ def test_details_are_of_the_frozen_size_and_epochs_however_few_were_run_there(tm
     write_json(tmp_path / cell.file, made_record(cell, 0.5))
 
     def detailed() -> set[str]:
-        lines = report(tmp_path).splitlines()
-        return {line.split(", ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))}
+        lines = appendix(tmp_path, "voc").splitlines()
+        return {
+            line.split("photos, ", 1)[1] for line in lines if line.startswith(("### How", "### Classes", "### Thresh"))
+        }
 
     assert [line.split(", view")[0] for line in detailed()] == [f"{SETS['voc'].size} px, 2 epochs"]
     entry = {"plan": "primary", "setting": asdict(cell.setting), "reading": asdict(Reading()), "seeds": [0]}
@@ -118,59 +118,63 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
             for condition, weight, found in (("two", 0.0, (0.5, 0.8)), ("both", 0.5, (quality, mean_ap))):
                 cell = Cell(base("voc", condition, weight), seed, "test")
                 write_json(tmp_path / cell.file, made_record(cell, *found))
-        return report(tmp_path)
+        return appendix(tmp_path, "voc")
 
-    assert "1 seeds are missing, so nothing is said yet" in page(SEEDS[:-1])
+    assert "1 of the seeds are missing, so nothing is decided yet" in page(SEEDS[:-1])
     whole = page(SEEDS[-1:])
     assert said in whole
     gains = [made_counts(seed, quality).miou() - made_counts(seed, 0.5).miou() for seed in SEEDS]
     interval = np.mean(gains) + np.array((-1, 1)) * 2.776 * np.std(gains, ddof=1) / 5**0.5
-    assert "95 % over seeds {:+.3f} to {:+.3f}".format(*interval) in whole
+    assert "95 % over seeds: {:+.3f} to {:+.3f}".format(*interval) in whole
     above = made_counts(0, quality).miou() > 0.3
     assert ("are above it" if above else "**not yet useful**") in whole
 
 
-@pytest.mark.parametrize("path", [study.PAGE, README, WEIGHTS_PAGE], ids=lambda path: path.name)
-def test_pages_say_what_the_results_say(path: Path):
-    text = path.read_text(encoding="utf-8")
-    results = study.HERE / "results"
-    if path == study.PAGE:
-        current = report(results, path.with_suffix(""))
-    else:
-        current = text
-        for marker, block in blocks(results)[path].items():
-            current = filled(current, marker, block)
+@pytest.mark.parametrize("path", [STUDY, PROTOCOL, README, GUIDE], ids=lambda path: path.name)
+def test_blocks_in_pages_are_current(path: Path):
+    text = current = path.read_text(encoding="utf-8")
+    for marker, block in blocks(study.HERE / "results")[path].items():
+        current = filled(current, marker, block)
     assert text == current, "run python -m benchmarks.study report"
+
+
+def test_the_appendices_are_current():
+    for name, page in study.appendices(study.HERE / "results", study.PAGE.parent).items():
+        assert (study.PAGE.parent / name).read_text(encoding="utf-8") == page, "run python -m benchmarks.study report"
 
 
 def test_blocks_hold_the_figures_of_the_results():
     results = study.HERE / "results"
-    shown = {marker: block for page in blocks(results).values() for marker, block in page.items()}
-    msrc, voc, conditions, views, weights = shown.values()
+    found = blocks(results)
+    readme, (msrc, _, voc, _, conditions, views, _), (weights, maps) = (
+        list(found[page].values()) for page in (README, STUDY, GUIDE)
+    )
     tested = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == ("msrc", "test")}
     raw = {name: np.array([raw_of(record) for record in group.records.values()]) for name, group in tested.items()}
-    assert (
-        f"| with ACR, weight 0.17, the default | 0.906 | {raw['both'].mean():.3f} ± {raw['both'].std(ddof=1):.3f} |"
-        in msrc
-    )
-    assert "| | 0.510 | | |" in msrc and "| | 0.494; 0.359 | | |" in voc
+    mean = f"{raw['both'].mean():.3f} ± {raw['both'].std(ddof=1):.3f} |"
+    assert f"| with ACR, weight 0.17, the default | 0.906 | {mean}" in msrc and mean in readme[0]
+    assert "last 3 layers | | 0.510 |" in msrc and "ellipse | | 0.359 |" in voc
     gain = raw["affinity"] - raw["two"][:3]
     assert f"| affinity alone | {gain.mean():+.3f} ± {gain.std(ddof=1):.3f} |" in conditions
     assert conditions.count(" (five seeds) |") == 2 and conditions.count(f"| {NOT_RUN} |") == 2
     assert views.count("\n| ") == len(VIEWS)
-    assert re.findall(r"^\| ([\d.]+) \|", weights, re.M) == [f"{weight:g}" for weight in CAM_WEIGHTS]
+    assert re.findall(r"^\| ([\d.]+) \|", maps, re.M) == [f"{weight:g}" for weight in CAM_WEIGHTS]
+    assert re.findall(r"^\| ([\d.]+) \|", weights, re.M) == ["0.06", "0.17", "0.5"]
 
 
 def test_blocks_of_an_unfinished_study_say_what_was_not_run(tmp_path: Path):
-    empty = [block for page in blocks(tmp_path).values() for block in page.values()]
-    assert len(empty) == 5 and set(empty[:-2]) == {NOT_RUN}
+    empty = blocks(tmp_path)
+    assert all(NOT_RUN in block for block in (*empty[README].values(), *empty[GUIDE].values()))
+    assert sum(block == NOT_RUN for block in empty[STUDY].values()) == 4
     made_results(tmp_path, "test")
-    readme = list(blocks(tmp_path)[README].values())
-    assert readme[0] == NOT_RUN and "two seeds" in readme[1]
+    assert NOT_RUN in blocks(tmp_path)[README].popitem()[1]
+    msrc, _, voc, *_ = blocks(tmp_path)[STUDY].values()
+    assert msrc == NOT_RUN and "two seeds" in voc
 
 
 def test_an_empty_study_says_so(tmp_path: Path):
-    assert "Not written down yet." in report(tmp_path)
+    assert rule(tmp_path) == "Not written down yet."
+    assert "Not scored yet." in appendix(tmp_path, "voc") and "Not run yet." in scenes(tmp_path)
 
 
 def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
@@ -200,8 +204,8 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
         error = capsys.readouterr().err
         assert said in error and "--controls" in error
     assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
-    page = report(tmp_path)
-    assert "(`python -m acr_reg demo --controls`)" in page  # not where this machine wrote it
-    assert "with ACR less without ACR: raw +0.060 (+0.060 to +0.060, above 0 in 2 of 2), propagated +0.030" in page
-    assert "with ACR less ACR, flip not undone: raw +0.030" in page
+    page = scenes(tmp_path)
+    assert "    python -m acr_reg demo --controls\n" in page  # not where this machine wrote it
+    assert "| from without ACR to with ACR | +0.060 (+0.060 to +0.060, above zero in 2 of 2 seeds) | +0.030" in page
+    assert "| from ACR, flip not undone to with ACR | +0.030" in page
     assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page

@@ -1,4 +1,4 @@
-"""The study's tables in README.md and docs/guides/weights.md, which stand between markers."""
+"""The study's blocks in pages written by hand: README.md, the summary, the protocol and the guide on weights."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.marked_page import begin
+from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
+from benchmarks.study.page.scenes import differences
 from benchmarks.study.page.tables import (
     WEIGHTS_NOTE,
     Group,
@@ -21,27 +23,26 @@ from benchmarks.study.page.tables import (
     signed_spread,
     spread,
     table,
+    wrapped,
 )
 from benchmarks.study.plans import FEW
-from benchmarks.study.settings import CAM_WEIGHTS, REFERENCE, SETS, Setting
+from benchmarks.study.settings import CAM_WEIGHTS, REFERENCE, SETS, WEIGHTS, Setting
 from benchmarks.study.store import frozen_setting
 
 ROOT = Path(__file__).resolve().parents[3]
-README, WEIGHTS = ROOT / "README.md", ROOT / "docs" / "guides" / "weights.md"
+README, GUIDE = ROOT / "README.md", ROOT / "docs" / "guides" / "weights.md"
+STUDY, PROTOCOL = (ROOT / "docs" / "explanation" / name for name in ("study.md", "study_protocol.md"))
 
 ROW_WEIGHT, CAM_WEIGHT = 0.17, 0.1  # the defaults of AllPairsConsistencyLoss
-BASELINES = {  # photos -> the row's label, the beginnings of the names of the baselines in it
-    "msrc": ("attention of the backbone as it was (best row without our training)", ("untrained",)),
-    "voc": ("attention of the backbone as it was; best centred ellipse", ("untrained", "best centred")),
-}
+CONTROL = "misreported"
 ROWS = {
     "plain": "one view, as most loops train",
     "activation": "activation alone",
     "affinity": "affinity alone",
-    "both": "both",
+    "both": "ACR: both",
     "cam": "class maps alone",
-    "both_cam": "all three",
-    "smoothing": "attention held at the entropy of both, no consistency",
+    "both_cam": "ACR and class maps",
+    "smoothing": "control: attention held at ACR's entropy, no consistency",
 }
 SHOWN_VIEWS = {
     "flip": "flip",
@@ -57,10 +58,16 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     """Page -> marker -> the block behind it."""
     found = groups(results)
     tested = {photos: _tested(found, photos) for photos in SETS}
-    readme = {photos: _contrast(results, photos, tested[photos]) for photos in SETS}
-    readme |= {"conditions": _conditions(tested), "views": _views(results, found)}
-    weights = {"cam_weight": _cam_weights(results, found)}
-    pages = {README: readme, WEIGHTS: weights}
+    study: dict[str, str] = {}
+    for photos, own in tested.items():
+        study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
+    study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
+    pages = {
+        README: {"evidence": _evidence(results, found, tested)},
+        STUDY: study,
+        PROTOCOL: {"rule": rule(results)},
+        GUIDE: {"weight": _weights(results, found), "cam_weight": _cam_weights(results, found)},
+    }
     return {page: {begin("study report", name): block for name, block in of.items()} for page, of in pages.items()}
 
 
@@ -69,30 +76,53 @@ def _tested(found: Sequence[Group], photos: str) -> dict[str, Group]:
     return {g.setting.condition: g for g in found if (g.setting.photos, g.split) == (photos, "test")}
 
 
+def _evidence(results: Path, found: Sequence[Group], tested: dict[str, dict[str, Group]]) -> str:
+    """README's table of the primary contrast, a row for each set, and what it says in words."""
+    rows, said = [], []
+    for photos, own in tested.items():
+        known = baseline_rows(results, photos, "test")
+        made = contrasts(results, found, photos)
+        if not {REFERENCE, "both", CONTROL} <= own.keys() or not known or not made:
+            rows.append([SETS[photos].title, *[NOT_RUN] * 4])
+            continue
+        shown = [spread(own[name].mean(raw_of)) for name in (REFERENCE, "both", CONTROL)]
+        rows.append([f"[{SETS[photos].title}](docs/explanation/study.md)", *shown, number(best_of(known)["miou"])])
+        gain = paired_mean(own[REFERENCE], own["both"], raw_of)
+        seeds = SEEDS[len(made[0].seeds)]
+        verb = {HELPS: "improves raw class maps", HARMS: "makes raw class maps worse"}.get(
+            made[0].decided or "", "makes no clear difference"
+        )
+        below = "" if useful(own["both"], known) else "; they stay below the best row without training: not yet useful"
+        said.append(f"On {SETS[photos].title} ACR {verb} ({signed_spread(gain) if gain else NOT_RUN}, {seeds}){below}.")
+    said.append(f"Backbone: {WEIGHTS_NOTE}. Compare rows, not with a paper.")
+    header = ["raw CAM mIoU, test", "two views, without ACR", "with ACR", "control: flip not undone"]
+    return table([*header, "best row without training"], rows) + "\n\n" + wrapped(" ".join(said))
+
+
 def _contrast(results: Path, photos: str, own: dict[str, Group]) -> str:
-    """The conditions of the primary contrast on test photos, below the best baselines."""
-    if not {REFERENCE, "both", "misreported"} <= own.keys():
+    """The conditions of the primary contrast on test photos, below the baselines."""
+    if not {REFERENCE, "both", CONTROL} <= own.keys():
         return NOT_RUN
-    setting, label, names = own["both"].setting, *BASELINES[photos]
-    known = baseline_rows(results, photos, "test")
-    scores = [number(row["miou"]) for name in names for row in known if row["name"].startswith(name)]
-    rows = [[label, "", "; ".join(scores), "", ""]]
+    setting = own["both"].setting
+    rows = [
+        [f"without training: {row['name']}", "", number(row["miou"]), "", ""]
+        for row in baseline_rows(results, photos, "test")
+    ]
     for condition, title in (
         (REFERENCE, "two views, without ACR"),
         ("both", f"with ACR, weight {_weight(setting.weight, ROW_WEIGHT)}"),
-        ("misreported", "ACR, flip not undone (control)"),
+        (CONTROL, "control: flip not undone"),
     ):
         mean = own[condition].mean
         figures = [number(mean(mean_ap_of)[0]), spread(mean(raw_of)), spread(mean(propagated_of))]
         rows.append([title, *figures, number(mean(cpu_of)[0], 0)])
-    seeds = SEEDS[len(own["both"].records)]
-    about = f"{_about(setting)}; test photos, {seeds}; {WEIGHTS_NOTE}"
+    about = f"{_about(setting)}; test photos, {SEEDS[len(own['both'].records)]}"
     return _compact(table([about, "mAP", "raw CAM mIoU", "propagated", "CPU s"], rows))
 
 
 def _conditions(tested: dict[str, dict[str, Group]]) -> str:
-    """What each condition gains in raw mIoU on test photos over two views, in a column for each set."""
-    header, columns = [f"test photos; {WEIGHTS_NOTE}"], []
+    """The change of raw mIoU on test photos from two views to each condition, in a column for each set."""
+    header, columns = ["test photos; change of raw CAM mIoU from two views without ACR"], []
     for photos, own in tested.items():
         if not {REFERENCE, "both"} <= own.keys():
             return NOT_RUN
@@ -114,7 +144,7 @@ def _gain(reference: Group, group: Group | None) -> str:
 
 
 def _views(results: Path, found: Sequence[Group]) -> str:
-    """What both terms and their control gain on dev photos of MSRC by each view, over two views without ACR."""
+    """The change of raw mIoU on dev photos of MSRC by view, from two such views without ACR to ACR and the control."""
     leader = frozen_setting(results, "msrc", "both")
     if leader is None:
         return NOT_RUN
@@ -127,17 +157,16 @@ def _views(results: Path, found: Sequence[Group]) -> str:
             rows.append([title, NOT_RUN, NOT_RUN, NOT_RUN])
             continue
         reference = replace(every, records={seed: every.records[seed] for seed in FEW if seed in every.records})
-        others = (dev.get(setting.with_condition(name, leader.weight)) for name in ("both", "misreported"))
+        others = (dev.get(setting.with_condition(name, leader.weight)) for name in ("both", CONTROL))
         gains = [None if other is None else paired_mean(reference, other, raw_of) for other in others]
         shown = [NOT_RUN if gain is None else signed_spread(gain) for gain in gains]
         rows.append([title, spread(reference.mean(raw_of)), *shown])
-    note = WEIGHTS_NOTE.partition(",")[0]
-    about = f"{_about(leader)}; dev photos, {SEEDS[len(FEW)]}; {note}"
-    return table([about, "two views, raw", f"ACR, weight {leader.weight:g}", "ACR, flip not undone"], rows)
+    about = f"{_about(leader)}; dev photos, {SEEDS[len(FEW)]}"
+    return table([about, "two views, raw mIoU", f"change with ACR, weight {leader.weight:g}", "with the control"], rows)
 
 
 def _cam_weights(results: Path, found: Sequence[Group]) -> str:
-    """What the class maps' term alone gains on dev photos of MSRC by its weight."""
+    """The change of raw mIoU on dev photos of MSRC by the weight of the class maps' term alone."""
     leader = frozen_setting(results, "msrc", REFERENCE)
     dev = _dev(found)
     if leader is None or leader not in dev:
@@ -148,7 +177,29 @@ def _cam_weights(results: Path, found: Sequence[Group]) -> str:
         gain = None if group is None else paired_mean(dev[leader], group, raw_of)
         shown = [NOT_RUN, ""] if gain is None else [signed_spread(gain), str(gain[2])]
         rows.append([f"{weight:g}", *shown])
-    return table(["`cam_weight`", "raw CAM mIoU, less two views without ACR", "seeds"], rows)
+    return table(["`cam_weight`", "change of raw CAM mIoU", "seeds"], rows)
+
+
+def _weights(results: Path, found: Sequence[Group]) -> str:
+    """The change of mAP and raw mIoU on dev photos by the weight of both terms, in columns for each set."""
+    dev, header, columns = _dev(found), ["weight of both terms"], []
+    for photos, about in SETS.items():
+        leader = frozen_setting(results, photos, REFERENCE)
+        reference = None if leader is None else dev.get(leader)
+        header += [f"{about.title}: mAP", "raw CAM mIoU", "seeds"]
+        columns.append({weight: _changes(reference, dev, weight) for weight in WEIGHTS})
+    rows = [[f"{weight:g}", *(cell for column in columns for cell in column[weight])] for weight in WEIGHTS]
+    run = [row for row in rows if any(cell != NOT_RUN for cell in row[1::3])]
+    return table(header, run) if run else NOT_RUN
+
+
+def _changes(reference: Group | None, dev: dict[Setting, Group], weight: float) -> list[str]:
+    group = None if reference is None else dev.get(reference.setting.with_condition("both", weight))
+    if reference is None or group is None:
+        return [NOT_RUN, NOT_RUN, "0"]
+    found = [paired_mean(reference, group, figure) for figure in (mean_ap_of, raw_of)]
+    shown = [NOT_RUN if each is None else signed_spread(each) for each in found]
+    return [*shown, "" if found[1] is None else str(found[1][2])]
 
 
 def _dev(found: Sequence[Group]) -> dict[Setting, Group]:

@@ -1,4 +1,4 @@
-"""The primary contrast's section of the page: every seed, and the verdict by the rule that was written down before."""
+"""The primary contrast: every seed, and the verdict by the rule that was written down before."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.choice import PRIMARY
 from benchmarks.study.counts import Difference
 from benchmarks.study.page.tables import (
-    WEIGHTS_NOTE,
     Group,
     baseline_rows,
     difference,
@@ -21,10 +19,11 @@ from benchmarks.study.page.tables import (
     paired_mean,
     raw_of,
     signed,
+    signed_spread,
     spread,
     table,
 )
-from benchmarks.study.settings import SEEDS, SETS
+from benchmarks.study.settings import SEEDS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
@@ -53,13 +52,16 @@ class Contrast:
     def _differences(self, maps: str) -> list[Difference]:
         return [difference(self.first.records[seed], self.second.records[seed], maps) for seed in self.seeds]
 
+    @cached_property
+    def title(self) -> str:
+        return f"From {self.first.title} to {self.second.title}"
+
     def rows(self) -> list[list[str]]:
         rows = []
         for seed, raw, propagated in zip(self.seeds, self.raw, self._differences("propagated"), strict=True):
             one, other = self.first.records[seed], self.second.records[seed]
             rows.append(
                 [
-                    f"{self.second.title} less {self.first.title}",
                     str(seed),
                     f"{one['mean_ap']:.3f} to {other['mean_ap']:.3f}",
                     f"{one['raw']['miou']:.3f} to {other['raw']['miou']:.3f}",
@@ -70,25 +72,34 @@ class Contrast:
             )
         return rows
 
-    def verdict(self) -> str:
-        """The verdict by the rule of primary.json, in a sentence that can be checked against the rows."""
-        above = sum(each.value > 0 for each in self.raw)
-        clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
-        found = moments([each.value for each in self.raw])
-        counts = (
-            f"{spread(found)}, above zero in {above} of {len(self.raw)} seeds, intervals that exclude zero: {clear}"
-        )
-        pair = f"- {self.second.title} less {self.first.title}"
+    @property
+    def decided(self) -> str | None:
+        """A gain, a loss, a trade or no clear difference, by the rule of primary.json; None while seeds are missing."""
         if len(self.raw) < len(SEEDS):
-            return f"{pair}: {counts}; {len(SEEDS) - len(self.raw)} seeds are missing, so nothing is said yet."
-        mean, deviation, seeds = found
-        half = STUDENT * deviation / seeds**0.5
-        counts += f"; 95 % over seeds {mean - half:+.3f} to {mean + half:+.3f}"
+            return None
         said = judged(self.raw)
         gained = paired_mean(self.first, self.second, mean_ap_of)
         if said == HELPS and gained is not None and gained[0] < -TRADED:
-            said = f"a trade, not a gain: mAP falls by {-gained[0]:.3f}"
-        return f"{pair}: {counts}: **{said}**."
+            return f"a trade, not a gain: mAP falls by {-gained[0]:.3f}"
+        return said
+
+    def verdict(self) -> str:
+        """The figures and the verdict, in sentences that can be checked against the rows."""
+        pair = (self.first, self.second)
+        means = [moments([raw_of(group.records[seed]) for seed in self.seeds])[0] for group in pair]
+        mean, deviation, seeds = found = moments([each.value for each in self.raw])
+        above = sum(each.value > 0 for each in self.raw)
+        clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
+        verb = "rises" if mean > 0 else "falls"
+        said = [
+            f"{self.title}, raw CAM mIoU {verb} from {means[0]:.3f} to {means[1]:.3f} ({signed_spread(found)}).",
+            f"The difference is above zero in {above} of {seeds} seeds, and {clear} of {seeds} intervals exclude zero.",
+        ]
+        if self.decided is None:
+            return " ".join([*said, f"{len(SEEDS) - seeds} of the seeds are missing, so nothing is decided yet."])
+        half = STUDENT * deviation / seeds**0.5
+        said.append(f"95 % over seeds: {mean - half:+.3f} to {mean + half:+.3f}. By the rule: **{self.decided}**.")
+        return " ".join(said)
 
 
 def judged(found: Sequence[Difference]) -> str:
@@ -101,51 +112,70 @@ def judged(found: Sequence[Difference]) -> str:
 
 
 def by_seed(contrasts: Sequence[Contrast]) -> str:
-    """A table of all contrasts, with a row for each seed that both conditions have."""
-    header = ["contrast", "seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
-    return table(header, [row for contrast in contrasts for row in contrast.rows()])
+    """A table for each contrast, with a row for each seed that both conditions have."""
+    header = ["seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
+    return "\n\n".join(f"{contrast.title}:\n\n{table(header, contrast.rows())}" for contrast in contrasts)
 
 
-def primary(results: Path, found: Sequence[Group]) -> str:
+def rule(results: Path) -> str:
+    """What was written down before the study ran, word for word."""
     path = results / FILE
     if not path.exists():
-        return "## Primary contrast\n\nNot written down yet.\n"
-    plan = read_json(path)
-    lines = ["## Primary contrast, written down before it was run\n", *plan["text"], ""]
-    lines += [f"(Today {old} is {new}.)\n" for old, new in MOVED.items() if old in "\n".join(plan["text"])]
-    for photos, about in SETS.items():
-        scored = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
-        own = [group for group in scored if group.setting.condition in PRIMARY]
-        lines += [
-            f"### {about.title}, test photos ({WEIGHTS_NOTE})\n",
-            _section(own, plan, baseline_rows(results, photos, "test")),
-            "",
-        ]
-    return "\n".join(lines)
+        return "Not written down yet."
+    text = "\n".join(read_json(path)["text"])
+    return "\n\n".join([text, *(f"(Today {old} is {new}.)" for old, new in MOVED.items() if old in text)])
 
 
-def _section(own: Sequence[Group], plan: Mapping[str, Any], baselines: Sequence[Mapping[str, Any]]) -> str:
-    found = [
+def contrasts(results: Path, found: Sequence[Group], photos: str) -> list[Contrast]:
+    """The contrasts of primary.json on the test photos of one set, of which there are cells."""
+    path = results / FILE
+    pairs = read_json(path)["contrasts"] if path.exists() else []
+    own = [group for group in found if (group.setting.photos, group.split) == (photos, "test")]
+    made = [
         Contrast(a, b)
-        for first, second in plan["contrasts"]
+        for first, second in pairs
         for a in own
         for b in own
         if (a.setting.condition, b.setting.condition) == (first, second)
     ]
-    if not any(contrast.seeds for contrast in found):
+    return [contrast for contrast in made if contrast.seeds]
+
+
+def primary(results: Path, found: Sequence[Group], photos: str) -> str:
+    """The verdicts on one set, then every seed."""
+    made = contrasts(results, found, photos)
+    if not made:
         return "Not scored yet."
-    lines = [f"- Frozen on dev: {'; '.join(f'{g.title}, {g.setting.epochs} epochs' for g in own)}."]
-    lines += [contrast.verdict() for contrast in found if contrast.seeds]
-    if baselines:
-        lines += [_against(group, baselines) for group in own if group.setting.condition == plan["contrasts"][0][1]]
-    return "\n".join([*lines, "", by_seed(found)])
+    frozen = {group.title: group.setting.epochs for contrast in made for group in (contrast.first, contrast.second)}
+    chosen = "; ".join(f"{title}, {epochs} epochs" for title, epochs in frozen.items())
+    settings = f"- Settings, chosen on dev photos: {chosen}."
+    return "\n".join([settings, verdicts(results, found, photos), "", by_seed(made)])
+
+
+def verdicts(results: Path, found: Sequence[Group], photos: str) -> str:
+    """A bullet for each contrast, and one for the best row without training."""
+    made = contrasts(results, found, photos)
+    if not made:
+        return "Not scored yet."
+    baselines = baseline_rows(results, photos, "test")
+    lines = [contrast.verdict() for contrast in made]
+    lines += [_against(made[0].second, baselines)] if baselines else []
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def useful(group: Group, baselines: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether raw maps are above the best row that needs no training."""
+    return group.mean(raw_of)[0] > best_of(baselines)["miou"]
+
+
+def best_of(baselines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    return max(baselines, key=lambda row: row["miou"])
 
 
 def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
-    best = max(baselines, key=lambda row: row["miou"])
-    mean = group.mean(raw_of)
-    said = "above it" if mean[0] > best["miou"] else "below it: **not yet useful**"
+    best = best_of(baselines)
+    said = "above it" if useful(group, baselines) else "below it: **not yet useful**"
     return (
-        f"- The best row that knows no training is {best['name']}, {number(best['miou'])}; raw maps of {group.title}, "
-        f"{spread(mean)}, are {said}."
+        f"The best row without training is {best['name']}, {number(best['miou'])}. Raw maps of {group.title}, "
+        f"{spread(group.mean(raw_of))}, are {said}."
     )

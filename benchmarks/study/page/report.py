@@ -1,4 +1,4 @@
-"""docs/explanation/study.md from the JSON of the finished cells. The page names the cells that are missing."""
+"""The study's appendix of one photo set, from the JSON of its finished cells. It names the cells that are missing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import numpy as np
 
 from benchmarks.study.choice import PRIMARY
 from benchmarks.study.page.primary import Contrast, by_seed, primary
-from benchmarks.study.page.scenes import scenes
 from benchmarks.study.page.tables import (
     WEIGHTS_NOTE,
     Group,
@@ -28,6 +27,8 @@ from benchmarks.study.page.tables import (
     signed_spread,
     spread,
     table,
+    tables,
+    wrapped,
 )
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW
@@ -36,59 +37,25 @@ from benchmarks.study.store import frozen_setting
 
 MATCHED = 0.005  # mAP that a condition may lose to be compared at "matched mAP"
 
+SPREAD = {
+    "all": "all six trained layers",
+    "first": "the first three trained layers",
+    "last": "the last three trained layers",
+}
+
 Family = tuple[int, int, str, str]  # size, epochs, view, precision: a table compares within one
 
-INTRODUCTION = f"""# Does all-pairs consistency make class maps better? A study on real photos
+HOW_TO_READ = """How to read the tables:
 
-Written by `python -m benchmarks.study report` from the JSON files in `benchmarks/study/results/`; every figure can be
-computed again from them. The upper half of a ViT-S/14 is trained on image-level labels; no network is trained on a
-mask. Masks of dev photos choose settings and thresholds; those of training photos make the location prior, and order
-the labels of the untrained attention on MSRC. Every figure here: {WEIGHTS_NOTE}.
-Differences between rows mean something, a comparison with a paper's table does not; the
-paper's 67.3 mIoU on VOC is not reproduced here.
-
-A photo's labels are given when its maps are scored, on test photos too: a photo of MSRC with one label (24 of 118 test
-photos), where there is no background, is right whatever the map. "Multi-label" is the score of the others.
-
-Networks are trained under autocast in bfloat16, as most are today; the consistency terms and the scoring are float32.
-The study began in float32, where a step took 1.3 to 1.5 times as long; of the settings of MSRC that were chosen from
-(three of the reference, nine of both terms) the first seed was run in both before any was chosen, but for both terms at
-0.06 and 0.17 for 16 epochs, added later. From 28 November 2026 on attention alone is in float32 again: torch's fused
-kernel takes two to four times as long backward in bfloat16 on this CPU. Losses of the first steps agree to 0.0003, but
-a step of MSRC takes 0.66 (two views) or 0.8 (both) of the CPU time that it took before, so seconds compare only between
-cells of one side of that date. Each cell names its commit: those up to ec7066f are the older; 611034b differs from
-56670d5 in this page alone.
-
-Cells from ee9663b on (29 November 2026) were trained on another, slower machine than those before, with the same code.
-Two networks of VOC animals (one view and activation only, seed 0) were trained on both: raw mIoU on dev photos by any
-reading came out within 0.002, propagated within 0.005, mAP within 0.001, at 656 s of CPU time in place of 399 and 1491
-in place of 941. Those from 1b8ba82 on came of a third machine, a faster one: four networks of MSRC (one view seeds 0
-and 2, affinity only seed 1, both terms seed 0) were trained there again, and agree within 0.002 raw, 0.003 propagated
-and 0.005 of mAP. So seconds do not compare across those two commits, the rest does. The held-out threshold of a test
-cell is that of the condition's dev cell, which an earlier machine may have trained.
-
-Settings are chosen on dev.txt. test.txt is scored once more, when they are frozen: **the demo scored test.txt of both
-sets once before** (one seed, 112 px, settings from an earlier scouting, table in the README), and that is known to
-whoever planned this study. The cells of tuning were planned before the first of them ran, those of the others below
-when MSRC's primary contrast had been scored. Added when MSRC's were there, and before its test photos were scored: both
-terms at the weights 0.06 and 0.17 for 16 epochs, which the plan had for 0.5 alone; 16 epochs had served the reference
-best, and at 8 epochs 0.5 was the worst of the three. The second of them was chosen. For VOC animals, when its dev cells
-were known and before its test photos were scored: the same two weights for 4 epochs, of which the first was chosen, and
-to the rule of choice, that the reference and both are trained equally long. Chosen each by itself they would have taken
-2 epochs (raw 0.3140; 0.3139 at 4) and 4 (0.3199; 0.3184 at 2). Between the two sets that rule was changed once more
-(candidates compare by the seeds that all have; all of MSRC had both); what it had chosen for MSRC stayed.
-
-Class maps are gradients to the class token's attention from a start layer on, summed over photo and flip. They are
-spread over the affinity of the six layers that train, or of three of them, not of all twelve; each table says how its
-maps were read. Seeds differ more than settings do: rows of different seeds compare by "to reference", which is paired
-by seed, not by their means. Thresholds of test and train photos are those that were best on dev ("held out"); "oracle"
-is the split's own best. The distance between two views' attention falls by construction and is never shown as evidence.
-± is the standard deviation over seeds; intervals are 95 % of 2000 paired resamples of the images within a seed, "over
-seeds" Student's for their mean: all seeds share the photos, so their intervals are not independent of one another. FP
-and FN are pixel rates over the union, means over classes without background. The view misreported is a hard control: it
-pulls patches towards those that they do not show.
+- ± is the standard deviation over seeds. An interval in brackets is 95 % of 2000 paired resamples of the photos.
+- "to reference" is the difference from two views without ACR at the same size, epochs, view and precision, paired by
+  seed. Trust it more than the difference of two means: seeds differ more than settings do.
+- "raw" is the class map as the gradient gives it. "propagated" is the map spread over the affinity of the named layers.
+- On test and train photos the threshold is the best one of the dev photos. "oracle" takes the best one of the split.
+- FP and FN are false positive and false negative pixels over the union, as means over the classes without background.
+- "multi-label" is the mIoU on photos with two or more labels. "entropy" is of the attention rows, over its maximum.
+- CPU seconds compare only within one machine and one version ([dates](study_protocol.md)).
 """
-
 
 PICTURES = {
     "cams": "Class maps of the first dev photos of a seeded shuffle",
@@ -97,19 +64,28 @@ PICTURES = {
 }
 
 
-def report(results: Path, pictures: Path | None = None) -> str:
-    """The page. ``pictures`` is the folder of PNGs beside it; the page shows those that exist."""
+def appendix(results: Path, photos: str, pictures: Path | None = None) -> str:
+    """All tables of one set. ``pictures`` is the folder of PNGs beside the page; the page shows those that exist."""
     found = groups(results)
-    parts = [INTRODUCTION, primary(results, found)]
-    for photos, about in SETS.items():
-        parts += _missing(found, plan("dev", photos, results), about.title)
-        for split in reversed(SPLITS):
-            own = [g for g in found if g.setting.photos == photos and g.split == split]
-            if own:
-                parts.append(f"## {about.title}, {split} photos\n")
-                parts += _split(results, photos, split, own)
-        parts += _pictures(pictures, photos)
-    parts += [section] if (section := scenes(results)) else []
+    title = SETS[photos].title
+    parts = [
+        f"# Study: every table of {title}\n",
+        wrapped(
+            f"Every figure of the [study](study.md) on {title}. `python -m benchmarks.study report` writes this page "
+            f"from `benchmarks/study/results/{photos}/`. Backbone: {WEIGHTS_NOTE}. So compare rows, not with a paper."
+        )
+        + "\n",
+        HOW_TO_READ,
+        *_pictures(pictures, photos),
+        f"## Primary contrast, test photos ({WEIGHTS_NOTE})\n",
+        primary(results, found, photos) + "\n",
+        *_missing(found, plan("dev", photos, results), title),
+    ]
+    for split in reversed(SPLITS):
+        own = [g for g in found if (g.setting.photos, g.split) == (photos, split)]
+        if own:
+            parts.append(f"## {split.capitalize()} photos\n")
+            parts += _split(results, photos, split, own)
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -121,7 +97,7 @@ def _missing(found: Sequence[Group], planned: Sequence[Cell], title: str) -> lis
     lacking = [f"{CONDITIONS[c].title} {there[c]} of {wanted[c]}" for c in wanted if there[c] < wanted[c]]
     if not lacking:
         return []
-    return [f"Dev cells of {title} are still to be run; there are: {'; '.join(lacking)}.\n"]
+    return [f"Dev cells of {title} are still to be run. Done so far: {'; '.join(lacking)}.\n"]
 
 
 def _pictures(folder: Path | None, photos: str) -> list[str]:
@@ -147,15 +123,15 @@ def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list
     chosen = None if frozen is None else _family(frozen)
     ordered = sorted(families.items(), key=lambda item: (item[0] != chosen, item[0][-1] == "float32", -len(item[1])))
     for family, members in ordered:
-        parts.append(f"### {_named(family)} ({WEIGHTS_NOTE})\n")
+        parts.append(f"### {split.capitalize()} photos, {_named(family)}\n")
         parts.append(_read(members) + "\n")
-        parts.append(_conditions(baseline_rows(results, photos, split), members) + "\n")
+        parts += [_scores(baseline_rows(results, photos, split), members) + "\n", _details(members) + "\n"]
         if split == "dev":
             parts.append(_matched(members) + "\n")
         if split == "test" and (others := _others(members)):
-            parts += [f"### Other conditions by seed, {_named(family)} ({WEIGHTS_NOTE})\n", by_seed(others) + "\n"]
+            parts += [f"### Other conditions by seed, {_named(family)}\n", by_seed(others) + "\n"]
     first, members = ordered[0]
-    of_first = f"{_named(first)} ({WEIGHTS_NOTE})"
+    of_first = f"{split} photos, {_named(first)}"
     if split == "dev":
         parts += [f"### How maps are read, {of_first}\n", _readings(members) + "\n"]
     parts += [f"### Classes, {of_first}\n", _classes(members) + "\n"]
@@ -177,41 +153,46 @@ def _read(members: Sequence[Group]) -> str:
     ways: dict[str, list[str]] = {}
     for group in members:
         read = {
-            "from layer {start} on, spread over {propagation}".format(**r["reading"]) for r in group.records.values()
+            f"from layer {r['reading']['start']} on, spread over {SPREAD[r['reading']['propagation']]}"
+            for r in group.records.values()
         }
         for way in sorted(read):
             ways.setdefault(way, []).append(group.title)
     if len(ways) == 1:
         return f"Maps are read {next(iter(ways))}."
-    return "Maps are read " + "; ".join(f"{way}: {', '.join(titles)}" for way, titles in ways.items()) + "."
+    return "\n".join(["Maps are read", "", *(f"- {way}: {'; '.join(titles)}" for way, titles in ways.items())])
 
 
-def _conditions(baselines: Sequence[Record], members: Sequence[Group]) -> str:
+def _scores(baselines: Sequence[Record], members: Sequence[Group]) -> str:
     """The baselines without training, then every condition with its paired difference to the reference."""
-    header = ["", "seeds", "mAP", "raw CAM mIoU", "to reference", "propagated", "to reference", "oracle raw, prop."]
-    header += ["FP, FN", "multi-label raw", "entropy class, patch rows", "CPU s", "GiB"]
-    rows = [[row["name"], "", "", number(row["miou"]), *[""] * (len(header) - 4)] for row in baselines]
+    header = ["", "seeds", "mAP", "raw CAM mIoU", "to reference", "propagated", "to reference"]
+    rows = [[row["name"], "", "", number(row["miou"]), "", "", ""] for row in baselines]
     for group in members:
         reference = reference_of(group, members)
         differences = []
         for figure in (raw_of, propagated_of):
             paired = None if reference is None or reference is group else paired_mean(reference, group, figure)
             differences.append("" if paired is None else signed_spread(paired))
-        memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
+        raw, propagated = spread(group.mean(raw_of)), spread(group.mean(propagated_of))
+        head = [group.title, str(len(group.records)), spread(group.mean(mean_ap_of))]
+        rows.append([*head, raw, differences[0], propagated, differences[1]])
+    return table(header, rows)
+
+
+def _details(members: Sequence[Group]) -> str:
+    """What else was measured of every condition."""
+    header = ["", "oracle raw, propagated", "FP, FN", "multi-label raw", "entropy class, patch rows", "CPU s", "GiB"]
+    rows = []
+    for group in members:
+        oracles = [group.mean(figure_of(maps, "oracle"))[0] for maps in ("raw", "propagated")]
+        rates = [group.mean(figure_of("raw", name))[0] for name in ("false_positive", "false_negative")]
         entropies = np.mean([np.mean(record["entropies"], axis=0) for record in group.records.values()], axis=0)
+        memory = group.mean(lambda r: (r["training"]["peak_memory"] or np.nan) / 2**30)[0]
         rows.append(
             [
                 group.title,
-                str(len(group.records)),
-                spread(group.mean(mean_ap_of)),
-                spread(group.mean(raw_of)),
-                differences[0],
-                spread(group.mean(propagated_of)),
-                differences[1],
-                ", ".join(number(group.mean(figure_of(maps, "oracle"))[0]) for maps in ("raw", "propagated")),
-                ", ".join(
-                    number(group.mean(figure_of("raw", name))[0], 2) for name in ("false_positive", "false_negative")
-                ),
+                ", ".join(number(value) for value in oracles),
+                ", ".join(number(value, 2) for value in rates),
                 number(group.mean(figure_of("raw", "multi_label"))[0]),
                 ", ".join(number(value) for value in entropies),
                 number(group.mean(cpu_of)[0], 0),
@@ -231,7 +212,7 @@ def _matched(members: Sequence[Group]) -> str:
     """The best raw maps of each condition among the weights that keep the reference's mAP, over the seeds of both."""
     reference = next((g for g in members if reference_of(g, members) is g), None)
     if reference is None:
-        return "No reference was run with this view: no comparison at matched mAP."
+        return "Two views without ACR were not run here, so there is no comparison at matched mAP."
     kept: dict[str, tuple[float, Group]] = {}
     for group in members:
         name = group.setting.condition
@@ -241,11 +222,11 @@ def _matched(members: Sequence[Group]) -> str:
             continue
         if name not in kept or gain[0] > kept[name][0]:
             kept[name] = gain[0], group
-    head = f"At matched mAP (of the same seeds, the reference's less {MATCHED}, or more)"
     if not kept:
-        return f"{head}: no condition keeps it."
-    lines = [f"{group.title}: raw {group.mean(raw_of)[0]:.3f} ({gain:+.3f})" for gain, group in kept.values()]
-    return f"{head}: {'; '.join(lines)}."
+        return f"At matched mAP: every condition loses more than {MATCHED} of mAP."
+    lines = [f"- {group.title}: raw {group.mean(raw_of)[0]:.3f} ({gain:+.3f})" for gain, group in kept.values()]
+    head = f"At matched mAP, the best of each condition that loses at most {MATCHED} of mAP (paired by seed):"
+    return "\n".join([head, "", *lines])
 
 
 def _readings(members: Sequence[Group]) -> str:
@@ -279,7 +260,7 @@ def _classes(members: Sequence[Group]) -> str:
         seen = [values[~np.isnan(values[:, i]), i] for i in range(count)]
         rows.append([group.title, *[number(float(v.mean()) if len(v) else None, 2) for v in seen]])
     names = next(iter(members[0].records.values()))["names"]
-    return table(["raw IoU", *names], rows)
+    return tables(["raw IoU", *names], rows)
 
 
 def _curves(members: Sequence[Group]) -> str | None:
@@ -294,4 +275,4 @@ def _curves(members: Sequence[Group]) -> str | None:
             curve = np.mean([record[maps]["curve"] for record in group.records.values()], axis=0)
             held = group.mean(figure_of(maps, "threshold"))[0]
             rows.append([f"{group.title}: {maps}", number(held, 2), *[number(float(curve[i])) for i in shown]])
-    return table(["", "threshold used", *[f"{i / len(first):.1f}" for i in shown]], rows)
+    return tables(["", "threshold used", *[f"{i / len(first):.1f}" for i in shown]], rows)

@@ -1,4 +1,4 @@
-"""The synthetic scenes' part of the study: the demo's results, reduced to what the page shows."""
+"""The study's appendix of the synthetic scenes: the demo's results, reduced to what the page shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT
 from acr_reg.demo.record import write_json
-from benchmarks.study.page.tables import moments, number, spread, table
+from benchmarks.study.page.tables import moments, number, spread, table, wrapped
 from benchmarks.study.settings import StudyError
 from benchmarks.study.store import read_json
 
@@ -55,36 +55,51 @@ def _reduced(row: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def scenes(results: Path) -> str | None:
-    """Every seed and the means, with the baselines; None if nothing was run."""
+def scenes(results: Path) -> str:
+    """The page: every seed and the means, with the baselines."""
     path = results / FILE
+    head = "# Study: every table of the synthetic scenes\n"
     if not path.exists():
-        return None
+        return f"{head}\nNot run yet.\n"
     run = read_json(path)
     seeds: dict[str, dict[str, Any]] = run["seeds"]
-    header = ["", "mAP", "raw CAM mIoU", "propagated", "entropy", "CPU s", *[f"raw, seed {seed}" for seed in seeds]]
-    rows = []
+    rows, by_seed = [], []
     for name in next(iter(seeds.values())):
         found = [of_seed[name] for of_seed in seeds.values()]
-        figures = [_mean(found, key, digits) for key, digits in _COLUMNS.items()]
-        rows.append([name, *figures, *[number(each["raw"]) for each in found]])
-    differences = [
-        f"{second} less {first}: raw {_paired(seeds, first, second, 'raw')}, propagated "
-        f"{_paired(seeds, first, second, 'propagated')}"
-        for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
-    ]
+        rows.append([name, *[_mean(found, key, digits) for key, digits in _COLUMNS.items()]])
+        by_seed.append([name, *[number(each["raw"]) for each in found]])
+    about = (
+        "A small ViT is trained from scratch on the demo's synthetic scenes. The settings were chosen on other seeds. "
+        f"Each network is scored once on the {run['split']} scenes, at the threshold that is best on development "
+        "scenes. `python -m benchmarks.study report` writes this page; the [study](study.md) has the summary."
+    )
     return "\n".join(
         [
-            f"## Synthetic scenes, {run['split']} scenes\n",
-            "A small ViT from scratch, scenes of seeds that nothing was chosen on, each scored once "
-            f"(`python -m acr_reg {' '.join(run['command'])}`); settings are the demo's, chosen on development seeds. "
-            "Thresholds are those of development scenes.\n",
-            table(header, rows),
-            "",
-            *[f"- {line}." for line in differences],
+            head,
+            wrapped(about) + "\n",
+            f"    python -m acr_reg {' '.join(run['command'])}\n",
+            f"## Means over {len(seeds)} seeds\n",
+            table(["", "mAP", "raw CAM mIoU", "propagated", "entropy", "CPU s"], rows) + "\n",
+            "## Raw CAM mIoU by seed\n",
+            table(["", *[f"seed {seed}" for seed in seeds]], by_seed) + "\n",
+            "## Differences, paired by seed\n",
+            differences(results),
             "",
         ]
     )
+
+
+def differences(results: Path) -> str:
+    """A table of the three contrasts."""
+    path = results / FILE
+    if not path.exists():
+        return "Not run yet."
+    seeds = read_json(path)["seeds"]
+    rows = [
+        [f"from {first} to {second}", _paired(seeds, first, second, "raw"), _paired(seeds, first, second, "propagated")]
+        for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
+    ]
+    return table([f"test scenes, {len(seeds)} seeds", "raw CAM mIoU", "propagated"], rows)
 
 
 _COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds": 0}
@@ -98,4 +113,5 @@ def _mean(found: list[dict[str, Any]], key: str, digits: int) -> str:
 def _paired(seeds: Mapping[str, Mapping[str, Any]], first: str, second: str, maps: str) -> str:
     values = [rows[second][maps] - rows[first][maps] for rows in seeds.values()]
     above = sum(value > 0 for value in values)
-    return f"{np.mean(values):+.3f} ({min(values):+.3f} to {max(values):+.3f}, above 0 in {above} of {len(values)})"
+    spread_of = f"{min(values):+.3f} to {max(values):+.3f}"
+    return f"{np.mean(values):+.3f} ({spread_of}, above zero in {above} of {len(values)} seeds)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,6 +111,24 @@ def moments(values: Sequence[float]) -> tuple[float, float, int]:
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def tables(header: Sequence[str], rows: Sequence[Sequence[str]], widest: int = 9) -> str:
+    """A table of many columns, in parts that repeat the first column."""
+    parts = [range(first, min(first + widest - 1, len(header))) for first in range(1, len(header), widest - 1)]
+    return "\n\n".join(table(*_columns(header, rows, part)) for part in parts)
+
+
+def _columns(
+    header: Sequence[str], rows: Sequence[Sequence[str]], part: Iterable[int]
+) -> tuple[list[str], list[list[str]]]:
+    kept = [0, *part]
+    return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
+
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most 120 columns."""
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def number(value: float | None, digits: int = 3) -> str:
