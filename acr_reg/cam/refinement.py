@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32, select
+from acr_reg._tensors import at_least_float32, require_tensor, select
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.errors import LayoutError
@@ -69,6 +69,7 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     ``layers`` chooses the layers in the sum (negative: from the last); None takes all, as published. The result is
     differentiable in both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
     """
+    require_tensor(cam, "cam", "(B, C, h, w)")
     chosen = layers_on_one_grid(attention, layers, "Propagate")
     grid = chosen[-1].layout.key
     if cam.ndim != 4 or cam.shape[0] != attention.batch_size or tuple(cam.shape[-2:]) != (grid.height, grid.width):
@@ -147,6 +148,7 @@ def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max", valid: Te
     """Normalises class maps (B, C, h, w) to [0, 1], per image and class: relu(cam) over its maximum, or min-max. An
     empty map stays 0. The minimum and maximum cover the ``valid`` pixels (B or 1, h, w), by default all; other pixels
     are clamped to [0, 1]."""
+    require_tensor(cam, "cam", "(B, C, h, w)")
     cam = at_least_float32(cam)
     outside = None if valid is None else ~valid[:, None]
 

@@ -1,6 +1,7 @@
 """GradientCam on models as they are: checkpointed, hooking their tensors, of any bands and outputs."""
 
 import gc
+import warnings
 import weakref
 from collections import namedtuple
 from types import SimpleNamespace
@@ -12,8 +13,21 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from acr_reg import CaptureError, GradientCam, HorizontalFlip, Identity, LayoutError, Rotate90, Scale
+from acr_reg import (
+    AttentionMaps,
+    CaptureError,
+    GradientCam,
+    HorizontalFlip,
+    Identity,
+    LayoutError,
+    Rotate90,
+    Scale,
+    class_token_gradient_cam,
+    normalize_cam,
+    propagate_cam,
+)
 from tests.support.attention import says
 from tests.support.models import explicit_vit, multihead_vit
 from tests.support.models.plain import BLOCKS, Checkpointed, PlainEncoder
@@ -380,3 +394,51 @@ def test_the_maps_of_a_run_are_released_when_the_next_begins():
         cam(images(), LABELS)
     assert says(error, "3 times", "forward=", "modules=")
     assert alive == [False, False, False, True]
+
+
+# ---- what is no tensor, and a head of zeros
+
+
+@pytest.mark.parametrize("kind", ["ImageClassifierOutput", "SimpleNamespace", "dict"])
+def test_an_output_in_place_of_its_logits_is_told_to_pass_them(kind):
+    logits, maps = torch.zeros(2, 3, requires_grad=True), AttentionMaps.from_tensors([torch.ones(2, 1, 1)], 0, (1, 1))
+    outputs = {
+        "ImageClassifierOutput": ImageClassifierOutput(logits=logits),
+        "SimpleNamespace": SimpleNamespace(logits=logits),
+        "dict": {"logits": logits},
+    }[kind]
+    with pytest.raises(TypeError) as error:
+        class_token_gradient_cam(outputs, maps)
+    assert says(error, kind, "(B, C)" if kind == "dict" else "outputs.logits")
+    for given in (lambda: propagate_cam(outputs, maps), lambda: normalize_cam(outputs)):
+        with pytest.raises(TypeError, match=rf"cam has type {kind}. Pass a tensor \(B, C, h, w\)"):
+            given()  # logits (B, C) are no maps
+    with pytest.raises(TypeError, match="take"):
+        class_token_gradient_cam(logits, outputs)
+
+
+def _pooled(model, x):
+    tokens = model.proj(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], 1) + model.pos_embed
+    return model.head(model.encoder(tokens)[:, 1:].mean(1))
+
+
+def _warned(model, **options):
+    with warnings.catch_warnings(record=True) as caught, GradientCam(model, views=[Identity()], **options) as cam:
+        warnings.simplefilter("always")
+        maps = cam(torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)))
+    return maps, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("build", [explicit_vit, multihead_vit])
+def test_a_head_of_zeros_is_told_from_logits_that_are_pooled_from_patches(build):
+    model = build()
+    nn.init.zeros_(model.head.weight)
+    maps, [message] = _warned(model)
+    assert not maps.any()
+    assert "head of zeros" in message and "pooled" not in message
+    nn.init.normal_(model.head.weight)
+    assert _warned(model)[1] == []
+    model.forward = lambda x: _pooled(model, x)
+    _, [message] = _warned(model, start_layer=-1)
+    assert "pooled from patches" in message and "zeros" not in message
