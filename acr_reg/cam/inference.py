@@ -14,7 +14,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.cam.settings import CamSettings
-from acr_reg.capture.evaluation import eval_mode, frozen
+from acr_reg.capture.evaluation import eval_mode, frozen, running_view
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
@@ -77,6 +77,7 @@ class GradientCam(Removable):
         merge: Literal["sum", "max", "mean"] = "sum",
         forward: Callable[[Tensor], Any] | None = None,
         *,
+        scales: Iterable[float] = (1.0,),
         modules: Iterable[str | nn.Module] | None = None,
         patch_size: int | Sequence[int] | None = None,
         num_prefix_tokens: int | None = None,
@@ -98,7 +99,7 @@ class GradientCam(Removable):
             None if propagation_layers is None else listed("propagation_layers", propagation_layers)
         )
         self.views = (Identity(), HorizontalFlip()) if views is None else listed("views", views)
-        self.merge = merge
+        self.merge, self.scales = merge, listed("scales", scales)
         self.grid, self.no_grad = grid, no_grad
         self._hints: dict[str, Any] = {
             "modules": None if modules is None else listed("modules", modules),
@@ -137,7 +138,8 @@ class GradientCam(Removable):
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             assert self._attention is not None
             with frozen(self.model) as parameters:
-                logits = self._logits(self._attention, view, parameters)
+                with running_view(view, images):
+                    logits = self._logits(self._attention, view, parameters)
                 maps = self._attention.take()
                 if maps.run:
                     _refuse_runs(maps.run + 1)
@@ -154,7 +156,7 @@ class GradientCam(Removable):
             with eval_mode(self.model), torch.inference_mode(False):  # which enables gradients, too
                 if self._attention is None:
                     self._attention = self._begin(images[:1], image_size)
-                return multi_view_cam(one_view, images, self.views, self.merge, size)
+                return multi_view_cam(one_view, images, self.views, self.merge, size, self.scales)
         except BaseException:
             self._end_capture()  # an interruption may have left it in the middle of a forward
             raise

@@ -28,6 +28,7 @@ from acr_reg import (
     normalize_cam,
     propagate_cam,
 )
+from acr_reg.errors import SizeError
 from tests.support.attention import says
 from tests.support.models import explicit_vit, multihead_vit
 from tests.support.models.plain import BLOCKS, Checkpointed, PlainEncoder
@@ -442,3 +443,54 @@ def test_a_head_of_zeros_is_told_from_logits_that_are_pooled_from_patches(build)
     model.forward = lambda x: _pooled(model, x)
     _, [message] = _warned(model, start_layer=-1)
     assert "pooled from patches" in message and "zeros" not in message
+
+
+# ---- scales
+
+
+def _timm(**options):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2, num_classes=5, **options)
+
+
+def _resized(batch, size):
+    return nn.functional.interpolate(batch, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def test_scales_of_a_gradient_cam_are_a_cam_of_each_size_brought_to_one_grid():
+    model, batch = _timm(dynamic_img_size=True), torch.rand(2, 3, 64, 96)
+    found = cams(model, batch, scales=[0.5, 1.0, 1.5])  # each on the image and on its flip
+    by_hand = [cams(model, _resized(batch, (32 * i, 48 * i))) for i in (1, 2, 3)]
+    assert [maps.shape[-2:] for maps in by_hand] == [(2, 3), (4, 6), (6, 9)]
+    torch.testing.assert_close(found, sum(_resized(maps, (4, 6)) for maps in by_hand), rtol=1e-4, atol=1e-6)
+    with GradientCam(model, scales=[0.5, 1.0]) as cam:
+        assert cam(batch, LABELS, size=(64, 96)).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scales": [1.0, 0.5]}, {"scales": [0.5]}, {"views": [Scale(0.5)]}, {"views": [Rotate90()]}], ids=str
+)
+def test_a_model_of_one_size_says_how_it_takes_others(options):
+    batch = torch.rand(2, 3, 64, 96)
+    with pytest.raises(SizeError) as error:
+        cams(_timm(), batch, **options)
+    size = "96 x 64 px" if options == {"views": [Rotate90()]} else "32 x 48 px"
+    assert says(error, size, "doesn't match model", "dynamic_img_size=True")
+    assert cams(_timm(dynamic_img_size=True), batch, **options).amax() > 0
+
+
+def test_sizes_of_no_whole_patches_need_padding_and_say_so():
+    batch = torch.rand(2, 3, 64, 96)
+    with pytest.raises(SizeError, match=r"51 x 77 px: .*divisible by patch size.*dynamic_img_pad=True"):
+        cams(_timm(dynamic_img_size=True), batch, scales=[1.0, 0.8])
+    padding = _timm(dynamic_img_size=True, dynamic_img_pad=True)
+    with pytest.warns(UserWarning, match="pads images of 51 x 77 px"):
+        assert cams(padding, batch, scales=[1.0, 0.8]).shape == (2, 5, 4, 6)
+
+
+def test_other_errors_of_a_model_are_not_taken_for_its_size():
+    def broken(x):
+        raise KeyError("a key")
+
+    with pytest.raises(KeyError, match="a key"):
+        cams(_timm(dynamic_img_size=True), torch.rand(2, 3, 64, 96), scales=[0.5, 1.0], forward=broken)
