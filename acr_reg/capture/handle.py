@@ -50,9 +50,11 @@ def capture_attention(
         model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
         layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
         modules: capture only attention within these modules or names, such as one of two encoders; None means all.
-        patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: describe the tokens if the model's own fields
-            are missing or wrong. Prefix tokens stand before the patches and suffix tokens behind. ``class_tokens``
-            counts the first of these, or gives positions among all tokens (-1 is the last); token c belongs to class c.
+        class_tokens: for models with several class tokens, such as MCTformer. C (the number of classes) says that the
+            first C tokens are class tokens and token c belongs to class c. A list gives positions among all tokens (-1
+            is the last). Not needed for one class token.
+        patch_size, num_prefix_tokens, num_suffix_tokens: describe the tokens if the model's own fields are missing or
+            wrong. Prefix tokens stand before the patches and suffix tokens behind them.
         image_channels: the number of bands of the images, if they have more than four.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
