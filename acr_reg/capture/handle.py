@@ -66,6 +66,9 @@ def capture_attention(
         record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
             :func:`~acr_reg.check`.
 
+    Copies and pickles of the model that are made meanwhile, such as an EMA, are not captured and load without this
+    package. Call ``remove()`` before you copy a model for ``torch.jit.script``.
+
     Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
     :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
 
