@@ -14,6 +14,17 @@ def is_dense(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and not value.is_nested and value.layout is torch.strided
 
 
+def require_tensor(given: Any, what: str, shape: str) -> None:
+    """Raises TypeError for what is no tensor. An output that holds its tensor as ``.logits`` is told to pass that;
+    ``shape`` is the wanted one in words, such as (B, C)."""
+    if isinstance(given, Tensor):
+        return
+    logits = getattr(given, "logits", None)
+    fits = isinstance(logits, Tensor) and logits.ndim == shape.count(",") + 1
+    wanted = "outputs.logits, where outputs is what the model returned" if fits else f"a tensor {shape}"
+    raise TypeError(f"{what} has type {type(given).__name__}. Pass {wanted}.")
+
+
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Converts half precisions to float32; leaves float32 and float64 as they are."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor

@@ -16,6 +16,10 @@ class LayoutError(ValueError):
     """The grid or the prefix of a layer's tokens is unknown, or several fit."""
 
 
+class SizeError(ValueError):
+    """The model fails on a view of another size than its images, as models do that are built for one size."""
+
+
 class CommandError(Exception):
     """An error that the user of a command can correct, shown as one message without a traceback."""
 

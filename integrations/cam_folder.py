@@ -44,55 +44,55 @@ def write_cams(
     overwrite: bool = False,
     progress: bool = True,
 ) -> FolderReport:
-    """Write the class maps of every image, at its own size and in [0, 1], to ``folder/ID.npy``. ID is the image's file
-    name without its ending.
+    """Write the class maps of many images: one file ``folder/ID.npy`` per image, at the photo's own size and in [0, 1].
+    ID is the image's file name without its ending.
 
-    An interrupted run can be started again: images whose files exist are passed over, and a file is either
-    whole or absent. An image is skipped, and named on standard error, if it cannot be read, or if its maps cannot be
-    made or hold NaN. The run ends with a summary there, and the report names the skipped images. Progress is a bar if
-    standard error is a terminal and rich is installed, else a line every ten seconds.
+    You can start an interrupted run again: it skips images whose files exist. A file is always complete. An image that
+    cannot be read, or whose maps fail or hold NaN, is skipped and named on standard error; the report lists all of
+    them. Progress is a bar if standard error is a terminal and rich is installed, else a line every ten seconds.
 
-    Under ``torchrun`` each process takes its share of the images, and every process returns the report of all. So do
-    the processes of a process group. Call it in each of them, with the same images. In an array of jobs, set RANK
-    (from 0) and WORLD_SIZE: each job takes its share, and says so in its own report. A later run, of any number of
-    processes, makes what is missing.
+    Several processes share the images. Under ``torchrun``, or in a process group, call it in each process with the same
+    images; every process returns the report of all. In a job array set RANK (from 0) and WORLD_SIZE; each job reports
+    its own share. A later run, with any number of processes, makes the files that are missing.
 
     Args:
-        cam: takes images (B, bands, h, w) and their labels (B, C), and returns the maps (B, C, h', w'), not normalised:
-            a :class:`~acr_reg.GradientCam` or your own function. Maps of absent classes are left out.
+        cam: makes the maps: a :class:`~acr_reg.GradientCam`, or your function of images (B, bands, h, w) and labels
+            (B, C) that returns maps (B, C, h', w'), not normalised. Only maps of classes present are written. For
+            multi-scale maps set ``scales=`` of the GradientCam; for a model with one class token per class, its
+            ``class_tokens=``.
         images: paths of the photos.
-        labels: from each ID to its (C,) labels, > 0 for the classes present, or the path of such a file:
-            :func:`~acr_reg.integrations.formats.load_image_labels` says which. IRN's integer keys are understood.
+        labels: a dict from ID to labels (C,), > 0 for the classes present, or the path of a file of them; see
+            :func:`~acr_reg.integrations.formats.load_image_labels`. IRN's integer keys are understood.
         folder: made if it does not exist. ``psa_crf`` makes two, ``folder_4`` and ``folder_32``, named after the
             alphas.
-        transform: turns the photo into a tensor (bands, h, w). It gets what
-            :func:`~acr_reg.integrations.formats.open_photo` returns: upright, in RGB of 8 bits. It may resize
-            the photo, but not crop or pad it: the maps are stretched over the whole photo.
+        transform: turns a photo into a tensor (bands, h, w). The photo is upright, in RGB of 8 bits, as
+            :func:`~acr_reg.integrations.formats.open_photo` returns it. The transform may resize it but must not crop
+            or pad it, because the maps are stretched over the whole photo.
         format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
-        views, merge: as for :func:`~acr_reg.multi_view_cam`, which merges them at the size of the photo. The default is
-            the image alone, which is right for a GradientCam: it merges its own views.
+        views, merge: as for :func:`~acr_reg.multi_view_cam`, merged at the size of the photo. The default, the image
+            alone, is right for a GradientCam, which merges its own views.
         normalize: "minmax" as in MCTformer and ACR, or "max" as in PSA and IRN, after the maps are enlarged.
-        alphas: for ``psa_crf`` only, as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
-        transform_takes: with "path", ``transform`` gets the path of the image and reads it itself, with any number of
-            bands. It returns the tensor, or (tensor, (H, W) of the photo). Without that size, it is the upright photo's
-            as Pillow reads it, or (h, w) of the tensor if Pillow cannot.
-        device: where ``cam`` gets images and labels. By default where the model of a GradientCam is, and for another
-            ``cam`` where the transform leaves the images. :func:`process_device` is this process's own GPU.
-        batch_size: images for one call of ``cam``. Images whose tensors have one shape are put together, and each map
-            still has its own photo's size. If a batch fails, its images are tried one by one.
-        workers: processes that open and transform photos beside the model, as of a torch DataLoader; 0 does it in this
-            process. They take no GPU, so the transform returns tensors on the CPU. Where workers are spawned, the
-            transform must be a function of a module.
-        share: False makes every image in this process, whatever other processes there are, as where only the first
-            process of a training script calls this.
+        alphas: for ``psa_crf`` only, as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF runs.
+        transform_takes: "photo", or "path" for a transform that reads the image itself, with any number of bands. It
+            returns the tensor, or (tensor, (H, W) of the photo). Without this size, Pillow reads it from the file; if
+            Pillow cannot, it is (h, w) of the tensor.
+        device: where ``cam`` gets images and labels. By default the device of the GradientCam's model; for another
+            ``cam``, images stay where the transform leaves them. :func:`process_device` is this process's own GPU.
+        batch_size: images per call of ``cam``. Images of one shape form a batch, and each map still gets the size of
+            its own photo. If a batch fails, its images are tried one by one.
+        workers: processes that open and transform photos beside the model, as of a DataLoader; 0 uses this process.
+            They have no GPU, so the transform returns CPU tensors. Where workers are spawned, the transform must be a
+            function of a module.
+        share: False makes every image in this process, for instance if only the first process of a training script
+            calls this.
         overwrite: make maps again whose files exist.
         progress: show progress. Failures are written in any case.
 
     Raises:
-        ValueError: an image has no labels, two images have one ID, or the folder holds files of another format. RANK
-            and WORLD_SIZE name no process, or processes were given different images.
-        RuntimeError: ``cam`` or ``transform`` fails for each of the first images, and the folder is empty. ``cam``
-            cannot take batches, or a worker cannot go on. Other processes did not start this run, or ended early.
+        ValueError: an image has no labels, two images have the same ID, the folder holds files of another format, RANK
+            and WORLD_SIZE do not fit, or processes got different images.
+        RuntimeError: ``cam`` or ``transform`` fails for each of the first images while the folder is empty, ``cam``
+            cannot take batches, a worker cannot go on, or other processes did not start or ended early.
 
     >>> import numpy as np, torch
     >>> from PIL import Image

@@ -26,7 +26,7 @@ _BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32; a block holds a few times a
 _BLOCK_ROWS = 64
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class RecordedTensors:
     """The tensors of one layer on their graph, in the model's own shapes: (B, H, N, d), (B, N, d) or (B H, N, M).
 
@@ -49,6 +49,10 @@ class RecordedTensors:
     kernel: str | None = None
     sharded: bool = False
 
+    def __repr__(self) -> str:
+        shapes = [f"{name}={tuple(kept.shape)}" for name, kept in vars(self).items() if isinstance(kept, Tensor)]
+        return f"RecordedTensors({', '.join(shapes)})"
+
     @property
     def seen(self) -> Tensor:
         """The map, or the query of a fused kernel: one of them is always there."""
@@ -63,7 +67,7 @@ class RecordedTensors:
         return replace(self, **tensors)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LayerAttention:
     """Self-attention of one layer: its factors (query, key, ...) or its explicit map, and where its tokens sit.
 
@@ -82,6 +86,12 @@ class LayerAttention:
     images: slice = field(default_factory=lambda: slice(None))
     window: Window | None = None
     why_unplaced: str | None = None
+
+    def __repr__(self) -> str:
+        what = f"{self.kind}, {'query and key' if self.is_factored else 'map'} of {self.shape}"
+        where = self.window or self.placed or "grid unknown"
+        kept = self.recorded.seen
+        return f"LayerAttention({self.index}, {self.name}: {what}; {where}; {kept.dtype} on {kept.device})"
 
     @property
     def kind(self) -> Literal["global", "window", "reduced keys", "reduced queries"]:

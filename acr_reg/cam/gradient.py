@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32, select
+from acr_reg._tensors import at_least_float32, require_tensor, select
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import check_finite
@@ -67,6 +67,9 @@ def class_token_gradient_cam(
     >>> class_token_gradient_cam(logits, maps, labels=torch.tensor([[1, 0, 0, 1]]), start_layer=0).shape
     torch.Size([1, 4, 2, 3])
     """
+    require_tensor(logits, "logits", "(B, C)")
+    if not isinstance(attention, AttentionMaps):
+        raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = _layers_from(attention, start_layer)
     if any(layer.recorded.sharded for layer in layers):
         refuse_sharded()
@@ -78,19 +81,20 @@ def class_token_gradient_cam(
     _check_differentiable(logits, layers, create_graph)
 
     with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-        silent = {layer.index: layer for layer in layers}
+        silent, moves = {layer.index: layer for layer in layers}, False
         for image, label in _passes(wanted):
             contributions = []
             gradients = _gradients(logits[image, label].sum(), layers, create_graph)
             for layer, gradient in zip(layers, gradients, strict=True):
                 if gradient is None:
                     continue
+                moves = moves or bool(gradient.detach().any())
                 contributions.append(_contribution(layer, gradient, image, label, method, query))
                 if layer.index in silent and bool((contributions[-1].detach() != 0).any()):
                     del silent[layer.index]
             maps = maps.index_put((image, label), torch.stack(contributions).sum(0).to(maps.dtype))
     if silent and wanted.any():
-        _warn_silent(list(silent.values()), query)
+        _warn_silent(list(silent.values()), query, moves)
     maps = maps if create_graph else maps.detach()
     check_finite(maps, "The class maps")
     return rearrange(maps, "b c (h w) -> b c h w", h=grid.height)
@@ -270,7 +274,15 @@ def _row_maps(
     return weighted if method == "cam_grad" else weighted * grad
 
 
-def _warn_silent(layers: list[LayerAttention], query: str) -> None:
+def _warn_silent(layers: list[LayerAttention], query: str, moves: bool) -> None:
+    """``moves``: whether the logits depend on the attention of any token at all."""
+    if not moves:
+        warnings.warn(
+            f"Every gradient of the logits to {_named(layers)} is 0, so the class maps are 0. Load trained weights: a "
+            "head of zeros does this.",
+            stacklevel=3,
+        )
+        return
     warnings.warn(
         f"No positive gradient reaches the {'class row' if query == 'class' else 'rows'} of {_named(layers)}. If "
         'the logits are pooled from patches, use a lower start_layer or query="all".',

@@ -14,7 +14,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.cam.settings import CamSettings
-from acr_reg.capture.evaluation import eval_mode, frozen
+from acr_reg.capture.evaluation import eval_mode, frozen, running_view
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
@@ -25,32 +25,41 @@ from acr_reg.views.view import View
 
 
 class GradientCam(Removable):
-    """Class-token-gradient maps of a model, propagated over the affinity and summed over views.
+    """Makes the class maps of a model in one call: gradient maps, spread over the affinity, summed over views.
 
-    This is the inference that ACR publishes (arXiv 2308.04321): :func:`~acr_reg.class_token_gradient_cam`, one step of
-    :func:`~acr_reg.propagate_cam` over all layers, summed over the image and its flip. The model runs in eval mode, no
-    parameter needs a gradient, and layers below ``start_layer`` run without a graph, unless the model itself needs one
-    there, as for hooks on its tensors. The first call runs one more image to see the layers. The model's modes and
-    flags are restored afterwards.
+    For each view of the images it computes :func:`~acr_reg.class_token_gradient_cam`, spreads the maps by
+    :func:`~acr_reg.propagate_cam`, and merges all views by :func:`~acr_reg.multi_view_cam`. The defaults are those of
+    ACR (arXiv 2308.04321): one step over all layers, and the sum over the image and its flip.
+
+    The model runs in eval mode, and its modes and flags are restored afterwards. No parameter needs a gradient, so
+    frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
+    call runs one more image to see the layers. A training capture of the same model does not record these runs.
 
     Args:
-        model: as for :func:`~acr_reg.capture_attention`.
-        start_layer, method, query: as for :func:`~acr_reg.class_token_gradient_cam`.
-        steps, propagation_layers: as for :func:`~acr_reg.propagate_cam`, which needs layers on one grid, so the last
-            stage of a pyramid; 0 steps leave propagation out.
-        views, merge: as for :func:`~acr_reg.multi_view_cam`; merge by "mean" if the views are crops.
-        forward: returns the logits (B, C) of images, if ``model(images)`` does not. Of an output that is no tensor,
-            ``.logits`` or ``["logits"]`` is taken.
-        modules, patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: as for
-            :func:`~acr_reg.capture_attention`.
-        grid: (height, width) of the images in tokens, where the capture cannot infer it; a view of another size has a
-            grid in proportion.
-        no_grad: whether layers that the model runs under ``torch.no_grad`` count as layers, and propagate. They have no
-            gradient, so ``start_layer`` must lie above. None leaves them out with a warning.
+        model: any module that :func:`~acr_reg.capture_attention` can capture.
+        start_layer: first layer whose gradient is used; negative counts from the last layer.
+        method: formula of :func:`~acr_reg.class_token_gradient_cam`.
+        query: "class" reads the row of the class token. "all" averages over all rows, for models without one.
+        steps: propagation steps; 0 returns the raw maps.
+        propagation_layers: layers that propagate; None takes all. They must lie on one grid, so take the last stage of
+            a pyramid.
+        views: views of the images; None takes the image and its flip.
+        merge: "sum", "max" or "mean" over views and scales. Take "mean" if the views are crops.
+        scales: scales of the images, such as ``[0.5, 1.0, 1.5]`` for multi-scale maps; every view runs at every scale.
+            The model must take images of these sizes (timm: ``dynamic_img_size=True``).
+        forward: returns the logits (B, C) of images, if ``model(images)`` does not. If the output is not a tensor, its
+            ``.logits`` or ``["logits"]`` is used, as of Hugging Face models.
+        class_tokens: for models with several class tokens. C (the number of classes) says that the first C tokens are
+            class tokens and token c belongs to class c; a list gives their positions. Not needed for one class token.
+        modules, patch_size, num_prefix_tokens, num_suffix_tokens: as for :func:`~acr_reg.capture_attention`.
+        grid: (height, width) of the images in tokens, if the capture cannot infer it. Views of other sizes get a grid
+            in proportion.
+        no_grad: whether to use layers that the model runs under ``torch.no_grad`` for propagation. They have no
+            gradient, so ``start_layer`` must lie above them. None leaves them out with a warning.
 
     ``remove()``, or leaving a ``with`` block, ends the capture. Calls raise :class:`~acr_reg.LayoutError` if the
-    settings do not suit the model, with all those that do, and :class:`~acr_reg.CaptureError` if its attention cannot
-    be captured.
+    settings do not suit the model, and name the settings that do. They raise :class:`~acr_reg.CaptureError` if the
+    attention cannot be captured.
 
     >>> import torch
     >>> layer = torch.nn.TransformerEncoderLayer(32, 4, 64)
@@ -77,6 +86,7 @@ class GradientCam(Removable):
         merge: Literal["sum", "max", "mean"] = "sum",
         forward: Callable[[Tensor], Any] | None = None,
         *,
+        scales: Iterable[float] = (1.0,),
         modules: Iterable[str | nn.Module] | None = None,
         patch_size: int | Sequence[int] | None = None,
         num_prefix_tokens: int | None = None,
@@ -98,7 +108,7 @@ class GradientCam(Removable):
             None if propagation_layers is None else listed("propagation_layers", propagation_layers)
         )
         self.views = (Identity(), HorizontalFlip()) if views is None else listed("views", views)
-        self.merge = merge
+        self.merge, self.scales = merge, listed("scales", scales)
         self.grid, self.no_grad = grid, no_grad
         self._hints: dict[str, Any] = {
             "modules": None if modules is None else listed("modules", modules),
@@ -122,9 +132,12 @@ class GradientCam(Removable):
         self._attention, self._whole_graph = None, False
 
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """Class maps (B, C, h, w) >= 0, detached, not normalised; 0 where ``labels`` (B, C), if given, are not > 0.
+        """Returns class maps (B, C, h, w) >= 0, detached and not normalised.
 
-        ``images`` (B, bands, H, W) have any number of bands. ``size`` is (h, w), by default the token grid.
+        Args:
+            images: (B, bands, H, W), with any number of bands.
+            labels: (B, C), > 0 for the classes present. Maps of other classes are 0. None computes all classes.
+            size: (h, w) of the maps, by default the token grid. Pass the size of the image for maps to threshold.
         """
         _check_images(images)
         if self._removed:
@@ -137,7 +150,8 @@ class GradientCam(Removable):
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             assert self._attention is not None
             with frozen(self.model) as parameters:
-                logits = self._logits(self._attention, view, parameters)
+                with running_view(view, images):
+                    logits = self._logits(self._attention, view, parameters)
                 maps = self._attention.take()
                 if maps.run:
                     _refuse_runs(maps.run + 1)
@@ -154,7 +168,7 @@ class GradientCam(Removable):
             with eval_mode(self.model), torch.inference_mode(False):  # which enables gradients, too
                 if self._attention is None:
                     self._attention = self._begin(images[:1], image_size)
-                return multi_view_cam(one_view, images, self.views, self.merge, size)
+                return multi_view_cam(one_view, images, self.views, self.merge, size, self.scales)
         except BaseException:
             self._end_capture()  # an interruption may have left it in the middle of a forward
             raise

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32, select
+from acr_reg._tensors import at_least_float32, require_tensor, select
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.errors import LayoutError
+from acr_reg.capture.evaluation import running_view
+from acr_reg.errors import LayoutError, listed
 from acr_reg.tokens import Lattice, patch_index, token_order
+from acr_reg.views.constructors import Compose, Scale
 from acr_reg.views.view import View, map_between, require_view
 
 
@@ -69,6 +71,7 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     ``layers`` chooses the layers in the sum (negative: from the last); None takes all, as published. The result is
     differentiable in both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
     """
+    require_tensor(cam, "cam", "(B, C, h, w)")
     chosen = layers_on_one_grid(attention, layers, "Propagate")
     grid = chosen[-1].layout.key
     if cam.ndim != 4 or cam.shape[0] != attention.batch_size or tuple(cam.shape[-2:]) != (grid.height, grid.width):
@@ -100,18 +103,25 @@ def multi_view_cam(
     views: Sequence[View],
     merge: Literal["sum", "max", "mean"] = "sum",
     size: tuple[int, int] | None = None,
+    scales: Iterable[float] = (1.0,),
 ) -> Tensor:
     """Merges the class maps of several views of ``images`` (B, 3, H, W), carried back onto the images: (B, C, h, w).
 
-    ``cam_fn`` returns the maps (B, C, h', w') of the images it is given, alone or with the :class:`~acr_reg.Lattice`
-    on which they lie (the tokens' lattice if a stem's windows overlap). Maps without a lattice divide their image
-    evenly, as the result does. ``size`` (h, w) defaults to the size of the first view's maps carried back. "sum" adds
-    the maps, as published for the flip; "max" keeps the largest value; "mean" averages over the views that show a
-    pixel, for crops. A map is 0 where its view shows nothing.
+    Args:
+        cam_fn: returns the maps (B, C, h', w') of the images it is given, alone or with the :class:`~acr_reg.Lattice`
+            on which they lie (the tokens' lattice if a stem's windows overlap). Maps without a lattice divide their
+            image evenly, as the result does.
+        views: each is applied to the images; ``[Identity(), HorizontalFlip()]`` is the published choice.
+        merge: "sum" adds the maps, as published for the flip. "max" keeps the largest value. "mean" averages over the
+            views that show a pixel, for crops. A map is 0 where its view shows nothing.
+        size: (h, w) of the result, by default the token grid of the first view at scale 1, else at the first scale.
+        scales: multi-scale maps: every view at every scale, such as ``[0.5, 1.0, 1.5]``. The model must take images of
+            these sizes (timm: ``dynamic_img_size=True``). Choose sizes of whole patches: padding moves tokens.
 
     >>> import torch
     >>> from acr_reg import HorizontalFlip, Identity
-    >>> multi_view_cam(lambda x: x[:, :1], torch.rand(1, 3, 4, 6), [Identity(), HorizontalFlip()]).shape
+    >>> images, views = torch.rand(1, 3, 4, 6), [Identity(), HorizontalFlip()]
+    >>> multi_view_cam(lambda x: x[:, :1], images, views, scales=[0.5, 1.0]).shape
     torch.Size([1, 1, 4, 6])
     """
     if merge not in ("sum", "max", "mean"):
@@ -120,9 +130,10 @@ def multi_view_cam(
         raise ValueError("There are no views. Pass at least one; Identity() is the image itself.")
     merged: Tensor | None = None
     shown: list[Tensor] = []  # for each view, where "mean" divides by their number
-    for view in views:
-        require_view(view)
-        found = cam_fn(view(images))
+    for view in _at_scales(views, scales):
+        seen = view(images)
+        with running_view(seen, images):
+            found = cam_fn(seen)
         maps, lattice = found if isinstance(found, tuple) else (found, None)
         if maps.ndim != 4 or maps.shape[0] != images.shape[0]:
             raise ValueError(
@@ -143,10 +154,21 @@ def multi_view_cam(
     return merged / sum(shown).clamp_min(1) if merge == "mean" else merged  # type: ignore[union-attr]
 
 
+def _at_scales(views: Sequence[View], scales: Iterable[float]) -> list[View]:
+    """Every view at every scale, at 1 first: the first view gives the result its size."""
+    for view in views:
+        require_view(view)
+    factors = sorted(listed("scales", scales), key=lambda factor: factor != 1)
+    if not factors:
+        raise ValueError("There are no scales. Pass at least one; scales=[1.0] is the image's own size.")
+    return [view if factor == 1 else Compose([view, Scale(factor)]) for factor in factors for view in views]
+
+
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max", valid: Tensor | None = None) -> Tensor:
     """Normalises class maps (B, C, h, w) to [0, 1], per image and class: relu(cam) over its maximum, or min-max. An
     empty map stays 0. The minimum and maximum cover the ``valid`` pixels (B or 1, h, w), by default all; other pixels
     are clamped to [0, 1]."""
+    require_tensor(cam, "cam", "(B, C, h, w)")
     cam = at_least_float32(cam)
     outside = None if valid is None else ~valid[:, None]
 

@@ -1,4 +1,5 @@
-"""Runs a model and restores what its modules had, whatever interrupts the block: flags, or buffers and attributes."""
+"""Runs a model and restores what its modules had, whatever interrupts the block: flags, or buffers and attributes. Says
+which errors come from the size of a view."""
 
 from __future__ import annotations
 
@@ -7,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 
 from acr_reg._torch_private import replace_buffers
+from acr_reg.errors import CaptureError, LayoutError, SizeError
 
 
 class _Restored(ABC):
@@ -89,3 +92,21 @@ def state_kept(model: nn.Module) -> Iterator[None]:
             for name in vars(module).keys() - attributes.keys():
                 del vars(module)[name]
             vars(module).update(attributes)
+
+
+@contextmanager
+def running_view(view: Tensor, images: Tensor) -> Iterator[None]:
+    """Runs a model or class maps on a ``view`` of images. An error on a view of another size says how a model takes
+    other sizes, because most of them are built for one."""
+    try:
+        yield
+    except (CaptureError, LayoutError, SizeError, Warning, torch.cuda.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if view.shape[-2:] == images.shape[-2:]:
+            raise
+        (height, width), why = view.shape[-2:], str(error).rstrip(".")
+        raise SizeError(
+            f"The model fails on a view of {height} x {width} px: {why}. Let it take other sizes (timm: "
+            "dynamic_img_size=True, dynamic_img_pad=True)."
+        ) from error

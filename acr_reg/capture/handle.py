@@ -50,9 +50,11 @@ def capture_attention(
         model: any module. Its kernels, outputs, parameters, modes and state dict stay as they are.
         layers: attention layers to keep, by the order in which they run (negative: from the last); None keeps all.
         modules: capture only attention within these modules or names, such as one of two encoders; None means all.
-        patch_size, num_prefix_tokens, num_suffix_tokens, class_tokens: describe the tokens if the model's own fields
-            are missing or wrong. Prefix tokens stand before the patches and suffix tokens behind. ``class_tokens``
-            counts the first of these, or gives positions among all tokens (-1 is the last); token c belongs to class c.
+        class_tokens: for models with several class tokens, such as MCTformer. C (the number of classes) says that the
+            first C tokens are class tokens and token c belongs to class c. A list gives positions among all tokens (-1
+            is the last). Not needed for one class token.
+        patch_size, num_prefix_tokens, num_suffix_tokens: describe the tokens if the model's own fields are missing or
+            wrong. Prefix tokens stand before the patches and suffix tokens behind them.
         image_channels: the number of bands of the images, if they have more than four.
         keep: the encoder runs that :meth:`AttentionCapture.take` accepts, as training code may run the model several
             times a step. "only" refuses more than one, "first" and "last" keep one of them and release the others at
@@ -63,6 +65,9 @@ def capture_attention(
             class maps by gradient work; layers below stay without a graph.
         record_products: also keep query, key, value and output of unfused layers, at the cost of their memory, for
             :func:`~acr_reg.check`.
+
+    Copies and pickles of the model that are made meanwhile, such as an EMA, are not captured and load without this
+    package. Call ``remove()`` before you copy a model for ``torch.jit.script``.
 
     Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
     :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.

@@ -1,7 +1,7 @@
 """Hooks that tell a watcher which module of a model is running, on any thread.
 
-A hook holds only a number. Hooks in a copy or pickle of the model therefore do nothing, and a deleted watcher is never
-called.
+A hook holds only a number, so a deleted watcher is never called. In a copy or pickle of the model a function of the
+standard library that does nothing stands in its place: the copy runs, and loads, without this package.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable
+from contextlib import nullcontext
 from itertools import count
 from types import FrameType, TracebackType
 from typing import Any, Protocol
@@ -48,20 +49,20 @@ class _ScriptingError(CaptureError, AttributeError):
 class _Hook:
     """Holds its watcher's number, which copies and pickles do not inherit."""
 
-    def __init__(self, number: int = -1) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
 
     @property
     def __name__(self) -> str:  # only torch.jit.script reads it
         raise _ScriptingError(_TRACED.format("torch.jit.script"))
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return type(self), ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")  # takes anything and returns None, as a hook that does nothing
 
 
 class _EnterHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.number >= 0 and is_compiling():  # before anything that tracing cannot follow
+        if is_compiling():  # before anything that tracing cannot follow
             message = _TRACED.format("torch.compile or torch.export")
             break_graph(message)
             raise CaptureError(message)
@@ -75,7 +76,7 @@ class _EnterHook(_Hook):
 
 class _LeaveHook(_Hook):
     def __call__(self, module: nn.Module, args: tuple[Any, ...], result: Any) -> None:
-        watcher = None if self.number >= 0 and is_compiling() else _watcher(self.number)
+        watcher = None if is_compiling() else _watcher(self.number)
         if watcher is not None:
             # If the forward raised, torch calls this while it handles the exception, with None as the result.
             watcher.left(module, result, failed=result is None and sys.exc_info()[1] is not None)

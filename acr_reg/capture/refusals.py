@@ -53,11 +53,11 @@ def refuse_elsewhere(model: nn.Module) -> NoReturn:
 def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
     """The run that ``take(run)`` asks for."""
     if keep == "only" and len(runs) > 1:
-        listed = "; ".join(_summary(each) for each in runs)
+        listed = "; ".join(dict.fromkeys(map(_summary, runs)))
         more = " or more" if len(runs) >= REMEMBERED else ""  # earlier ones are no longer remembered
         raise CaptureError(
-            f"{len(runs)}{more} encoder runs happened since the last take(): {listed}. Call take() after each, "
-            'or capture with keep="first", "last" or "all".'
+            f"{len(runs)}{more} encoder runs wait for take(): {listed}. Take each, clear() those of validation, "
+            'or set keep="first", "last" or "all".'
         )
     if keep == "all" and run is None and len(runs) > 1:
         raise CaptureError(f"{len(runs)} encoder runs happened. Choose one by take(0) to take({len(runs) - 1}).")

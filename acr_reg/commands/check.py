@@ -7,7 +7,7 @@ import argparse
 import torch
 
 import acr_reg
-from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of
+from acr_reg.commands.models import LARGEST, VIEWS, add_hints, add_model, build, forward_of, hints_of, in_options
 from acr_reg.errors import CommandError
 from acr_reg.integrations.jobs.progress import show_progress
 
@@ -30,11 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table. Returns 1 if it lists problems, else 0."""
-    if len(args.size) > 2 or min(args.size) < 1 or min(args.batch, args.channels) < 1:
+    if len(args.size) > 2 or not 1 <= min(args.size) <= max(args.size) <= LARGEST:
         raise CommandError(
-            f"--size {' '.join(map(str, args.size))} must be one or two numbers of pixels, --batch {args.batch} and "
-            f"--channels {args.channels} at least 1. Try --size 224 or --size 224 320."
+            f"--size {' '.join(map(str, args.size))} is not one or two numbers of pixels from 1 to {LARGEST}. Try "
+            "--size 224 or --size 224 320."
         )
+    if min(args.batch, args.channels) < 1:
+        raise CommandError(f"--batch {args.batch} and --channels {args.channels} must both be at least 1.")
     model = build(args.model, args.set)
     forward = forward_of(model, args)
     images = torch.randn(
@@ -54,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
             )
     except Exception as error:  # of an option, or of the model on these images
         raise CommandError(
-            f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. "
-            f"{type(error).__name__}: {error}"
+            f"{type(model).__name__} could not be checked on images {tuple(images.shape)}. {in_options(error)}"
         ) from error
     print(report)
     return 0 if report.ok else 1

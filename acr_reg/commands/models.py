@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +27,8 @@ VIEWS = {
     "rot90": acr_reg.Rotate90(),
     "half": acr_reg.Scale(0.5),
 }
+LARGEST = 4096  # pixels along a side of what a model is run on: more would take hours, or all memory
+_LIBRARIES = ("timm", "torchvision")
 WRAPPERS = ("model", "state_dict")  # under which training scripts save the weights
 
 
@@ -72,6 +77,36 @@ def hints_of(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# The options that stand for arguments of the library, which its messages name.
+_OPTIONS = {
+    "modules=": "--modules",
+    "patch_size=": "--patch-size",
+    "num_prefix_tokens=": "--prefix-tokens",
+    "num_suffix_tokens=": "--suffix-tokens",
+    "class_tokens=": "--class-tokens",
+    "class_token=": "--class-token",
+    "layers=": "--layers",
+    "forward=": "--method",
+    "no_grad=True": "--no-grad",
+    "dynamic_img_size=": "--set dynamic_img_size=",
+    "dynamic_img_pad=": "--set dynamic_img_pad=",
+}
+# A call that a message advises stays as it is. A value behind an option stands apart from it.
+_ARGUMENT = re.compile(rf"with_layout\([^)]*\)+|\b({'|'.join(_OPTIONS)})(?=(\w?))")
+
+
+def in_options(error: Exception, **others: str) -> str:
+    """The message of an error of the library, with options in place of its arguments. ``others``: options by argument,
+    where a command has its own."""
+    own = _OPTIONS | {f"{name}=": option for name, option in others.items()}
+
+    def option(found: re.Match[str]) -> str:
+        name, value = found.groups()
+        return found[0] if name is None else own[name] + " " * (bool(value) and own[name][-1] != "=")
+
+    return f"{type(error).__name__}: {_ARGUMENT.sub(option, str(error))}"
+
+
 def forward_of(model: nn.Module, args: argparse.Namespace) -> Callable[[Tensor], Any] | None:
     """The method to call in place of the model, if --method names one."""
     if args.method is None:
@@ -86,37 +121,78 @@ def forward_of(model: nn.Module, args: argparse.Namespace) -> Callable[[Tensor],
 def build(name: str, settings: Sequence[str]) -> nn.Module:
     """The model named timm:NAME, torchvision:NAME or MODULE:FUNCTION, built with arguments NAME=VALUE."""
     arguments = dict(map(_argument, settings))
-    source, colon, what = name.partition(":")
-    if not colon or not source or not what:
-        raise CommandError(f"The model {name!r} is not SOURCE:NAME. Try timm:vit_small_patch16_224.")
+    source, _, what = name.partition(":")
+    if not source or not what:
+        raise CommandError(_not_a_name(name))
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
     try:
-        if source == "timm":
-            model = import_module("timm").create_model(what, pretrained=False, **arguments)
-        elif source == "torchvision":
-            model = import_module("torchvision").models.get_model(what, weights=None, **arguments)
-        else:
-            folder = os.getcwd()
-            sys.path.insert(0, folder)
-            try:
-                model = getattr(import_module(source), what)(**arguments)
-            finally:
-                sys.path.remove(folder)
-    except ModuleNotFoundError as error:
-        if error.name in ("timm", "torchvision"):
-            raise
-        raise CommandError(
-            f"Python finds no module {error.name} for {name!r}. Run the command in the folder that holds the module."
-        ) from error
+        model = _builder(name, source, what)(**arguments)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise CommandError(
             f"{name} could not be built with {arguments or 'no arguments'}. Pass arguments by --set NAME=VALUE. "
             f"{type(error).__name__}: {error}"
         ) from error
+    finally:
+        sys.path.remove(folder)
     if not isinstance(model, nn.Module):
         raise CommandError(
             f"{name} returned a {type(model).__name__}, not a torch.nn.Module. Name the function that returns one."
         )
     return model
+
+
+def _not_a_name(name: str) -> str:
+    """What is wrong with a name that is not SOURCE:NAME."""
+    if name.rstrip(":") in _LIBRARIES:
+        return f"The model {name!r} names a library and no model of it. Add one, as timm:vit_small_patch16_224."
+    if Path(name).suffix in (".pt", ".pth", ".bin", ".npz", ".safetensors", ".ckpt"):
+        return f"The model {name!r} is a file of weights. Name the function that builds it, as my_code.models:build."
+    if Path(name).suffix == ".py":
+        return f"The model {name!r} is a file. Name the function in it that builds the model: {_dotted(name)}:FUNCTION."
+    return f"The model {name!r} is not SOURCE:NAME. Try timm:vit_small_patch16_224, or MODULE:FUNCTION for your own."
+
+
+def _builder(name: str, source: str, what: str) -> Callable[..., Any]:
+    """What builds the model. Raises CommandError, with names that are close, if there is no such thing."""
+    if source in _LIBRARIES:
+        library = import_module(source)
+        known = library.list_models() if source == "timm" else library.models.list_models()
+        if what.partition(".")[0] not in known and ":" not in what:  # after a dot stands a tag of weights
+            more = _close(what, known) or f" It has {len(known)} models: see {source}'s list_models()."
+            raise CommandError(f"{source} has no model {what!r}.{more}")
+        if source == "timm":
+            return partial(library.create_model, what, pretrained=False)
+        return partial(library.models.get_model, what, weights=None)
+    if "/" in source or source.endswith(".py"):
+        raise CommandError(f"{source!r} is a path and not a module. Write {_dotted(source)}:{what}.")
+    try:
+        module = import_module(source)
+    except ModuleNotFoundError as error:
+        if error.name in _LIBRARIES:
+            raise
+        near = _close(source, [*_LIBRARIES, *(path.stem for path in Path().glob("*.py"))])
+        raise CommandError(
+            f"Python finds no module {error.name} for {name!r}.{near} Run the command in the folder that holds it."
+        ) from error
+    make = getattr(module, what, None)
+    if not callable(make):
+        functions = [each for each, found in vars(module).items() if callable(found) and not each.startswith("_")]
+        raise CommandError(f"The module {source} has no function or class {what!r}.{_close(what, functions)}")
+    return make
+
+
+def _dotted(path: str) -> str:
+    """The module's name of a file."""
+    return ".".join(part for part in Path(path).with_suffix("").parts if part not in (".", "/"))
+
+
+def _close(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests names close to this one: longer ones first."""
+    names = list(known)
+    longer = [each for each in names if each.startswith(name)]
+    close = list(dict.fromkeys([*longer, *get_close_matches(name, names)]))[:3]
+    return f" Did you mean {' or '.join(close)}?" if close else ""
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

@@ -17,8 +17,18 @@ from torch import Tensor, nn
 
 from acr_reg.commands.evaluate import id_or_none
 from acr_reg.commands.listed_images import Drawing, ListedImage, best_threshold, find_files, read_image
-from acr_reg.commands.models import VIEWS, add_hints, add_model, build, forward_of, hints_of, load_weights
-from acr_reg.errors import CommandError
+from acr_reg.commands.models import (
+    LARGEST,
+    VIEWS,
+    add_hints,
+    add_model,
+    build,
+    forward_of,
+    hints_of,
+    in_options,
+    load_weights,
+)
+from acr_reg.errors import CommandError, some
 from acr_reg.integrations.formats import FORMATS
 from acr_reg.integrations.formats.class_names import class_names
 from acr_reg.integrations.formats.files import IGNORED
@@ -153,12 +163,15 @@ def _run_sheet(args: argparse.Namespace) -> int:
     first = args.output or Path("sheet.png")
     pages = -(-count // FIRST)
     paths = [first] if pages == 1 else [first.with_stem(f"{first.stem}_{i + 1}") for i in range(pages)]
+    drawn: set[int] = set()
     with ExitStack() as unfinished, show_progress() as progress:  # no page stays if a later one fails
         step = progress.begin("Drawing", count)
 
         def read() -> Iterator[SheetImage]:
             for files in images:
-                yield read_image(files, drawing)
+                image = read_image(files, drawing)
+                drawn.update(_ids_in(image))
+                yield image
                 step()
 
         ways: dict[str, Any] = {"background": background, "ignore_index": drawing.ignore_index, "notes": notes}
@@ -172,9 +185,19 @@ def _run_sheet(args: argparse.Namespace) -> int:
     print("\n".join(map(str, paths)))
     if how:
         print(how)
+    unnamed = sorted(drawn - set(range(len(names))) - {drawing.ignore_index})
+    if args.names is not None and unnamed:
+        without = some([str(each) for each in unnamed])
+        print(f"note: --names {args.names} has names of ids 0 to {len(names) - 1}, not of {without}.", file=sys.stderr)
     if count < len(entries):
         print(f"{len(entries) - count} of {len(entries)} images are left out. Show more by --first N, or --all.")
     return 0
+
+
+def _ids_in(image: SheetImage) -> set[int]:
+    """The ids of all classes that the sheet shows of an image, and the ignored id."""
+    maps = [ids for ids in (image.labels, image.mask) if ids is not None]
+    return {int(each) for ids in maps for each in np.unique(ids)} | set(image.cams)
 
 
 def _check_sheet(args: argparse.Namespace) -> None:
@@ -223,8 +246,10 @@ def _drawing(args: argparse.Namespace, images: list[ListedImage]) -> tuple[Drawi
 
 
 def _run_attention(args: argparse.Namespace) -> int:
-    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1):
-        raise CommandError(f"--size {' '.join(map(str, args.size))} is not one or two numbers of pixels.")
+    if args.size is not None and (len(args.size) > 2 or min(args.size) < 1 or max(args.size) > LARGEST):
+        raise CommandError(
+            f"--size {' '.join(map(str, args.size))} is not one or two numbers of pixels from 1 to {LARGEST}."
+        )
     if args.no_normalization and (args.mean or args.std):
         raise CommandError("--no-normalization does not go with --mean or --std. Give one of them.")
     if args.std is not None and min(args.std) <= 0:
@@ -261,7 +286,7 @@ def _run_attention(args: argparse.Namespace) -> int:
     except Exception as error:  # of an option, or of the model on this image
         raise CommandError(
             f"The attention of {type(model).__name__} to an image {tuple(image.shape)} cannot be shown. "
-            f"{type(error).__name__}: {error}"
+            f"{in_options(error, layers='--layer')}"
         ) from error
     with replacing(path) as unfinished:
         figure.savefig(unfinished, format="png")

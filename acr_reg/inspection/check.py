@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.capture.evaluation import eval_mode
+from acr_reg.capture.evaluation import eval_mode, running_view
 from acr_reg.capture.handle import alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed
@@ -107,7 +107,7 @@ def check(
 
                 def runs_of(batch: Tensor) -> list[AttentionMaps]:
                     attention.clear()
-                    with alone(attention):
+                    with alone(attention), running_view(batch, images):
                         call(batch.clone())  # a leaf that needs a gradient may not be written into
                     return attention.take_all()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from acr_reg._tensors import require_tensor
 from acr_reg._torch_private import is_freed
 from acr_reg.alignment.token_maps import check_valid, valid_tokens
 from acr_reg.attention.layer import LayerAttention
@@ -188,8 +189,7 @@ def _check_cams(cam_a: Tensor | None, cam_b: Tensor | None, batch: int, trained:
     if cam_a is None or cam_b is None:
         return None
     for name, cam in (("cam_a", cam_a), ("cam_b", cam_b)):
-        if not isinstance(cam, Tensor):
-            raise TypeError(f"{name} has type {type(cam).__name__}. Pass a tensor (B, C, h, w), one map per class.")
+        require_tensor(cam, name, "(B, C, h, w)")
     if cam_a.ndim == 4 and cam_a.shape[0] != batch:
         raise ValueError(
             f"cam_a has shape {tuple(cam_a.shape)}, but the attention is of {batch} images. Pass class maps and "

@@ -28,7 +28,7 @@ from acr_reg import (
     token_validity,
 )
 from acr_reg.alignment.pairs import AlignedPair
-from acr_reg.capture.evaluation import eval_mode
+from acr_reg.capture.evaluation import eval_mode, running_view
 from acr_reg.losses.functional import Distance
 from acr_reg.losses.terms import LayerTerms, evaluate_dense
 from acr_reg.tokens import patch_index
@@ -167,7 +167,8 @@ def _observe(
     maps = []
     with eval_mode(model), torch.no_grad(), capture_attention(model, **hints) as attention:
         for each in images:
-            forward(each)
+            with running_view(each, images[0]):
+                forward(each)
             maps.append(attention.take())
     return maps
 

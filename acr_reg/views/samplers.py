@@ -124,19 +124,25 @@ class RandomCompose(_OfSteps):
 
 
 class RandomScale(Sampler):
-    """Scales height and width by one factor between ``low`` and ``high``. ``keep_size`` is as for
-    :func:`~acr_reg.Scale`; ``per_image=True`` needs it."""
+    """Scales height and width by one factor within the range ``scale``, as ``RandomScale((0.5, 2))``. ``keep_size`` is
+    as for :func:`~acr_reg.Scale`; ``per_image=True`` needs it."""
 
-    def __init__(self, low: float, high: float, keep_size: bool = False) -> None:
+    def __init__(self, scale: tuple[float, float], keep_size: bool = False) -> None:
+        if not isinstance(scale, (tuple, list)) or len(scale) != 2 or not isinstance(keep_size, bool):
+            raise TypeError(
+                f"scale={scale!r} and keep_size={keep_size!r} are not a range and a bool. Pass the range as a pair: "
+                "RandomScale((0.5, 2))."
+            )
+        low, high = scale
         if not 0 < low <= high < math.inf:
-            raise ValueError(f"The factors go from {low} to {high}. Pass 0 < low <= high, as RandomScale(0.5, 2).")
-        self.low, self.high, self.keep_size = low, high, keep_size
+            raise ValueError(f"scale={scale} is no range of factors. Pass 0 < low <= high, as RandomScale((0.5, 2)).")
+        self.scale, self.keep_size = (low, high), keep_size
 
     def __repr__(self) -> str:
-        return f"RandomScale({self.low}, {self.high}{', keep_size=True' if self.keep_size else ''})"
+        return f"RandomScale({self.scale}{', keep_size=True' if self.keep_size else ''})"
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
-        return Scale(_uniform(self.low, self.high, generator), self.keep_size)
+        return Scale(_uniform(*self.scale, generator), self.keep_size)
 
 
 class RandomResizedCrop(Sampler):

@@ -151,7 +151,10 @@ class BatchedCams:
         count, classes = labels.shape
         maps, lattice = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
         if not isinstance(maps, Tensor):
-            raise TypeError(f"cam returned a {type(maps).__name__}. Return a tensor ({count}, {classes}, h, w).")
+            raise TypeError(
+                f"cam returned a {type(maps).__name__}. Return maps ({count}, {classes}, h, w), as a GradientCam does, "
+                "and not what the model returns."
+            )
         if count > 1 and len(maps) != count:
             raise StopRun(
                 f"cam returned maps of shape {tuple(maps.shape)} for a batch of {count} images. Return ({count}, "

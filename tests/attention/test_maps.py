@@ -1,6 +1,7 @@
 """Maps that users bring, refused if they are none; and the parts, layouts and copies of AttentionMaps."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from acr_reg import (
     capture_attention,
     propagate_cam,
 )
+from acr_reg.attention.layer import RecordedTensors
+from acr_reg.tokens import Window
 from tests.support.attention import random_maps, says, wrap
 from tests.support.models.spellings import MIXED, Heads
 from tests.support.models.tokens import GRID, Attention, Tokens
@@ -287,3 +290,17 @@ def test_one_layer_in_place_of_a_list_is_refused() -> None:
         with pytest.raises(TypeError) as error:
             use(1)  # type: ignore[arg-type]
         assert says(error, "layers=", "1", "list")
+
+
+def test_a_layer_is_printed_on_one_line_with_its_kind_shapes_grid_type_and_device():
+    maps = AttentionMaps.from_tensors([torch.ones(2, 3, 16, 16).softmax(-1)] * 2, num_prefix_tokens=1, grid=(3, 5))
+    assert repr(maps[1]) == (
+        "LayerAttention(1, tensors[1]: global, map of (2, 3, 16, 16); 1 prefix + 3 x 5; torch.float32 on cpu)"
+    )
+    assert repr(maps[1].recorded) == "RecordedTensors(map=(2, 3, 16, 16))"
+    unknown = replace(maps[0], placed=None, recorded=RecordedTensors(*[torch.ones(1, 2, 5, 4).half()] * 3))
+    assert repr(unknown) == (
+        "LayerAttention(0, tensors[0]: global, query and key of (1, 2, 5, 5); grid unknown; torch.float16 on cpu)"
+    )
+    window = replace(unknown, window=Window((2, 2), (0, 0), 4))
+    assert "window, query and key" in repr(window) and str(window.window) in repr(window)

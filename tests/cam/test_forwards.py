@@ -1,6 +1,7 @@
 """GradientCam on models as they are: checkpointed, hooking their tensors, of any bands and outputs."""
 
 import gc
+import warnings
 import weakref
 from collections import namedtuple
 from types import SimpleNamespace
@@ -12,8 +13,22 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.modeling_outputs import ImageClassifierOutput
 
-from acr_reg import CaptureError, GradientCam, HorizontalFlip, Identity, LayoutError, Rotate90, Scale
+from acr_reg import (
+    AttentionMaps,
+    CaptureError,
+    GradientCam,
+    HorizontalFlip,
+    Identity,
+    LayoutError,
+    Rotate90,
+    Scale,
+    class_token_gradient_cam,
+    normalize_cam,
+    propagate_cam,
+)
+from acr_reg.errors import SizeError
 from tests.support.attention import says
 from tests.support.models import explicit_vit, multihead_vit
 from tests.support.models.plain import BLOCKS, Checkpointed, PlainEncoder
@@ -380,3 +395,102 @@ def test_the_maps_of_a_run_are_released_when_the_next_begins():
         cam(images(), LABELS)
     assert says(error, "3 times", "forward=", "modules=")
     assert alive == [False, False, False, True]
+
+
+# ---- what is no tensor, and a head of zeros
+
+
+@pytest.mark.parametrize("kind", ["ImageClassifierOutput", "SimpleNamespace", "dict"])
+def test_an_output_in_place_of_its_logits_is_told_to_pass_them(kind):
+    logits, maps = torch.zeros(2, 3, requires_grad=True), AttentionMaps.from_tensors([torch.ones(2, 1, 1)], 0, (1, 1))
+    outputs = {
+        "ImageClassifierOutput": ImageClassifierOutput(logits=logits),
+        "SimpleNamespace": SimpleNamespace(logits=logits),
+        "dict": {"logits": logits},
+    }[kind]
+    with pytest.raises(TypeError) as error:
+        class_token_gradient_cam(outputs, maps)
+    assert says(error, kind, "(B, C)" if kind == "dict" else "outputs.logits")
+    for given in (lambda: propagate_cam(outputs, maps), lambda: normalize_cam(outputs)):
+        with pytest.raises(TypeError, match=rf"cam has type {kind}. Pass a tensor \(B, C, h, w\)"):
+            given()  # logits (B, C) are no maps
+    with pytest.raises(TypeError, match="take"):
+        class_token_gradient_cam(logits, outputs)
+
+
+def _pooled(model, x):
+    tokens = model.proj(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([model.cls_token.expand(len(tokens), -1, -1), tokens], 1) + model.pos_embed
+    return model.head(model.encoder(tokens)[:, 1:].mean(1))
+
+
+def _warned(model, **options):
+    with warnings.catch_warnings(record=True) as caught, GradientCam(model, views=[Identity()], **options) as cam:
+        warnings.simplefilter("always")
+        maps = cam(torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0)))
+    return maps, [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("build", [explicit_vit, multihead_vit])
+def test_a_head_of_zeros_is_told_from_logits_that_are_pooled_from_patches(build):
+    model = build()
+    nn.init.zeros_(model.head.weight)
+    maps, [message] = _warned(model)
+    assert not maps.any()
+    assert "head of zeros" in message and "pooled" not in message
+    nn.init.normal_(model.head.weight)
+    assert _warned(model)[1] == []
+    model.forward = lambda x: _pooled(model, x)
+    _, [message] = _warned(model, start_layer=-1)
+    assert "pooled from patches" in message and "zeros" not in message
+
+
+# ---- scales
+
+
+def _timm(**options):
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", img_size=(64, 96), depth=2, num_classes=5, **options)
+
+
+def _resized(batch, size):
+    return nn.functional.interpolate(batch, size=size, mode="bilinear", antialias=True, align_corners=False)
+
+
+def test_scales_of_a_gradient_cam_are_a_cam_of_each_size_brought_to_one_grid():
+    model, batch = _timm(dynamic_img_size=True), torch.rand(2, 3, 64, 96)
+    found = cams(model, batch, scales=[0.5, 1.0, 1.5])  # each on the image and on its flip
+    by_hand = [cams(model, _resized(batch, (32 * i, 48 * i))) for i in (1, 2, 3)]
+    assert [maps.shape[-2:] for maps in by_hand] == [(2, 3), (4, 6), (6, 9)]
+    torch.testing.assert_close(found, sum(_resized(maps, (4, 6)) for maps in by_hand), rtol=1e-4, atol=1e-6)
+    with GradientCam(model, scales=[0.5, 1.0]) as cam:
+        assert cam(batch, LABELS, size=(64, 96)).shape == (2, 5, 64, 96)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scales": [1.0, 0.5]}, {"scales": [0.5]}, {"views": [Scale(0.5)]}, {"views": [Rotate90()]}], ids=str
+)
+def test_a_model_of_one_size_says_how_it_takes_others(options):
+    batch = torch.rand(2, 3, 64, 96)
+    with pytest.raises(SizeError) as error:
+        cams(_timm(), batch, **options)
+    size = "96 x 64 px" if options == {"views": [Rotate90()]} else "32 x 48 px"
+    assert says(error, size, "doesn't match model", "dynamic_img_size=True")
+    assert cams(_timm(dynamic_img_size=True), batch, **options).amax() > 0
+
+
+def test_sizes_of_no_whole_patches_need_padding_and_say_so():
+    batch = torch.rand(2, 3, 64, 96)
+    with pytest.raises(SizeError, match=r"51 x 77 px: .*divisible by patch size.*dynamic_img_pad=True"):
+        cams(_timm(dynamic_img_size=True), batch, scales=[1.0, 0.8])
+    padding = _timm(dynamic_img_size=True, dynamic_img_pad=True)
+    with pytest.warns(UserWarning, match="pads images of 51 x 77 px"):
+        assert cams(padding, batch, scales=[1.0, 0.8]).shape == (2, 5, 4, 6)
+
+
+def test_other_errors_of_a_model_are_not_taken_for_its_size():
+    def broken(x):
+        raise KeyError("a key")
+
+    with pytest.raises(KeyError, match="a key"):
+        cams(_timm(dynamic_img_size=True), torch.rand(2, 3, 64, 96), scales=[0.5, 1.0], forward=broken)

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from acr_reg import (
     AttentionMaps,
+    Crop,
     HorizontalFlip,
     Identity,
     Rotate90,
     Scale,
+    View,
     capture_attention,
     multi_view_cam,
     propagate_cam,
 )
+from acr_reg.errors import SizeError
 from tests.support.attention import explicit, layout_of, says
 from tests.support.fused import fused_copy
 from tests.support.models import explicit_vit
@@ -79,6 +84,61 @@ def test_views_of_other_sizes_meet_on_one_grid() -> None:
     with pytest.raises(ValueError, match="merge='median'") as error:
         multi_view_cam(pooled, images, [Identity()], merge="median")  # type: ignore[arg-type]
     assert says(error, '"sum", "max" or "mean"')
+
+
+@pytest.mark.parametrize(
+    "views", [[Identity()], [Identity(), HorizontalFlip()], [Rotate90(), HorizontalFlip()]], ids=str
+)
+@pytest.mark.parametrize("merge", ["sum", "max", "mean"])
+def test_scales_are_every_view_resized_by_hand_and_its_maps_brought_back(views: list[View], merge: str) -> None:
+    images, scales = torch.rand(2, 3, 32, 48), [0.5, 1.0, 1.5]
+    pooled = lambda x: F.avg_pool2d(x, 4)[:, :2].square()  # noqa: E731
+    found = multi_view_cam(pooled, images, views, merge, scales=scales)  # type: ignore[arg-type]
+    by_hand = []
+    for view in views:
+        for scale in scales:
+            seen = view(images)
+            size = [round(scale * side) for side in seen.shape[-2:]]
+            maps = pooled(F.interpolate(seen, size=size, mode="bilinear", antialias=True, align_corners=False))
+            back = view.inverse(maps)
+            by_hand.append(F.interpolate(back, size=(8, 12), mode="bilinear", antialias=True, align_corners=False))
+    stacked = torch.stack(by_hand)
+    merged = {"sum": stacked.sum(0), "max": stacked.amax(0), "mean": stacked.mean(0)}[merge]
+    assert found.shape == (2, 2, 8, 12)
+    torch.testing.assert_close(found, merged, rtol=0, atol=1e-5)
+
+
+def test_scales_of_a_crop_of_odd_sizes_and_alone_keep_their_place() -> None:
+    images = torch.linspace(0, 1, 48).expand(1, 3, 32, 48)
+    crop = Crop(0, 8, 32, 24, image_size=(32, 48))
+    twice = multi_view_cam(lambda x: x, images, [crop], "mean", scales=[2.0, 1.0])
+    assert (twice[..., :8] == 0).all() and (twice[..., 32:] == 0).all()
+    torch.testing.assert_close(twice[..., 9:31], images[..., 9:31], rtol=0, atol=1e-5)
+    assert multi_view_cam(lambda x: x, images, [Identity()], scales=[0.5]).shape == images.shape
+    assert multi_view_cam(lambda x: x, images[..., :45], [Identity()], scales=[0.7, 1.0]).shape[-1] == 45
+
+
+def test_scales_that_are_none_and_a_model_of_one_size() -> None:
+    images = torch.rand(1, 3, 32, 48)
+    for scales, error, word in [
+        (0.5, TypeError, "scales="),
+        ([], ValueError, "no scales"),
+        ([0.0], ValueError, "0.0"),
+        (["a"], ValueError, "scale is a"),
+        ([-1.0], ValueError, "-1"),
+    ]:
+        with pytest.raises(error, match=word):
+            multi_view_cam(lambda x: x, images, [Identity()], scales=scales)  # type: ignore[arg-type]
+
+    def fixed(x: Tensor) -> Tensor:
+        if x.shape[-1] != 48:
+            raise AssertionError("Input width doesn't match model.")
+        return x
+
+    with pytest.raises(SizeError, match=r"16 x 24 px: Input width.*dynamic_img_size=True"):
+        multi_view_cam(fixed, images, [Identity()], scales=[1.0, 0.5])
+    with pytest.raises(AssertionError, match="Input width"):  # nothing was resized
+        multi_view_cam(fixed, images[..., :40], [Identity()])
 
 
 def test_propagation_over_layers_on_several_grids_names_those_that_share_one() -> None:

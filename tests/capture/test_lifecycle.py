@@ -7,6 +7,7 @@ import copy
 import gc
 import io
 import pickle
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
@@ -375,6 +376,55 @@ def test_copies_and_pickles_of_a_captured_model_are_not_captured() -> None:
                 attention.take()
         model(x)
         assert len(attention.take()) == 2
+
+
+_LOADED_ALONE = """
+import sys
+sys.modules["acr_reg"] = None  # import acr_reg now fails
+import torch
+for path in sys.argv[1:]:
+    model = torch.load(path, weights_only=False).eval()
+    print(float(model(torch.ones(1, 4, 8)).detach().double().sum()))
+"""
+
+
+def test_a_model_or_average_saved_during_a_capture_loads_and_runs_without_this_package(tmp_path: Path) -> None:
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    with capture_attention(model) as attention:
+        model(torch.ones(1, 4, 8))
+        attention.take()
+        copies = {
+            "itself": model,
+            "deep copy": copy.deepcopy(model),
+            "average": torch.optim.swa_utils.AveragedModel(model),
+            "pickle of a pickle": pickle.loads(pickle.dumps(model)),
+        }
+        for name, other in copies.items():
+            torch.save(other, tmp_path / name)
+        expected = float(model(torch.ones(1, 4, 8)).detach().double().sum())
+    run = [sys.executable, "-c", _LOADED_ALONE, *(str(tmp_path / name) for name in copies)]
+    told = subprocess.run(run, capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert [float(line) for line in told.stdout.split()] == pytest.approx([expected] * len(copies), rel=1e-5)
+
+
+def test_an_average_of_timm_follows_a_captured_model_and_holds_nothing_of_this_package() -> None:
+    from timm import utils
+
+    model = explicit_vit()
+    with capture_attention(model) as attention:
+        averages = [utils.ModelEmaV2(model, decay=0.5), utils.ModelEmaV3(model, decay=0.5)]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(1)
+        for average in averages:
+            average.update(model)
+            for parameter, mean in zip(model.parameters(), average.module.parameters(), strict=True):
+                assert torch.allclose(mean, parameter - 0.5)
+            average.module(images(1))
+            assert b"acr_reg" not in pickle.dumps(average)
+        model(images(2))
+        assert attention.take().batch_size == 2, "a run of the average is none of the model"
 
 
 # ---- many steps

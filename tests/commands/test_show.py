@@ -324,6 +324,17 @@ def test_names_come_from_the_file_with_the_labels(data: Data, run: Run, written:
     assert_user_error(run(*data.options(), "--names", names), r"--names .*image_labels\.json holds no list")
 
 
+def test_a_file_of_too_few_names_is_told_which_ids_it_leaves_out(data: Data, run: Run, written: list[str]) -> None:
+    names = data.folder / "names.txt"
+    names.write_text("background\nboat\n")
+    for kind in ("cams", "labels"):
+        result = run(*data.options(kind), "--names", names)
+        assert result.code == 0
+        assert re.search(r"names\.txt has names of ids 0 to 1, not of 15\.\n$", result.err)
+        assert run(*data.options(kind), "--names", "voc").err == run(*data.options(kind)).err == ""
+    assert "id 15" in written and "boat" in written
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -508,6 +519,11 @@ def test_weights_are_loaded(run: Run, photo: Path, tmp_path: Path, given: dict[s
     [
         (["--size", "3", "4", "5"], "--size 3 4 5"),
         (["--size", "0"], "--size 0"),
+        (["--size", "99999"], "--size 99999 .*1 to 4096"),
+        (["--view", "half"], "view of 24 x 24 px.*--set dynamic_img_size=True"),
+        (["--class-token", "3"], r"--class-token 3 does not exist"),
+        (["--modules", "zz"], "--modules by names"),
+        (["--prefix-tokens", "9"], "--prefix-tokens 9 was given"),
         (["--no-normalization", "--std", "1", "1", "1"], "--no-normalization .*--mean or --std"),
         (["--std", "0", "1", "1"], "--std .*0"),
         (["--layer", "7"], "layer"),

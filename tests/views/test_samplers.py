@@ -29,10 +29,10 @@ from tests.support.attention import generator, random_attention, says
 # Each sampler, and the size that it gives of 24 x 40; None where that is random.
 SAMPLERS = {
     "apply": (RandomApply(HorizontalFlip()), (24, 40)),
-    "apply a sampler": (RandomApply(RandomScale(0.5, 2, keep_size=True), p=0.8), (24, 40)),
+    "apply a sampler": (RandomApply(RandomScale((0.5, 2), keep_size=True), p=0.8), (24, 40)),
     "choice": (RandomChoice([Identity(), HorizontalFlip(), VerticalFlip(), Rotate90(2)]), (24, 40)),
-    "scale": (RandomScale(0.5, 2), None),
-    "scale in place": (RandomScale(0.5, 2, keep_size=True), (24, 40)),
+    "scale": (RandomScale((0.5, 2)), None),
+    "scale in place": (RandomScale((0.5, 2), keep_size=True), (24, 40)),
     "crop": (RandomResizedCrop(16), (16, 16)),
     "crop to a size": (RandomResizedCrop((16, 8), scale=(0.3, 0.9), ratio=(0.5, 1)), (16, 8)),
     "composed": (
@@ -111,7 +111,7 @@ def test_images_or_their_size():
 def test_scaled_images_are_cropped_to_one_size_each_by_itself():
     """What hosts do: each image scaled by its own factor, then a box of one size."""
     images = torch.rand(4, 3, 33, 47, generator=generator(1))
-    sampler = RandomCompose([RandomScale(0.5, 2), RandomResizedCrop(16)])
+    sampler = RandomCompose([RandomScale((0.5, 2)), RandomResizedCrop(16)])
     for seed in range(10):
         view = sampler.sample(images, per_image=True, generator=generator(seed))
         assert view(images).shape == (4, 3, 16, 16)
@@ -119,7 +119,7 @@ def test_scaled_images_are_cropped_to_one_size_each_by_itself():
 
 def test_small_images_are_scaled_and_enlarged():
     images = torch.rand(2, 3, 32, 32, generator=generator(1))
-    sampler = RandomCompose([RandomScale(0.5, 2), RandomResizedCrop(224)])
+    sampler = RandomCompose([RandomScale((0.5, 2)), RandomResizedCrop(224)])
     for seed in range(30):
         assert sampler.sample(images, generator=generator(seed))(images).shape == (2, 3, 224, 224)
 
@@ -185,14 +185,14 @@ def test_every_choice_is_as_likely():
 def test_factors_are_uniform():
     numbers = generator(0)
     factors = torch.tensor(
-        [1 / float(RandomScale(0.5, 2, True).draw((4, 6), numbers).affines[0].y.slope) for _ in range(1500)]
+        [1 / float(RandomScale((0.5, 2), True).draw((4, 6), numbers).affines[0].y.slope) for _ in range(1500)]
     )
     assert factors.min() >= 0.5
     assert factors.max() <= 2
     for quantile in (0.25, 0.5, 0.75):
         below = (factors < 0.5 + 1.5 * quantile).float().mean()
         assert abs(below - quantile) < four_errors(quantile, 1500)
-    assert RandomScale(0.7, 0.7).sample(IMAGES) == Scale(0.7)
+    assert RandomScale((0.7, 0.7)).sample(IMAGES) == Scale(0.7)
 
 
 # Crops as torchvision's
@@ -290,8 +290,8 @@ def test_a_crop_drawn_for_images_takes_those_only():
     [
         "RandomApply(HorizontalFlip(), p=0.5)",
         "RandomApply(RandomResizedCrop(224, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333)), p=1)",
-        "RandomChoice([Rotate90(1), RandomScale(0.5, 2)])",
-        "RandomCompose([RandomScale(0.5, 2, keep_size=True), RandomChoice([Identity(), VerticalFlip()])])",
+        "RandomChoice([Rotate90(1), RandomScale((0.5, 2))])",
+        "RandomCompose([RandomScale((0.5, 2), keep_size=True), RandomChoice([Identity(), VerticalFlip()])])",
         "RandomResizedCrop((32, 48), scale=(0.5, 1), ratio=(1, 2))",
     ],
 )
@@ -331,7 +331,7 @@ def test_a_view_of_each_image_of_none():
 @pytest.mark.parametrize(
     ("sampler", "given"),
     [
-        (RandomScale(0.5, 2), "keep_size=True"),
+        (RandomScale((0.5, 2)), "keep_size=True"),
         (RandomApply(Scale(0.5)), "(0.5, 0.5)"),
         (RandomApply(RandomResizedCrop(8)), "8 x 8"),
     ],
@@ -354,8 +354,15 @@ def test_probabilities(p):
 @pytest.mark.parametrize("factors", [(0, 1), (2, 1), (-1, 1), (0.5, float("inf")), (float("nan"), 1)], ids=str)
 def test_factors(factors):
     with pytest.raises(ValueError, match="factors") as error:
-        RandomScale(*factors)
-    assert says(error, f"from {factors[0]} to {factors[1]}", "0 < low <= high")
+        RandomScale(factors)
+    assert says(error, f"scale={factors}", "0 < low <= high")
+
+
+@pytest.mark.parametrize("given", [(0.5, 2), (0.5,), ((0.5, 1, 2),), ("ab",), ((0.5, 2), 2)], ids=str)
+def test_two_factors_that_are_no_pair_are_told_how_to_write_the_range(given):
+    with pytest.raises(TypeError) as error:
+        RandomScale(*given)
+    assert says(error, f"scale={given[0]!r}", "RandomScale((0.5, 2))")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,10 @@ def test_what_cam_returns_is_told(tmp_path, photos):
         return cam(images, labels) if labels[0, 0] else None
 
     report = write_cams(nothing, photos, LABELS, tmp_path, transform)
-    assert set(report.failed.values()) == {"TypeError: cam returned a NoneType. Return a tensor (1, 4, h, w)."}
+    assert set(report.failed.values()) == {
+        "TypeError: cam returned a NoneType. Return maps (1, 4, h, w), as a GradientCam does, and not what the model "
+        "returns."
+    }
 
 
 # ---------------------------------------------------------------- the transform
