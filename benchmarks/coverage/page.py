@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 
 from benchmarks.coverage.measure import Row
@@ -41,8 +42,13 @@ def exactness(rows: list[Row]) -> str:
     changed = max(row.output_change for row in rows)
     return (
         f"The worst relative error of a captured map times V against the layer's own result is {product:.0e}, the "
-        f"worst error of a row's sum {sums:.0e}, and the largest change of an output by the capture {changed:.0e}."
+        f"worst error of a row's sum {sums:.0e}, and the largest change of an output by the capture {changed:.0g}. In every "
+        "captured layer a loss on the map reaches query and key, and a logit has a gradient with respect to the map."
     )
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def document(rows: list[Row], measured: Mapping[str, str]) -> str:
@@ -50,17 +56,23 @@ def document(rows: list[Row], measured: Mapping[str, str]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in measured.items() if name != "date")
     libraries = list(dict.fromkeys(row.library for row in rows))
     sections = [f"## {name}\n\n{table([row for row in rows if row.library == name])}" for name in libraries]
+    origin = (
+        f"Measured on {measured['date']} with random weights in float32 on a CPU, with {versions}. "
+        "All measured values are in `benchmarks/coverage/results.json`; `python -m benchmarks.coverage --write` "
+        "measures again."
+    )
     contents = ", ".join(f"[{name}](#{name})" for name in libraries)
     tables = "\n\n".join(sections)
     return f"""# Coverage
 
-This page lists the models that the capture was tried on: {contents}. For your own model run
-`python -m acr_reg check`: see [check your model](../guides/check_your_model.md).
+This page lists the models that the capture was tried on. For your own model run `python -m acr_reg check`: see
+[check your model](../guides/check_your_model.md).
 
-{summary(rows)}
+{contents}
 
-{exactness(rows)} In every captured layer a loss on the map
-reaches query and key, and a logit has a gradient with respect to the map, or the row counts as a fault.
+{wrapped(summary(rows))}
+
+{wrapped(exactness(rows))}
 
 The columns:
 
@@ -76,8 +88,7 @@ The columns:
 `structures` are layers of our own, one for each way to write attention. The names of some rows end with the kernel:
 *unfused* and *eager* are plain softmax, *sdpa* is `scaled_dot_product_attention`.
 
-Measured on {measured["date"]} with random weights in float32 on a CPU, with {versions}. `python -m benchmarks.coverage
---write` measures again. All measured values are in `benchmarks/coverage/results.json`.
+{wrapped(origin)}
 
 {tables}
 """

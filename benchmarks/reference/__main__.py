@@ -1,6 +1,6 @@
 """Writes the generated blocks of docs/reference/api.md and docs/reference/commands.md, from Python 3.11.
 
-    python -m benchmarks.reference --write
+python -m benchmarks.reference --write
 """
 
 from __future__ import annotations

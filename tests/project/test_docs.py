@@ -17,9 +17,9 @@ from PIL import Image
 
 import acr_reg
 from acr_reg.__main__ import COMMANDS
+from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
 from benchmarks.reference.commands import with_help
 from benchmarks.reference.names import with_tables
-from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -102,10 +102,11 @@ def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
 
 
 COMMAND = re.compile(r"^ *(?:torchrun .*-m acr_reg|python -m acr_reg) +([a-z]+) (.*)$", re.M)
+HELP = re.compile(r"^```text\n.*?^```$", re.M | re.S)  # output, which says [options] and MODEL
 COMMANDS_SHOWN = [
     pytest.param(command, options, id=f"{path.name}: {command} {options[:40]}")
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
-    for command, options in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
+    for command, options in COMMAND.findall(HELP.sub("", path.read_text(encoding="utf-8")).replace("\\\n", " "))
 ]
 
 
