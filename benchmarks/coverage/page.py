@@ -42,8 +42,9 @@ def exactness(rows: list[Row]) -> str:
     changed = max(row.output_change for row in rows)
     return (
         f"The worst relative error of a captured map times V against the layer's own result is {product:.0e}, the "
-        f"worst error of a row's sum {sums:.0e}, and the largest change of an output by the capture {changed:.0g}. In every "
-        "captured layer a loss on the map reaches query and key, and a logit has a gradient with respect to the map."
+        f"worst error of a row's sum {sums:.0e}, and the largest change of an output by the capture {changed:.0g}. "
+        "A model is without fault only if, in every captured layer, a loss on the map reaches query and key, and a "
+        "logit has a gradient with respect to the map."
     )
 
 
