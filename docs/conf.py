@@ -1,7 +1,7 @@
 """Builds the documentation: python -m sphinx -W -q docs build/docs, then open build/docs/index.html.
 
-Pages are Markdown (MyST), the reference comes from the docstrings. Nothing is fetched. References to names of acr_reg
-must resolve; those of torch, numpy and Python stay text.
+Pages are Markdown (MyST). The API reference comes from the docstrings. Built pages fetch nothing from the net.
+References to names of acr_reg must resolve; names of torch, numpy and Python stay text.
 """
 
 from typing import Any
@@ -36,6 +36,11 @@ nitpick_ignore_regex = [
 ]
 
 html_theme = "furo"
+html_title = f"acr_reg {release}"
+html_static_path = ["_static"]
+html_css_files = ["custom.css"]
+pygments_style, pygments_dark_style = "friendly", "monokai"
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and output are not copied
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
+from benchmarks.coverage.__main__ import PAGE, RESULTS, recorded_page
 from benchmarks.coverage.candidate import Candidate
 from benchmarks.coverage.measure import measure
 from benchmarks.coverage.models import CANDIDATES
@@ -56,6 +58,12 @@ def test_the_table_holds_what_was_asked_for() -> None:
     assert counts["vit-pytorch"] >= 6
     assert {"torchvision", "open_clip", "torch"} <= set(counts)
     assert len({(c.library, c.name) for c in CANDIDATES}) == len(CANDIDATES)
+
+
+def test_the_page_shows_the_recorded_results() -> None:
+    assert PAGE.read_text(encoding="utf-8") == recorded_page(), "run python -m benchmarks.coverage --page"
+    recorded = {(row["library"], row["name"]) for row in json.loads(RESULTS.read_text(encoding="utf-8"))["rows"]}
+    assert recorded == {(c.library, c.name) for c in CANDIDATES}, "run python -m benchmarks.coverage --write"
 
 
 class Silent(torch.nn.Module):

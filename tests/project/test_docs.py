@@ -8,6 +8,7 @@ import importlib
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import matplotlib  # noqa: F401  # this file is left out where the extras are not installed
@@ -17,6 +18,8 @@ from PIL import Image
 import acr_reg
 from acr_reg.__main__ import COMMANDS
 from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
+from benchmarks.reference.commands import with_help
+from benchmarks.reference.names import with_tables
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -24,16 +27,31 @@ TUTORIAL = (DOCS / "start" / "tutorial.md").read_text(encoding="utf-8")
 NUMBERS = DOCS / "start" / "tutorial" / "tutorial.json"
 
 
+API = (DOCS / "reference" / "api.md").read_text(encoding="utf-8")
+COMMANDS_PAGE = (DOCS / "reference" / "commands.md").read_text(encoding="utf-8")
+
+
 def test_the_reference_lists_every_public_name_once() -> None:
-    listed = re.findall(
-        r"^\.\. auto(?:class|function|exception):: (\w+)$", (DOCS / "reference" / "api.rst").read_text(), re.M
-    )
-    assert sorted(listed) == sorted(acr_reg.__all__)
+    directives = re.findall(r"^\.\. auto(?:class|function|exception):: (\w+)$", API, re.M)
+    assert sorted(directives) == sorted(acr_reg.__all__)
 
 
-def test_the_reference_lists_modules_that_exist() -> None:
-    for module in re.findall(r"^\.\. automodule:: ([\w.]+)$", (DOCS / "reference" / "api.rst").read_text(), re.M):
-        importlib.import_module(module)
+def test_the_tables_of_the_reference_are_current() -> None:
+    assert with_tables(API) == API, "run python -m benchmarks.reference --write"
+    listed = re.findall(r"^\| `(\w+)` \|", API, re.M)
+    assert all(listed.count(name) == 1 for name in acr_reg.__all__)
+
+
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="argparse words its help otherwise on other Pythons")
+def test_the_help_of_the_commands_is_current() -> None:
+    assert with_help(COMMANDS_PAGE) == COMMANDS_PAGE, "run python -m benchmarks.reference --write"
+
+
+def test_every_command_has_a_section_with_an_example() -> None:
+    sections = re.split(r"^## ", COMMANDS_PAGE, flags=re.M)[1:]
+    assert [section.splitlines()[0] for section in sections] == list(COMMANDS)
+    for section in sections:
+        assert f"```bash\npython -m acr_reg {section.splitlines()[0]} " in section
 
 
 SECTIONS = re.split(r"^### ", (DOCS / "reference" / "messages.md").read_text(encoding="utf-8"), flags=re.M)[1:]
@@ -84,10 +102,11 @@ def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
 
 
 COMMAND = re.compile(r"^ *(?:torchrun .*-m acr_reg|python -m acr_reg) +([a-z]+) (.*)$", re.M)
+HELP = re.compile(r"^```text\n.*?^```$", re.M | re.S)  # output, which says [options] and MODEL
 COMMANDS_SHOWN = [
     pytest.param(command, options, id=f"{path.name}: {command} {options[:40]}")
     for path in (ROOT / "README.md", *sorted(DOCS.rglob("*.md")))
-    for command, options in COMMAND.findall(path.read_text(encoding="utf-8").replace("\\\n", " "))
+    for command, options in COMMAND.findall(HELP.sub("", path.read_text(encoding="utf-8")).replace("\\\n", " "))
 ]
 
 

@@ -1,0 +1,1 @@
+"""Generated blocks of the reference pages: tables of public names, and the help of each command."""
