@@ -38,7 +38,7 @@ from acr_reg.views.constructors import (  # noqa: E402
 from acr_reg.views.samplers import RandomApply, RandomChoice, RandomCompose, RandomResizedCrop, RandomScale  # noqa: E402
 from acr_reg.views.view import View  # noqa: E402
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AllPairsConsistencyLoss",

@@ -564,26 +564,3 @@ def test_lines_are_replaced_within_the_source_only():
     assert with_added_lines(SOURCE, [Added(4, 5, "pass")]) == "def f(x):\n    y = x\n\n    pass\n"
     with pytest.raises(ValueError, match=r"[Ll]ine 4 of 4 .*no code"):
         with_added_lines(SOURCE, [Added(4, 6, "pass")])
-
-
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-INDENTED = re.findall(r"(?:^    .*\n(?:\n(?=    ))?)+", README, re.MULTILINE)
-CAPTURE = re.compile(r"\bhost = (\w+)\.capture\(")  # of which host a block of lines to add is, by its code
-EXAMPLES = {match[1]: block for block in INDENTED if (match := CAPTURE.search(block))}
-
-
-def test_the_readme_shows_an_example_of_two_hosts():
-    """The test below stands on it."""
-    assert EXAMPLES.keys() == {"mctformer", "acr_wsss"}
-    assert len(EXAMPLES) == len(CAPTURE.findall(README))
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_the_readmes_examples_are_lines_of_the_docstrings(name):
-    code = "".join(line.partition("#")[0] for line in EXAMPLES[name].splitlines())
-    docstring = "".join(importlib.import_module(f"acr_reg.integrations.{name}").__doc__.split())
-    pieces = ["".join(piece.split()) for piece in code.split("...")]
-    assert len(pieces) > 1
-    for piece in pieces:
-        shown = re.split(r"(?=acr=)|(?=host=)", piece)  # stand at two places of the host's file
-        assert all(part in docstring for part in shown), piece
