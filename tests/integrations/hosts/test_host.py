@@ -1,7 +1,6 @@
 """What all host files share: integrations/host.py, and the lines that their docstrings add."""
 
 import copy
-import importlib
 import multiprocessing
 import pickle
 import queue
@@ -23,7 +22,6 @@ from acr_reg.integrations import mctformer
 from acr_reg.integrations.added_lines import Added, add_lines, added_lines, with_added_lines
 from acr_reg.integrations.host import FeatureRecorder, HostCapture, part, unwrap
 from tests.support.mctformer import Block, Small, batches, images
-from tests.support.paths import ROOT
 
 
 @pytest.fixture
