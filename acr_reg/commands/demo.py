@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-seed", type=int, default=0, metavar="N", help="the first of the K seeds (default: 0)")
     add("--split", choices=("dev", "test"), help="the images to score (default: test; with --voc dev)")
     add("--controls", action="store_true", help="also train with ACR but without undoing the flip: mere smoothing")
-    add("--quick", action="store_true", help="under one minute, to see that it runs: its figures mean nothing")
+    add("--quick", action="store_true", help="about 20 s, to see that it runs: its figures mean nothing")
     add("--threads", type=int, metavar="N", help="threads of torch (default: 1; with --voc torch's own choice)")
     add("--activation-weight", type=float, metavar="W", help="weight of the class token's rows, per query row")
     add("--affinity-weight", type=float, metavar="W", help="weight of the patches' rows, per query row")
