@@ -31,6 +31,9 @@ COMMANDS = {
 }
 
 
+SOURCES = ("timm", "torchvision")  # of models: large packages that no extra for users brings
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. Returns its exit code: 2 for an error of the user, as in argparse."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -53,7 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         package = (error.name or "").partition(".")[0]
         if package in ("", "acr_reg"):
             raise
-        message = f'This command needs the package {package}. Run pip install -e ".[demo]" in a checkout of acr_reg.'
+        wanted = package if package in SOURCES else '-e ".[demo]" in a checkout of acr_reg'
+        message = f"The package {package} is not installed. Run pip install {wanted}."
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -5,18 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from rich.console import Console
 
-from acr_reg.demo.comparison import Plan, SeedResult, run_seed
+from acr_reg.demo.comparison import Plan, Report, SeedResult, run_seed
 from acr_reg.demo.record import run_details, write_json
-from acr_reg.demo.report import draw, paired_differences, paired_table, table, verdict
+from acr_reg.demo.report import draw, paired_differences, paired_table, remarks, table, verdict
 from acr_reg.demo.scene_task import QUICK, SceneSettings, plan_scenes
 from acr_reg.errors import CommandError
-from acr_reg.integrations.jobs.progress import show_progress
+from acr_reg.integrations.jobs.progress import Progress, show_progress
 
 PHOTO_OPTIONS = ("weights", "classes", "size", "epochs", "train_images", "frozen")
 
@@ -33,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--first-seed", type=int, default=0, metavar="N", help="the first of the K seeds (default: 0)")
     add("--split", choices=("dev", "test"), help="the images to score (default: test; with --voc dev)")
     add("--controls", action="store_true", help="also train with ACR but without undoing the flip: mere smoothing")
-    add("--quick", action="store_true", help="under one minute, to see that it runs: its figures mean nothing")
-    add("--threads", type=int, metavar="N", help="threads of torch (default: torch's own choice)")
+    add("--quick", action="store_true", help="about 20 s, to see that it runs: its figures mean nothing")
+    add("--threads", type=int, metavar="N", help="threads of torch (default: 1; with --voc torch's own choice)")
     add("--activation-weight", type=float, metavar="W", help="weight of the class token's rows, per query row")
     add("--affinity-weight", type=float, metavar="W", help="weight of the patches' rows, per query row")
     add = parser.add_argument_group("photos instead of the synthetic scenes").add_argument
@@ -53,16 +54,18 @@ def run(args: argparse.Namespace) -> int:
     """Run every seed, print the tables and the verdict, write demo.png and demo.json. Errors of the user are
     CommandErrors."""
     check(args)
-    if args.threads is not None:
-        torch.set_num_threads(args.threads)
+    if (threads := threads_of(args)) is not None:
+        torch.set_num_threads(threads)
     split = args.split or ("test" if args.voc is None else "dev")
     plan = make_plan(args)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else TEXT_WIDTH)
     results = []
     for seed in range(args.first_seed, args.first_seed + args.seeds):
         with show_progress() as progress:
-            results.append(run_seed(plan, seed, split, progress.begin))
+            results.append(run_seed(plan, seed, split, announced(progress)))
         console.print(table(f"{plan.title}; {split} images, seed {seed}", results[-1].rows))
+        for line in remarks(results[-1].rows):
+            console.print(line, soft_wrap=True)
     differences = paired_differences([result.rows for result in results])
     if len(results) > 1:
         console.print(paired_table(differences))
@@ -73,6 +76,22 @@ def run(args: argparse.Namespace) -> int:
         save(args.output, plan, split, results, differences, lines)
     console.print(f"Written: {args.output / 'demo.png'}, {args.output / 'demo.json'}", soft_wrap=True)
     return 0
+
+
+def threads_of(args: argparse.Namespace) -> int | None:
+    """The threads to set. The scenes' network is so small that threads mostly wait for each other on busy cores."""
+    return 1 if args.threads is None and args.voc is None else args.threads
+
+
+def announced(progress: Progress) -> Report:
+    """Progress that also writes a line when a part begins, where there are no bars to see."""
+
+    def begin(what: str, total: int | None) -> Callable[[], None]:
+        if sys.stderr is not None and not sys.stderr.isatty():
+            progress.note(what)
+        return progress.begin(what, total)
+
+    return begin
 
 
 def check(args: argparse.Namespace) -> None:

@@ -22,6 +22,7 @@ from acr_reg.metrics import CamScores
 
 WITHOUT = "without ACR"
 WITH = "with ACR"
+ALL_BACKGROUND = "all background"
 CONTROL = "ACR, flip not undone"
 PICTURES = 6
 
@@ -92,7 +93,7 @@ def background_baselines(samples: Mapping[str, Sequence[Sample]], split: str, tr
     ellipse = {name: centred_ellipse(found, classes, frequency) for name, found in samples.items()}
     nothing = all_background(samples[split], classes)
     return [
-        baseline_row("all background", nothing, nothing),
+        baseline_row(ALL_BACKGROUND, nothing, nothing),
         baseline_row("best centred ellipse", ellipse[split], ellipse["dev"]),
     ]
 

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT, Picture, Plan, Row
+from acr_reg.demo.comparison import ALL_BACKGROUND, CONTROL, WITH, WITHOUT, Picture, Plan, Row
 
 HEADLINE = "raw CAM mIoU"
 COLUMNS = (  # the table is 100 characters wide
@@ -38,6 +38,15 @@ def table(title: str, rows: Sequence[Row]) -> Table:
     for row in rows:
         result.add_row(row.name, *cells(row))
     return result
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """A line on propagated maps that found nothing: all of them score what background at every pixel scores."""
+    nothing = [row.raw.miou for row in rows if row.name == ALL_BACKGROUND]
+    found = [row.propagated.miou for row in rows if row.propagated is not None]
+    if not nothing or not found or any(abs(miou - nothing[0]) > 1e-9 for miou in found):
+        return []
+    return ["Propagated maps found nothing: each row scores the same as background at every pixel."]
 
 
 def new_table(title: str, columns: Sequence[str]) -> Table:
@@ -114,7 +123,7 @@ def verdict(runs: Sequence[Sequence[Row]], plan: Plan) -> list[str]:
     if plan.quick or lowest < plan.needed_map:
         nothing = f"mAP is only {lowest:.3f}: the networks do not know the classes, so their class maps mean nothing."
         return [nothing, *changes(runs, found)]
-    lines = [f"ACR {judgement(gains, plan.where)}", *changes(runs, found), alignment(runs, gains)]
+    lines = [judgement(gains, plan.where), *changes(runs, found), alignment(runs, gains)]
     baseline = max(row.raw.miou for row in runs[0] if row.mean_ap is None)
     if max(named(runs[0], name).raw.miou for name in (WITHOUT, WITH)) < baseline:
         lines.append(f"A baseline without a network scores {baseline:.3f}: the raw class maps are not useful yet.")
@@ -143,15 +152,15 @@ def alignment(runs: Sequence[Sequence[Row]], gains: Sequence[float]) -> str:
 
 
 def judgement(gains: Sequence[float], where: str) -> str:
-    """What the paired gains in raw mIoU say, as the predicate of "ACR"."""
+    """What the paired gains in raw mIoU say. One seed only states its change."""
     gain = float(np.mean(gains))
-    helps = "helps" if gain > 0 else "does not help"
     if len(gains) == 1:
-        return f"{helps} {where}: {HEADLINE} {gain:+.3f}, one seed. --seeds 5 shows the spread."
+        return f"ACR changes {HEADLINE} by {gain:+.3f}. One seed is not evidence: --seeds 5 shows the spread."
+    helps = "helps" if gain > 0 else "does not help"
     spread = float(np.std(gains, ddof=1))
     if abs(gain) <= spread:
         helps = "makes no clear difference"
-    return f"{helps} {where}: {HEADLINE} {gain:+.3f}, standard deviation {spread:.3f} over {len(gains)} seeds."
+    return f"ACR {helps} {where}: {HEADLINE} {gain:+.3f}, standard deviation {spread:.3f} over {len(gains)} seeds."
 
 
 # ---------------------------------------------------------------- picture

@@ -1,5 +1,6 @@
 """The command `python -m acr_reg demo` around its runs; tests/demo has the runs themselves."""
 
+import argparse
 import threading
 
 import pytest
@@ -68,3 +69,36 @@ def test_packages_that_load_for_long_are_not_silent(monkeypatch, capsys):
     monkeypatch.setattr("acr_reg.__main__.import_module", slow)
     assert main(["demo"]) == 2
     assert "loaded" in capsys.readouterr().err
+
+
+def test_each_part_is_announced_at_once_in_a_pipe(tmp_path, monkeypatch, capsys):
+    def run_seed(plan, seed, split, report):
+        report("training", 2)
+        raise CommandError(capsys.readouterr().err)
+
+    monkeypatch.setattr(demo, "run_seed", run_seed)
+    assert main(["demo", "--quick", "--output", str(tmp_path)]) == 2
+    assert "training\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "threads"), [([], 1), (["--threads", "3"], 3), (["--voc", "photos"], None), (["--threads", "1"], 1)]
+)
+def test_the_scenes_run_on_one_thread_unless_told_otherwise(options, threads):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    assert demo.threads_of(parser.parse_args(options)) == threads
+
+
+@pytest.mark.parametrize(
+    ("package", "advice"), [("timm", "pip install timm."), ("skimage", 'pip install -e ".[demo]" in a checkout')]
+)
+def test_a_missing_package_is_named_with_the_line_that_installs_it(package, advice, monkeypatch, capsys):
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+
+    monkeypatch.setattr("acr_reg.__main__.import_module", missing)
+    assert main(["demo"]) == 2
+    said = capsys.readouterr().err
+    assert package in said
+    assert advice in said

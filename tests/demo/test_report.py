@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT, MapScore, Row
-from acr_reg.demo.report import alignment, judgement, table, verdict
+from acr_reg.demo.report import alignment, judgement, remarks, table, verdict
 from acr_reg.demo.scene_task import QUICK, plan_scenes
 from acr_reg.demo.train import Training
 
@@ -14,8 +14,8 @@ from acr_reg.demo.train import Training
 @pytest.mark.parametrize(
     ("gains", "predicate", "facts"),
     [
-        ([0.02], "helps", ("raw CAM mIoU +0.020", "one seed", "--seeds 5")),
-        ([-0.01], "does not help", ("raw CAM mIoU -0.010", "one seed", "--seeds 5")),
+        ([0.02], "changes", ("raw CAM mIoU by +0.020", "One seed is not evidence", "--seeds 5")),
+        ([-0.01], "changes", ("raw CAM mIoU by -0.010", "One seed is not evidence", "--seeds 5")),
         ([0.02, 0.03, 0.025], "helps", ("raw CAM mIoU +0.025", "standard deviation 0.005", "3 seeds")),
         ([0.02, -0.03, 0.025], "makes no clear difference", ("raw CAM mIoU +0.005", "3 seeds")),
         ([-0.02, -0.03, -0.025], "does not help", ("raw CAM mIoU -0.025", "3 seeds")),
@@ -23,7 +23,7 @@ from acr_reg.demo.train import Training
 )
 def test_the_verdict_follows_the_paired_gain(gains: list[float], predicate: str, facts: tuple[str, ...]) -> None:
     said = judgement(gains, "on scenes")
-    assert said.startswith(f"{predicate} on scenes: ")
+    assert said.startswith(f"ACR {predicate} ")
     assert not [fact for fact in facts if fact not in said]
 
 
@@ -83,6 +83,13 @@ def test_the_output_fits_a_hundred_columns() -> None:
     printed = console.file.getvalue().splitlines()
     (control,) = (line.split() for line in printed if CONTROL in line)
     assert control[-9:] == ["0.700", "0.300", "0.51", "0.200", "0.72", "0.350", "9998", "9999", "1.00"]
+
+
+@pytest.mark.parametrize(("propagated", "said"), [(0.4, True), (0.5, False)])
+def test_propagated_maps_that_are_all_background_are_told(propagated: float, said: bool) -> None:
+    maps = MapScore(propagated, 0.5, [], [], [])
+    rows = [scored("all background", 0.4), Row(WITHOUT, maps, maps)]
+    assert bool(remarks(rows)) == said
 
 
 def test_the_titles_of_a_quick_run_say_that_it_means_nothing() -> None:
