@@ -29,6 +29,7 @@ _OFF = 1e-4  # of rows from sum 1, and of the product with the values
 _OFF_IN_HALF = 1e-2  # where the layer computed in half precision
 _HALF = (torch.float16, torch.bfloat16)
 _OFF_GRID = 2.0  # tokens; a token farther from its place belongs to another order or grid
+_OFF_READ = 0.25  # of what a token reads
 _OFF_STRIDE = 0.25  # of a token; matched tokens farther apart see rather different pixels
 _OFF_OVERLAP = 0.5  # of a token, where the offset of overlapping windows is known and only their weights' lean is left
 
@@ -234,8 +235,11 @@ def _offset_problem(side: str, lattice: Lattice, offset: Offset, view: View) -> 
             f"The {side} tokens lie {offset.from_lattice:.0f} px from where the {lattice} grid puts them. Name their "
             "grid and order by AttentionMaps.from_tensors."
         )
-    allowed = _OFF_OVERLAP if any(lattice.offset) else _OFF_STRIDE
-    if offset.under_view > allowed * min(lattice.stride):
+    # A stem whose windows overlap reads more than its stride, and its kernels may lean to one side of it.
+    allowed = max(
+        (_OFF_OVERLAP if any(lattice.offset) else _OFF_STRIDE) * min(lattice.stride), _OFF_READ * offset.width
+    )
+    if offset.under_view > allowed:
         return (
             f"{view.brief} matches {side} tokens of {min(lattice.stride):g} px that lie {offset.under_view:.1f} px "
             "apart. If the model pads, use whole patches; else leave the layer out (layers=)."

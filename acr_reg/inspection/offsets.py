@@ -30,10 +30,12 @@ _PLACES = ((0.3, 0.3), (0.3, 0.7), (0.5, 0.5), (0.7, 0.3), (0.7, 0.7))
 @dataclass(frozen=True)
 class Offset:
     """How far apart matched tokens lie under a view, and how far a token lies from its centre on the lattice. Each is
-    the largest distance among the probed tokens, in pixels of the images as the model reads them."""
+    the largest distance among the probed tokens. ``width`` is the side of the square that a token reads, on average.
+    All are pixels of the images as the model reads them."""
 
     under_view: float
     from_lattice: float
+    width: float
 
 
 @dataclass
@@ -76,15 +78,16 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, Lay
             nominal_a = _centres(lattice_a)[tokens_a]
             missed = centres_b - nominal_a  # not 0 if the view does not map one lattice onto the other
             try:
-                found_a = probe_a.positions(position, side, tokens_a)
-                found_b = _carried_back(probe_b.positions(position, side, tokens_b), view)
+                found_a, width = probe_a.positions(position, side, tokens_a)
+                found_b = _carried_back(probe_b.positions(position, side, tokens_b)[0], view)
             except _UnmeasuredError as error:
                 offsets.why_unmeasured = str(error)
                 continue
             pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
             apart = ((found_b - missed - found_a) * pixels).norm(dim=1)
             away = ((found_a - nominal_a) * pixels).norm(dim=1)
-            offsets.sides[side] = Offset(apart.max().item(), away.max().item())
+            read = (width * pixels).mean()
+            offsets.sides[side] = Offset(apart.max().item(), away.max().item(), read.item())
         if offsets.why_unmeasured is None:
             layouts.add(layer.placed)
     return found
@@ -97,9 +100,9 @@ class _Probe:
         self.images = image.detach().expand(len(_PLACES), -1, -1, -1).clone().requires_grad_()
         self.maps = observe(self.images)
 
-    def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> Tensor:
-        """(P, 2): y and x of the pixels that each token was made from, from 0 to 1 over the image. Raises
-        _UnmeasuredError if the gradient does not tell."""
+    def positions(self, layer: int, side: TokenSide, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Twice (P, 2): y and x of the middle of the pixels that each token was made from, and how far they reach along
+        both, from 0 to 1 over the image. Raises _UnmeasuredError if the gradient does not tell."""
         seen = self.maps[layer]
         of_patch = _of_token(seen, side)[:, :, patch_index(seen.layout, side, str(seen.device))]
         of_token = of_patch[torch.arange(len(tokens)), :, tokens]
@@ -111,8 +114,15 @@ class _Probe:
         if not energy.amax((1, 2)).all():
             raise _UnmeasuredError("its gradient to the pixels is 0, as below a rounding")
         strong = energy * (energy >= _STRONG * energy.amax((1, 2), keepdim=True))
-        y, x = ((torch.arange(size, dtype=torch.float64) + 0.5) / size for size in energy.shape[1:])
-        return torch.stack([strong.sum(2) @ y, strong.sum(1) @ x], 1) / strong.sum((1, 2))[:, None]
+        strong = strong / strong.sum((1, 2), keepdim=True)
+        middles, reaches = [], []
+        for axis, along in ((2, strong.sum(2)), (1, strong.sum(1))):
+            places = (torch.arange(energy.shape[3 - axis], dtype=torch.float64) + 0.5) / energy.shape[3 - axis]
+            middle = along @ places
+            middles.append(middle)
+            # An evenly read stretch of length w has a variance of w^2 / 12.
+            reaches.append((12 * ((places - middle[:, None]) ** 2 * along).sum(1)).sqrt())
+        return torch.stack(middles, 1), torch.stack(reaches, 1)
 
     def _gradient(self, of_tokens: Tensor) -> Tensor:
         gradient = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack as modes  # the only way to see a mode left behind
 
 from acr_reg import (
+    AttentionMaps,
     CaptureError,
     Compose,
     HorizontalFlip,
@@ -25,6 +26,8 @@ from acr_reg import (
     capture_attention,
     check,
 )
+from acr_reg.demo.small_vit import SmallViT
+from acr_reg.inspection.offsets import token_offsets
 from tests.support.attention import says
 from tests.support.models import ExplicitBlock, MultiheadBlock
 from tests.support.models.spellings import MIXED, Heads
@@ -834,3 +837,25 @@ def test_a_capture_that_is_running_meanwhile_goes_on() -> None:
         assert len(attention.take()) == 2
     with pytest.raises(CaptureError):
         attention.take()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_kernels_that_lean_within_wide_centred_windows_are_no_problem(seed: int) -> None:
+    """The demo's stem reads some 16 px for a token of 8 px, around its middle. Its kernels lean by 2 to 3 px."""
+    torch.manual_seed(seed)
+    report = check(SmallViT(3), torch.rand(1, 3, 64, 64), HorizontalFlip())
+    assert report.ok, report.problems
+    assert max(report.layers[0].query_offset, report.layers[0].key_offset) > 0.25 * 8
+
+
+def test_a_token_reads_its_patch() -> None:
+    def observe(images: torch.Tensor) -> AttentionMaps:
+        with capture_attention(model) as attention:
+            model(images)
+            return attention.take()
+
+    for stem, width in ((None, 8), (nn.Conv2d(3, 24, 16, 8, 4), 16)):
+        torch.manual_seed(0)
+        model = SmallViT(3, width=24, depth=1, stem=nn.Conv2d(3, 24, 8, 8) if stem is None else stem)
+        offsets = token_offsets(observe, torch.rand(1, 3, 64, 64), HorizontalFlip())
+        assert abs(offsets[0].sides["query"].width - width) < 0.15 * width
