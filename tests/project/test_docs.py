@@ -58,7 +58,7 @@ SECTIONS = re.split(r"^### ", (DOCS / "reference" / "messages.md").read_text(enc
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda section: section.splitlines()[0])
-def test_every_heading_of_troubleshooting_is_a_message_that_a_block_raises(section: str) -> None:
+def test_every_heading_of_messages_is_a_message_that_a_block_raises(section: str) -> None:
     heading = section.splitlines()[0]
     raised = re.findall(r"^Traceback .*?\n\.\.\.\n(.*?)(?=\n>>>|\n```)", section, re.M | re.S)
     words = [re.escape(part.strip()) for part in heading.split("...")]
