@@ -208,7 +208,7 @@ def _num_classes(network: nn.Module) -> int:
     tokens = token.shape[1] if isinstance(token, Tensor) and token.ndim == 3 else 0
     if not hasattr(network, "num_classes_with_fg") and (classes == 0 or tokens != classes):
         raise ValueError(
-            f"{type(network).__name__} has {tokens} class tokens for {classes} classes, unlike the MCTformer family. "
+            f"{type(network).__name__} has {tokens} class tokens for {classes} classes, unlike MCTformer. "
             "Use the host file for it (docs/hosts), or capture_attention."
         )
     return classes
