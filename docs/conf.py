@@ -26,6 +26,7 @@ autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
 
 nitpicky = True
 nitpick_ignore_regex = [
