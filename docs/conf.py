@@ -26,6 +26,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # arguments that share a description are listed once
 python_maximum_signature_line_length = 100
 toc_object_entries_show_parents = "hide"
 
