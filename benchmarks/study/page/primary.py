@@ -23,7 +23,7 @@ from benchmarks.study.page.tables import (
     spread,
     table,
 )
-from benchmarks.study.settings import SEEDS
+from benchmarks.study.settings import CONDITIONS, SEEDS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
@@ -31,7 +31,7 @@ MOVED = {"benchmarks/study_choice.py": "benchmarks/study/choice.py"}  # primary.
 EXCLUDING = 3  # so many of the seeds' intervals must exclude zero
 TRADED = 0.01  # mAP that a gain may lose
 STUDENT = 2.776  # the 97.5 % point of Student's t with four degrees of freedom (five seeds)
-VERDICT = ["from", "to", "raw CAM mIoU", "change", "95 % over seeds", "seeds above 0", "intervals without 0", "verdict"]
+VERDICT = ["from", "to", "change of raw mIoU", "95 % over seeds", "seeds above 0", "intervals without 0", "verdict"]
 HELPS, HARMS, UNCLEAR = "a gain", "a loss", "no clear difference"
 
 
@@ -86,12 +86,11 @@ class Contrast:
 
     def verdict(self) -> list[str]:
         """The figures and the verdict, as a row that can be checked against the rows of the seeds."""
-        pair = (self.first, self.second)
-        means = [moments([raw_of(group.records[seed]) for seed in self.seeds])[0] for group in pair]
         mean, deviation, seeds = found = moments([each.value for each in self.raw])
         above = sum(each.value > 0 for each in self.raw)
         clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
-        row = [*(group.title for group in pair), f"{means[0]:.3f} to {means[1]:.3f}", signed_spread(found)]
+        conditions = (group.setting.condition for group in (self.first, self.second))
+        row = [*(CONDITIONS[condition].title for condition in conditions), signed_spread(found)]
         counts = [f"{above} of {seeds}", f"{clear} of {seeds}"]
         if self.decided is None:
             return [*row, "", *counts, f"nothing yet: {len(SEEDS) - seeds} of {len(SEEDS)} seeds are missing"]
@@ -173,6 +172,6 @@ def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
     best = best_of(baselines)
     said = "above it" if useful(group, baselines) else "below it: **not yet useful**"
     return (
-        f"The best row without training is {best['name']}, {number(best['miou'])}. Raw maps of {group.title}, "
-        f"{spread(group.mean(raw_of))}, are {said}."
+        f"The best row without training, {best['name']}, scores {number(best['miou'])}. Raw maps of "
+        f"{CONDITIONS[group.setting.condition].title}, {spread(group.mean(raw_of))}, are {said}."
     )
