@@ -80,7 +80,7 @@ def by_public_name(
 def keep_on_one_line(app: Sphinx, doctree: nodes.document) -> None:
     """Marks table cells of one word or of numbers, such as 0.643 ± 0.031, for the style sheet."""
     for cell in doctree.findall(nodes.entry):
-        if re.fullmatch(r"\S+|[-+±.,()%x\d\s]+|.*\d \(.*\d to .*\d\)", cell.astext()):
+        if re.fullmatch(r"\S+|([-+±.,()%x\d\s]|\bto\b)+|.*\d \(.*\d to .*\d\)", cell.astext()):
             cell["classes"].append("one-line")
 
 

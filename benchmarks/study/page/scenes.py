@@ -99,7 +99,9 @@ def differences(results: Path) -> str:
         [f"from {first} to {second}", _paired(seeds, first, second, "raw"), _paired(seeds, first, second, "propagated")]
         for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
     ]
-    return table([f"test scenes, {len(seeds)} seeds; mean change (range), seeds above zero", "raw CAM mIoU", "propagated"], rows)
+    return table(
+        [f"test scenes, {len(seeds)} seeds; mean change (range), seeds above zero", "raw CAM mIoU", "propagated"], rows
+    )
 
 
 _COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds": 0}
