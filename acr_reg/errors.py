@@ -9,11 +9,11 @@ T = TypeVar("T")
 
 
 class CaptureError(RuntimeError):
-    """The requested attention was not captured, or cannot be."""
+    """The attention that you asked for was not captured, or cannot be captured."""
 
 
 class LayoutError(ValueError):
-    """The grid or the prefix of a layer's tokens is unknown, or several fit."""
+    """The grid or the prefix tokens of a layer are unknown, or more than one fits."""
 
 
 class SizeError(ValueError):

@@ -81,8 +81,10 @@ TokenSide = Literal["query", "key"]
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the queries (N) and the keys (M) of one attention layer stand: ``num_prefix_tokens`` before the first
-    patch, the patches of the side's lattice in rows, and ``num_suffix_tokens`` behind the last patch.
+    """The order of the queries (N) and the keys (M) of one attention layer.
+
+    ``num_prefix_tokens`` stand before the first patch, then come the patches of the lattice in rows, then
+    ``num_suffix_tokens``.
 
     ``between`` are the positions of other tokens that stand between patches, in ascending order; queries and keys are
     then equally many. Positions count from 0 over all queries; negative ``class_tokens`` count from the last.

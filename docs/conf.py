@@ -4,6 +4,7 @@ Pages are Markdown (MyST). The API reference comes from the docstrings. Built pa
 References to names of acr_reg must resolve; names of torch, numpy and Python stay text.
 """
 
+import re
 from typing import Any
 
 from docutils import nodes
@@ -25,7 +26,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_use_param = False  # arguments that share a description are listed once
 python_maximum_signature_line_length = 100
+toc_object_entries_show_parents = "hide"
 
 nitpicky = True
 nitpick_ignore_regex = [
@@ -74,6 +77,14 @@ def by_public_name(
     return found
 
 
+def keep_on_one_line(app: Sphinx, doctree: nodes.document) -> None:
+    """Marks table cells of one word or of numbers, such as 0.643 ± 0.031, for the style sheet."""
+    for cell in doctree.findall(nodes.entry):
+        if re.fullmatch(r"\S+|([-+±.,()%x\d\s]|\bto\b)+|.*\d \(.*\d to .*\d\)", cell.astext()):
+            cell["classes"].append("one-line")
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", as_literal_blocks, priority=400)  # before napoleon moves paragraphs
+    app.connect("doctree-read", keep_on_one_line)
     app.connect("missing-reference", by_public_name)

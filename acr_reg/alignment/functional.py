@@ -21,9 +21,9 @@ def align_tokens(
     *,
     num_suffix_tokens: int = 0,
 ) -> Tensor:
-    """Carries values of a view's tokens, prefix + ``source`` + suffix along ``dim``, back onto the image's ``target``
-    lattice.
+    """Carries values of a view's tokens back onto the tokens of the image.
 
+    Along ``dim`` the view has prefix tokens, the ``source`` lattice and suffix tokens. The image has ``target``.
     Use ``dim=-2`` for token features (B, N, D), ``dim=-1`` for class-token rows (B, H, C, N). Prefix and suffix tokens
     stay before and behind the patches; tokens that the view does not show become 0 (:func:`~acr_reg.token_validity`
     tells which). Differentiable, on any dtype and device. Raises ValueError if the number of tokens does not fit.
@@ -44,7 +44,7 @@ def align_tokens(
 
 
 def align_attention(maps: Tensor, view: View, source: TokenLayout, target: TokenLayout) -> Tensor:
-    """Carries attention maps (B, H, N', M') of a view back onto the image's tokens: P^T A P, (B, H, N, M).
+    """Carries attention maps (B, H, N', M') of a view back onto the image's tokens: P^T A P of shape (B, H, N, M).
 
     Queries and keys use their own lattices. Rows and columns of tokens that are no patches go to the places of these
     tokens in ``target``, and each row keeps the mass that it gave to patches visible in the image. Rows and columns
@@ -82,7 +82,7 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
 
 
 def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:
-    """(1 or B, target tokens) bool: True for image tokens whose centre the view shows.
+    """Says which tokens of the image have their centre in the view: a bool tensor (1 or B, target tokens).
 
     >>> from acr_reg import Crop, Lattice
     >>> view = Crop(0, 16, 16, 32, image_size=(16, 64))  # tokens of 16 px

@@ -69,7 +69,7 @@ class RecordedTensors:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class LayerAttention:
-    """Self-attention of one layer: its factors (query, key, ...) or its explicit map, and where its tokens sit.
+    """The self-attention of one layer: query and key, or the map itself, and the layout of its tokens.
 
     ``index`` counts the captured layers of the run from 0; ``name`` is the module's. ``stochastic``: whether the map's
     rows are probabilities. ``dropout``: the attention dropout that was active on them. ``images`` selects a part of

@@ -16,8 +16,9 @@ from acr_reg.tokens import patch_index
 
 
 def class_attention(maps: AttentionMaps, layer: int = -1, class_token: int | None = None) -> Tensor:
-    """What each head of the class token attends to, (B, heads, h, w): A[class row, patches] of one layer, on the key
-    grid of that layer.
+    """Returns the attention of the class token to the patches, for each head of one layer: (B, heads, h, w).
+
+    It is A[class row, patches], on the layer's key grid.
 
     The values are the layer's own probabilities, at least in float32 and on the model's graph. They do not sum to 1
     over the patches, because the class token also attends to itself and to the other tokens that are not patches. Only

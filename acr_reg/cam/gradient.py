@@ -36,7 +36,9 @@ def class_token_gradient_cam(
     query: Literal["class", "all"] = "class",
     create_graph: bool = False,
 ) -> Tensor:
-    """Class maps (B, C, h, w) >= 0, not normalised: the gradient of ``logits`` (B, C) with respect to ``attention``.
+    """Makes class maps (B, C, h, w) from the gradient of ``logits`` with respect to ``attention``.
+
+    The maps are >= 0 and not normalised.
 
     With G = dy_c / dA of the class row, a layer contributes
 

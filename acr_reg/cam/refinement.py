@@ -165,9 +165,11 @@ def _at_scales(views: Sequence[View], scales: Iterable[float]) -> list[View]:
 
 
 def normalize_cam(cam: Tensor, mode: Literal["max", "minmax"] = "max", valid: Tensor | None = None) -> Tensor:
-    """Normalises class maps (B, C, h, w) to [0, 1], per image and class: relu(cam) over its maximum, or min-max. An
-    empty map stays 0. The minimum and maximum cover the ``valid`` pixels (B or 1, h, w), by default all; other pixels
-    are clamped to [0, 1]."""
+    """Normalises class maps (B, C, h, w) to [0, 1], per image and class.
+
+    "max" divides relu(cam) by its maximum. "minmax" also subtracts the minimum first. An empty map stays 0. The minimum
+    and maximum cover the ``valid`` pixels (B or 1, h, w), by default all; other pixels are clamped to [0, 1].
+    """
     require_tensor(cam, "cam", "(B, C, h, w)")
     cam = at_least_float32(cam)
     outside = None if valid is None else ~valid[:, None]

@@ -37,7 +37,7 @@ OVERLAP_FLOOR = 0.25
 
 
 def row_distance(a: Tensor, b: Tensor, distance: Distance = "l1") -> Tensor:
-    """The distance of two non-negative rows (..., M) -> (...).
+    """Computes the distance of non-negative rows ``a`` and ``b``: (..., M) to (...).
 
     "l1" is ``sum |a - b|``, in [0, 2] for probabilities. "l2" is the squared distance, ``sum (a - b)^2``. "js" is the
     Jensen-Shannon divergence in nats, ``1/2 sum a ln(a/m) + b ln(b/m)`` with m = (a + b)/2; it stays non-negative for
@@ -128,7 +128,7 @@ def row_consistency(
     rows_valid: Tensor | None = None,
     overlap: Tensor | None = None,
 ) -> Tensor:
-    """The mean distance of aligned rows ``a`` and ``b`` (B, H, R, M): a scalar >= 0, differentiable.
+    """Computes the mean distance of aligned rows ``a`` and ``b`` (B, H, R, M), a differentiable scalar >= 0.
 
     With ``normalize="mean"`` these are both terms of arXiv 2308.04321, for H = 1 (the mean over heads) and M patches::
 
@@ -157,7 +157,7 @@ def cam_consistency(
     normalize: Literal["max", "minmax"] | None = "max",
     lattices: tuple[Lattice, Lattice] | None = None,
 ) -> Tensor:
-    """Equivariance of class maps (SEAM's L_ER, eq. 4 of arXiv 2004.04581): a scalar >= 0, differentiable.
+    """Measures how far class maps follow the view (SEAM's L_ER, eq. 4 of arXiv 2004.04581): a scalar >= 0.
 
     ``cam_a`` (B, C, h, w) belongs to images and ``cam_b`` (B, C, h', w') to ``view(images)``. The result is the mean
     distance per pixel, over classes with ``labels`` (B, C) > 0 and over pixels that both views show and that are True

@@ -38,7 +38,9 @@ _INK, _FAINT, _CARD = (25, 25, 25), (110, 110, 110), (240, 240, 240)
 
 @dataclass(frozen=True, eq=False)
 class SheetImage:
-    """What a sheet shows of one image. Maps, labels and mask have the size (H, W) of the photo.
+    """One image of a contact sheet, with its maps, labels or mask.
+
+    Maps, labels and mask have the size (H, W) of the photo.
 
     Attributes:
         name: written above the panels.

@@ -47,7 +47,9 @@ def Rotate90(k: int = 1) -> View:
 
 
 def Scale(factor: float | tuple[float, float], keep_size: bool = False) -> View:
-    """Resizes by ``factor`` (or by (height, width) factors), bilinear, antialiased when shrinking; sizes are rounded.
+    """Resizes images by ``factor``, or by one factor for each of height and width.
+
+    The filter is bilinear, antialiased when it shrinks; sizes are rounded.
 
     With ``keep_size`` the output has the input's size, as with torchvision's affine: the image is scaled about its
     centre, cut if it is larger, and surrounded by 0 (not valid) if it is smaller. Unlike affine it antialiases, and
@@ -82,8 +84,9 @@ def Crop(
     image_size: Size,
     pad: bool = False,
 ) -> View:
-    """Cuts a box, in pixels, out of an image of ``image_size`` (height, width) and resizes it to ``size`` (height,
-    width), by default the box's own: torchvision's ``resized_crop``.
+    """Cuts a box out of an image of ``image_size`` and resizes it to ``size``, as torchvision's ``resized_crop``.
+
+    All are in pixels, and the sizes are (height, width). By default the box keeps its own size.
 
     The box is in torchvision's order, so ``Crop(*RandomResizedCrop.get_params(images, scale, ratio), size=224,
     image_size=images.shape[-2:])`` repeats that transform. With ``pad`` the box may reach beyond the image: the output
@@ -180,8 +183,9 @@ def _for_all(view: View, count: int) -> Iterator[Affine]:
 
 
 def PerImage(views: Sequence[View]) -> View:
-    """One view that holds a separate view for each image of a batch, all with one output size. The images may differ in
-    size if each is cropped before the batch is stacked.
+    """Gives each image of a batch its own view.
+
+    All views have one output size. The images may differ in size if each is cropped before the batch is stacked.
 
     >>> import torch
     >>> view = PerImage([HorizontalFlip(), Identity()])

@@ -61,7 +61,7 @@ def load_image_labels(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any
 
 
 def labels_of(labels: Mapping[Any, npt.ArrayLike], name: str) -> npt.NDArray[Any]:
-    """The labels (C,) of the image ``name``, a file name without its ending.
+    """Look up the labels (C,) of the image ``name``, a file name without its ending.
 
     ``labels`` is what :func:`load_image_labels` returns, or any dict like it. Its keys may also be IRN's numbers:
     2007000032 for 2007_000032, and 139 for 000000000139 and for COCO_train2014_000000000139. COCO's names of 2014 and

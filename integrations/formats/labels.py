@@ -21,7 +21,7 @@ def pseudo_labels(
     background: bool = True,
     size: tuple[int, int] | None = None,
 ) -> npt.NDArray[np.uint8]:
-    r"""The id of every pixel: 0 for background, k + 1 for class k, 255 for pixels to ignore.
+    r"""Compute the id of every pixel: 0 for background, k + 1 for class k, 255 for pixels to ignore.
 
     At each pixel let m be the highest of the maps and k its class. Of maps that tie, the lowest class wins. One of
     three rules tells foreground from background.

@@ -41,7 +41,7 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
 
 
 def cam_format(path: str | os.PathLike[str]) -> Format:
-    """The format of a file, one of :data:`FORMATS`, as :func:`load_cams` detects it. Raises the same errors.
+    """Detect the format of a file, one of :data:`FORMATS`, as :func:`load_cams` does. Raises the same errors.
 
     >>> import numpy as np
     >>> from acr_reg.integrations.formats import save_cams

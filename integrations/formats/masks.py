@@ -25,7 +25,7 @@ _PPM_HEADER = 4096  # bytes that hold it, with comments
 
 
 def read_mask(path: str | os.PathLike[str]) -> npt.NDArray[np.integer]:
-    """The ids (H, W) of a label map: uint8 if all are below 256, else int32.
+    """Read the ids (H, W) of a label map: uint8 if all are below 256, else int32.
 
     They are the indices of a palette image, the values of a grey one as they are stored, in 1 to 16 bits (Pillow itself
     stretches 2 and 4 bits to 0..255), or those whose colours in VOC's palette an RGB image shows: (224, 224, 192) is

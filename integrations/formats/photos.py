@@ -33,7 +33,7 @@ _LONGEST_TEXT = max(map(len, _ORIENTING_TEXTS))
 
 
 def open_photo(path: str | os.PathLike[str]) -> Image.Image:
-    """The photo in RGB, 8 bits a band, turned as its EXIF orientation says. A later turn by EXIF changes nothing.
+    """Open a photo in RGB, 8 bits a band, turned as its EXIF orientation says. A later turn by EXIF changes nothing.
 
     Grey, palette, CMYK and YCbCr are converted as Pillow does it; transparency is dropped, as training scripts drop it.
     Grey of 12 or 16 bits is scaled by its range, such as 0 to 65535, and floats from [0, 1]. Damaged EXIF is ignored.
@@ -55,7 +55,7 @@ def open_photo(path: str | os.PathLike[str]) -> Image.Image:
 
 
 def photo_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(H, W) of the photo in pixels as :func:`open_photo` returns it.
+    """Read the size (H, W) of a photo in pixels, as :func:`open_photo` returns it.
 
     The header gives it; only a PNG whose EXIF follows the pixels is decoded. Raises OSError as :func:`open_photo` does,
     but not for damaged pixels.

@@ -23,7 +23,7 @@ from benchmarks.study.page.tables import (
     spread,
     table,
 )
-from benchmarks.study.settings import SEEDS
+from benchmarks.study.settings import CONDITIONS, SEEDS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
@@ -31,6 +31,7 @@ MOVED = {"benchmarks/study_choice.py": "benchmarks/study/choice.py"}  # primary.
 EXCLUDING = 3  # so many of the seeds' intervals must exclude zero
 TRADED = 0.01  # mAP that a gain may lose
 STUDENT = 2.776  # the 97.5 % point of Student's t with four degrees of freedom (five seeds)
+VERDICT = ["from", "to", "change of raw mIoU", "95 % over seeds", "seeds above 0", "intervals without 0", "verdict"]
 HELPS, HARMS, UNCLEAR = "a gain", "a loss", "no clear difference"
 
 
@@ -83,23 +84,18 @@ class Contrast:
             return f"a trade, not a gain: mAP falls by {-gained[0]:.3f}"
         return said
 
-    def verdict(self) -> str:
-        """The figures and the verdict, in sentences that can be checked against the rows."""
-        pair = (self.first, self.second)
-        means = [moments([raw_of(group.records[seed]) for seed in self.seeds])[0] for group in pair]
+    def verdict(self) -> list[str]:
+        """The figures and the verdict, as a row that can be checked against the rows of the seeds."""
         mean, deviation, seeds = found = moments([each.value for each in self.raw])
         above = sum(each.value > 0 for each in self.raw)
         clear = sum(each.low > 0 or each.high < 0 for each in self.raw)
-        verb = "rises" if mean > 0 else "falls"
-        said = [
-            f"{self.title}, raw CAM mIoU {verb} from {means[0]:.3f} to {means[1]:.3f} ({signed_spread(found)}).",
-            f"The difference is above zero in {above} of {seeds} seeds, and {clear} of {seeds} intervals exclude zero.",
-        ]
+        conditions = (group.setting.condition for group in (self.first, self.second))
+        row = [*(CONDITIONS[condition].title for condition in conditions), signed_spread(found)]
+        counts = [f"{above} of {seeds}", f"{clear} of {seeds}"]
         if self.decided is None:
-            return " ".join([*said, f"{len(SEEDS) - seeds} of the seeds are missing, so nothing is decided yet."])
+            return [*row, "", *counts, f"nothing yet: {len(SEEDS) - seeds} of {len(SEEDS)} seeds are missing"]
         half = STUDENT * deviation / seeds**0.5
-        said.append(f"95 % over seeds: {mean - half:+.3f} to {mean + half:+.3f}. By the rule: **{self.decided}**.")
-        return " ".join(said)
+        return [*row, f"{mean - half:+.3f} to {mean + half:+.3f}", *counts, f"**{self.decided}**"]
 
 
 def judged(found: Sequence[Difference]) -> str:
@@ -148,19 +144,19 @@ def primary(results: Path, found: Sequence[Group], photos: str) -> str:
         return "Not scored yet."
     frozen = {group.title: group.setting.epochs for contrast in made for group in (contrast.first, contrast.second)}
     chosen = "; ".join(f"{title}, {epochs} epochs" for title, epochs in frozen.items())
-    settings = f"- Settings, chosen on dev photos: {chosen}."
-    return "\n".join([settings, verdicts(results, found, photos), "", by_seed(made)])
+    settings = f"Settings, chosen on dev photos: {chosen}."
+    return "\n\n".join([settings, verdicts(results, found, photos), by_seed(made)])
 
 
 def verdicts(results: Path, found: Sequence[Group], photos: str) -> str:
-    """A bullet for each contrast, and one for the best row without training."""
+    """A row for each contrast, and a sentence on the best row without training."""
     made = contrasts(results, found, photos)
     if not made:
         return "Not scored yet."
     baselines = baseline_rows(results, photos, "test")
-    lines = [contrast.verdict() for contrast in made]
-    lines += [_against(made[0].second, baselines)] if baselines else []
-    return "\n".join(f"- {line}" for line in lines)
+    said = [table(VERDICT, [contrast.verdict() for contrast in made])]
+    said += [_against(made[0].second, baselines)] if baselines else []
+    return "\n\n".join(said)
 
 
 def useful(group: Group, baselines: Sequence[Mapping[str, Any]]) -> bool:
@@ -176,6 +172,6 @@ def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
     best = best_of(baselines)
     said = "above it" if useful(group, baselines) else "below it: **not yet useful**"
     return (
-        f"The best row without training is {best['name']}, {number(best['miou'])}. Raw maps of {group.title}, "
-        f"{spread(group.mean(raw_of))}, are {said}."
+        f"The best row without training, {best['name']}, scores {number(best['miou'])}. Raw maps of "
+        f"{CONDITIONS[group.setting.condition].title}, {spread(group.mean(raw_of))}, are {said}."
     )

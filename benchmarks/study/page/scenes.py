@@ -99,7 +99,9 @@ def differences(results: Path) -> str:
         [f"from {first} to {second}", _paired(seeds, first, second, "raw"), _paired(seeds, first, second, "propagated")]
         for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
     ]
-    return table([f"test scenes, {len(seeds)} seeds", "raw CAM mIoU", "propagated"], rows)
+    return table(
+        [f"test scenes, {len(seeds)} seeds; mean change (range), seeds above zero", "raw CAM mIoU", "propagated"], rows
+    )
 
 
 _COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds": 0}
@@ -114,4 +116,4 @@ def _paired(seeds: Mapping[str, Mapping[str, Any]], first: str, second: str, map
     values = [rows[second][maps] - rows[first][maps] for rows in seeds.values()]
     above = sum(value > 0 for value in values)
     spread_of = f"{min(values):+.3f} to {max(values):+.3f}"
-    return f"{np.mean(values):+.3f} ({spread_of}, above zero in {above} of {len(values)} seeds)"
+    return f"{np.mean(values):+.3f} ({spread_of}), {above} of {len(values)}"
