@@ -185,7 +185,7 @@ def test_a_damaged_photo_is_told_as_shown(project: Path, alone: Callable[[str], 
     photo.write_bytes(whole[:500])
     said = alone("python make_cams.py").err
     photo.write_bytes(whole)
-    lines = re.findall(r"^    (.*(?:skipped: |  2007_000032: |1 failed).*)$", PAGE, re.M)
+    lines = re.findall(r"^(.*(?:skipped: |  2007_000032: |1 failed).*)$", PAGE, re.M)
     assert len(lines) == 3
     for line in lines:
         told = line.replace("2007_000032", NAMES[3]).replace("10581", "6").removesuffix("...")
