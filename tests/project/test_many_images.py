@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from acr_reg.integrations.formats import load_cams
 from acr_reg.integrations.formats.masks import save_mask
 from tests.project.test_snippets import blocks_of
 from tests.support.paths import ROOT
+from tests.support.ranks import free_port
 
 PAGE = (ROOT / "docs" / "guides" / "many_images.md").read_text(encoding="utf-8")
 SHELL = [block.replace("\\\n", "") for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)]
@@ -142,9 +142,7 @@ def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callab
     assert "cams: 0 written, 7 already there, 0 failed" in alone("python make_cams.py").err
 
 
-def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(
-    project: Path, alone: Callable[..., Said]
-) -> None:
+def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(project: Path, alone: Callable[..., Said]) -> None:
     fresh(project)
     (script,) = [block for block in SHELL if "--array" in block]
     shell = 'python() { test "$*" = make_cams.py && env; }\n'  # prints the variables that the script would see
@@ -176,12 +174,6 @@ def test_one_torchrun_a_machine_numbers_the_processes_of_all_machines(tmp_path: 
     seen = [line.split() for line in run(tmp_path, slurm + small, **variables).out.splitlines()]
     assert sorted((rank, world, local) for rank, world, _, local in seen) == [("0", "2", "0"), ("1", "2", "0")]
     assert len({address for _, _, address, _ in seen}) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
 
 
 def test_a_damaged_photo_is_told_as_shown(project: Path, alone: Callable[..., Said]) -> None:
