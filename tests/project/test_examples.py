@@ -7,21 +7,33 @@ import runpy
 import subprocess
 import sys
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import accelerate  # noqa: F401  # this file is left out where the extras are not installed
 import pytest
+import timm
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, capture_attention
 from tests.support.paths import ROOT
+from tests.support.ranks import free_port
 
 EXAMPLES = ROOT / "docs" / "examples"
 TERMS = {"classes", "activation", "affinity", "entropy"}
 SMALL = ["--images", "4", "--size", "32", "--batch", "4", "--accumulate", "1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_models() -> Iterator[None]:
+    """timm's ViTs get 3 layers instead of 12: the examples name a model that readers know."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", partial(timm.create_model, depth=3))
+        yield
 
 
 def run(name: str, *options: str) -> Any:
@@ -61,8 +73,6 @@ def gradient_by_hand(model: torch.nn.Module, images: Tensor, labels: Tensor) -> 
 
 
 def timm_vit() -> tuple[torch.nn.Module, Tensor, Tensor]:
-    import timm
-
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=20)
     return model, torch.rand(4, 3, 32, 32), torch.rand(4, 20).lt(0.1).float()
@@ -147,14 +157,27 @@ def test_lightning_and_the_trainer_log_the_terms_beside_a_validation(tmp_path: P
 
 
 def test_two_processes_of_the_plain_loop_have_one_history(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    script = [str(EXAMPLES / "plain_loop.py"), "--images", "8", "--size", "32", "--batch", "2", "--epochs", "1"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *script, "--folder", str(tmp_path / "run")], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("epoch 0: ") == 1 and "affinity" in done.stdout
+    """They get the variables that torchrun sets, without torchrun, which is a third process that loads torch."""
+    options = ["--images", "8", "--size", "32", "--batch", "2", "--epochs", "1", "--folder", str(tmp_path / "run")]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **shared}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(EXAMPLES / "plain_loop.py"), *options],
+            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    try:
+        (printed, error), (silence, other_error) = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], error[-2000:] + other_error[-2000:]
+    assert printed.count("epoch 0: ") == 1 and "affinity" in printed and not silence
     epoch, states = torch.load(tmp_path / "run.pt", weights_only=True)
     assert epoch == 1 and all(torch.isfinite(value).all() for value in states[0].values())
 

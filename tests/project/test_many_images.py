@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import shlex
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -24,9 +23,10 @@ from acr_reg.integrations.formats import load_cams
 from acr_reg.integrations.formats.masks import save_mask
 from tests.project.test_snippets import blocks_of
 from tests.support.paths import ROOT
+from tests.support.ranks import free_port
 
 PAGE = (ROOT / "docs" / "guides" / "many_images.md").read_text(encoding="utf-8")
-SHELL = re.findall(r"```bash\n(.*?)```", PAGE, re.S)
+SHELL = [block.replace("\\\n", "") for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)]
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NAMES = [f"2007_{number:06}" for number in range(7)]
 # So that a core makes a map in no time. All else in the script stays as it is shown.
@@ -70,13 +70,15 @@ def project(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def alone(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], Said]:
-    """Runs a line of the page that starts one process, in this one: loading torch again would take most of the time."""
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+def alone(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Said]:
+    """Runs a line of the page in this process: loading torch in another one would take most of the time."""
     monkeypatch.chdir(project)
 
-    def start(command: str) -> Said:
+    def start(command: str, **variables: str) -> Said:
+        for name in VARIABLES:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         python, *arguments = shlex.split(command)
         assert python == "python"
         if arguments[:2] == ["-m", "acr_reg"]:
@@ -88,14 +90,13 @@ def alone(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return start
 
 
-def run(project: Path, command: str, **variables: str) -> Said:
-    """Lines of the page, in a shell in which python and torchrun are those of this environment."""
-    python = shlex.quote(sys.executable)
-    programs = f'python() {{ {python} "$@"; }}\ntorchrun() {{ {python} -m torch.distributed.run "$@"; }}\n'
+def run(folder: Path, command: str, **variables: str) -> Said:
+    """Runs lines of the page in a shell whose torchrun is the one of this environment."""
+    programs = f'torchrun() {{ {shlex.quote(sys.executable)} -m torch.distributed.run "$@"; }}\n'
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run(
         ["bash", "-ec", programs + command],
-        cwd=project,
+        cwd=folder,
         env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
         capture_output=True,
         text=True,
@@ -123,7 +124,7 @@ def written(project: Path) -> list[str]:
 EVERY = [f"{name}.npy" for name in NAMES]
 
 
-def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callable[[str], Said]) -> None:
+def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callable[..., Said]) -> None:
     fresh(project)
     said = alone("python make_cams.py").err
     assert "cams: 7 written, 0 already there, 0 failed" in said
@@ -141,14 +142,16 @@ def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callab
     assert "cams: 0 written, 7 already there, 0 failed" in alone("python make_cams.py").err
 
 
-def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(
-    project: Path, alone: Callable[[str], Said]
-) -> None:
+def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(project: Path, alone: Callable[..., Said]) -> None:
     fresh(project)
     (script,) = [block for block in SHELL if "--array" in block]
+    shell = 'python() { test "$*" = make_cams.py && env; }\n'  # prints the variables that the script would see
     variables = {"SLURM_ARRAY_TASK_COUNT": "3", "MASTER_ADDR": "left by a module of the cluster"}
     for task, count in (("0", 3), ("2", 2)):  # task 1 was lost
-        said = run(project, script, SLURM_ARRAY_TASK_ID=task, **variables).err
+        printed = run(project, shell + script, SLURM_ARRAY_TASK_ID=task, **variables).out
+        seen = dict(re.findall(rf"^({'|'.join(VARIABLES)})=(.*)$", printed, re.M))
+        assert seen == {"RANK": task, "WORLD_SIZE": "3"}
+        said = alone("python make_cams.py", **seen).err
         assert f"cams: share {int(task) + 1} of 3: {count} written, 0 already there, 0 failed" in said
     assert len(written(project)) == 5
     assert '--wrap "python make_cams.py"' in shown("sbatch --dependency")
@@ -157,48 +160,43 @@ def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(
     assert written(project) == EVERY
 
 
-def test_one_torchrun_a_machine_shares_the_run(project: Path) -> None:
-    """Two of them on this machine stand for two machines."""
-    fresh(project)
+def test_one_torchrun_a_machine_numbers_the_processes_of_all_machines(tmp_path: Path) -> None:
+    """Two of them on this machine stand for two machines. The test above runs the script with such numbers."""
     (script,) = [block for block in SHELL if "srun" in block]
+    names = [*VARIABLES[:3], "LOCAL_RANK"]
+    (tmp_path / "make_cams.py").write_text(f"import os\nprint(*[os.environ[name] for name in {names}], flush=True)\n")
     slurm = """
     scontrol() { echo localhost; }
     srun() { "$@" & "$@" & wait -n; wait -n; }
     """
     small = script.replace("--nproc-per-node 8", "--nproc-per-node 1").replace(":29500", f":{free_port()}")
     variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
-    said = run(project, slurm + small, **variables).err
-    assert said.count("cams: 7 written, 0 already there, 0 failed") == 1
-    assert written(project) == EVERY
+    seen = [line.split() for line in run(tmp_path, slurm + small, **variables).out.splitlines()]
+    assert sorted((rank, world, local) for rank, world, _, local in seen) == [("0", "2", "0"), ("1", "2", "0")]
+    assert len({address for _, _, address, _ in seen}) == 1
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
-
-
-def test_a_damaged_photo_is_told_as_shown(project: Path, alone: Callable[[str], Said]) -> None:
+def test_a_damaged_photo_is_told_as_shown(project: Path, alone: Callable[..., Said]) -> None:
     fresh(project)
     photo = project / "VOCdevkit/VOC2012/JPEGImages" / f"{NAMES[3]}.jpg"
     whole = photo.read_bytes()
     photo.write_bytes(whole[:500])
     said = alone("python make_cams.py").err
     photo.write_bytes(whole)
-    lines = re.findall(r"^    (.*(?:skipped: |  2007_000032: |1 failed).*)$", PAGE, re.M)
+    lines = re.findall(r"^(.*(?:skipped: |  2007_000032: |1 failed).*)$", PAGE, re.M)
     assert len(lines) == 3
     for line in lines:
         told = line.replace("2007_000032", NAMES[3]).replace("10581", "6").removesuffix("...")
         assert told in said
 
 
-def test_scores_and_pseudo_labels_are_made_as_shown(project: Path, alone: Callable[[str], Said]) -> None:
+def test_scores_and_pseudo_labels_are_made_as_shown(project: Path, alone: Callable[..., Said]) -> None:
     fresh(project)
     alone("python make_cams.py")
     table = alone(shown("python -m acr_reg evaluate --cams")).out
     assert "aeroplane" in table
-    shared = run(project, shown("torchrun --nproc-per-node 8 -m acr_reg evaluate").replace(" 8 ", " 2 ")).out
-    assert shared == table
+    shared = shown("torchrun --nproc-per-node 8 -m acr_reg evaluate")  # tests/commands/test_evaluate.py starts torchrun
+    assert alone(shared.replace("torchrun --nproc-per-node 8", "python")).out == table
     miou = re.search(r"mIoU +([\d.]+)", table)[1]  # type: ignore[index]
     assert f"(mIoU {miou})" in alone(shown("python -m acr_reg convert cams labels --to")).err
     assert f"{miou} over" in alone(shown("python -m acr_reg evaluate --labels")).out
