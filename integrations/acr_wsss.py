@@ -97,8 +97,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and patches' attention in all blocks, and the tokens of the last block. A distilled
-    DeiT has a second prefix token. Raises ValueError for a model of another family."""
+    """Captures the attention of the class token and patches in all blocks, and the tokens of the last block. It knows
+    the second prefix token of a distilled DeiT. Raises ValueError for a model of another family."""
     vit = part(unwrap(model), "pretrained.model", "ACR_WSSS")
     blocks = part(vit, "blocks", "ACR_WSSS")
     last = list(blocks.children())[-1]
@@ -112,14 +112,15 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), H and W multiples of 16, through
-    DDP if the model is wrapped. ``output`` is what it returns, the class token's logits first."""
+    """Runs the model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), whose sides are multiples of 16,
+    through DDP if the model is wrapped. ``output`` holds its result, which begins with the class token's logits."""
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, on the graph: the classification head on each patch, as in
-    ``forward_cam``, but before its ReLU, and without the distillation token, which it takes for a patch."""
+    """The class map (B, C, h, w), not normalised, on the graph: the classification head applied to each patch.
+
+    The host's ``forward_cam`` also applies a ReLU, and takes the distillation token for a patch."""
     assert view.features is not None
     layout = view.attention[-1].layout
     head = part(view.network, "cls_head", "ACR_WSSS")

@@ -105,7 +105,7 @@ _MULTIPLE = 32
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the attention of the blocks of all four stages, and the feature map of the last stage. Raises ValueError
+    """Captures the attention of all blocks in the four stages, and the feature map of the last stage. Raises ValueError
     for a model of another family."""
     network = unwrap(model)
     for name in ("encoder.block4", "classifier"):
@@ -116,8 +116,9 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of 32, outside DDP's wrapper: its gradients
-    join those of the wrapped pass before DDP averages them. Raises ValueError for images of another size."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), whose sides are multiples of 32. It runs outside DDP's
+    wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them. Raises ValueError for
+    images of another size."""
     height, width = images.shape[-2:]
     if height % _MULTIPLE or width % _MULTIPLE:
         raise ValueError(
@@ -129,7 +130,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, C without the background, on the graph (the host detaches its own)."""
+    """The class map (B, C, h, w) without background, not normalised, on the graph. The host detaches its own map."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "AFA")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

@@ -228,8 +228,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class tokens' and patches' attention in all blocks, and the output of the convolutional head. Raises
-    ValueError for a model of another family."""
+    """Captures the attention of the class tokens and patches in all blocks, and the output of the convolutional head.
+    Raises ValueError for a model of another family."""
     network = unwrap(model)
     blocks = part(network, "blocks", "MCTformer")
     background = _background_tokens(network)
@@ -242,16 +242,16 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the whole model on ``images`` (B, 3, H, W), through DDP if the model is wrapped. ``output`` is what the
-    host's forward returns, for the paper's second classification loss. Raises ValueError for images of a size at which
-    the host cannot train."""
+    """Runs the whole model on ``images`` (B, 3, H, W), through DDP if the model is wrapped. ``output`` holds the result
+    of the host's forward, for the paper's second classification loss. Raises ValueError for images of a size that the
+    host cannot train on."""
     _refuse_other_sizes(host.network, images)
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The head's class map (B, C, h, w) of all classes, in any range, on the graph. V1 has no head: its class map is
-    the class tokens' attention to the patches, at least 0, summed over layers."""
+    """The head's class map (B, C, h, w) of all classes, not normalised, on the graph. V1 has no head: its class map is
+    the class tokens' attention to the patches, summed over layers, which is never negative."""
     background = _background_tokens(view.network)
     if view.features is not None:
         return view.features[:, background:]
@@ -263,7 +263,7 @@ def cams(view: HostView) -> Tensor:
 
 
 def _num_classes(network: nn.Module) -> int:
-    """Raises ValueError for other models: a plain ViT, taken for MCTformer, would have a thousand prefix tokens."""
+    """Raises ValueError for other models. A plain ViT would seem to have a thousand prefix tokens."""
     classes = int(getattr(network, "num_classes", 0))
     token = getattr(network, "cls_token", None)
     tokens = token.shape[1] if isinstance(token, Tensor) and token.ndim == 3 else 0
@@ -276,13 +276,13 @@ def _num_classes(network: nn.Module) -> int:
 
 
 def _background_tokens(network: nn.Module) -> int:
-    """CTI has a background token before the class tokens."""
+    """The number of background tokens: CTI has one, before the class tokens."""
     classes = getattr(network, "num_classes", 0)
     return int(getattr(network, "num_classes_with_fg", classes)) - int(classes)
 
 
 def _refuse_other_sizes(network: nn.Module, images: Tensor) -> None:
-    """MCTformer+ and CTI have a table of their own for the patches' positions, and never resize it in training."""
+    """MCTformer+ and CTI have a separate position table for patches and never resize it in training."""
     table = getattr(network, "pos_embed_pat", None)
     if not network.training or not isinstance(table, Tensor):
         return

@@ -308,11 +308,11 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
-    """Captures the class tokens' and patches' attention in the encoder's first pass of each training call, and the
-    feature map that reaches the segmentation decoder.
+    """Captures the attention of the class tokens and patches in the encoder's first pass of each training call, and the
+    feature map that goes into the segmentation decoder.
 
-    Use ``keep="all"`` for a network whose first pass is not always the one on the images: ``host.take(run)`` then picks
-    it. Raises ValueError for a model of another family, and for DuPL's pair: capture each of its branches.
+    If the pass on the images is not always the first, use ``keep="all"``, and pick the pass by ``host.take(run)``.
+    Raises ValueError for a model of another family, and for DuPL's pair, whose branches you capture one by one.
     """
     network = unwrap(model)
     if hasattr(network, "branch1"):
@@ -334,8 +334,8 @@ def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size, outside DDP's wrapper:
-    its gradients join those of the wrapped pass before DDP averages them."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), whose sides are multiples of the patch size. It runs outside
+    DDP's wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them."""
     encoder = part(host.network, "encoder", "ToCo")
     rows, columns = (side // int(encoder.patch_size) for side in images.shape[-2:])  # type: ignore[arg-type]
 
@@ -346,7 +346,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, C without the background, on the graph (the hosts detach theirs)."""
+    """The class map (B, C, h, w) without background, not normalised, on the graph. The host detaches its own map."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "ToCo")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

@@ -77,8 +77,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and patches' attention in all transformer blocks, all on the lattice of the first, and
-    the output of the convolutional head. Raises ValueError for a model of another family."""
+    """Captures the attention of the class token and patches in all transformer blocks, and the output of the
+    convolutional head. All blocks get the lattice of the first. Raises ValueError for a model of another family."""
     network = unwrap(model)
     first = part(network, "trans_1", "TransCAM")
     others = [module for name, module in network.named_children() if name.startswith("conv_trans_")]
@@ -89,8 +89,8 @@ def capture(model: nn.Module) -> HostCapture:
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
     """Runs the whole model on square ``images`` (B, 3, S, S), S a multiple of 16, through DDP if the model is wrapped.
-    BatchNorm's running statistics stay those of the host's own passes. ``output`` is what the model returns: the
-    logits of both branches and a class map. Raises ValueError for images of another shape."""
+    BatchNorm's running statistics do not change. ``output`` holds the logits of both branches and a class map. Raises
+    ValueError for images of another shape."""
     height, width = images.shape[-2:]
     if height != width or height % 16:
         raise ValueError(
@@ -101,7 +101,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) of the convolutional branch, in any range, C without the background, on the graph. The
+    """The class map (B, C, h, w) of the convolutional branch, without background, not normalised, on the graph. The
     host's "transcam" map is ``propagate_cam(cams(view), view.attention)``."""
     assert view.features is not None
     return view.features[:, 1:]

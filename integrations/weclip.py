@@ -156,18 +156,19 @@ __all__ = ["cams", "capture", "inside", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the decoder's attention and its segmentation's logits in the model's last forward. WeCLIP+ runs the
-    decoder twice, on the features of CLIP and of DINO: the layers of the first run come first, then those of the
-    second. Raises ValueError for a model of another family."""
+    """Captures the decoder's attention and its segmentation logits in the last forward of the model. WeCLIP+ runs the
+    decoder twice: the layers of the run on CLIP's features come first, then the layers of the run on DINO's. Raises
+    ValueError for a model of another family."""
     for name in ("encoder.visual", "decoder_fts_fuse", "decoder.transformer.resblocks"):
         part(unwrap(model), name, "WeCLIP")
     return _DecoderCapture(model)
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the frozen encoder and then the decoder on ``images`` (B, 3, H, W), H and W multiples of CLIP's patch size,
-    outside DDP's wrapper: its gradients join those of the wrapped pass before DDP averages them. It reads no file and
-    makes no pseudo labels. ExCEL takes squares only. Raises ValueError for images of another size."""
+    """Runs the frozen encoder and then the decoder on ``images`` (B, 3, H, W), whose sides are multiples of the patch
+    size of CLIP. ExCEL takes squares only. The second view reads no file and makes no pseudo labels. It runs outside
+    DDP's wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them. Raises ValueError
+    for images of another size."""
     network: Any = host.network
     patch, (height, width) = _patch_size(network), images.shape[-2:]
     sides = "equal multiples" if _is_excel(network) else "multiples"
@@ -180,15 +181,15 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in [0, 1]: the probability of each class in the segmentation, C without the
-    background, on the graph. WeCLIP+: by the mean of both logits, as the host segments."""
+    """The class map (B, C, h, w) in [0, 1], without background, on the graph: the probability of each class in the
+    segmentation. WeCLIP+ uses the mean of the logits of both runs, as the host does."""
     assert view.features is not None
     return view.features.softmax(1)[:, 1:]
 
 
 class _DecoderCapture(HostCapture):
     """Keeps all decoder runs of one forward. The next forward forgets them, so that validation, which the hosts run
-    with a graph, holds one image's at a time."""
+    with a graph, holds the runs of one image at a time."""
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards = HookSet(self)
@@ -229,7 +230,7 @@ def _patch_size(network: Any) -> int:
 
 
 def _decoder_inputs(network: Any, images: Tensor) -> list[Tensor]:
-    """What the host's forward gives its decoder, (B, C, h, w) each."""
+    """The inputs (B, C, h, w) of the decoder in the host's forward."""
     height, width = images.shape[-2:]
     patch = _patch_size(network)
     grid = height // patch, width // patch
