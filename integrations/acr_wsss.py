@@ -1,46 +1,51 @@
-"""ACR_WSSS, the published code of all-pairs consistency: the same gradients, on any number of ranks and any grid.
+"""ACR_WSSS, the published code of all-pairs consistency. The library's loss gives the same gradients, on any number of
+ranks and any grid.
 
 ``AllPairsConsistencyLoss.paper`` replaces the host's loops over rows. With the horizontal flip on square images, its
-gradients equal the host's up to rounding. It is also right where the host is wrong: on images that are not square, and
-for the distilled DeiT, whose second prefix token shifts its rows by one. The class map of ``getam`` with ``--aff`` is
-``propagate_cam(class_token_gradient_cam(...))``, also for the distilled DeiT, at which infer_cam.py stops.
+gradients equal the host's up to rounding. It is also right in two cases where the host is wrong: on images that are not
+square, and for the distilled DeiT, whose second prefix token shifts the host's rows by one. The class map of ``getam``
+with ``--aff`` is ``propagate_cam(class_token_gradient_cam(...))``. This also works for the distilled DeiT, at which
+infer_cam.py stops.
 
-What is regularised: the class token's row and the pairs of patches, in all twelve blocks. To add the class map's term,
-pass ``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` to the loss; its weight is then 1. Weights to start
-from: the ImageNet weights at 384 px that the host itself downloads (``jx_vit_base_resnet50_384``,
-``jx_vit_base_p16_384``, ``deit_base_patch16_384``, ``deit_base_distilled_patch16_384``).
+What is regularised. The class token's row and the pairs of patches, in all twelve blocks. To add the class map's term,
+pass ``acr_wsss.cams(first), acr_wsss.cams(second), labels=label`` to the loss; its weight is then 1.
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at 530a59d, random weights, 64 px: two steps of
-``train()`` of train_acr.py, with vitb_hybrid, deit and deit_distilled on one rank, and deit on two gloo ranks;
-``train()`` of train_acr_coco.py with deit, and of infer_cam.py with vitb_hybrid. vitb ran forward only. Stubbed: the
-images (OpenCV), pydensecrf, nccl, ``.cuda()``, SyncBatchNorm, saving, and the download.
+Weights to start from. The ImageNet weights at 384 px that the host itself downloads: ``jx_vit_base_resnet50_384``,
+``jx_vit_base_p16_384``, ``deit_base_patch16_384`` and ``deit_base_distilled_patch16_384``.
 
-Views: whatever ``acr.view`` draws, at sizes that are multiples of 16, square or not, because the host resizes its
-position table. The host's own ``img2`` is no longer used.
+What was run. On 2026-11-25, on a CPU with torch 2.14.1, timm 1.0.31 and random weights at 64 px, two steps of these
+ran: ``train()`` of train_acr.py with vitb_hybrid, deit and deit_distilled on one rank, and with deit on two gloo ranks;
+``train()`` of train_acr_coco.py with deit; and ``train()`` of infer_cam.py with vitb_hybrid. vitb ran forward only.
+Replaced were the images (OpenCV), pydensecrf, nccl, ``.cuda()``, SyncBatchNorm, saving, and the download.
 
-Noise floor: 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a flip with random
-weights, activation and affinity per row are 0.07 (vitb_hybrid, 192 and 224 px) and 0.08 (deit_distilled, 64 px).
+Views. Any view whose sides are multiples of 16, square or not, because the host resizes its position table.
+``acr.view`` makes the second image; the host's own ``img2`` is no longer used.
 
-The lines repair these faults of the published code: the call around DDP, after which each rank has gradients of its
-own; grids that are not square; the second prefix token of the distilled DeiT; the copies of the stacked maps in
-backward. These faults remain: weight decay is passed as momentum; all ranks read the same list; maps stay on the
-modules with their graph until the next pass (meanwhile deepcopy of the model fails, and inference or validation under
-``torch.no_grad`` reads stale maps); all models of a process share one table of activations; inference takes batches of
-one only.
+Where tokens are. vitb_hybrid, the default, has a ResNet stem that puts tokens off the middle of their 16 pixels, and no
+module says where they are. The loss warns and takes the middle, as the published code does. ``acr_reg.check`` measures
+how far apart the flip matches tokens there. With random weights it is 10 px for queries and 17 px for keys at 128 px,
+and 12 and 11 px at 192 px. For deit_distilled it is below 1 px.
 
-What does not work. vitl: its tokens are 1024 wide and its head takes 768, so the host's forward pass fails. The ResNet
-stem of vitb_hybrid, the default, puts tokens off the middle of their 16 pixels, and no module says where. The loss
-warns and takes the middle, as the published code does. ``acr_reg.check`` measures how far apart the flip matches tokens
-there: with random weights 10 px (queries) and 17 px (keys) at 128 px, 12 and 11 px at 192 px; below 1 px for
-deit_distilled.
+Noise floor. The floor is 0, in train mode too: no backbone drops paths or features, and none has BatchNorm. Under a
+flip with random weights, activation and affinity per row are 0.07 (vitb_hybrid, 192 and 224 px) and 0.08
+(deit_distilled, 64 px).
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation, or replace
-the given lines. The model has no ``forward``, which DDP needs: the first lines within ``train`` give it one.
+Faults of the published code. The added lines repair four: the call around DDP, after which each rank has different
+gradients; wrong grids for images that are not square; the second prefix token of the distilled DeiT; and the copies of
+the stacked maps in backward. These faults remain. Weight decay is passed as momentum. All ranks read the same list.
+Maps stay on the modules with their graph until the next pass; meanwhile a deepcopy of the model fails, and inference or
+validation under ``torch.no_grad`` reads stale maps. All models of a process share one table of activations. Inference
+takes batches of one only.
+
+What does not work. vitl: its tokens are 1024 wide and its head takes 768, so the host's forward pass fails.
 
     OpenNLPLab/ACR_WSSS at 530a59d
         title: ACR_WSSS
-        regularises: as its own loop: the class token's row and the affinity in all blocks
+        regularises: the class token's row and the affinity in all blocks, as its own loop does
         views: multiples of 16
+
+        The model has no ``forward``, which DDP needs. The first line within ``train`` gives it one.
+
         train_acr.py, before line 2:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import acr_wsss
@@ -75,6 +80,8 @@ the given lines. The model has no ``forward``, which DDP needs: the first lines 
             del first, second
 
     OpenNLPLab/ACR_WSSS at 530a59d, on today's torch and timm
+        numpy has dropped the name ``np.float``.
+
         myTool.py, before line 14:
             np.float = float
 """
@@ -90,8 +97,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and patches' attention in all blocks, and the tokens of the last block. A distilled
-    DeiT has a second prefix token. Raises ValueError for a model of another family."""
+    """Captures the attention of the class token and patches in all blocks, and the tokens of the last block. It knows
+    the second prefix token of a distilled DeiT. Raises ValueError for a model of another family."""
     vit = part(unwrap(model), "pretrained.model", "ACR_WSSS")
     blocks = part(vit, "blocks", "ACR_WSSS")
     last = list(blocks.children())[-1]
@@ -105,14 +112,15 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), H and W multiples of 16, through
-    DDP if the model is wrapped. ``output`` is what it returns, the class token's logits first."""
+    """Runs the model's ``forward``, here ``forward_cls``, on ``images`` (B, 3, H, W), whose sides are multiples of 16,
+    through DDP if the model is wrapped. ``output`` holds its result, which begins with the class token's logits."""
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, on the graph: the classification head on each patch, as in
-    ``forward_cam``, but before its ReLU, and without the distillation token, which it takes for a patch."""
+    """The class map (B, C, h, w), not normalised, on the graph: the classification head applied to each patch.
+
+    The host's ``forward_cam`` also applies a ReLU, and takes the distillation token for a patch."""
     assert view.features is not None
     layout = view.attention[-1].layout
     head = part(view.network, "cls_head", "ACR_WSSS")

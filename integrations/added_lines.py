@@ -1,15 +1,18 @@
-"""Reads the lines that a host file's docstring adds to its host, and puts them into a copy of the host's source.
+"""Reads the lines to add from the docstring of a host file, and puts them into a checkout of the host.
 
-A docstring names a host; then files, each with the line that code stands before, or the lines that it replaces; then
-the code. Each level is indented by four more spaces::
+The docstring has a section for each host. It names files and places in them, and gives the code for each place. Each
+level is indented by four more spaces::
 
-    owner/name at 0123abc (what it is)
+    owner/name at 0123abc (which of its models)
+        Facts and paragraphs about the host.
+
         folder/file.py, before line 12:
-            print("these lines, at the indentation of line 12")
+            print("at the indentation of line 12")
         folder/file.py, in place of lines 14 to 16:
             print("at the indentation of line 14")
 
-A heading that ends in ``on today's torch and timm`` holds the edits that the host itself needs there, without ACR.
+If the heading ends in ``on today's torch and timm``, the section holds the edits that the host itself needs there,
+without ACR. The pages of docs/hosts are made from the same docstrings (``benchmarks/hosts``).
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ __all__ = ["Added", "add_lines", "added_lines", "with_added_lines"]
 
 @dataclass(frozen=True)
 class Added:
-    """Code that replaces the lines from ``first`` (counted from 1) up to, but without, ``end``."""
+    """Code that replaces the lines from ``first`` to ``end - 1``, counted from 1."""
 
     first: int
     end: int
@@ -38,10 +41,10 @@ _PLACE = re.compile(r"        (\S+\.py), (?:before line (\d+)|in place of lines 
 
 
 def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = False) -> Lines:
-    """What to add to each file of ``owner/name`` at a commit of seven digits.
+    """The code to add to each file of the host ``owner/name`` at a commit of seven digits.
 
-    With ``today``: the edits that the host itself needs on current versions, {} if it needs none. Raises ValueError for
-    a host that the docstring does not name.
+    With ``today=True`` it returns the edits that the host itself needs on current versions, {} if it needs none. Raises
+    ValueError for a host that the docstring does not name.
     """
     named = False
     in_host = False
@@ -69,7 +72,7 @@ def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = Fal
 
 
 def with_added_lines(source: str, lines: list[Added]) -> str:
-    """The source with all code in place, indented like the line that it stands before or replaces."""
+    """The source with the code added. Each piece gets the indentation of the line at its place."""
     text = source.splitlines()
     for added in sorted(lines, key=lambda added: added.first, reverse=True):
         inside = 1 <= added.first <= len(text) and added.first <= added.end <= len(text) + 1
@@ -85,7 +88,7 @@ def with_added_lines(source: str, lines: list[Added]) -> str:
 
 
 def add_lines(folder: Path, *additions: Lines) -> None:
-    """Rewrites the files in a copy of the host. The line numbers of all ``additions`` are those of the files before."""
+    """Adds the code to a checkout of the host. All line numbers count in the unchanged files."""
     changed = {}
     for file in dict.fromkeys(name for lines in additions for name in lines):
         path = folder / file

@@ -1,38 +1,37 @@
 """AFA: a Mix Transformer (MiT) without class token, with reduced keys, and a class map by 1 x 1 convolution.
 
-What is regularised: the attention of all blocks of the four stages on the training images, and the class map. There is
-no class token, so there is no activation term, and its weight is 0. Queries and keys lie on grids of their own, and
-overlapping patch embeddings move tokens by up to 7.5 px off the middle of their pixels. Both are read from the
-convolutions that ran. The ``attns`` that the host returns are pooled logits without scale, and are not used. The pseudo
-labels of each step come from further passes under ``torch.no_grad``, which are never recorded.
-Weights to start from: SegFormer's MiT-B1 of ImageNet-1k, pretrained/mit_b1.pth, which the host loads itself.
+What is regularised. The attention of all blocks of the four stages on the training images, and the class map. There is
+no class token, so the activation term has weight 0. Passes under ``torch.no_grad``, which make the pseudo labels of
+each step, are never recorded. The ``attns`` that the host returns are pooled logits without scale and are not used.
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, MiT-B1 at 64 px: two steps of ``train()``
-of both scripts, one before and one after ``cam_iters``; the VOC script also with logging and validation, and on two
-gloo ranks. Stubbed: the data set, the YAML configuration, TensorBoard, pydensecrf, the CUDA calls, and mmcv's
-ConvModule, whose SyncBN refuses a CPU. mmcv 1.7.2 does not build on Python 3.11. mmcv-lite 2.2.0 has what the host
-needs: with it (and BatchNorm for SyncBN), the VOC steps and the VOC data set ran as well, on made-up photos.
+Weights to start from. SegFormer's MiT-B1 of ImageNet-1k, ``pretrained/mit_b1.pth``, which the host loads itself.
 
-Padding. Photos smaller than the crop are padded. ``img_box`` says where a crop shows the photo, and ``valid`` leaves
-the rest out of both terms.
+What was run. Two steps of ``train()`` of both scripts ran on 2026-11-25, on a CPU with torch 2.14.1, timm 1.0.31 and
+random weights, with MiT-B1 at 64 px: one before and one after ``cam_iters``. The VOC script also ran with logging and
+validation, and on two gloo ranks. Replaced were the data set, the YAML configuration, TensorBoard, pydensecrf, the CUDA
+calls, and mmcv's ConvModule, whose SyncBN refuses a CPU. mmcv 1.7.2 does not build on Python 3.11, but mmcv-lite 2.2.0
+has everything that the host needs: with it (and BatchNorm for SyncBN), the VOC steps and the VOC data set ran on
+made-up photos.
 
-Views: flips, quarter turns, crops and scales, square or not, whose sides are multiples of 32. ``second_view`` refuses
-others, because the host cannot pool their logits.
+Views. Flips, quarter turns, crops and scales, square or not, whose sides are multiples of 32. ``second_view`` refuses
+other sizes, because the host cannot pool their logits.
 
-Noise floor. With drop_path of up to 0.1, two passes on the same images have different attention. On two images of
-uniform noise at 320 px, with two classes present, seed 0, random weights (attention close to uniform) and train mode,
-16 pairs of passes under identity gave affinity 0.0015 (standard deviation 0.0011, largest 0.0032) and cam 0.042 (0.019,
-0.061), and 0 if no path was dropped; 4 pairs under the flip gave 0.0266 and 0.194. In eval mode the floor is exactly 0.
+Padding. The host pads photos that are smaller than the crop. ``img_box`` says where a crop shows the photo, and
+``valid`` leaves the padding out of both terms.
+
+Where tokens are. Queries and keys lie on different grids, and overlapping patch embeddings move tokens by up to 7.5 px
+off the middle of their pixels. The capture reads both from the convolutions that ran.
+
+Noise floor. The model drops paths at random (``drop_path`` of up to 0.1), so two passes on the same images differ. We
+measured two images of uniform noise at 320 px in train mode, with two classes present, seed 0 and random weights, whose
+attention is close to uniform. Under identity, 16 pairs of passes gave affinity 0.0015 (standard deviation 0.0011,
+largest 0.0032) and class map 0.042 (0.019, 0.061), and 0 if no path was dropped. Under the flip, 4 pairs gave 0.0266
+and 0.194. In eval mode the floor is exactly 0.
 
 What does not work. An activation term, and class maps by a class token's gradient. The second view runs the encoder
 alone, so the paper's second classification loss needs a line of its own, on
-``network.classifier(network.pooling(second.features, (1, 1)))``. Like the host's own loss, that loss has a gradient at
-one patch per class only, because of the maximum over patches. The term of the class map has one at all patches.
-
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
-itself needs the lines "on today's torch and timm": numpy has dropped a module that the data sets import without using
-it, and ``torch.distributed.launch`` passes ``--local-rank``, with a dash. pydensecrf is imported, but not called in
-training.
+``network.classifier(network.pooling(second.features, (1, 1)))``. As in the host's own loss, the maximum over patches
+gives that loss a gradient at one patch per class only. The class map's term has a gradient at all patches.
 
     rulixiang/afa at adcfa29
         title: AFA
@@ -78,6 +77,9 @@ training.
             del first, second
 
     rulixiang/afa at adcfa29, on today's torch and timm
+        numpy has dropped ``numpy.lib.utils``, which the data sets import without using it. ``torch.distributed.launch``
+        passes ``--local-rank``, with a dash. The scripts import pydensecrf, but training does not call it.
+
         datasets/voc.py, in place of lines 2 to 2:
             # numpy.lib.utils is gone, and its deprecate was not used
         datasets/coco.py, in place of lines 2 to 2:
@@ -103,7 +105,7 @@ _MULTIPLE = 32
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the attention of the blocks of all four stages, and the feature map of the last stage. Raises ValueError
+    """Captures the attention of all blocks in the four stages, and the feature map of the last stage. Raises ValueError
     for a model of another family."""
     network = unwrap(model)
     for name in ("encoder.block4", "classifier"):
@@ -114,8 +116,9 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of 32, outside DDP's wrapper: its gradients
-    join those of the wrapped pass before DDP averages them. Raises ValueError for images of another size."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), whose sides are multiples of 32. It runs outside DDP's
+    wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them. Raises ValueError for
+    images of another size."""
     height, width = images.shape[-2:]
     if height % _MULTIPLE or width % _MULTIPLE:
         raise ValueError(
@@ -127,7 +130,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, C without the background, on the graph (the host detaches its own)."""
+    """The class map (B, C, h, w) without background, not normalised, on the graph. The host detaches its own map."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "AFA")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

@@ -47,7 +47,7 @@ def write_cams(
     """Write the class maps of many images: one file ``folder/ID.npy`` per image, at the photo's own size and in [0, 1].
     ID is the image's file name without its ending.
 
-    You can start an interrupted run again: it skips images whose files exist. A file is always complete. An image that
+    You can restart an interrupted run: it skips images whose files exist. A file is always complete. An image that
     cannot be read, or whose maps fail or hold NaN, is skipped and named on standard error; the report lists all of
     them. Progress is a bar if standard error is a terminal and rich is installed, else a line every ten seconds.
 
@@ -57,9 +57,9 @@ def write_cams(
 
     Args:
         cam: makes the maps: a :class:`~acr_reg.GradientCam`, or your function of images (B, bands, h, w) and labels
-            (B, C) that returns maps (B, C, h', w'), not normalised. Only maps of classes present are written. For
-            multi-scale maps set ``scales=`` of the GradientCam; for a model with one class token per class, its
-            ``class_tokens=``.
+            (B, C) that returns maps (B, C, h', w'), not normalised. Only maps of present classes are written. For
+            multi-scale maps, make the GradientCam with ``scales=``. For a model with one class token per class, make it
+            with ``class_tokens=``.
         images: paths of the photos.
         labels: a dict from ID to labels (C,), > 0 for the classes present, or the path of a file of them; see
             :func:`~acr_reg.integrations.formats.load_image_labels`. IRN's integer keys are understood.
@@ -85,7 +85,7 @@ def write_cams(
             function of a module.
         share: False makes every image in this process, for instance if only the first process of a training script
             calls this.
-        overwrite: make maps again whose files exist.
+        overwrite: write maps again if their files exist.
         progress: show progress. Failures are written in any case.
 
     Raises:
@@ -143,6 +143,6 @@ def _found(labels: Mapping[Any, npt.ArrayLike], names: Iterable[str]) -> dict[st
 
 
 def _device_of(cam: object) -> torch.device | None:
-    """Where a GradientCam's model is; None where the transform leaves the images."""
+    """The device of a GradientCam's model. None leaves the images where the transform puts them."""
     parameter = next(cam.model.parameters(), None) if isinstance(cam, GradientCam) else None
     return None if parameter is None else parameter.device

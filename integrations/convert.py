@@ -1,4 +1,4 @@
-"""Converts a folder of class maps into another format. Readers of the wrong format score mIoU 0 without an error."""
+"""Converts a folder of class maps into another format or into pseudo labels."""
 
 from __future__ import annotations
 
@@ -38,33 +38,34 @@ def convert_cams(
     workers: int = 0,
     share: bool = True,
 ) -> FolderReport:
-    """Read every .npy and .npz file of one folder, and write it under the same name to another folder in ``format``.
+    """Convert a folder of class maps into ``format``. Each .npy or .npz file keeps its name in another folder.
 
-    Files that exist in the target are passed over, and a file is either whole or absent. A file that cannot be read or
-    written is named on standard error and skipped; the report names it too. Maps keep their values, except for what
-    :func:`~acr_reg.integrations.formats.save_cams` says of each format. A source of ``psa_crf`` loses its background.
+    You can restart an interrupted run: it skips files that exist in the target. A file is always complete. A file that
+    cannot be read or written is skipped and named on standard error and in the report. Maps keep their values, with
+    the exceptions that :func:`~acr_reg.integrations.formats.save_cams` lists for each format. Maps from ``psa_crf``
+    lose their background.
 
     Args:
-        source: a folder. Of a CRF pair, give one of the two.
+        source: the folder of the maps. ``psa_crf`` has two folders; give one of them.
         target: another folder, made if it does not exist. ``psa_crf`` makes two, ``target_4`` and ``target_32``, named
             after the alphas.
         format: one of :data:`~acr_reg.integrations.formats.FORMATS`.
-        source_format: by default it is found from each file. A file whose format is not clear fails.
-        images: the folder of the photos ID.jpg, ID.png and so on, to resize the maps to their sizes (needs pillow). The
-            size is that of the upright photo, turned by its EXIF orientation. By default the maps keep their size.
-            ``irn``, ``clip_es`` and ``psa_crf`` need ``images`` for images without a class.
-        alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF is run.
-        overwrite: convert files again that exist.
+        source_format: the format of the source. By default it is found from each file; a file of unclear format fails.
+        images: the folder of the photos (ID.jpg, ID.png and so on). The maps are resized to the size of the upright
+            photo, turned by its EXIF orientation (needs pillow). By default the maps keep their size. ``irn``,
+            ``clip_es`` and ``psa_crf`` need ``images`` for images without a class.
+        alphas: as for :func:`~acr_reg.integrations.formats.save_crf_pair`. No CRF runs.
+        overwrite: convert files again that exist in the target.
         progress: show progress. Failures are written in any case.
-        workers: processes that read and resize the maps. 0 reads in this process.
-        share: under torchrun, or in an array of jobs with RANK and WORLD_SIZE, each process converts its share. All of
-            them must call this, with the same arguments. The report is of all processes, but in an array of its own
-            share. With False this process converts everything.
+        workers: processes that read and resize the maps. 0 uses this process.
+        share: under torchrun, or in a job array with RANK and WORLD_SIZE, each process converts its share. Call it in
+            each process with the same arguments. Every process returns the report of all; in a job array, each job
+            reports its own share. False converts everything in this process.
 
     Raises:
-        ValueError: the source holds no such files, or one image twice; it is the target; the target holds files of
-            another format.
-        RuntimeError: other processes of the run did not call this, or ended with an error.
+        ValueError: the source has no such files or holds an image twice, source and target are the same folder, or the
+            target holds files of another format.
+        RuntimeError: other processes of the run did not call this or ended with an error.
 
     >>> import os, numpy as np
     >>> from acr_reg.integrations.formats import load_cams, save_cams
@@ -97,22 +98,22 @@ def convert_to_labels(
     workers: int = 0,
     share: bool = True,
 ) -> FolderReport:
-    """Read every .npy and .npz file of one folder, and write its pseudo labels as a palette PNG to another folder.
+    """Make pseudo labels from the class maps of one folder: one palette PNG for each .npy or .npz file.
 
-    Files are passed over, written and reported as by :func:`convert_cams`. Each PNG names its rule in its text, so that
-    a restarted run cannot mix labels of two rules.
+    Files are skipped, written and reported as in :func:`convert_cams`. Each PNG holds its rule as text, so that a
+    restarted run cannot mix labels of two rules.
 
     Args:
         source, source_format, overwrite, progress, workers, share: as for :func:`convert_cams`.
         target: another folder, made if it does not exist.
-        threshold, ignore_between, alphas, background: the rule, of
+        threshold, ignore_between, alphas, background: the rule, as for
             :func:`~acr_reg.integrations.formats.labels.pseudo_labels`. :func:`score_dev_list` finds the best threshold.
-        images: as for :func:`convert_cams`, with maps resized as ``evaluate --resize`` does. Images without a class
+        images: as for :func:`convert_cams`, but maps are resized as ``evaluate --resize`` does. Images without a class
             need it; their PNGs are all background.
 
     Raises:
-        ValueError: the source holds no such files, or the target is the source or ``images``. The target holds PNG
-            files that another rule or another program made, unless ``overwrite`` replaces them. The rule is wrong.
+        ValueError: the source has no such files, the target is the source or ``images``, or the rule is wrong. Or the
+            target holds PNG files that another rule or program made and that ``overwrite`` does not replace.
         RuntimeError: as for :func:`convert_cams`.
 
     >>> import os, numpy as np
@@ -145,18 +146,19 @@ def score_dev_list(
     workers: int = 0,
     share: bool = True,
 ) -> CamScores:
-    """The scores of the listed images at every threshold, as ``evaluate`` counts them; their ``best_threshold`` is for
+    """Score the listed images at every threshold, as ``evaluate`` does. Pass the ``best_threshold`` of the result to
     :func:`convert_to_labels`.
 
-    Under torchrun each process scores its share, and all return the scores of the whole list. In a SLURM array, where
-    nobody adds up, each scores the whole list.
+    Under torchrun each process scores its share, and every process returns the scores of the whole list. In a job
+    array, whose jobs do not exchange counts, each job scores the whole list.
 
     Args:
         source, source_format, images, workers, share: as for :func:`convert_to_labels`.
-        dev_list: one image a line, as for ``evaluate``. The list chooses the threshold: take none that you test on.
+        dev_list: a list of images, one a line, as for ``evaluate``. It chooses the threshold, so do not use the list
+            that you test on.
         masks: the folder of the masks.
-        num_classes: number of ids, background included: VOC 21, COCO 81.
-        progress: show progress, and the best threshold.
+        num_classes: the number of ids with the background: 21 for VOC, 81 for COCO.
+        progress: show progress and the best threshold.
 
     Raises:
         ValueError: the source lacks a listed image, a file cannot be read or does not fit its mask, or no class has a
@@ -186,7 +188,7 @@ def score_dev_list(
 
 @dataclass(frozen=True)
 class LabelFolder:
-    """Where the pseudo labels of a run go: one PNG an image, all made by one rule."""
+    """The folder of a run's pseudo labels: one PNG per image, all made by one rule."""
 
     path: Path
     rule: LabelRule
@@ -230,14 +232,15 @@ class LabelFolder:
         return photo_size(self.files(name)[0])
 
     def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:
-        """Checks every file that stays. A run that overwrites and is killed leaves files of two rules."""
+        """Checks all files that the run keeps. An earlier run that was killed while overwriting leaves two rules."""
         for file in sorted(self.path.glob("*.png")):
             if file.stem not in replaced and is_made(file):
                 self.check(file.stem)
 
 
 def _refuse_other_sizes(target: CamFolder | LabelFolder, maps_of: _Source) -> None:
-    """Files of a run without ``images`` would be passed over by one with it. The first that has a size shows it."""
+    """Raises ValueError if an earlier run wrote other sizes, for instance without ``images``: its files would be
+    skipped. The first file that has a size decides."""
     if maps_of.images is None:
         return
     for name in filter(maps_of.photos.get, maps_of.files):
@@ -258,7 +261,7 @@ def _refuse_other_sizes(target: CamFolder | LabelFolder, maps_of: _Source) -> No
 
 @dataclass(frozen=True)
 class _Source:
-    """The class maps of a folder, and the sizes of their photos: what :func:`fill` makes of an ID."""
+    """Reads the class maps of an ID and the size of its photo, for :func:`fill`."""
 
     files: dict[str, Path]
     format: Format | None

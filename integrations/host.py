@@ -1,13 +1,13 @@
 """The code that all host files share: the host runs the first view itself, and the second view runs beside it.
 
-Each file serves a family of hosts, with the same three functions:
+Each host file serves a family of hosts with the same three functions:
 
 - ``capture(model)`` starts the capture of the host's encoder and returns a :class:`HostCapture`;
 - ``second_view(host, images)`` runs what the loss needs on the second view and returns a :class:`HostView`;
 - ``cams(view)`` returns the host's own class map of a view, (B, C, h, w), on the graph.
 
 In the host's training loop, call ``first = host.take()`` after the host's forward pass, then ``second_view`` and the
-loss.
+loss. The docstring of each file lists its hosts and the lines to add; :mod:`acr_reg.integrations.added_lines` reads it.
 """
 
 from __future__ import annotations
@@ -34,11 +34,10 @@ Keep = Literal["only", "first", "last", "all"]
 
 @dataclass(frozen=True)
 class HostView:
-    """The results of one view's forward pass. Delete it after ``backward``: it holds the graph.
+    """The results of one view's forward pass. Delete them after ``backward``, because they hold the graph.
 
-    ``features`` is the tensor from which the host computes its class maps, on the graph, or None if there is no such
-    tensor. ``output`` is what the forward pass returned (None for the first view). ``network`` is the host's model
-    without DDP.
+    ``features`` is the tensor that the host computes its class maps from, on the graph, or None if there is none.
+    ``output`` is the result of the forward pass, None for the first view. ``network`` is the host's model without DDP.
     """
 
     attention: AttentionMaps
@@ -48,11 +47,11 @@ class HostView:
 
 
 class HostCapture(Removable):
-    """A running capture of a host's encoder and of one more tensor, made by ``capture`` in a host's file."""
+    """A running capture of a host's encoder and of one more tensor. The ``capture`` of a host file makes it."""
 
     def __init__(self, model: nn.Module, attention: AttentionCapture, features: FeatureRecorder | None = None) -> None:
         self.model = model
-        """The model as it was given, perhaps wrapped in DistributedDataParallel."""
+        """The model that the caller passed, perhaps wrapped in DistributedDataParallel."""
         self.network = unwrap(model)
         self._attention = attention
         self._features = features
@@ -60,20 +59,20 @@ class HostCapture(Removable):
         self._seeds = torch.Generator().manual_seed(torch.initial_seed() % 2**62 + _rank())
 
     def take(self, run: int | None = None) -> HostView:
-        """The results of the host's forward pass since the last take, on its graph. With ``keep="all"``, ``run`` picks
-        one of several passes. Raises ``CaptureError`` if there was no pass, if it ran under ``torch.no_grad``, or if it
-        did not reach the host's class maps."""
+        """The results of the host's forward pass since the last take, on the graph. With ``keep="all"``, ``run`` picks
+        one of several passes. Raises ``CaptureError`` if there was no pass, if the pass ran under ``torch.no_grad``, or
+        if it did not reach the host's class maps."""
         return self._view(None, None, run)
 
     def run(self, forward: Callable[[], Any], features: Callable[[Any], Tensor] | None = None) -> HostView:
-        """Runs ``forward()`` and returns its view. Pass ``features(output)`` if the pass ends below the module whose
-        tensor is recorded.
+        """Runs ``forward()`` and returns its view. If the pass does not reach the module whose tensor is recorded, pass
+        ``features``, which gets that tensor from the output.
 
-        The host goes on as if nothing had run. Dropout and stochastic depth draw from separate generators (torch, numpy
-        and ``random``). The pass has copies of all buffers, such as BatchNorm's running statistics, spectral norm's
-        vectors and a queue of keys, and DDP broadcasts into the copies. What it assigns to attributes of modules is set
-        back. Not undone: what it writes into parameters (a momentum encoder) or into lists that a module holds, and
-        what activation checkpointing repeats of it in backward."""
+        Afterwards the host continues as if nothing had run. Dropout and stochastic depth draw from separate generators
+        (torch, numpy and ``random``). The pass works on copies of all buffers, such as BatchNorm's running statistics,
+        spectral norm's vectors and a queue of keys; DDP broadcasts into the copies. Attributes that the pass assigns to
+        modules are set back. Three things are not undone: writes into parameters (a momentum encoder), writes into
+        lists that a module holds, and effects of activation checkpointing, which repeats the pass in backward."""
         self.clear()
         with self._numbers_of_its_own(), state_kept(self.model):
             output = forward()
@@ -90,13 +89,13 @@ class HostCapture(Removable):
             self.clear()
 
     def clear(self) -> None:
-        """Forgets passes not taken so far, for instance after an exception in a training step."""
+        """Forgets passes that were not taken, for instance after an exception in a training step."""
         self._attention.clear()
         if self._features is not None:
             self._features.clear()
 
     def remove(self) -> None:
-        """Removes every hook. May be called again."""
+        """Removes all hooks. You may call it again."""
         self._attention.remove()
         if self._features is not None:
             self._features.remove()
@@ -118,9 +117,9 @@ class HostCapture(Removable):
 
 
 class FeatureRecorder:
-    """Records the tensor that ``module`` returns (``what="input"``: its first argument) in a pass with a graph.
+    """Records the tensor that ``module`` returns in a pass with a graph, or its first argument with ``what="input"``.
 
-    ``keep`` is as for :func:`~acr_reg.capture_attention`. ``pick`` takes the tensor out of a result that is not one.
+    ``keep`` works as in :func:`~acr_reg.capture_attention`. ``pick`` gets the tensor from a result of another type.
     """
 
     def __init__(
@@ -156,8 +155,8 @@ class FeatureRecorder:
             self._found = [tensor]
 
     def take(self, run: int | None = None) -> Tensor:
-        """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so every
-        encoder run must reach it."""
+        """The tensor of one pass. With ``keep="all"``, ``run`` counts the passes that reached the module, so each run
+        of the encoder must reach it."""
         found = self.take_all()
         index = 0 if run is None or self._keep != "all" else run
         if not -len(found) <= index < len(found):
@@ -168,7 +167,7 @@ class FeatureRecorder:
         return found[index]
 
     def take_all(self) -> list[Tensor]:
-        """The tensors recorded since the last take, perhaps none."""
+        """The tensors recorded since the last take. There may be none."""
         found, self._found = self._found, []
         return found
 
@@ -194,8 +193,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def inside(boxes: Tensor, images: Tensor) -> Tensor:
-    """(B, H, W), True inside ``boxes`` (B, 4) of top, bottom, left, right: the loss's ``valid``. Data sets that pad
-    small photos to the crop give such boxes (AFA, ToCo and their heirs)."""
+    """The pixels inside each image's box, for the loss's ``valid``: (B, H, W), True inside.
+
+    ``boxes`` (B, 4) holds top, bottom, left and right. Data sets that pad small photos to the crop return such boxes
+    (AFA, ToCo and the hosts built on them).
+    """
     sides = boxes.to(images.device).unflatten(1, (2, 2))
     held = []
     for axis, size in enumerate(images.shape[-2:]):
@@ -205,7 +207,7 @@ def inside(boxes: Tensor, images: Tensor) -> Tensor:
 
 
 def part(network: nn.Module, name: str, family: str) -> nn.Module:
-    """The submodule of that name. Raises ValueError if there is none: the model is of another family."""
+    """The submodule of that name. Raises ValueError if there is none, because the model is of another family."""
     found = dict(network.named_modules()).get(name)
     if found is None:
         raise ValueError(

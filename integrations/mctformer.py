@@ -1,57 +1,47 @@
-"""MCTformer V1, V2 and MCTformer+, and their heirs WeakTr and CTI: one class token per class, unfused attention.
+"""MCTformer V1, V2 and MCTformer+, and the hosts built on them, WeakTr and CTI: one class token per class, unfused
+attention.
 
-What is regularised: the attention of all blocks on the training images (the class tokens' rows and the pairs of
-patches) and the class map of the convolutional head. V1 has no such head: its class map is the class tokens' attention
-to the patches, summed over layers. Weights to start from: DeiT-S of ImageNet-1k, deit_small_patch16_224-cd65a155.pth.
-MCTformer and WeakTr load it by ``--finetune``, CTI from pretrained/deit_small_imagenet.pth.
+What is regularised. The attention of all blocks on the training images (the class tokens' rows and the pairs of
+patches), and the class map of the convolutional head.
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: two steps of
-the training functions themselves (``train_one_epoch``; CTI's ``train_setup``, ``unpack`` and ``update``). Stubbed: the
-``.cuda()`` calls, OpenCV, the data loader, and CTI's ``__init__``, which needs the weights. MCTformer+ also ran as a
-whole on eight made-up images, by ``python -m benchmarks.recipe``: training, class maps, evaluation.
-ChunmengLiu1/AReAM at fe708c3 could not be fetched and is not served: its blocks return logits, not probabilities.
+Weights to start from. DeiT-S of ImageNet-1k, ``deit_small_patch16_224-cd65a155.pth``.
 
-Views. V1, V2 and WeakTr resize their position table, so they take flips, quarter turns, and crops and scales to any
-multiple of 16, square or not. MCTformer+ and CTI do not resize it in training, so every view must have the side they
-train at (448, 224): flips, quarter turns, ``Scale(..., keep_size=True)`` and ``RandomResizedCrop(side)``.
-``second_view`` refuses other sizes. It also refuses oblong images with equally many patches, which these hosts would
-take with wrong positions.
+What was run. Two steps of the host's own training function ran on 2026-11-25, on a CPU with random weights, torch
+2.14.1 and timm 1.0.31. The ``.cuda()`` calls, OpenCV and the data loader were replaced.
 
-Noise floor. With drop_path of 0.1, two passes on the same images have different attention. In train mode the loss is
-therefore above 0 under ``Identity()``, and only the part above this floor comes from the view. In eval mode the floor
-is exactly 0. Means of four pairs of passes on two images of uniform noise, with two classes present, seed 0 and random
-weights (attention close to uniform):
+Noise floor. The model drops paths at random (``drop_path`` is 0.1), so two passes on the same images differ. In train
+mode the loss is therefore above 0 even under ``Identity()``, and only the part above this floor comes from the view. In
+eval mode the floor is exactly 0. We measured the means of four pairs of passes, on two images of uniform noise, with
+two classes present, seed 0 and random weights, whose attention is close to uniform.
 
-    model          px   activation         affinity           cam          identity / flip, each
-    MCTformer V1   224  0.0026 / 0.0244    0.0024 / 0.0253    0.001 / 0.008
-    MCTformer V2   224  0.0027 / 0.0247    0.0025 / 0.0254    0.060 / 0.185
-    MCTformer+     448  0.0025 / 0.0261    0.0023 / 0.0271    0.055 / 0.176
-    WeakTr         224  0.0024 / 0.0247    0.0023 / 0.0251    0.068 / 0.178
-    CTI            224  0.0024 / 0.0248    0.0023 / 0.0254    0.078 / 0.239
-
-Mixed precision. The hosts train under autocast with a scaled loss (CTI does not), and ACR's lines stand before the
-scaler. The loss itself computes in float32. At 64 px and random weights, the cosine between the gradient on the query
-and key weights and the same gradient in float32 is 0.999 in float16 (with the initial scale of the scaler), and 0.76
-(WeakTr), 0.97 (CTI) to 0.999 in bfloat16. Less than 0.1 % of the gradient is 0. MCTformer+ ran two steps of its loop in
-bfloat16.
-
-Parallel. WeakTr uses DistributedDataParallel: the second view is another forward of the wrapped model. On two gloo
-ranks, the gradients of its loop are equal on both ranks, and the mean of both.
-
-What does not work. CTI uses ``nn.DataParallel`` over several GPUs, whose replicas the capture refuses: show it one GPU
-(CUDA_VISIBLE_DEVICES=0). CTI's ``img_pos`` is another image of the class, not a view of ``img``. The class maps that
-the hosts return are detached (V2, WeakTr), or end in a square root whose gradient at 0 is not a number (MCTformer+), so
-``cams`` takes the head's output. WeakTr's fused class map has no gradient on the attention that it fuses.
-
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
-itself needs the lines "on today's torch and timm": timm's ``create_model`` passes arguments that these models refuse,
-and Pillow has dropped a name. With them, each ``main.py`` (WeakTr's with mlflow stubbed) and CTI's ``__init__`` build
-their model and load a file shaped like the weights. ``acr_reg.integrations.added_lines`` puts the lines into a copy.
+Mixed precision. The loss computes in float32, also under autocast. At 64 px with random weights, the gradient on the
+query and key weights in float16 (with the scaler's initial scale) has a cosine of 0.999 with the gradient in float32.
+Less than 0.1 % of it is 0. In bfloat16 the cosine is 0.76 to 0.999, depending on the host.
 
     xulianuwa/MCTformer at 0acc27a (MCTformer+)
         title: MCTformer+
         regularises: the class tokens' rows, the affinity, the head's map
         views: the size it trains at
+
+        What is regularised. ``cams`` takes the head's output. The class map that the host returns ends in a square
+        root, whose gradient at 0 is not a number.
+
+        Weights to start from. Pass the path as ``--finetune``.
+
+        What was run. The function is ``train_one_epoch``. The whole pipeline also ran on eight made-up images, by
+        ``python -m benchmarks.recipe``: training, class maps and evaluation.
+
+        Views. The host does not resize its position table in training, so every view must have the training size, 448
+        px. Use flips, quarter turns, ``Scale(..., keep_size=True)`` or ``RandomResizedCrop(448)``. ``second_view``
+        refuses other sizes. It also refuses oblong images with equally many patches, for which the host would use wrong
+        positions.
+
+        Noise floor. Identity gives activation 0.0025, affinity 0.0023 and class map 0.055 at 448 px. The flip gives
+        0.0261, 0.0271 and 0.176.
+
+        Mixed precision. The host trains under autocast with a scaled loss. ACR's lines stand before the scaler. Two
+        steps of the loop also ran in bfloat16.
+
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -68,6 +58,9 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             del first, second
 
     xulianuwa/MCTformer at 0acc27a, on today's torch and timm
+        timm's ``create_model`` passes arguments that these models refuse, and Pillow has dropped the name ``CUBIC``.
+        With these lines ``main.py`` builds its model and loads a file shaped like the weights.
+
         main.py, before line 217:
             def create_model(model_name, pretrained, drop_block_rate, **options):
                 return getattr(models, model_name)(**options)
@@ -78,6 +71,23 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
         title: MCTformer
         regularises: the class tokens' rows, the affinity, the head's map (V1: the class tokens' map)
         views: multiples of 16
+
+        What is regularised. V2 returns a detached class map, so ``cams`` takes the head's output. V1 has no such head:
+        its class map is the class tokens' attention to the patches, summed over layers.
+
+        Weights to start from. Pass the path as ``--finetune``.
+
+        What was run. The function is ``train_one_epoch``.
+
+        Views. The host resizes its position table, so flips, quarter turns, crops and scales work, square or not, if
+        both sides are multiples of 16.
+
+        Noise floor. For V1 at 224 px, identity gives activation 0.0026, affinity 0.0024 and class map 0.001. The flip
+        gives 0.0244, 0.0253 and 0.008. For V2 at 224 px, identity gives 0.0027, 0.0025 and 0.060, and the flip 0.0247,
+        0.0254 and 0.185.
+
+        Mixed precision. The host trains under autocast with a scaled loss. ACR's lines stand before the scaler.
+
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -94,6 +104,9 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             del first, second
 
     xulianuwa/MCTformer at 9606597, on today's torch and timm
+        timm's ``create_model`` passes arguments that these models refuse, and Pillow has dropped the name ``CUBIC``.
+        With these lines ``main.py`` builds its model and loads a file shaped like the weights.
+
         main.py, before line 200:
             def create_model(model_name, pretrained, drop_block_rate, **options):
                 return getattr(models, model_name)(**options)
@@ -104,6 +117,26 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
         title: WeakTr
         regularises: the class tokens' rows, the affinity, the head's map
         views: multiples of 16
+
+        What is regularised. The host returns a detached class map, so ``cams`` takes the head's output. The host's
+        fused class map has no gradient on the attention that it fuses.
+
+        Weights to start from. Pass the path as ``--finetune``.
+
+        What was run. The function is ``train_one_epoch``.
+
+        Views. The host resizes its position table, so flips, quarter turns, crops and scales work, square or not, if
+        both sides are multiples of 16.
+
+        Noise floor. Identity gives activation 0.0024, affinity 0.0023 and class map 0.068 at 224 px. The flip gives
+        0.0247, 0.0251 and 0.178.
+
+        Mixed precision. The host trains under autocast with a scaled loss. ACR's lines stand before the scaler. WeakTr
+        has the 0.76.
+
+        Several processes. WeakTr uses ``DistributedDataParallel``. The second view is another forward of the wrapped
+        model. On two gloo ranks, both ranks have equal gradients, the mean of the two.
+
         engine.py, before line 5:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer
@@ -120,6 +153,10 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             del first, second
 
     hustvl/WeakTr at 3457ad3, on today's torch and timm
+        timm's ``create_model`` passes arguments that these models refuse, and Pillow has dropped the name ``CUBIC``.
+        With these lines ``main.py`` builds its model and loads a file shaped like the weights (tried with mlflow
+        replaced).
+
         main.py, before line 297:
             def create_model(model_name, pretrained, drop_block_rate, **options):
                 return getattr(models, model_name)(**options)
@@ -130,6 +167,30 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
         title: CTI
         regularises: the class tokens' rows, the affinity, the head's map, of ``img``
         views: the size it trains at
+
+        What is regularised. Only the pass on ``img``. ``img_pos`` is another image of the class, not a view of ``img``.
+        CTI runs the model up to three more times in a step (on ``img_pos``, and twice with swapped class tokens), and
+        with a graph when it scores between epochs. ``clear()`` forgets those passes. Without it, the next ``take()``
+        raises an error.
+
+        Weights to start from. The host loads them from ``pretrained/deit_small_imagenet.pth``.
+
+        What was run. The functions are ``train_setup``, ``unpack`` and ``update``. CTI's ``__init__``, which needs the
+        weights, was replaced, too.
+
+        Views. The host does not resize its position table in training, so every view must have the training size, 224
+        px. Use flips, quarter turns, ``Scale(..., keep_size=True)`` or ``RandomResizedCrop(224)``. ``second_view``
+        refuses other sizes. It also refuses oblong images with equally many patches, for which the host would use wrong
+        positions.
+
+        Noise floor. Identity gives activation 0.0024, affinity 0.0023 and class map 0.078 at 224 px. The flip gives
+        0.0248, 0.0254 and 0.239.
+
+        Mixed precision. The host itself does not train under autocast. CTI has 0.97 in bfloat16.
+
+        What does not work. The host's ``nn.DataParallel`` on several GPUs: the capture refuses its replicas. Show it
+        one GPU (``CUDA_VISIBLE_DEVICES=0``).
+
         models/model_CTI.py, before line 44:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import mctformer as with_acr
@@ -148,12 +209,12 @@ their model and load a file shaped like the weights. ``acr_reg.integrations.adde
             del first, second
 
     yoon307/CTI at 1c6fdb4, on today's torch and timm
+        timm's ``create_model`` passes arguments that the model refuses. With this line CTI's ``__init__`` builds its
+        model and loads a file shaped like the weights.
+
         models/model_CTI.py, before line 151:
             def create_model(model_name, pretrained, drop_block_rate, **options):
                 return getattr(mctformer, model_name)(**options)
-
-CTI runs the model up to three more times in a step (img_pos, and twice with swapped class tokens), and with a graph
-when it scores between epochs. ``clear()`` forgets those passes. A ``take()`` after them is refused.
 """
 
 from __future__ import annotations
@@ -167,8 +228,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class tokens' and patches' attention in all blocks, and the output of the convolutional head. Raises
-    ValueError for a model of another family."""
+    """Captures the attention of the class tokens and patches in all blocks, and the output of the convolutional head.
+    Raises ValueError for a model of another family."""
     network = unwrap(model)
     blocks = part(network, "blocks", "MCTformer")
     background = _background_tokens(network)
@@ -181,16 +242,16 @@ def capture(model: nn.Module) -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the whole model on ``images`` (B, 3, H, W), through DDP if the model is wrapped. ``output`` is what the
-    host's forward returns, for the paper's second classification loss. Raises ValueError for images of a size at which
-    the host cannot train."""
+    """Runs the whole model on ``images`` (B, 3, H, W), through DDP if the model is wrapped. ``output`` holds the result
+    of the host's forward, for the paper's second classification loss. Raises ValueError for images of a size that the
+    host cannot train on."""
     _refuse_other_sizes(host.network, images)
     return host.run(lambda: host.model(images))
 
 
 def cams(view: HostView) -> Tensor:
-    """The head's class map (B, C, h, w) of all classes, in any range, on the graph. V1 has no head: its class map is
-    the class tokens' attention to the patches, at least 0, summed over layers."""
+    """The head's class map (B, C, h, w) of all classes, not normalised, on the graph. V1 has no head: its class map is
+    the class tokens' attention to the patches, summed over layers, which is never negative."""
     background = _background_tokens(view.network)
     if view.features is not None:
         return view.features[:, background:]
@@ -202,7 +263,7 @@ def cams(view: HostView) -> Tensor:
 
 
 def _num_classes(network: nn.Module) -> int:
-    """Raises ValueError for other models: a plain ViT, taken for MCTformer, would have a thousand prefix tokens."""
+    """Raises ValueError for other models. A plain ViT would seem to have a thousand prefix tokens."""
     classes = int(getattr(network, "num_classes", 0))
     token = getattr(network, "cls_token", None)
     tokens = token.shape[1] if isinstance(token, Tensor) and token.ndim == 3 else 0
@@ -215,13 +276,13 @@ def _num_classes(network: nn.Module) -> int:
 
 
 def _background_tokens(network: nn.Module) -> int:
-    """CTI has a background token before the class tokens."""
+    """The number of background tokens: CTI has one, before the class tokens."""
     classes = getattr(network, "num_classes", 0)
     return int(getattr(network, "num_classes_with_fg", classes)) - int(classes)
 
 
 def _refuse_other_sizes(network: nn.Module, images: Tensor) -> None:
-    """MCTformer+ and CTI have a table of their own for the patches' positions, and never resize it in training."""
+    """MCTformer+ and CTI have a separate position table for patches and never resize it in training."""
     table = getattr(network, "pos_embed_pat", None)
     if not network.training or not isinstance(table, Tensor):
         return

@@ -42,7 +42,7 @@ class Sample(NamedTuple):
 
 
 def read_list(path: str | os.PathLike[str]) -> list[tuple[str, str]]:
-    """Ids and mask file names of a list: a line is an id, or a pair of paths as in lists of VOC, SEAM and COCO.
+    """Read ids and mask file names from a list. A line is an id, or a pair of paths as in the lists of VOC and COCO.
 
     Blank lines are skipped. Raises ValueError if the list cannot be read, is empty, repeats an id, or has other lines.
 
@@ -80,16 +80,17 @@ def find_samples(
     masks: str | os.PathLike[str],
     kind: Kind = "cams",
 ) -> list[Sample]:
-    """The files of every entry of :func:`read_list`.
+    """Find the files of all entries of :func:`read_list`.
 
     Args:
         entries: ids and mask file names.
-        predictions: the folder of ID.npy or ID.npz, or for ``kind="labels"`` of ID.png (or .bmp, .tif, .tiff).
-        masks: the folder of the masks: the named files, or else files of these names with another of these endings.
-        kind: what the folder holds, "cams" or "labels". Messages name the folder so.
+        predictions: the folder of class maps (ID.npy or ID.npz). For ``kind="labels"`` it is the folder of label maps
+            (ID.png, .bmp, .tif or .tiff).
+        masks: the folder of the masks. A mask may have another of these endings than the list says.
+        kind: "cams" or "labels". Messages call the folder of predictions by this name.
 
     Raises:
-        ValueError: a folder does not exist, or files are missing: the message counts them all.
+        ValueError: a folder does not exist, or files are missing. The message counts all missing files.
     """
     suffixes = CAM_SUFFIXES if kind == "cams" else LABEL_SUFFIXES
     folders = {kind: Path(predictions), "masks": Path(masks)}
@@ -105,13 +106,13 @@ def find_samples(
 
 
 def check_folder(name: str, folder: Path) -> None:
-    """Raises ValueError, which names the folder so, if there is none."""
+    """Raises ValueError if the folder does not exist. The message calls it ``name``."""
     if not folder.is_dir():
         raise ValueError(f"{name} {folder} is not a folder. Give the folder of the files.")
 
 
 def check_complete(name: str, folder: Path, missing: Sequence[str], total: int) -> None:
-    """Raises ValueError if files of a list are missing in the folder."""
+    """Raises ValueError if files of the list are missing in the folder."""
     if missing:
         raise ValueError(
             f"{name} {folder}: {len(missing)} of {total} files are missing: {some(missing)}. "
@@ -128,21 +129,22 @@ def score_cams(
     progress: bool = True,
     share: Share | None = None,
 ) -> CamMeanIoU:
-    """Count the class maps of all samples: ``metric`` plus their counts, as a new counter.
+    """Count the class maps of all samples. Returns a new counter: ``metric`` plus these counts.
 
     Args:
-        samples: of :func:`find_samples`. Class k (0-based) of the maps is mask id k + 1, or k without background.
-        metric: the settings, and counts to start from (usually none). It is not changed.
-        format: of the maps; by default found from each file.
+        samples: the result of :func:`find_samples`. Class k (0-based) of the maps has mask id k + 1, or k if the metric
+            has no background.
+        metric: the settings, and the counts to start from (usually none). It is not changed.
+        format: the format of the maps. By default it is found from each file.
         resize: resize maps (bilinear) to the size of their mask. By default another size is an error.
-        workers: processes that read and count. 0 counts in this process, as does a short list.
+        workers: processes that read and count. 0 counts in this process; so does a short list.
         progress: show progress.
-        share: of :func:`~acr_reg.integrations.jobs.shares.share_of_run`: this process counts its share of the samples,
-            and every process returns the counts of all. By default this process counts everything.
+        share: the result of :func:`~acr_reg.integrations.jobs.shares.share_of_run`. This process counts its share of
+            the samples, and every process returns the counts of all. By default this process counts everything.
 
     Raises:
-        ValueError: a file cannot be read or does not fit its mask or the metric; the message names the file, and if it
-            happens in one process of a shared run, all of them raise it. Or the masks of all samples hold no class.
+        ValueError: a file cannot be read or does not fit its mask or the metric. The message names the file. If this
+            happens in one process of a shared run, all processes raise it. Or the masks of all samples hold no class.
         RuntimeError: a worker or another process of the run died.
     """
     count = partial(_count_cams, format=format, resize=resize)
@@ -162,8 +164,8 @@ def score_labels(
 ) -> LabelMeanIoU:
     """Count the label maps of all samples, as :func:`score_cams` counts class maps.
 
-    ``resize`` takes the nearest pixels. ``background`` says whether id 0 is background: if the masks of all samples
-    hold nothing else, that is an error.
+    ``resize`` takes the nearest pixels. ``background`` says whether id 0 is background. If it is, and the masks of all
+    samples hold nothing else, that is an error.
     """
     count = partial(_count_labels, resize=resize)
     total = metric + _counted(samples, metric.empty(), count, workers, progress, share or Share())
@@ -173,7 +175,7 @@ def score_labels(
 
 @dataclass(frozen=True)
 class _Runs(Generic[Metric]):
-    """Counts runs of images, by their numbers: what a worker does."""
+    """The work of a process: it counts a run of images, given the number of the run."""
 
     samples: Sequence[Sample]
     at_once: int
@@ -224,7 +226,7 @@ def _count_share(
     workers: int,
     progress: bool,
 ) -> Metric | Failure:
-    """The counts of this process. An error of the user's files is a value, to be told to the other processes."""
+    """The counts of this process. An error in the user's files is returned, so that all processes can raise it."""
     if len(samples) < FEWEST_FOR_WORKERS:
         workers = 0
     runs = _Runs(samples, IMAGES_AT_ONCE if workers else 1, empty, count)
@@ -273,7 +275,7 @@ def _count_labels(metric: LabelMeanIoU, sample: Sample, resize: bool) -> None:
 
 
 def _check_masks(truth: npt.NDArray[np.int64], background: bool, ignore_index: int | None) -> None:
-    """Raises ValueError for masks without a class: their mIoU is 0 or 1 whatever was predicted."""
+    """Raises ValueError for masks without a class. Their mIoU would be 0 or 1 for any prediction."""
     if not truth[int(background) :].any():
         ids = [
             *(["0 (background)"] if truth[0] else []),
@@ -294,7 +296,7 @@ def _check_size(sample: Sample, size: tuple[int, ...], wanted: tuple[int, ...]) 
 
 
 def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArray[np.float32]:
-    """One (H, W) map at another (H, W) size: bilinear, pixel centres at half, antialiased when shrinking."""
+    """Resize one map (H, W): bilinear, with pixel centres at half integers, antialiased when it shrinks."""
     if values.shape == size:
         return values
     height, width = size
@@ -302,28 +304,29 @@ def resized(values: npt.NDArray[np.float32], size: tuple[int, ...]) -> npt.NDArr
 
 
 def resized_labels(labels: npt.NDArray[np.integer], size: tuple[int, ...]) -> npt.NDArray[np.integer]:
-    """A label map (H, W) at another (H, W) size: the nearest pixels."""
+    """Resize a label map (H, W): each pixel takes the id of the nearest one."""
     return labels[np.ix_(*map(_nearest, labels.shape, size))]
 
 
 def _nearest(length: int, wanted: int) -> npt.NDArray[np.intp]:
-    """For each of ``wanted`` pixels along an axis: the one of ``length`` in which its centre lies."""
+    """For each of ``wanted`` pixels along an axis, the index of the old pixel, one of ``length``, that holds its
+    centre."""
     return ((2 * np.arange(wanted) + 1) * length) // (2 * wanted)
 
 
 def mask_file(folder: Path, name: str) -> Path:
-    """The file of this name, or else of this name with another ending; the one of this name if there is none."""
+    """The file of this name, or else one with another ending. If neither exists, the path of this name."""
     named = folder / name
     return named if named.is_file() else _first_of(folder, _stem(name), LABEL_SUFFIXES) or named
 
 
 def _first_of(folder: Path, name: str, suffixes: Sequence[str]) -> Path | None:
-    """The file of that name with the first of the endings, in small or capital letters."""
+    """The first file of that name with one of the endings, in small or capital letters."""
     candidates = (folder / f"{name}{ending}" for suffix in suffixes for ending in (suffix, suffix.upper()))
     return next((path for path in candidates if path.is_file()), None)
 
 
 def _stem(path: str) -> str:
-    """The id in a path: its file name without an image's ending. Other dots belong to the id."""
+    """The id in a path: the file name without the ending of an image. Other dots belong to the id."""
     name = Path(path).name
     return Path(name).stem if Path(name).suffix.lower() in IMAGE_SUFFIXES else name

@@ -1,52 +1,43 @@
-"""ToCo and the networks that grew from it (DuPL, SeCo, MoRe, MCC, CTFA, CoSA): a ViT encoder and a class map by 1 x 1
-convolution. A training call may run the encoder on crops or other images as well.
+"""ToCo and the hosts that grew from it: DuPL, SeCo, MoRe, MCC, CTFA and CoSA. Each has a ViT encoder and makes its
+class map by a 1 x 1 convolution.
 
-What is regularised: the attention of all 12 blocks (the class token's row and the pairs of patches), in the pass on the
-training images only, and the class map by the classifier's weight. MoRe has 20 class tokens, after 4 registers that are
-not regularised. DuPL: both branches. The second view runs the encoder alone, outside DDP's wrapper: its gradients join
-those of the wrapped pass before DDP averages them. SeCo's momentum encoder is not captured. The class logits are
-max-pooled from patches, so the hosts' own losses on them give the last layer's class token no gradient; the activation
-term does. CoSA's assignment network, a moving average that makes pseudo labels, is not captured.
+What is regularised. The attention of all 12 blocks in the pass on the training images (the class tokens' rows and the
+pairs of patches), and the class map made with the classifier's weight. Passes on crops or other images are left alone.
+The host max-pools its class logits from the patches, so its own losses on them give the last layer's class token no
+gradient. The activation term does.
 
-Weights to start from, which the hosts load themselves: DeiT-B of ImageNet-1k (ToCo, DuPL, CTFA); ViT-B of ImageNet-21k,
-fine-tuned on 1k, jx_vit_base_p16_224 (SeCo, MoRe, CoSA).
+What was run. Two steps of the host's own training script ran on a CPU with random weights, torch 2.14.1 and timm
+1.0.31. Replaced were the GPU, the data sets and their loader, the compiled CRF loss (``bilateralfilter``), and packages
+that a step does not call (OpenCV, mmcv, omegaconf, pandas, pydensecrf, tensorboardX, texttable). The COCO scripts and
+iterations past 2000, where the CRF loss begins, did not run.
 
-Run on 2026-11-25 (MCC, CTFA and CoSA on 2026-11-29) with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below,
-with random weights: two steps of the scripts' ``train()`` (CoSA's ``main()``). Stubbed: the GPU, the data sets and
-their loader, the compiled CRF loss (``bilateralfilter``), and packages that a step does not call (OpenCV, mmcv,
-omegaconf, pandas, pydensecrf, tensorboardX, texttable). Not run: the COCO scripts, ToCo, DuPL, MCC, CTFA and CoSA with
-a larger backbone than DeiT-S, CTFA on iSAID (at ff0bb03 that script calls ``profile``, which it does not import) and on
-DeepGlobe, CTFA on two ranks (its scripts start one), SeCo past iteration 600, and iterations past 2000, where the CRF
-loss and the segmentation loss of MoRe and SeCo begin.
+Views. Any sides that are multiples of 16, square or not, because the host resizes its position table.
+``HorizontalFlip()`` ran in training on squares, and ``HorizontalFlip()`` and ``Scale(2.0)`` on images of 96 x 64. A
+scale changes the share of a row that falls on the prefix tokens, and the loss counts this change. With one prefix token
+the change is small.
 
-Views: any whose sides are multiples of 16, oblong ones too, because the position table is resized to each size. Run
-here: ``HorizontalFlip()`` in training on squares; ``HorizontalFlip()`` and ``Scale(2.0)`` on images of 96 x 64. A scale
-changes the share of a row that falls on the prefix tokens, and the loss counts that. With one prefix token it is
-little, but MoRe's 24 gave attention terms of 0.30 instead of 0.05, for 24 and 96 patches and random weights.
+Noise floor. The floor is 0, because the host builds its encoder without ``drop_path`` and dropout. Under ``Identity()``
+in train mode, two passes on the same images gave exactly 0 for all three terms (real networks, random weights, two
+images of 96 x 64). So the whole loss comes from the view. An encoder built with ``drop_path_rate`` has a floor above 0.
 
-Noise floor: 0. The hosts build their encoders without drop_path and dropout. Under ``Identity()`` in train mode, two
-passes on the same images gave exactly 0 for all three terms (the real networks, random weights, two images of 96 x 64),
-so the whole loss comes from the view. Under the flip the terms (activation / affinity / cam) were: ToCo 0.069 / 0.065 /
-0.30, DuPL 0.065 / 0.065 / 0.29, SeCo 0.090 / 0.088 / 0.27, MoRe 0.047 / 0.047 / 0.28; in the first step of training MCC
-0.070 / 0.068 / 0.24, CTFA 0.067 / 0.067 / 0.23, CoSA 0.069 / 0.067 / 0.27. An encoder built with ``drop_path_rate`` has
-a floor above 0.
+Several processes. The second view runs the encoder alone, outside DDP's wrapper. Its gradients join the gradients of
+the wrapped pass before DDP averages them.
 
-What does not work: regularising the auxiliary classifier's map; the distilled DeiT backbones, whose features the hosts
-themselves cannot unpack; ``nn.DataParallel`` over several GPUs; DuPL with ``--gmm_iters`` below ``--cam_iters``, where
-the run that the added lines name does not exist (an error says so). From ``--gmm_iters`` on, DuPL also runs each branch
-on images and augmented images together, and discards the result. That pass is not regularised, and its tensors are held
-until ``take``.
-
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
-itself needs the lines "on today's torch and timm": scikit-learn returns plain floats, which have no ``item()``;
-``torch.distributed.launch`` passes ``--local-rank``; timm loads no weights into a ViT without ``pretrained_cfg`` (ToCo
-and DuPL with ``--backbone vit_base_patch16_224``; DeiT-B loads without timm). ``np.float`` is gone too, but only the
-optimizer ``CosWarmupAdamW`` uses it, which is not the default.
+What does not work. You cannot regularise the auxiliary classifier's map. The distilled DeiT backbones do not run: the
+host itself cannot unpack their features. ``nn.DataParallel`` over several GPUs is refused. The optimizer
+``CosWarmupAdamW``, which is not the default, uses ``np.float``, which numpy has dropped.
 
     rulixiang/ToCo at e13514d
         title: ToCo
         regularises: the class token's row, the affinity, the classifier's map, in the pass on the images
         views: multiples of 16
+
+        Weights to start from. DeiT-B of ImageNet-1k, which the host loads itself.
+
+        What was run. The run was on 2026-11-25. A backbone larger than DeiT-S did not run.
+
+        Noise floor. Under the flip, the terms are 0.069 (activation), 0.065 (affinity) and 0.30 (class map).
+
         scripts/dist_train_voc_seg_neg.py, before line 10:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -63,6 +54,10 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             del first, second
 
     rulixiang/ToCo at e13514d, on today's torch and timm
+        scikit-learn returns plain floats, which have no ``item()``. ``torch.distributed.launch`` passes
+        ``--local-rank``, with a dash. timm loads no weights into a ViT without ``pretrained_cfg``; this matters for
+        ``--backbone vit_base_patch16_224`` only, because DeiT-B loads without timm.
+
         scripts/dist_train_voc_seg_neg.py, before line 75:
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/dist_train_voc_seg_neg.py, before line 305:
@@ -70,10 +65,24 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
         model/backbone/vit.py, before line 371:
             model.pretrained_cfg = model.default_cfg
 
-    Wu0409/DuPL at b21990f (both branches; run 1, late in training, is that on the images alone)
+    Wu0409/DuPL at b21990f
         title: DuPL
-        regularises: as ToCo, in both branches
+        regularises: the class token's row, the affinity, the classifier's map, in both branches
         views: multiples of 16
+
+        What is regularised. DuPL has two branches, and both are regularised. From ``--gmm_iters`` on, the host first
+        runs each branch on images and augmented images together, and discards the result. ``host.take(1)`` then picks
+        the pass on the images alone. The tensors of the other pass are held until ``take``.
+
+        Weights to start from. DeiT-B of ImageNet-1k, which the host loads itself.
+
+        What was run. The run was on 2026-11-25. A backbone larger than DeiT-S did not run.
+
+        Noise floor. Under the flip, the terms are 0.065 (activation), 0.065 (affinity) and 0.29 (class map).
+
+        What does not work. ``--gmm_iters`` below ``--cam_iters`` raises an error, because the run that the added lines
+        pick does not exist then.
+
         train_final_voc.py, before line 14:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -90,6 +99,10 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
                 del first, second
 
     Wu0409/DuPL at b21990f, on today's torch and timm
+        scikit-learn returns plain floats, which have no ``item()``. timm loads no weights into a ViT without
+        ``pretrained_cfg``; this matters for ``--backbone vit_base_patch16_224`` only, because DeiT-B loads without
+        timm.
+
         train_final_voc.py, before line 461:
             cls_score = np.float64(cls_score)
         model/backbone/vit.py, before line 1098:
@@ -97,8 +110,19 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
 
     zwyang6/SeCo at 202357f
         title: SeCo
-        regularises: as ToCo, in the trained encoder
+        regularises: the class token's row, the affinity, the classifier's map, in the trained encoder
         views: multiples of 16
+
+        What is regularised. The momentum encoder is not captured.
+
+        Weights to start from. ViT-B of ImageNet-21k, fine-tuned on ImageNet-1k (``jx_vit_base_p16_224``), which the
+        host loads itself.
+
+        What was run. The run was on 2026-11-25. Iterations past 600 did not run. SeCo's segmentation loss also begins
+        at iteration 2000.
+
+        Noise floor. Under the flip, the terms are 0.090 (activation), 0.088 (affinity) and 0.27 (class map).
+
         scripts/train_voc.py, before line 8:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -115,6 +139,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             del first, second
 
     zwyang6/SeCo at 202357f, on today's torch and timm
+        scikit-learn returns plain floats, which have no ``item()``. ``torch.distributed.launch`` passes
+        ``--local-rank``, with a dash.
+
         scripts/train_voc.py, before line 90:
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/train_voc.py, before line 229:
@@ -124,6 +151,19 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
         title: MoRe
         regularises: the rows of 20 class tokens, the affinity, the classifier's map
         views: multiples of 16
+
+        What is regularised. MoRe has 20 class tokens, after 4 registers that are not regularised.
+
+        Weights to start from. ViT-B of ImageNet-21k, fine-tuned on ImageNet-1k (``jx_vit_base_p16_224``), which the
+        host loads itself.
+
+        What was run. The run was on 2026-11-25. MoRe's segmentation loss also begins at iteration 2000.
+
+        Views. MoRe has 24 prefix tokens, and there the change is large: between views of 24 and 96 patches, with random
+        weights, the activation term was 0.30 instead of 0.05.
+
+        Noise floor. Under the flip, the terms are 0.047 (activation), 0.047 (affinity) and 0.28 (class map).
+
         scripts/train_voc.py, before line 8:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -140,6 +180,9 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             del first, second
 
     zwyang6/MoRe at d733d34, on today's torch and timm
+        scikit-learn returns plain floats, which have no ``item()``. ``torch.distributed.launch`` passes
+        ``--local-rank``, with a dash.
+
         scripts/train_voc.py, before line 95:
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/train_voc.py, before line 239:
@@ -147,8 +190,14 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
 
     fwu11/MCC at 0731ecc
         title: MCC
-        regularises: as ToCo
+        regularises: the class token's row, the affinity, the classifier's map
         views: multiples of 16
+
+        What was run. The run was on 2026-11-29. A backbone larger than DeiT-S did not run.
+
+        Noise floor. Under the flip in the first step, the terms are 0.070 (activation), 0.068 (affinity) and 0.24
+        (class map).
+
         scripts/dist_train_voc_seg_neg.py, before line 14:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -164,6 +213,10 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             del first, second
 
     fwu11/MCC at 0731ecc, on today's torch and timm
+        scikit-learn returns plain floats, which have no ``item()``. ``torch.distributed.launch`` passes
+        ``--local-rank``, with a dash. timm loads no weights into a ViT without ``pretrained_cfg``; this matters for
+        ``--backbone vit_base_patch16_224`` only, because DeiT-B loads without timm.
+
         scripts/dist_train_voc_seg_neg.py, before line 78:
             parser.add_argument("--local-rank", dest="local_rank", default=-1, type=int)
         scripts/dist_train_voc_seg_neg.py, before line 291:
@@ -173,8 +226,18 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
 
     ZaiyiHu/CTFA at ff0bb03
         title: CTFA
-        regularises: as ToCo
+        regularises: the class token's row, the affinity, the classifier's map
         views: multiples of 16
+
+        Weights to start from. DeiT-B of ImageNet-1k, which the host loads itself.
+
+        What was run. The run was on 2026-11-29. A backbone larger than DeiT-S did not run. Neither did iSAID (at
+        ff0bb03 its script calls ``profile``, which it does not import), DeepGlobe, or two ranks (the scripts start
+        one).
+
+        Noise floor. Under the flip in the first step, the terms are 0.067 (activation), 0.067 (affinity) and 0.23
+        (class map).
+
         scripts/dist_train_potsdam_seg_neg_fp.py, before line 21:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -190,6 +253,10 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
             del first, second
 
     ZaiyiHu/CTFA at ff0bb03, on today's torch and timm
+        numpy has dropped ``numpy.lib.utils``, which the data set imports without using it. scikit-learn returns plain
+        floats, which have no ``item()``. timm loads no weights into a ViT without ``pretrained_cfg``; this matters for
+        ``--backbone vit_base_patch16_224`` only, because DeiT-B loads without timm.
+
         datasets/potsdam.py, in place of lines 2 to 2:
             # numpy.lib.utils is gone, and its deprecate was not used
         scripts/dist_train_potsdam_seg_neg_fp.py, before line 356:
@@ -197,10 +264,23 @@ optimizer ``CosWarmupAdamW`` uses it, which is not the default.
         model/backbone/vit.py, before line 382:
             model.pretrained_cfg = model.default_cfg
 
-    youshyee/CoSA at 01d3467 (with --decoder LargeFOV, the default; its assignment network is not captured)
+    youshyee/CoSA at 01d3467
         title: CoSA
-        regularises: as ToCo, in the trained network's pass on the strongly augmented images
+        regularises: the class token's row, the affinity, the classifier's map, on the strongly augmented images
         views: multiples of 16
+
+        What is regularised. The trained network's pass on the strongly augmented images. The lines work with
+        ``--decoder LargeFOV``, the default. The assignment network, a moving average that makes pseudo labels, is not
+        captured.
+
+        Weights to start from. ViT-B of ImageNet-21k, fine-tuned on ImageNet-1k (``jx_vit_base_p16_224``), which the
+        host loads itself.
+
+        What was run. The run was on 2026-11-29. The script's ``main()`` ran. A backbone larger than DeiT-S did not run.
+
+        Noise floor. Under the flip in the first step, the terms are 0.069 (activation), 0.067 (affinity) and 0.27
+        (class map).
+
         main.py, before line 13:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import toco
@@ -228,11 +308,11 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
-    """Captures the class tokens' and patches' attention in the encoder's first pass of each training call, and the
-    feature map that reaches the segmentation decoder.
+    """Captures the attention of the class tokens and patches in the encoder's first pass of each training call, and the
+    feature map that goes into the segmentation decoder.
 
-    Use ``keep="all"`` for a network whose first pass is not always the one on the images: ``host.take(run)`` then picks
-    it. Raises ValueError for a model of another family, and for DuPL's pair: capture each of its branches.
+    If the pass on the images is not always the first, use ``keep="all"``, and pick the pass by ``host.take(run)``.
+    Raises ValueError for a model of another family, and for DuPL's pair, whose branches you capture one by one.
     """
     network = unwrap(model)
     if hasattr(network, "branch1"):
@@ -254,8 +334,8 @@ def capture(model: nn.Module, keep: Keep = "first") -> HostCapture:
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the encoder alone on ``images`` (B, 3, H, W), H and W multiples of the patch size, outside DDP's wrapper:
-    its gradients join those of the wrapped pass before DDP averages them."""
+    """Runs the encoder alone on ``images`` (B, 3, H, W), whose sides are multiples of the patch size. It runs outside
+    DDP's wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them."""
     encoder = part(host.network, "encoder", "ToCo")
     rows, columns = (side // int(encoder.patch_size) for side in images.shape[-2:])  # type: ignore[arg-type]
 
@@ -266,7 +346,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in any range, C without the background, on the graph (the hosts detach theirs)."""
+    """The class map (B, C, h, w) without background, not normalised, on the graph. The host detaches its own map."""
     assert view.features is not None
     classifier = part(view.network, "classifier", "ToCo")
     return F.conv2d(view.features, classifier.weight)  # type: ignore[arg-type]

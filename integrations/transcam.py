@@ -1,36 +1,41 @@
 """TransCAM: a Conformer. Its transformer branch has one class token, and its class map comes from its convolutions.
 
-What is regularised: the class token's and patches' attention in all 12 blocks, and the map of the convolutional head.
-Weights to start from: Conformer-S of ImageNet, passed as ``--weights``, as in the host's README. Views: square images
-whose side is a multiple of 16 (there is no position table): flips, quarter turns, crops and scales to a square.
+What is regularised. The class token's row and the pairs of patches in all 12 blocks, and the map of the convolutional
+head.
 
-Run on 2026-11-25 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, Conformer-S at 64 px: two iterations of
-the script itself under ``nn.DataParallel`` without a GPU; the model in training mode under DDP on two gloo ranks.
-Replaced: the data set and its loader, the checkpoint, the TensorBoard writer, the log file. The crops are padded with
-zeros, a value that no normalised pixel has: ``valid`` leaves the padding out.
+Weights to start from. Conformer-S of ImageNet, passed as ``--weights``, as in the host's README.
 
-Where tokens are. The stem's windows put the tokens of the first block 1.5 px before the middle of their pixels, so they
-are 3 px apart under a flip. From the fifth block on, strided convolutions (3.5 px, then 7.5 px) are added to those
-tokens, and no single place is known: on the model alone the loss warns, and ``acr_reg.check`` reports them 4.7 px
-apart. ``capture`` takes the place of the first block for all blocks. Measured by the gradient to the pixels, the tokens
-before blocks 1, 4, 5, 8, 9 and 12 lie 1.5 to 1.8 px before the middle, and the class map 7.4 px (three seeds, 128 px).
-With mirrored kernels and sharpened attention (two seeds, 192 px), the affinity term of blocks 5 to 12 under a flip is
-1.22 with tokens in the middle, 1.16 as here, and 1.17 at 2.5 px; the class map's term is 0.19, 0.18, and smallest
-(0.17) at 3.5 px. For trained weights none of this was measured.
+What was run. Two iterations of the script itself ran on 2026-11-25 under ``nn.DataParallel`` without a GPU, with torch
+2.14.1, timm 1.0.31 and random weights, with Conformer-S at 64 px. The model in training mode also ran under DDP on two
+gloo ranks. Replaced were the data set and its loader, the checkpoint, the TensorBoard writer and the log file.
 
-Noise floor, from drop_path of 0.1. Means of four pairs of passes in training mode, on two images of uniform noise at
-224 px, seed 0, random weights, under identity / flip: activation 0.0051 / 0.0332, affinity 0.0057 / 0.0315, cam 0.088 /
-0.170. Four other draws gave up to twice as much under identity. In eval mode the floor is 0. At least half of the class
-map's term is noise: give it a small weight, or the model a smaller drop_path.
+Views. Square images whose side is a multiple of 16: flips, quarter turns, and crops and scales to a square. There is no
+position table.
 
-What does not work. The host's ``nn.DataParallel`` on several GPUs is refused by name. Train on one GPU
-(CUDA_VISIBLE_DEVICES=0), or with one process per GPU: in line 79 write ``DistributedDataParallel(model.cuda(rank),
-device_ids=[rank])``, in lines 58 and 59 ``sampler=DistributedSampler(train_dataset)`` instead of ``shuffle=True``, and
-pass that ``model`` to ``capture``. Every parameter gets a gradient. BatchNorm normalises each view by itself; its
-running statistics stay those of the host's own passes.
+Padding. The host pads crops with zeros, a value that no normalised pixel has. ``valid`` leaves the padding out.
 
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
-itself needs the line "on today's torch and timm": Pillow has dropped a name.
+Where tokens are. The stem's windows put the tokens of the first block 1.5 px before the middle of their pixels, so a
+flip matches tokens 3 px apart. From the fifth block on, the host adds strided convolutions (3.5 px, then 7.5 px off) to
+the tokens, and no single place is known. On the model alone the loss warns, and ``acr_reg.check`` reports tokens 4.7 px
+apart. ``capture`` uses the place of the first block for all blocks. By the gradient to the pixels, the tokens before
+blocks 1, 4, 5, 8, 9 and 12 lie 1.5 to 1.8 px before the middle, and the class map 7.4 px (three seeds, 128 px). We also
+tried other places, with mirrored kernels and sharpened attention (two seeds, 192 px). Under a flip, the affinity term
+of blocks 5 to 12 is 1.22 with tokens in the middle, 1.16 at 1.5 px, as here, and 1.17 at 2.5 px. The class map's term
+is 0.19 in the middle and 0.18 as here, and smallest (0.17) at 3.5 px. None of this was measured for trained weights.
+
+Noise floor. The floor comes from ``drop_path`` of 0.1. We measured means of four pairs of passes in training mode, on
+two images of uniform noise at 224 px, with seed 0 and random weights. Identity gives activation 0.0051, affinity 0.0057
+and class map 0.088. The flip gives 0.0332, 0.0315 and 0.170. Four other draws gave up to twice as much under identity.
+In eval mode the floor is 0. At least half of the class map's term is noise: give the term a small weight, or the model
+a smaller ``drop_path``.
+
+Several processes. Train with one process per GPU. In line 79 write ``DistributedDataParallel(model.cuda(rank),
+device_ids=[rank])``. In lines 58 and 59 write ``sampler=DistributedSampler(train_dataset)`` instead of
+``shuffle=True``. Pass the wrapped ``model`` to ``capture``. Every parameter gets a gradient. BatchNorm normalises each
+view by itself; its running statistics stay those of the host's own passes.
+
+What does not work. The host's ``nn.DataParallel`` on several GPUs: an error names it. Train on one GPU
+(``CUDA_VISIBLE_DEVICES=0``) or with several processes.
 
     liruiwen/TransCAM at 4ffe693
         title: TransCAM
@@ -52,6 +57,8 @@ itself needs the line "on today's torch and timm": Pillow has dropped a name.
             del first, second, maps
 
     liruiwen/TransCAM at 4ffe693, on today's torch and timm
+        Pillow has dropped the name ``CUBIC``.
+
         tool/imutils.py, before line 6:
             PIL.Image.CUBIC = PIL.Image.BICUBIC
 """
@@ -70,8 +77,8 @@ __all__ = ["cams", "capture", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the class token's and patches' attention in all transformer blocks, all on the lattice of the first, and
-    the output of the convolutional head. Raises ValueError for a model of another family."""
+    """Captures the attention of the class token and patches in all transformer blocks, and the output of the
+    convolutional head. All blocks get the lattice of the first. Raises ValueError for a model of another family."""
     network = unwrap(model)
     first = part(network, "trans_1", "TransCAM")
     others = [module for name, module in network.named_children() if name.startswith("conv_trans_")]
@@ -82,8 +89,8 @@ def capture(model: nn.Module) -> HostCapture:
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
     """Runs the whole model on square ``images`` (B, 3, S, S), S a multiple of 16, through DDP if the model is wrapped.
-    BatchNorm's running statistics stay those of the host's own passes. ``output`` is what the model returns: the
-    logits of both branches and a class map. Raises ValueError for images of another shape."""
+    BatchNorm's running statistics do not change. ``output`` holds the logits of both branches and a class map. Raises
+    ValueError for images of another shape."""
     height, width = images.shape[-2:]
     if height != width or height % 16:
         raise ValueError(
@@ -94,7 +101,7 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) of the convolutional branch, in any range, C without the background, on the graph. The
+    """The class map (B, C, h, w) of the convolutional branch, without background, not normalised, on the graph. The
     host's "transcam" map is ``propagate_cam(cams(view), view.attention)``."""
     assert view.features is not None
     return view.features[:, 1:]

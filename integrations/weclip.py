@@ -1,39 +1,37 @@
 """WeCLIP, WeCLIP+ and ExCEL: a decoder learns to segment from the features of a frozen CLIP.
 
-What is regularised: the pairs of patches in the decoder's three blocks, and the probabilities that the decoder gives
-the classes. Nothing else can learn: CLIP and DINO are frozen, and the hosts' own class maps come from them. There is no
-class token, so the activation term has weight 0. WeCLIP+ runs one decoder on the features of CLIP and of DINO; both
-runs are regularised. The affinity that the hosts predict by a sigmoid (``attn_pred``) is no attention and has their own
-loss.
+What is regularised. The pairs of patches in the decoder's three blocks, and the probabilities that the decoder gives
+the classes. Nothing else can learn: the encoder is frozen, so its attention and the host's own class maps, which come
+from it, have no gradient and are not captured. There is no class token, so the activation term has weight 0. The host
+predicts an affinity by a sigmoid (``attn_pred``). It is not attention and has the host's own loss.
 
-The second view runs the frozen encoder, ``decoder_fts_fuse`` and ``decoder``. The hosts' whole forward would read the
-labels of the image from a file, compute Grad-CAM, refine it, and count an iteration.
+What was run. Two steps of ``train()`` ran on 2026-11-29, on a CPU with random weights, torch 2.14.1 and timm 1.0.31.
+Replaced were the data set and its loader, CLIP (by one of 12 blocks and 64 channels), OpenCV (its resize by torch's;
+the boxes around contours by the whole map), lxml (by the standard library's XML), TensorBoard and the GPU. The COCO
+scripts, ViT-L/14 and several GPUs did not run.
 
-Weights to start from, which the hosts load themselves: CLIP ViT-B/16; DINOv2 ViT-S/14 from torch.hub (WeCLIP+).
+Noise floor. In training the floor is above 0, because the fused features have dropout of 0.1.
 
-Run on 2026-11-29 with torch 2.14.1 and timm 1.0.31 on a CPU, at the commits below, with random weights: two steps of
-``train()``. Replaced: the data set and its loader, CLIP by one of 12 blocks and 64 channels, DINOv2 by a patch
-embedding of its interface, ExCEL's bank of attributes, OpenCV (its resize by torch's; the boxes around contours by the
-whole map), lxml by the standard library's, TensorBoard, the GPU. Read as the hosts read them: masks (WeCLIP) and
-annotations (WeCLIP+) of made-up images. Not run: the COCO scripts, ViT-L/14, DINOv2 itself, WeCLIP past iteration
-15000, ExCEL past 14000, WeCLIP+ past 18000, where each changes its pseudo labels; several GPUs (ExCEL ran under DDP
-with one rank).
-
-Views: sides that are multiples of 16. ExCEL resizes its position table to squares only. Noise floor: above 0 in
-training, because the fused features have dropout of 0.1. Under the flip, the terms of the first step (affinity / cam)
-were: WeCLIP 0.072 / 0.093, WeCLIP+ 0.086 / 0.069, ExCEL 0.098 / 0.094.
-
-What does not work: the attention of the frozen CLIP has no gradient and is not captured. Validation runs with a graph
-in WeCLIP and WeCLIP+; each forward of the model forgets the decoder runs of the one before, so little memory is held.
-
-The lines to add stand before the given line of the host's file at that commit, at that line's indentation. The host
-itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``numpy.lib.utils`` are gone, and
-``torch.distributed.launch`` passes ``--local-rank``.
+Several processes. The second view runs the frozen encoder, ``decoder_fts_fuse`` and ``decoder``, outside DDP's wrapper.
+The host's whole forward would read the image's labels from a file, compute and refine Grad-CAM, and count an iteration.
 
     zbf1991/WeCLIP at 0f47db4 (WeCLIP)
         title: WeCLIP
         regularises: the decoder's affinity and class probabilities, without padding
         views: multiples of 16
+
+        Weights to start from. CLIP ViT-B/16, which the host loads itself.
+
+        What was run. The masks of made-up images were read as the host reads them. Iterations past 15000, where the
+        pseudo labels change, did not run.
+
+        Views. Sides that are multiples of 16.
+
+        Noise floor. In the first step under the flip, the terms are 0.072 (affinity) and 0.093 (class map).
+
+        Memory. Validation runs with a graph. Each forward of the model forgets the decoder runs of the forward before,
+        so little memory is held.
+
         WeCLIP/scripts/dist_clip_voc.py, before line 17:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip
@@ -50,8 +48,24 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
 
     zbf1991/WeCLIP at 0f47db4 (WeCLIP+)
         title: WeCLIP+
-        regularises: the decoder's affinity on CLIP's and on DINO's features, class probabilities
+        regularises: the decoder's affinity on CLIP's and on DINO's features, class probabilities, without padding
         views: multiples of 16
+
+        What is regularised. One decoder runs on the features of CLIP and of DINO, both frozen. Both runs are
+        regularised.
+
+        Weights to start from. CLIP ViT-B/16, and DINOv2 ViT-S/14 from torch.hub, which the host loads itself.
+
+        What was run. DINOv2 was replaced by a patch embedding with its interface. The annotations of made-up images
+        were read as the host reads them. Iterations past 18000, where the pseudo labels change, did not run.
+
+        Views. Sides that are multiples of 16.
+
+        Noise floor. In the first step under the flip, the terms are 0.086 (affinity) and 0.069 (class map).
+
+        Memory. Validation runs with a graph. Each forward of the model forgets the decoder runs of the forward before,
+        so little memory is held.
+
         WeCLIP+/scripts/dist_clip_voc.py, before line 16:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip
@@ -67,6 +81,9 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
             del first, second, maps
 
     zbf1991/WeCLIP at 0f47db4, on today's torch and timm
+        setuptools has dropped ``pkg_resources``, and numpy ``numpy.lib.utils``, which the data sets import without
+        using it.
+
         WeCLIP/clip/clip.py, in place of lines 6 to 6:
             import packaging.version
         WeCLIP/datasets/voc.py, in place of lines 2 to 2:
@@ -82,6 +99,16 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
         title: ExCEL
         regularises: the decoder's affinity and class probabilities, without padding
         views: squares, multiples of 16
+
+        Weights to start from. CLIP ViT-B/16, which the host loads itself.
+
+        What was run. ExCEL's bank of attributes was replaced, too. ExCEL ran under DDP with one rank. Iterations past
+        14000, where the pseudo labels change, did not run.
+
+        Views. Squares whose side is a multiple of 16, because ExCEL resizes its position table to squares only.
+
+        Noise floor. In the first step under the flip, the terms are 0.098 (affinity) and 0.094 (class map).
+
         scripts/train_voc.py, before line 12:
             from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
             from acr_reg.integrations import weclip
@@ -98,6 +125,9 @@ itself needs the lines "on today's torch and timm": ``pkg_resources`` and ``nump
             del first, second, maps
 
     zwyang6/ExCEL at 2cd7f51, on today's torch and timm
+        setuptools has dropped ``pkg_resources``. numpy has dropped ``numpy.lib.utils``, which the data sets import
+        without using it. ``torch.distributed.launch`` passes ``--local-rank``, with a dash.
+
         clip/clip.py, in place of lines 6 to 6:
             import packaging.version
         datasets/voc.py, in place of lines 2 to 2:
@@ -126,18 +156,19 @@ __all__ = ["cams", "capture", "inside", "second_view"]
 
 
 def capture(model: nn.Module) -> HostCapture:
-    """Captures the decoder's attention and its segmentation's logits in the model's last forward. WeCLIP+ runs the
-    decoder twice, on the features of CLIP and of DINO: the layers of the first run come first, then those of the
-    second. Raises ValueError for a model of another family."""
+    """Captures the decoder's attention and its segmentation logits in the last forward of the model. WeCLIP+ runs the
+    decoder twice: the layers of the run on CLIP's features come first, then the layers of the run on DINO's. Raises
+    ValueError for a model of another family."""
     for name in ("encoder.visual", "decoder_fts_fuse", "decoder.transformer.resblocks"):
         part(unwrap(model), name, "WeCLIP")
     return _DecoderCapture(model)
 
 
 def second_view(host: HostCapture, images: Tensor) -> HostView:
-    """Runs the frozen encoder and then the decoder on ``images`` (B, 3, H, W), H and W multiples of CLIP's patch size,
-    outside DDP's wrapper: its gradients join those of the wrapped pass before DDP averages them. It reads no file and
-    makes no pseudo labels. ExCEL takes squares only. Raises ValueError for images of another size."""
+    """Runs the frozen encoder and then the decoder on ``images`` (B, 3, H, W), whose sides are multiples of the patch
+    size of CLIP. ExCEL takes squares only. The second view reads no file and makes no pseudo labels. It runs outside
+    DDP's wrapper, and its gradients join the gradients of the wrapped pass before DDP averages them. Raises ValueError
+    for images of another size."""
     network: Any = host.network
     patch, (height, width) = _patch_size(network), images.shape[-2:]
     sides = "equal multiples" if _is_excel(network) else "multiples"
@@ -150,15 +181,15 @@ def second_view(host: HostCapture, images: Tensor) -> HostView:
 
 
 def cams(view: HostView) -> Tensor:
-    """The class map (B, C, h, w) in [0, 1]: the probability of each class in the segmentation, C without the
-    background, on the graph. WeCLIP+: by the mean of both logits, as the host segments."""
+    """The class map (B, C, h, w) in [0, 1], without background, on the graph: the probability of each class in the
+    segmentation. WeCLIP+ uses the mean of the logits of both runs, as the host does."""
     assert view.features is not None
     return view.features.softmax(1)[:, 1:]
 
 
 class _DecoderCapture(HostCapture):
     """Keeps all decoder runs of one forward. The next forward forgets them, so that validation, which the hosts run
-    with a graph, holds one image's at a time."""
+    with a graph, holds the runs of one image at a time."""
 
     def __init__(self, model: nn.Module) -> None:
         self._forwards = HookSet(self)
@@ -199,7 +230,7 @@ def _patch_size(network: Any) -> int:
 
 
 def _decoder_inputs(network: Any, images: Tensor) -> list[Tensor]:
-    """What the host's forward gives its decoder, (B, C, h, w) each."""
+    """The inputs (B, C, h, w) of the decoder in the host's forward."""
     height, width = images.shape[-2:]
     patch = _patch_size(network)
     grid = height // patch, width // patch

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.hosts.docstrings import Host, Lines, all_hosts
+from benchmarks.hosts.docstrings import Host, Lines, all_hosts, by_label
 from benchmarks.marked_page import END, begin, filled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,38 +47,40 @@ def size(host: Host) -> str:
 
 def page(host: Host) -> str:
     link = f"[{host.repository}](https://github.com/{host.repository}/tree/{host.commit})"
-    what = "The lines that add all-pairs consistency to" if host.lines else "What the library does with"
+    what = "The lines that add ACR to" if host.lines else "How the library works with"
     parts = [
         f"# {host.title}",
-        f"{what} {link} at commit `{host.commit}`, and what was run.",
+        *wrapped([f"{what} {link} at commit `{host.commit}`, and what was run there."]),
         f"{MARKER}\n",
         f"| what is regularised | {host.facts['regularises']} |\n|---|---|\n| views | {host.facts['views']} |\n"
         f"| source of this page | `{host.source.relative_to(ROOT)}` |",
     ]
-    if host.note and host.note not in (host.title, "MCTformer V1 and V2"):
-        parts.append(f"Note: {host.note}.")
     if host.lines:
-        parts += ["## Lines to add", start(host), *diffs(host.lines)]
+        parts += ["## Lines to add", *wrapped([start(host)]), *diffs(host.lines)]
     if host.today:
-        parts += ["## Edits that the host itself needs on today's torch and timm", *diffs(host.today)]
+        parts += ["## Edits that the host itself needs on today's torch and timm"]
+        parts += [*wrapped(host.today_because), *diffs(host.today)]
     if host.module is not None:
         parts += ["## Put them into a checkout", by_script(host)]
-    heading = "## What to know" if host.module is None else f"## What to know about the hosts of `{host.module}`"
-    parts += [heading, host.family, f"\n{END}", AFTER]
+    parts += ["## What to know", *wrapped(by_label(host.family + host.own)), f"\n{END}", AFTER]
     return "\n\n".join(parts).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
 AFTER = """## Next
 
-The [weights](../guides/weights.md) and the [terms](../guides/terms.md) of the loss are read as in any loop. The host's
-own scripts make the class maps; [scores and formats](../reference/formats.md) says how to score their files. [All
-hosts](index.md) says which run to compare with."""
+[Weights](../guides/weights.md) and [terms](../guides/terms.md) say how to set and read the loss. The host's own scripts
+make the class maps, and [scores and formats](../reference/formats.md) says how to score them. [Host
+codebases](index.md) says which run to compare with."""
+
+
+def wrapped(paragraphs: Sequence[str]) -> list[str]:
+    return [textwrap.fill(each, 120, break_long_words=False, break_on_hyphens=False) for each in paragraphs]
 
 
 def start(host: Host) -> str:
     return (
-        "Each piece stands before the line of that number in the unchanged file, at that line's indentation"
-        + (", or replaces the lines named" if any(lines.removed for lines in host.lines) else "")
+        "Put each piece before the given line of the unchanged file, at the indentation of that line"
+        + (", or in place of the given lines" if any(lines.removed for lines in host.lines) else "")
         + "."
     )
 
@@ -94,7 +97,7 @@ def by_script(host: Host) -> str:
     folder = host.repository.partition("/")[2]
     today = f", added_lines({host.module}, *host, today=True)" if host.today else ""
     call = f"add_lines(Path({folder!r}), added_lines({host.module}, *host){today})".replace("'", '"')
-    return f"""Instead of by hand, with the checkout at that commit in `{folder}`:
+    return f"""This script adds all lines to a checkout of that commit in the folder `{folder}`:
 
 <!-- not executed: needs a checkout; tests/integrations/hosts does it -->
 

@@ -7,7 +7,7 @@ import importlib
 import pytest
 
 from acr_reg.integrations.added_lines import added_lines
-from benchmarks.hosts.docstrings import Host, all_hosts, hosts_of
+from benchmarks.hosts.docstrings import Host, all_hosts, by_label, hosts_of
 from benchmarks.hosts.page import FOLDER, SOURCES, page, pages
 from tests.support.paths import ROOT
 
@@ -66,3 +66,22 @@ def test_lines_of_two_hosts_in_one_repository_are_told_apart(tmp_path) -> None:
     one.source = ROOT / "integrations" / "family.py"
     assert "@@ before line 2 @@\n+x = 1" in page(one)
     assert "y = 1" not in page(one)
+
+
+def test_a_page_joins_what_is_said_of_its_host_and_of_the_family(tmp_path) -> None:
+    source = tmp_path / "family.py"
+    source.write_text(
+        '"""A family.\n\nWhat does not work. All.\n\nViews. Any\nview.\n\n'
+        "    a/one at 0123abc\n        title: One\n\n        Views. Of ``one``\n        only.\n\n        Words.\n\n"
+        "        f.py, before line 2:\n            x = 1\n\n"
+        "    a/one at 0123abc, on today's torch and timm\n        A reason.\n\n"
+        "        g.py, before line 1:\n            z = 1\n\n"
+        "    a/two at 0123abc\n        title: Two\n"
+        '"""\n'
+    )
+    one, two = hosts_of(source)
+    told = ["A family.", "Words.", "**Views.** Any view. Of `one` only.", "**What does not work.** All."]
+    assert by_label(one.family + one.own) == told
+    assert by_label(two.family + two.own) == ["A family.", "**Views.** Any view.", "**What does not work.** All."]
+    assert (one.today_because, two.today_because) == (["A reason."], [])
+    assert [piece.code for piece in (*one.lines, *one.today)] == [["x = 1"], ["z = 1"]]

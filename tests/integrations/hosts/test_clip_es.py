@@ -1,14 +1,14 @@
-"""CLIP-ES: class maps of its frozen CLIP, and its own maps spread over the attention that is captured. It trains
-nothing and needs no file.
+"""CLIP-ES makes class maps with a frozen CLIP. It trains nothing and needs no file.
 
-It runs 11 blocks under ``no_grad`` and the last by ``forward_last_layer``: ``Classifier`` below puts both into one
-forward, so that one run holds all 12 (``no_grad=True``). Its logits average the patches, and the class token's row of
-the last block has no gradient: ``query="all"`` reads the rows of the patches. Its affinity is the mean of the last 8
-blocks.
+The library makes the class maps of its CLIP, and spreads the host's own maps over the captured attention. CLIP-ES runs
+11 blocks under ``no_grad`` and the last one by ``forward_last_layer``. ``Classifier`` in the test puts both into one
+forward, so that one run holds all 12 blocks (``no_grad=True``). The logits average the patches, and the class token's
+row of the last block has no gradient, so ``query="all"`` reads the rows of the patches. The affinity is the mean of the
+last 8 blocks.
 
-Run on 2026-11-29 with torch 2.14.1 on a CPU, random weights, a CLIP of 12 blocks of 64 channels, images of 64 x 96,
-with the host's ``encode_image``, ``forward_last_layer`` and ``GradCAM``. Stubbed: OpenCV, lxml, ttach and
-pkg_resources, which these parts do not call.
+What was run. On 2026-11-29, on a CPU with torch 2.14.1 and random weights: a CLIP of 12 blocks and 64 channels on
+images of 64 x 96, with the host's ``encode_image``, ``forward_last_layer`` and ``GradCAM``. Replaced were OpenCV, lxml,
+ttach and pkg_resources, which these parts do not call.
 
     linyq2117/CLIP-ES at 3893f81
         title: CLIP-ES

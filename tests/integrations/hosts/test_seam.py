@@ -1,15 +1,21 @@
-"""SEAM: its equivariance term by ``cam_consistency``, in its own training script. It needs no file of its own.
+"""SEAM: ``cam_consistency`` replaces its equivariance term in its own training script. It needs no file.
 
-SEAM is a CNN: there is no attention to capture, and ``AllPairsConsistencyLoss`` needs some. Its loop runs both views
-itself, the second scaled by 0.3, and its other loss compares the pair pixel by pixel: ``Scale`` alone fits there.
-``cam_consistency`` is a mean over the classes present, SEAM's over all 20 with zeros for the absent: hence the factor.
-The host resizes with ``align_corners`` and reads single pixels, the library by the pixels' centres, and averages the
-finer map: on smooth maps of the host's 448 px the term is 1.4 % larger, its gradient has a cosine of 0.9986 with the
-host's; where 0.3 of the side is no whole number of pixels and the map is small (64 px), 9 % and 0.83.
+SEAM is a CNN. It has no attention to capture, and ``AllPairsConsistencyLoss`` needs attention. The lines use
+``cam_consistency`` alone. It is a mean over the classes present, and SEAM's term is a mean over all 20 classes with
+zeros for the absent ones, so the lines multiply by ``present.mean()``.
 
-Run on 2026-11-25 with torch 2.14.1 on a CPU, random weights, 80 px, two iterations. Stubbed: data set and loader,
-checkpoint, TensorBoard, the pictures of the first step (OpenCV, pydensecrf), saving. Its step needs no edits on
-today's torch; reading photos does (``PIL.Image.CUBIC`` is gone). At 80 px the first step's term is 9 % larger.
+The two terms differ a little. The host resizes with ``align_corners`` and reads single pixels; the library goes by the
+pixels' centres and averages the finer map. On smooth maps of the host's 448 px the library's term is 1.4 % larger, and
+its gradient has a cosine of 0.9986 with the host's. On small maps (64 px), where 0.3 of the side is not a whole number
+of pixels, it is 9 % larger with a cosine of 0.83.
+
+What was run. Two iterations ran on 2026-11-25 at 80 px, on a CPU with torch 2.14.1 and random weights. The first step's
+term is 9 % larger. Replaced were the data set and its loader, the checkpoint, TensorBoard, the pictures of the first
+step (OpenCV, pydensecrf) and saving. The step needs no edits on today's torch. Reading photos does, because Pillow has
+dropped the name ``CUBIC``.
+
+Views. The loop runs both views itself, the second scaled by 0.3. Only ``Scale`` fits there, because the host's other
+loss compares the pair pixel by pixel.
 
     YudeWang/SEAM at 3212261
         title: SEAM

@@ -1,12 +1,14 @@
 """TS-CAM: its own training function with the generic lines, ``HostCapture`` on ``capture_attention``. It needs no file.
 
-What is regularised: the class token's row and the pairs of patches of all 12 blocks, and the map of the convolutional
-head, which ``FeatureRecorder`` sees. The host classifies by that map alone, so its own loss gives the last block's
-class row no gradient; the activation term does. An image has one class. Views: squares of the size it trains at.
+What is regularised. The class token's row and the pairs of patches of all 12 blocks, and the map of the convolutional
+head, which ``FeatureRecorder`` records. The host classifies by that map alone, so its own loss gives the last block's
+class token no gradient. The activation term does. An image has one class.
 
-Run on 2026-11-29 with torch 2.14.1 and timm 1.0.31 on a CPU, random weights, DeiT-Ti at 96 px with 8 classes: two steps
-of ``train_one_epoch``. Stubbed: the loader, the TensorBoard writer, OpenCV, the GPU. 164140757/SCM, which grew from it,
-was not run: at be5bdfa its training script is no Python (line 80).
+What was run. Two steps of ``train_one_epoch`` ran on 2026-11-29, on a CPU with torch 2.14.1, timm 1.0.31 and random
+weights, with DeiT-Ti at 96 px and 8 classes. Replaced were the loader, the TensorBoard writer, OpenCV and the GPU.
+164140757/SCM, which grew from TS-CAM, did not run: at be5bdfa its training script has a syntax error (line 80).
+
+Views. Squares of the size that the model trains at.
 
     vasgaowei/TS-CAM at 25aece4
         title: TS-CAM
