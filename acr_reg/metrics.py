@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
-
-from acr_reg._tensors import at_least_float32
 
 __all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"]
 
@@ -436,7 +435,8 @@ def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.generic]:
     """As an array: a tensor may lie on a GPU, carry a graph or hold bfloat16, none of which numpy reads."""
     if not isinstance(values, Tensor):
         return np.asarray(values)
-    return np.asarray(at_least_float32(values.detach()).cpu())
+    tensor = values.detach().cpu()
+    return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
 
 def _codes(

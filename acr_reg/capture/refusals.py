@@ -181,8 +181,8 @@ def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, s
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
     if log.taken and not reasons and not log.without_grad:
         raise CaptureError(
-            f"No attention of {type(index.model).__name__} ran since the last take(). Call take() once after each "
-            "forward of this model; copies, such as an EMA, are not captured."
+            f"No attention of {type(index.model).__name__} ran since the last take(). Take once after each forward "
+            "of this model, not of a copy such as an EMA."
         )
     if log.without_grad:
         reasons.append(
