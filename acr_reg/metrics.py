@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 __all__ = ["CamCounts", "CamMeanIoU", "CamScores", "LabelMeanIoU", "LabelScores"]
 
@@ -60,6 +62,11 @@ class CamScores:
     per_class_iou: FloatArray
     false_positive_rate: FloatArray
     false_negative_rate: FloatArray
+
+    def __repr__(self) -> str:
+        at = "" if self.best_threshold is None else f", best_threshold={self.best_threshold:g}"
+        scored = int(np.isfinite(self.per_class_iou).sum())
+        return f"CamScores(best_miou={self.best_miou:.4f}{at}, over {scored} of {self.per_class_iou.size} classes)"
 
 
 class CamMeanIoU:
@@ -122,7 +129,8 @@ class CamMeanIoU:
         """Counts one image. An error counts nothing.
 
         Args:
-            cam: (K, H, W) maps of K classes; in [0, 1] with background, any finite values without.
+            cam: (K, H, W) maps of K classes; in [0, 1] with background, any finite values without. A tensor may be on
+                a GPU or carry a graph.
             mask: (H, W) integer ids of the truth, ignore_index where unknown.
             classes: ids of the K maps; other classes are never predicted. Default: all ids in order, without
                 background. K = 0 is an image without classes: all background.
@@ -131,7 +139,7 @@ class CamMeanIoU:
             ValueError: shapes that disagree (resize the maps first), NaN or values outside [0, 1], ids out of range,
                 repeated classes, or no map without background.
         """
-        maps, truth = np.asarray(cam), np.asarray(mask)
+        maps, truth = _array(cam), _array(mask)
         if maps.ndim != 3 or truth.ndim != 2:
             raise ValueError(
                 f"cam has shape {maps.shape} and mask {truth.shape}. Pass (K, H, W), one map per class, and (H, W)."
@@ -267,7 +275,9 @@ class CamMeanIoU:
         if not np.isfinite([low, high]).all():
             raise ValueError("cam has NaN or infinite values. Check how it is normalised: 0 / 0 in an empty map?")
         if self.background and (low < -ROUNDING or high > 1 + ROUNDING):
-            raise ValueError(f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1].")
+            raise ValueError(
+                f"cam has values from {low:.4g} to {high:.4g}. Normalise each map to [0, 1], as normalize_cam does."
+            )
 
     def _checked_classes(self, classes: Sequence[int] | None, count: int) -> npt.NDArray[np.int64]:
         first = 1 if self.background else 0
@@ -359,7 +369,7 @@ class LabelMeanIoU:
         Raises:
             ValueError: shapes that disagree, other dtypes, or ids out of range.
         """
-        predicted, truth = np.asarray(labels), np.asarray(mask)
+        predicted, truth = _array(labels), _array(mask)
         if predicted.ndim != 2 or predicted.shape != truth.shape:
             raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), of one size.")
         column = _codes("labels", predicted, self.num_classes, self.ignore_index)
@@ -419,6 +429,14 @@ def _even_step(thresholds: npt.NDArray[np.float64]) -> float | None:
     step = float(thresholds[-1] - thresholds[0]) / (thresholds.size - 1)
     even = np.abs(thresholds - thresholds[0] - step * np.arange(thresholds.size)).max() < EVEN * step
     return step if even and step > SMALLEST_STEP else None
+
+
+def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.generic]:
+    """As an array: a tensor may lie on a GPU, carry a graph or hold bfloat16, none of which numpy reads."""
+    if not isinstance(values, Tensor):
+        return np.asarray(values)
+    tensor = values.detach().cpu()
+    return np.asarray(tensor.float() if tensor.dtype is torch.bfloat16 else tensor)
 
 
 def _codes(

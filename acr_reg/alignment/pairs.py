@@ -35,8 +35,8 @@ def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
     name = f"layer {a.index} ({a.name})"
     if a.shape[:2] != b.shape[:2]:
         raise ValueError(
-            f"{name}: one view has {a.shape[0]} images with {a.shape[1]} heads and the other {b.shape[0]} with "
-            f"{b.shape[1]}. Take both from the same model and images."
+            f"{name}: the views have {a.shape[0]} and {b.shape[0]} images, {a.shape[1]} and {b.shape[1]} "
+            "heads. Take both from the same model and images."
         )
     view.check_batch(a.shape[0])
     sides: tuple[Literal["query", "key"], ...] = ("query", "key")

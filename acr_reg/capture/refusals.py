@@ -179,6 +179,11 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:
     """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
+    if log.taken and not reasons and not log.without_grad:
+        raise CaptureError(
+            f"No attention of {type(index.model).__name__} ran since the last take(). Take once after each forward "
+            "of this model, not of a copy such as an EMA."
+        )
     if log.without_grad:
         reasons.append(
             f"{log.without_grad} module calls ran under torch.no_grad: capture with no_grad=True, or "

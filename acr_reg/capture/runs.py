@@ -82,6 +82,7 @@ class RunLog:
         self.keep = keep
         self.runs: list[Run] = []
         self.started = 0
+        self.taken = False  # whether any run was ever taken
         self.outside: list[str] = []  # softmaxes of passes without attention, in words
         self.without_grad = 0  # module calls under torch.no_grad that were not recorded
 
@@ -115,6 +116,7 @@ class RunLog:
         """Returns the complete runs and forgets them."""
         # Copies, because a thread still refers to its last run but must not keep the tensors.
         runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole and not run.is_elsewhere]
+        self.taken = self.taken or bool(runs)
         self.clear()
         return runs
 

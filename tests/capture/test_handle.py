@@ -84,6 +84,20 @@ def test_nothing_captured_names_the_modules_that_look_like_attention(warm: bool)
             assert says(error, "No token-to-token attention of PlainEncoder", ", ".join(named), "and more", "softmax")
 
 
+def test_a_second_take_of_one_forward_says_that_nothing_ran_since_the_first() -> None:
+    model = explicit_vit()
+    with capture_attention(model) as attention:
+        model(images())
+        attention.take()
+        for _ in range(2):
+            with pytest.raises(CaptureError, match=r"since the last take\(\).*copies"):
+                attention.take()
+        with torch.no_grad():
+            model(images())
+        with pytest.raises(CaptureError, match=r"under torch\.no_grad"):
+            attention.take()
+
+
 def test_nothing_captured_says_that_nothing_ran() -> None:
     model = explicit_vit()
     with capture_attention(model) as attention:
@@ -104,4 +118,4 @@ def test_a_pass_is_taken_once() -> None:
             attention.take()
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "must run in this model")
+            assert says(error, "since the last take()")

@@ -3,6 +3,7 @@ confusion matrix, counted pixel by pixel."""
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -525,3 +526,20 @@ def test_bad_label_maps_are_named_and_count_nothing(labels, mask, message):
 def test_label_counters_need_a_class():
     with pytest.raises(ValueError, match=r"num_classes is 0.*at least 1"):
         LabelMeanIoU(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_tensors_are_counted_as_arrays_are_even_with_a_graph_or_in_half_precision(dtype):
+    cam, mask = torch.tensor([[[0.75, 0.25]]], dtype=dtype, requires_grad=True), torch.tensor([[1, 0]])
+    metric = CamMeanIoU(num_classes=2)
+    metric.update(cam, mask)
+    assert metric.compute().best_threshold == 0.25 and metric.compute().best_miou == 1
+
+
+def test_printed_scores_are_one_line_with_the_best_miou():
+    metric = CamMeanIoU(num_classes=3)
+    metric.update(np.array([[[0.9, 0.2]]]), np.array([[1, 0]]), classes=[1])
+    assert repr(metric.compute()) == "CamScores(best_miou=1.0000, best_threshold=0.2, over 2 of 3 classes)"
+    metric = CamMeanIoU(num_classes=2, background=False)
+    metric.update(np.array([[[0.9, 0.2]]]), np.array([[1, 1]]), classes=[1])
+    assert repr(metric.compute()) == "CamScores(best_miou=1.0000, over 1 of 2 classes)"
