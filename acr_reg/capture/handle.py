@@ -177,7 +177,7 @@ class AttentionCapture(Removable):
     def _finished(recorder: Recorder) -> list[Run]:
         runs = recorder.finish()
         if not runs:
-            refuse_empty(recorder.index, recorder.log)
+            refuse_empty(recorder.index, recorder.log, taken_before=recorder.starts.last_count > 0)
         return runs
 
     def _warn(self, kind: str, message: str | None) -> None:

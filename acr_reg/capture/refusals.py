@@ -176,8 +176,11 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
         yield from _tensors_in(list(vars(output).values()))
 
 
-def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:
-    """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
+def refuse_empty(
+    index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = (), *, taken_before: bool = False
+) -> NoReturn:
+    """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets.
+    ``taken_before``: maps of an earlier run were taken, so the model itself can be captured."""
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
     if log.without_grad:
         reasons.append(
@@ -185,6 +188,11 @@ def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, s
             "use_reentrant=False if checkpointing made them"
         )
     log.without_grad, log.outside = 0, []
+    if taken_before and not reasons:
+        raise CaptureError(
+            f"{type(index.model).__name__} has not run since the last take(). Run it before each take(), and not a copy "
+            "of it such as an EMA."
+        )
     named = index.named_attention()
     if named and not any(name.partition(" ")[0] in reason for name in named for reason in reasons):
         reasons.append(f"none was seen in {', '.join(named[:3])}{' and more' * (len(named) > 3)}")

@@ -104,4 +104,4 @@ def test_a_pass_is_taken_once() -> None:
             attention.take()
             with pytest.raises(CaptureError) as error:
                 attention.take()
-            assert says(error, "must run in this model")
+            assert says(error, type(model).__name__, "since the last take()", "not a copy")
