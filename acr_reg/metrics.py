@@ -61,6 +61,11 @@ class CamScores:
     false_positive_rate: FloatArray
     false_negative_rate: FloatArray
 
+    def __str__(self) -> str:
+        """The mIoU, its threshold, and the number of ids that it is the mean of."""
+        at = "" if self.best_threshold is None else f" at threshold {self.best_threshold:g}"
+        return f"mIoU {self.best_miou:.4f}{at}, {_over_ids(self.per_class_iou)}"
+
 
 class CamMeanIoU:
     """Counts class maps against masks, image by image, and computes mIoU for all background thresholds.
@@ -91,6 +96,8 @@ class CamMeanIoU:
     >>> scores = metric.compute()
     >>> scores.best_threshold, scores.best_miou
     (0.2, 1.0)
+    >>> print(scores)
+    mIoU 1.0000 at threshold 0.2, over 2 of 2 ids
     """
 
     def __init__(
@@ -291,6 +298,10 @@ class CamMeanIoU:
         return self.num_classes, tuple(self.thresholds.tolist()), self.background, self.ignore_index
 
 
+def _over_ids(per_class_iou: FloatArray) -> str:
+    return f"over {np.count_nonzero(~np.isnan(per_class_iou))} of {len(per_class_iou)} ids"
+
+
 @dataclass(frozen=True, eq=False)
 class LabelScores:
     """Scores of the label maps of one data set, in [0, 1]; C classes.
@@ -312,6 +323,10 @@ class LabelScores:
     pixel_accuracy: float
     per_class_accuracy: FloatArray
     class_accuracy: float
+
+    def __str__(self) -> str:
+        """The mIoU, the number of ids that it is the mean of, and the accuracy."""
+        return f"mIoU {self.miou:.4f}, {_over_ids(self.per_class_iou)}; pixel accuracy {self.pixel_accuracy:.4f}"
 
 
 class LabelMeanIoU:

@@ -276,6 +276,18 @@ def test_the_lowest_of_equal_thresholds_is_best():
     np.testing.assert_array_equal(np.flatnonzero(scores.miou == 1), np.arange(25, 75))
 
 
+def test_scores_print_as_one_line_with_the_threshold_if_there_is_one():
+    metric = CamMeanIoU(4, thresholds=[0.25, 0.5])
+    metric.update(np.array([[[0.25, 0.75]], [[0.0, 0.0]], [[0.0, 0.0]]]), np.array([[0, 2]]))
+    assert str(metric.compute()) == "mIoU 0.3333 at threshold 0.25, over 3 of 4 ids"
+    without = CamMeanIoU(2, background=False)
+    without.update(np.array([[[0.9, 0.1]], [[0.1, 0.9]]]), np.array([[0, 1]]))
+    assert str(without.compute()) == "mIoU 1.0000, over 2 of 2 ids"
+    labels = LabelMeanIoU(3)
+    labels.update(np.array([[0, 1]]), np.array([[0, 0]]))
+    assert str(labels.compute()) == "mIoU 0.2500, over 2 of 3 ids; pixel accuracy 0.5000"
+
+
 def test_ignored_pixels_count_nowhere():
     rng = np.random.default_rng(1)
     cam, mask = rng.random((1, 4, 6)), rng.integers(0, 2, (4, 6))
