@@ -190,8 +190,8 @@ def refuse_empty(
     log.without_grad, log.outside = 0, []
     if taken_before and not reasons:
         raise CaptureError(
-            f"{type(index.model).__name__} has not run since the last take(). Run it before each take(), and not a copy "
-            "of it such as an EMA."
+            f"{type(index.model).__name__} has not run since the last take(). Run it before each take(), and not a "
+            "copy of it such as an EMA."
         )
     named = index.named_attention()
     if named and not any(name.partition(" ")[0] in reason for name in named for reason in reasons):
