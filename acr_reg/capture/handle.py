@@ -52,7 +52,8 @@ def capture_attention(
         modules: capture only attention within these modules or names, such as one of two encoders; None means all.
         class_tokens: for models with several class tokens, such as MCTformer. C (the number of classes) says that the
             first C tokens are class tokens and token c belongs to class c. A list gives positions among all tokens (-1
-            is the last). Not needed for one class token.
+            is the last). Not needed for one class token, nor for a parameter named ``cls_token(s)`` or
+            ``class_token(s)``.
         patch_size, num_prefix_tokens, num_suffix_tokens: describe the tokens if the model's own fields are missing or
             wrong. Prefix tokens stand before the patches and suffix tokens behind them.
         image_channels: the number of bands of the images, if they have more than four.

@@ -265,7 +265,7 @@ def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | 
 
 def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[dict[str, float], str | None]:
     layout = maps_a[0].placed
-    without_class_token = layout is not None and not layout.class_tokens
+    without_class_token = layout is not None and layout.class_tokens == ()  # None is unknown, which the loss refuses
     acr = AllPairsConsistencyLoss(view, activation_weight=0.0 if without_class_token else None)
     try:
         with torch.no_grad(), warnings.catch_warnings():

@@ -437,12 +437,12 @@ def test_a_head_of_zeros_is_told_from_logits_that_are_pooled_from_patches(build)
     nn.init.zeros_(model.head.weight)
     maps, [message] = _warned(model)
     assert not maps.any()
-    assert "head of zeros" in message and "pooled" not in message
+    assert "head of zeros" in message and "pool" not in message
     nn.init.normal_(model.head.weight)
     assert _warned(model)[1] == []
     model.forward = lambda x: _pooled(model, x)
     _, [message] = _warned(model, start_layer=-1)
-    assert "pooled from patches" in message and "zeros" not in message
+    assert "pool patches" in message and 'query="all"' in message and "zeros" not in message
 
 
 # ---- scales

@@ -90,6 +90,17 @@ class Vit(nn.Module):
         return self.head(self.blocks(tokens)[:, 0])
 
 
+class SeveralTokens(Vit):
+    """Three tokens before the patches, whose name does not say whether they are class tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(plain, ExplicitBlock, class_token=False)
+        self.queries = nn.Parameter(torch.randn(1, 3, 32))
+
+    def tokens(self, images: Tensor) -> Tensor:
+        return torch.cat([self.queries.expand(len(images), -1, -1), super().tokens(images)], 1)
+
+
 class ColumnsFirst(Vit):
     """Its tokens run down the columns of the image, where everybody expects them along the rows."""
 
@@ -658,6 +669,10 @@ def test_what_a_capture_takes_is_passed_on() -> None:
     assert (report.layers[0].prefix, report.layers[0].class_tokens) == (1, ())
     assert report.ok
     assert "activation" not in report.terms
+    unknown = check(SeveralTokens(), x)
+    assert not unknown.ok
+    assert "class_tokens=" in unknown.problems[0]
+    assert check(SeveralTokens(), x, class_tokens=3).terms["activation"] > 0
     wrong = check(model, x, patch_size=16)
     assert not wrong.ok
     assert "16 x 16" in wrong.problems[0]
