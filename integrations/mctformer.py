@@ -209,7 +209,7 @@ def _num_classes(network: nn.Module) -> int:
     if not hasattr(network, "num_classes_with_fg") and (classes == 0 or tokens != classes):
         raise ValueError(
             f"{type(network).__name__} has {tokens} class tokens for {classes} classes, unlike the MCTformer family. "
-            "Use the host file for it (docs/hosts), or capture_attention."
+            "Use its host file (docs/hosts), or capture_attention."
         )
     return classes
 
