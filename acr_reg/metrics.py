@@ -284,7 +284,13 @@ class CamMeanIoU:
         valid = f"ids {first} to {self.num_classes - 1}" + (" (0 is background)" if self.background else "")
         ids = np.arange(first, self.num_classes) if classes is None else np.asarray(classes)
         if ids.shape != (count,):
-            raise ValueError(f"cam has {count} maps for {ids.size} classes. Pass one id for each map in classes=.")
+            if classes is not None:
+                raise ValueError(f"cam has {count} maps for {ids.size} classes. Pass one id for each map in classes=.")
+            counts = f"num_classes={self.num_classes}{' counts background' if self.background else ''}"
+            raise ValueError(
+                f"cam has {count} maps for {ids.size} classes: {counts}. Correct it, or pass one id for each map in "
+                "classes=."
+            )
         if count == 0 and not self.background:
             raise ValueError("cam has no map. Without background, pass at least one.")
         if count == 0:

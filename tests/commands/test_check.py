@@ -195,6 +195,7 @@ def test_a_model_under_no_grad_is_seen_by_no_grad(
         ([*TINY[:1], "--size", "1", "2", "3"], ["--size 1 2 3 ", "one or two"]),
         ([*TINY[:1], "--size", "100000"], ["--size 100000 ", "1 to 4096"]),
         ([*TINY[:1], "--batch", "0"], ["--batch 0 ", "at least 1"]),
+        ([*TINY[:5]], ["images (2, 3, 224, 224)", "another size, pass --size"]),
         ([*TINY, "--view", "half"], ["view of 32 x 32 px", "--set dynamic_img_size=True"]),
     ],
 )

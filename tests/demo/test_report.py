@@ -60,10 +60,10 @@ def test_only_the_two_networks_compared_can_void_the_verdict() -> None:
     assert "mean nothing" in said(0.9, 0.84, 0.9)
 
 
-def test_the_output_fits_a_hundred_columns() -> None:
-    """With the longest name and hours of training."""
+def test_the_table_fits_a_terminal_of_80_columns_and_the_verdict_100() -> None:
+    """With the longest name, hours of training and much memory."""
     raw, propagated = MapScore(0.3, 0.51, [], [], []), MapScore(0.2, 0.72, [], [], [])
-    training = Training([], seconds=9998, cpu_seconds=9999, peak_memory=2**30)
+    training = Training([], seconds=9998, cpu_seconds=9999, peak_memory=10 * 2**30)
     rows = [scored("all background", 0.4)]
     for name, miou in ((WITHOUT, 0.9), (WITH, 0.8), (CONTROL, 0.7)):
         terms = {"entropy": miou / 2, "activation": miou / 4, "affinity": miou / 8}
@@ -78,11 +78,13 @@ def test_the_output_fits_a_hundred_columns() -> None:
         "view distance, class rows 0.225 -> 0.200",
         "view distance, patch rows 0.113 -> 0.100",
     ]
-    console = Console(width=100, file=StringIO())
+    console = Console(width=80, file=StringIO())
     console.print(table("A title", rows))
     printed = console.file.getvalue().splitlines()
     (control,) = (line.split() for line in printed if CONTROL in line)
-    assert control[-9:] == ["0.700", "0.300", "0.51", "0.200", "0.72", "0.350", "9998", "9999", "1.00"]
+    assert control[-9:] == ["0.700", "0.300", "0.51", "0.200", "0.72", "0.350", "9998", "9999", "10.00"]
+    assert not [line for line in printed if "…" in line]
+    assert [line.split()[0] for line in printed[-4:]] == ["all", "without", "with", "ACR,"]
 
 
 @pytest.mark.parametrize(("propagated", "said"), [(0.4, True), (0.5, False)])

@@ -353,7 +353,7 @@ NAN = np.where(np.arange(6).reshape(1, 2, 3) == 4, np.nan, 0.5)
         (CAM, MASK, [3], r"classes are \[3\].* ids 1 to 2"),
         (CAM, MASK, [1.0], "classes .*float64.* ids 1 to 2"),
         (CAM, MASK, [1, 2], "cam has 1 maps for 2 classes"),
-        (CAM, MASK, None, "cam has 1 maps for 2 classes.*classes="),
+        (CAM, MASK, None, "cam has 1 maps for 2 classes: num_classes=3 counts background.*classes="),
         (np.concatenate([CAM, CAM]), MASK, [2, 2], r"classes are \[2, 2\].*each class once"),
         (CAM, MASK + 1, [1], r"mask with ids \[3, 256\].* 0 to 2, or 255"),
         (CAM, MASK - 1, [1], r"mask with ids \[-1, 254\]"),

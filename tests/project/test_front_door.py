@@ -42,6 +42,12 @@ def test_the_script_to_copy_is_the_diff_applied() -> None:
     assert [line for line in script.source.splitlines() if line] == left
 
 
+def test_the_readme_normalises_the_class_maps_that_it_scores() -> None:
+    """Class maps by gradient may have any maximum. CamMeanIoU compares them with thresholds from 0 to 1."""
+    (maps,) = (block.source for block in blocks_of(README) if "GradientCam(" in block.source)
+    assert "cams = normalize_cam(" in maps
+
+
 def test_the_newest_release_is_this_version() -> None:
     assert re.findall(r"^## \[([\d.]+)\]", CHANGELOG, re.M)[0] == acr_reg.__version__
 
