@@ -14,7 +14,7 @@ from PIL import Image
 from benchmarks.study import __main__ as study
 from benchmarks.study.cells import Bench
 from benchmarks.study.page.pictures import affinities, chosen_cells, draw_curves, first_photos, query_patch
-from benchmarks.study.page.report import report
+from benchmarks.study.page.report import appendix
 from benchmarks.study.photos import Photos, Places
 from benchmarks.study.settings import SETS, Cell, base
 from tests.support.study import SIZE, make_photos, tiny_vit
@@ -53,9 +53,9 @@ def test_pictures_are_drawn_and_the_page_shows_them(bench: Bench, tmp_path: Path
     for path in folder.iterdir():
         with Image.open(path) as picture:
             assert len(picture.convert("RGB").getcolors(1 << 22) or ()) > 100
-    page = report(bench.results, folder)
+    page = appendix(bench.results, photos, folder)
     assert all(f"(study/{name})" in page for name in expected)
-    assert "(study/" not in report(bench.results)
+    assert "(study/" not in appendix(bench.results, photos)
 
 
 def test_pictures_show_what_dev_chose_and_photos_of_a_shuffle(bench: Bench, places: Places):

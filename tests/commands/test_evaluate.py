@@ -307,7 +307,7 @@ def test_a_missing_extra_is_named(data, run, monkeypatch, package):
     for module in ("commands.evaluate", "integrations.scoring", "integrations.formats.masks"):
         monkeypatch.delitem(sys.modules, f"acr_reg.{module}")
     result = run("evaluate", *data.options())
-    assert_user_error(result, rf'the package {package}\..*pip install -e "\.\[demo\]"')
+    assert_user_error(result, rf'[Tt]he package {package}\b.*pip install -e "\.\[demo\]"')
 
 
 def test_help_needs_no_extra(tmp_path):
