@@ -77,7 +77,7 @@ def scenes(results: Path) -> str:
         [
             head,
             wrapped(about) + "\n",
-            f"    python -m acr_reg {' '.join(run['command'])}\n",
+            f"```bash\npython -m acr_reg {' '.join(run['command'])}\n```\n",
             f"## Means over {len(seeds)} seeds\n",
             table(["", "mAP", "raw CAM mIoU", "propagated", "entropy", "CPU s"], rows) + "\n",
             "## Raw CAM mIoU by seed\n",
