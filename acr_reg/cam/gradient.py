@@ -287,6 +287,6 @@ def _warn_silent(layers: list[LayerAttention], query: str, moves: bool) -> None:
         return
     warnings.warn(
         f"No positive gradient reaches the {'class row' if query == 'class' else 'rows'} of {_named(layers)}. If "
-        'logits pool patches, use query="all". If they average a LayerNorm, train it.',
+        'logits pool patches, use query="all". An untrained LayerNorm\'s mean has none.',
         stacklevel=3,
     )

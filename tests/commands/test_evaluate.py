@@ -305,7 +305,7 @@ def test_a_missing_extra_is_named(data, run, monkeypatch, package):
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, package, None)
     for module in ("commands.evaluate", "integrations.scoring", "integrations.formats.masks"):
-        monkeypatch.delitem(sys.modules, f"acr_reg.{module}")
+        monkeypatch.delitem(sys.modules, f"acr_reg.{module}", raising=False)
     result = run("evaluate", *data.options())
     assert_user_error(result, rf'[Tt]he package {package}\b.*pip install -e "\.\[demo\]"')
 
