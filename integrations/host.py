@@ -7,7 +7,7 @@ Each host file serves a family of hosts with the same three functions:
 - ``cams(view)`` returns the host's own class map of a view, (B, C, h, w), on the graph.
 
 In the host's training loop, call ``first = host.take()`` after the host's forward pass, then ``second_view`` and the
-loss. The docstring of each file lists its hosts and the lines to add; :mod:`acr_reg.integrations.added_lines` reads it.
+loss. The docstring of each file lists its hosts and the lines to add; ``acr_reg.integrations.added_lines`` reads it.
 """
 
 from __future__ import annotations
