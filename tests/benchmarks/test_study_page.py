@@ -205,7 +205,7 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
         assert said in error and "--controls" in error
     assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
     page = scenes(tmp_path)
-    assert "    python -m acr_reg demo --controls\n" in page  # not where this machine wrote it
+    assert "```bash\npython -m acr_reg demo --controls\n" in page  # not where this machine wrote it
     assert "| from without ACR to with ACR | +0.060 (+0.060 to +0.060), 2 of 2 | +0.030" in page
     assert "| from ACR, flip not undone to with ACR | +0.030" in page
     assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page

@@ -106,10 +106,10 @@ def test_layers_that_disagree():
 def test_images_and_heads_that_disagree():
     a = random_attention((3, 5), batch=2, heads=3)
     for kwargs, numbers in [
-        ({"batch": 4}, ("2 images with 3 heads", "4 with 3")),
-        ({"heads": 6}, ("2 images with 3 heads", "2 with 6")),
+        ({"batch": 4}, ("2 and 4 images", "3 and 3 heads")),
+        ({"heads": 6}, ("2 and 2 images", "3 and 6 heads")),
     ]:
-        with pytest.raises(ValueError, match="images with") as error:
+        with pytest.raises(ValueError, match="the views have") as error:
             AllPairsConsistencyLoss(HorizontalFlip())(a, random_attention((3, 5), **{"batch": 2, "heads": 3, **kwargs}))
         assert says(error, "layer 0", *numbers)
 
