@@ -12,17 +12,18 @@ from benchmarks.hosts.page import FOLDER, SOURCES, page, pages
 from tests.support.paths import ROOT
 
 HOSTS = all_hosts(SOURCES)
+PAGES = pages()
 RECIPE = "recipe_mctformer_plus.md"
 
 
-@pytest.mark.parametrize("path", pages(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_the_page_is_current(path) -> None:
     """python -m benchmarks.hosts --write"""
-    assert path.read_text(encoding="utf-8") == pages()[path]
+    assert path.read_text(encoding="utf-8") == PAGES[path]
 
 
 def test_there_is_no_other_page() -> None:
-    assert {path.name for path in FOLDER.glob("*.md")} == {path.name for path in pages()} | {RECIPE}
+    assert {path.name for path in FOLDER.glob("*.md")} == {path.name for path in PAGES} | {RECIPE}
 
 
 def test_every_host_file_has_pages() -> None:
