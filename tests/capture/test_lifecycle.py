@@ -345,7 +345,7 @@ def test_copies_made_during_or_after_a_capture_carry_none(
             assert torch.equal(other(x), expected)
             assert depths == [0], "a copy must not be watched"
             other.encoder[1].call = None
-            with pytest.raises(CaptureError, match="not (of )?a copy"):
+            with pytest.raises(CaptureError, match=r"not (of )?a copy"):
                 attention.take()
         model(x)
         expected_maps = attention.take()
