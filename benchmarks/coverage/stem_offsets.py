@@ -1,7 +1,7 @@
 """Where an overlapping stem puts tokens, and how much the loss of a flipped pair errs without knowing it.
 
     python -m benchmarks.coverage.stem_offsets            # SegFormer (MiT) and PVTv2, random weights; a minute
-    python -m benchmarks.coverage.stem_offsets --write    # also benchmarks/coverage/stem_offsets.json
+    python -m benchmarks.coverage.stem_offsets --write    # also stem_offsets.json and the table of views.md
 
 "Before" treats the tokens as a grid that divides the image evenly, so that a flip matches query and key n-1-j with j.
 "After" uses the lattices that the capture reads off the model's convolutions. The distance between matched tokens on
@@ -13,12 +13,14 @@ its own mirror image) the network favours no side, so that only the alignment is
 from __future__ import annotations
 
 import argparse
+import json
 import platform
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -30,7 +32,10 @@ from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Latt
 from acr_reg.demo.record import write_json
 from acr_reg.inspection.offsets import token_offsets
 from acr_reg.integrations.jobs.progress import show_progress
+from benchmarks.marked_page import begin, fill
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "views.md"
+MARKER = begin("coverage.stem_offsets --write")
 VIEW = HorizontalFlip()
 
 
@@ -155,9 +160,28 @@ def measure(name: str, config: Config) -> list[Result]:
     ]
 
 
+def table(rows: Iterable[Mapping[str, Any]]) -> str:
+    """SegFormer's rows: where its tokens lie, and what matching them by their centres changes."""
+    titles = (
+        "queries, px",
+        "keys, px",
+        "queries apart, px",
+        "keys apart, px",
+        "affinity term",
+        "with mirrored kernels",
+    )
+    lines = [f"| stage | {' | '.join(titles)} |", "|---|---|---|---|---|---|---|"]
+    for stage, row in enumerate((row for row in rows if row["model"] == "SegFormer"), start=1):
+        places = [f"{offset:g} of {stride:g}" for offset, stride in (row["query"], row["key"])]
+        apart = ["{:.1f} → {:.1f}".format(*row[name]) for name in ("query_apart", "key_apart")]
+        terms = ["{:.2f} → {:.2f}".format(*row[name]) for name in ("loss", "loss_mirrored")]
+        lines.append(f"| {stage} | {' | '.join((*places, *apart, *terms))} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.coverage.stem_offsets", description="Offsets of stems.")
-    parser.add_argument("--write", action="store_true", help="write benchmarks/coverage/stem_offsets.json")
+    parser.add_argument("--write", action="store_true", help="write stem_offsets.json and the table of views.md")
     args = parser.parse_args(arguments)
     config = Config()
     with show_progress() as progress:
@@ -177,7 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine = f"{platform.machine()}, {torch.__version__}, timm {timm.__version__}"
         file = Path(__file__).with_suffix(".json")
         write_json(file, {"machine": machine, "config": config, "results": results})
-        print(f"Written: {file}")
+        fill(PAGE, MARKER, table(json.loads(file.read_text(encoding="utf-8"))["results"]))
+        print(f"Written: {file}, {PAGE}")
     return 0
 
 

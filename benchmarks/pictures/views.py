@@ -1,6 +1,6 @@
 """The pictures of docs/guides/views.md: what each kind of view does to an image, a class map and a row of attention.
 
-    python -m benchmarks.pictures views    # writes docs/guides/views/*.png and docs/guides/views/views.json; 15 seconds
+    python -m benchmarks.pictures views    # writes docs/guides/views/ and the table of views.md; 15 seconds
 
 It needs no download and no weights: the photographs come with scikit-image, and the network has no parameters; its
 tokens attend to patches of their own colour and texture. The library treats it like any model (capture_attention, the
@@ -11,7 +11,7 @@ per pixel), once with the view and once as if its pixels were those of the image
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,9 +38,12 @@ from acr_reg import (
     token_validity,
 )
 from acr_reg.demo.record import write_json
+from benchmarks.marked_page import begin, fill
 from benchmarks.pictures.panels import CAM, ROW, Box, Colour, Panel, box_around, draw, over_tokens
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "views"
+PAGE = FOLDER.with_suffix(".md")
+MARKER = begin("pictures views")
 SIZE = (320, 480)
 PATCH = 16
 STEM = 32  # px, the stride of the overlapping stem
@@ -318,6 +321,15 @@ def write(folder: Path, kinds: list[str], dpi: int = 100) -> dict[str, dict[str,
     return numbers
 
 
+def table(numbers: Mapping[str, Mapping[str, float]]) -> str:
+    """The affinity term of every picture, in the order of the page."""
+    lines = ["| picture | without alignment | aligned |", "|---|---|---|"]
+    for kind, terms in numbers.items():
+        before, after = terms["affinity_before"], terms["affinity_after"]
+        lines.append(f"| {kind.replace('_', ' ')} | {before:.2f} | {after + 0.0:.2f} |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.pictures views", description="Draw docs/guides/views/*.png.")
     known = f"{', '.join(KINDS)} (default: all, and views.json)"
@@ -329,4 +341,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not kinds:
         rounded = {kind: {term: round(v, 6) for term, v in values.items()} for kind, values in numbers.items()}
         write_json(FOLDER / "views.json", rounded)
+        fill(PAGE, MARKER, table(rounded))
     return 0
