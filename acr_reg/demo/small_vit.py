@@ -1,4 +1,4 @@
-"""A small vision transformer that learns the synthetic scenes from scratch in about two minutes on two cores."""
+"""A small vision transformer that learns the synthetic scenes from scratch in a few minutes on one core."""
 
 from __future__ import annotations
 

@@ -87,11 +87,13 @@ def test_the_table_fits_a_terminal_of_80_columns_and_the_verdict_100() -> None:
     assert [line.split()[0] for line in printed[-4:]] == ["all", "without", "with", "ACR,"]
 
 
-@pytest.mark.parametrize(("propagated", "said"), [(0.4, True), (0.5, False)])
+@pytest.mark.parametrize(("propagated", "said"), [(0.4, True), (0.399, True), (0.5, False)])
 def test_propagated_maps_that_are_all_background_are_told(propagated: float, said: bool) -> None:
     maps = MapScore(propagated, 0.5, [], [], [])
-    rows = [scored("all background", 0.4), Row(WITHOUT, maps, maps)]
+    better = MapScore(0.6, 0.5, [], [], [])
+    rows = [scored("all background", 0.4), Row(WITHOUT, maps, maps), Row(WITH, better, better)]
     assert bool(remarks(rows)) == said
+    assert not said or remarks(rows)[0].endswith(f": {WITHOUT}.")
 
 
 def test_the_titles_of_a_quick_run_say_that_it_means_nothing() -> None:
