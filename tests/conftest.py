@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """.ci/lowest sets the variable; everywhere else a missing extra is a failure."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C would hang
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ACR_REG_CORE_ONLY") == "1":
         config.pluginmanager.register(CoreOnly())
 

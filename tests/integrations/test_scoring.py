@@ -224,8 +224,6 @@ from pathlib import Path
 from acr_reg.integrations import scoring
 from acr_reg.metrics import CamMeanIoU
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background of a shell ignores SIGINT
-
 def slow(path):
     (Path(sys.argv[1]) / f"worker_{os.getpid()}").touch()
     time.sleep(20)
