@@ -465,7 +465,7 @@ def test_a_thousand_training_steps_hold_no_more_than_the_first() -> None:
     tensors, objects, blocks = (min(pair) for pair in zip(grown(500), grown(500), strict=True))
     assert tensors == 0
     assert objects < 10
-    assert blocks < 800, "less than one a step"
+    assert blocks < 800, "torch 2.1: 571 seen, cause not found"
     assert min(grown(20, keep=True)[:2]) >= 20, "the counts see one tensor kept a step"
 
 
