@@ -345,7 +345,7 @@ def test_copies_made_during_or_after_a_capture_carry_none(
             assert torch.equal(other(x), expected)
             assert depths == [0], "a copy must not be watched"
             other.encoder[1].call = None
-            with pytest.raises(CaptureError, match=r"not (of )?a copy"):
+            with pytest.raises(CaptureError, match="not of a copy" if when == "warm" else "not a copy"):
                 attention.take()
         model(x)
         expected_maps = attention.take()
@@ -465,7 +465,7 @@ def test_a_thousand_training_steps_hold_no_more_than_the_first() -> None:
     tensors, objects, blocks = (min(pair) for pair in zip(grown(500), grown(500), strict=True))
     assert tensors == 0
     assert objects < 10
-    assert blocks < 800, "torch 2.1: 571 seen, cause not found"
+    assert blocks < 400, "less than one a step"
     assert min(grown(20, keep=True)[:2]) >= 20, "the counts see one tensor kept a step"
 
 

@@ -195,7 +195,7 @@ def test_a_capture_begun_while_another_thread_is_in_a_forward_does_not_record_th
         attention = capture_attention(model, keep="all")
         if warm:
             is_captured_right(model, attention, x, output, maps)
-    with pytest.raises(CaptureError, match=r"No token-to-token attention|since the last take"):
+    with pytest.raises(CaptureError, match="since the last take" if warm else "No token-to-token attention"):
         attention.take()
     is_captured_right(model, attention, x, output, maps)
     worker = threading.Thread(target=model, args=(images(3),))
