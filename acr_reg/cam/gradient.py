@@ -90,10 +90,14 @@ def class_token_gradient_cam(
             for layer, gradient in zip(layers, gradients, strict=True):
                 if gradient is None:
                     continue
-                moves = moves or bool(gradient.detach().any())
                 contributions.append(_contribution(layer, gradient, image, label, method, query))
-                if layer.index in silent and bool((contributions[-1].detach() != 0).any()):
+                if layer.index not in silent:
+                    continue
+                if bool((contributions[-1].detach() != 0).any()):
                     del silent[layer.index]
+                    moves = True
+                elif not moves:
+                    moves = bool(gradient.detach().any())
             maps = maps.index_put((image, label), torch.stack(contributions).sum(0).to(maps.dtype))
     if silent and wanted.any():
         _warn_silent(list(silent.values()), query, moves)
