@@ -14,7 +14,7 @@ from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
 from acr_reg.cam.refinement import multi_view_cam, propagate_cam
 from acr_reg.cam.settings import CamSettings
-from acr_reg.capture.evaluation import eval_mode, frozen, running_view
+from acr_reg.capture.evaluation import eval_mode, frozen
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
@@ -150,8 +150,7 @@ class GradientCam(Removable):
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             assert self._attention is not None
             with frozen(self.model) as parameters:
-                with running_view(view, images):
-                    logits = self._logits(self._attention, view, parameters)
+                logits = self._logits(self._attention, view, parameters)
                 maps = self._attention.take()
                 if maps.run:
                     _refuse_runs(maps.run + 1)
