@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 
-__all__ = ["Added", "add_lines", "added_lines", "with_added_lines"]
+__all__ = ["Added", "Section", "add_lines", "added_lines", "sections", "with_added_lines"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,45 @@ class Added:
     code: str
 
 
+@dataclass
+class Section:
+    """One section of a docstring, as it stands there."""
+
+    host: str
+    commit: str
+    today: bool
+    """Whether it holds the edits that the host itself needs on current versions."""
+    words: list[str] = field(default_factory=list)
+    """The lines that are no code and name no place."""
+    places: list[tuple[str, Added]] = field(default_factory=list)
+    """The files, each with the code for one place in it, in order."""
+
+
 Lines = dict[str, list[Added]]
-_TODAY = "on today's torch and timm"
+HEADING = re.compile(r"    (\S+/\S+) at ([0-9a-f]{7})(?: \(.*\))?(, on today's torch and timm)?")
 _PLACE = re.compile(r"        (\S+\.py), (?:before line (\d+)|in place of lines (\d+) to (\d+)):")
+
+
+def sections(docstring: str) -> list[Section]:
+    """The sections of a docstring, in order."""
+    found: list[Section] = []
+    in_code = False
+    for line in docstring.splitlines():
+        if heading := HEADING.fullmatch(line):
+            found.append(Section(heading[1], heading[2], heading[3] is not None))
+            in_code = False
+        elif found and (place := _PLACE.fullmatch(line)):
+            first = int(place[2] or place[3])
+            found[-1].places.append((place[1], Added(first, int(place[4] or first - 1) + 1, "")))
+            in_code = True
+        elif in_code and line.startswith(" " * 12):
+            file, added = found[-1].places[-1]
+            code = f"{added.code}\n{line[12:]}" if added.code else line[12:]
+            found[-1].places[-1] = file, replace(added, code=code)
+        elif found:
+            in_code = in_code and not line.strip()
+            found[-1].words.append(line)
+    return found
 
 
 def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = False) -> Lines:
@@ -46,29 +82,15 @@ def added_lines(module: ModuleType, host: str, commit: str, *, today: bool = Fal
     With ``today=True`` it returns the edits that the host itself needs on current versions, {} if it needs none. Raises
     ValueError for a host that the docstring does not name.
     """
-    named = False
-    in_host = False
-    code: list[str] | None = None
-    parts: dict[str, list[tuple[int, int, list[str]]]] = {}
-    for line in (module.__doc__ or "").splitlines():
-        if heading := re.match(r"    (\S+/\S+) at ([0-9a-f]{7})", line):
-            is_host = heading.groups() == (host, commit)
-            named = named or is_host
-            in_host = is_host and line.endswith(_TODAY) == today
-            code = None
-        elif in_host and (place := _PLACE.fullmatch(line)):
-            code = []
-            first = int(place[2] or place[3])
-            parts.setdefault(place[1], []).append((first, int(place[4] or first - 1) + 1, code))
-        elif code is not None and line.startswith(" " * 12):
-            code.append(line[12:])
-        elif line.strip():
-            code = None
-    if not named or (not parts and not today):
+    of_host = [each for each in sections(module.__doc__ or "") if (each.host, each.commit) == (host, commit)]
+    parts: Lines = {}
+    for file, added in (place for section in of_host if section.today == today for place in section.places):
+        parts.setdefault(file, []).append(added)
+    if not of_host or (not parts and not today):
         raise ValueError(
             f"{module.__name__} has no lines to add to {host} at {commit}. Its docstring names the hosts and commits."
         )
-    return {file: [Added(first, end, "\n".join(code)) for first, end, code in found] for file, found in parts.items()}
+    return parts
 
 
 def with_added_lines(source: str, lines: list[Added]) -> str:

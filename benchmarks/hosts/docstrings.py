@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-HEADING = re.compile(r"    (\S+/\S+) at ([0-9a-f]{7})(?: \(.*\))?(, on today's torch and timm)?")
+from acr_reg.integrations.added_lines import HEADING, Added, Section, sections
+
 FACT = re.compile(r"        (title|regularises|views): (.*)")
 LABELS = (  # in the order of a page
     "What is regularised",
@@ -28,21 +29,7 @@ LABELS = (  # in the order of a page
     "What does not work",
 )
 LABEL = re.compile(rf"({'|'.join(LABELS)})\. ")
-PLACE = re.compile(r"        (\S+\.py), ((?:before|in place of) .*):")
-
-
-@dataclass
-class Lines:
-    """Code for one place of a file of the host, as "before line 5"."""
-
-    file: str
-    place: str
-    code: list[str] = field(default_factory=list)
-
-    @property
-    def removed(self) -> int:
-        numbers = [int(number) for number in re.findall(r"\d+", self.place)]
-        return numbers[-1] - numbers[0] + 1 if self.place.startswith("in place of") else 0
+Place = tuple[str, Added]  # a file of the host, and the code for one place in it
 
 
 @dataclass
@@ -55,8 +42,8 @@ class Host:
     own: list[str] = field(default_factory=list)
     """The paragraphs about this host alone."""
     facts: dict[str, str] = field(default_factory=dict)
-    lines: list[Lines] = field(default_factory=list)
-    today: list[Lines] = field(default_factory=list)
+    lines: list[Place] = field(default_factory=list)
+    today: list[Place] = field(default_factory=list)
     """The edits that the host itself needs on current versions."""
     today_because: list[str] = field(default_factory=list)
     """The paragraphs that say why it needs them."""
@@ -78,51 +65,32 @@ class Host:
 def hosts_of(source: Path) -> list[Host]:
     """The hosts that a file's docstring names, in its order."""
     text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8"))) or ""
-    family, *sections = re.split(rf"^(?={HEADING.pattern}$)", text, flags=re.MULTILINE)[:: HEADING.groups + 1]
+    family = paragraphs(re.split(rf"^{HEADING.pattern}$", text, maxsplit=1, flags=re.MULTILINE)[0])
     found: list[Host] = []
     today: dict[tuple[str, str], Section] = {}
-    for section in map(Section, sections):
-        if section.is_today:
-            today[section.repository, section.commit] = section
-        else:
-            names = section.repository, section.commit
-            found.append(Host(source, paragraphs(family), *names, section.prose, section.facts, section.lines))
+    for section in sections(text):
+        if section.today:
+            today[section.host, section.commit] = section
+            continue
+        facts = {fact[1]: fact[2].replace("``", "`") for line in section.words if (fact := FACT.fullmatch(line))}
+        found.append(Host(source, family, section.host, section.commit, prose(section), facts, section.places))
     for host in found:
-        others = {top(lines) for other in found if other is not host for lines in other.lines}
-        mine = {top(lines) for lines in host.lines}
+        others = {top(file) for other in found if other is not host for file, _ in other.lines}
+        mine = {top(file) for file, _ in host.lines}
         if edits := today.get((host.repository, host.commit)):
-            host.today = [lines for lines in edits.lines if top(lines) not in others - mine]
-            host.today_because = edits.prose
+            host.today = [place for place in edits.places if top(place[0]) not in others - mine]
+            host.today_because = prose(edits)
     return found
 
 
-class Section:
-    """A host in a docstring, or the edits that it needs on today's torch and timm."""
-
-    def __init__(self, text: str) -> None:
-        heading, *rest = text.splitlines()
-        match = HEADING.fullmatch(heading)
-        assert match is not None
-        self.repository, self.commit, self.is_today = match[1], match[2], match[3] is not None
-        self.facts: dict[str, str] = {}
-        self.lines: list[Lines] = []
-        prose: list[str] = []
-        for line in rest:
-            if fact := FACT.fullmatch(line):
-                self.facts[fact[1]] = fact[2].replace("``", "`")
-            elif place := PLACE.fullmatch(line):
-                self.lines.append(Lines(place[1], re.sub(r"lines (\d+) to \1$", r"line \1", place[2])))
-            elif self.lines and line.startswith(" " * 12):
-                self.lines[-1].code.append(line[12:])
-            else:
-                prose.append(line.strip())
-        self.prose = paragraphs("\n".join(prose))
-
-
-def top(lines: Lines) -> str:
-    """The first folder of the file, which tells hosts in one repository apart; "" for a file outside folders."""
-    folder, _, name = lines.file.partition("/")
+def top(file: str) -> str:
+    """The first folder of a file, which tells hosts in one repository apart; "" for a file outside folders."""
+    folder, _, name = file.partition("/")
     return folder if name else ""
+
+
+def prose(section: Section) -> list[str]:
+    return paragraphs("\n".join(line.strip() for line in section.words if not FACT.fullmatch(line)))
 
 
 def paragraphs(text: str) -> list[str]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.hosts.docstrings import Host, Lines, all_hosts, by_label
-from benchmarks.marked_page import END, begin, filled
+from acr_reg.integrations.added_lines import Added
+from benchmarks.hosts.docstrings import Host, Place, all_hosts, by_label
+from benchmarks.marked_page import END, begin, filled, wrapped
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "hosts"
@@ -40,8 +41,8 @@ def table(hosts: Sequence[Host]) -> str:
 
 def size(host: Host) -> str:
     """Lines added to the first script; further scripts of a host, for other data sets, take the same lines."""
-    first = [lines for lines in host.lines if lines.file == host.lines[0].file]
-    added, removed = sum(len(lines.code) for lines in first), sum(lines.removed for lines in first)
+    first = [added for file, added in host.lines if file == host.lines[0][0]]
+    added, removed = sum(len(each.code.splitlines()) for each in first), sum(each.end - each.first for each in first)
     return "" if not first else f"{added}, {removed} removed" if removed else f"{added}"
 
 
@@ -50,19 +51,19 @@ def page(host: Host) -> str:
     what = "The lines that add ACR to" if host.lines else "How the library works with"
     parts = [
         f"# {host.title}",
-        *wrapped([f"{what} {link} at commit `{host.commit}`, and what was run there."]),
+        wrapped(f"{what} {link} at commit `{host.commit}`, and what was run there."),
         f"{MARKER}\n",
         f"| what is regularised | {host.facts['regularises']} |\n|---|---|\n| views | {host.facts['views']} |\n"
         f"| source of this page | `{host.source.relative_to(ROOT)}` |",
     ]
     if host.lines:
-        parts += ["## Lines to add", *wrapped([start(host)]), *diffs(host.lines)]
+        parts += ["## Lines to add", wrapped(start(host)), *diffs(host.lines)]
     if host.today:
         parts += ["## Edits that the host itself needs on today's torch and timm"]
-        parts += [*wrapped(host.today_because), *diffs(host.today)]
+        parts += [*map(wrapped, host.today_because), *diffs(host.today)]
     if host.module is not None:
         parts += ["## Put them into a checkout", by_script(host)]
-    parts += ["## What to know", *wrapped(by_label(host.family + host.own)), f"\n{END}", AFTER]
+    parts += ["## What to know", *map(wrapped, by_label(host.family + host.own)), f"\n{END}", AFTER]
     return "\n\n".join(parts).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
@@ -73,24 +74,27 @@ make the class maps, and [scores and formats](../reference/formats.md) says how 
 codebases](index.md) says which run to compare with."""
 
 
-def wrapped(paragraphs: Sequence[str]) -> list[str]:
-    return [textwrap.fill(each, 120, break_long_words=False, break_on_hyphens=False) for each in paragraphs]
-
-
 def start(host: Host) -> str:
     return (
         "Put each piece before the given line of the unchanged file, at the indentation of that line"
-        + (", or in place of the given lines" if any(lines.removed for lines in host.lines) else "")
+        + (", or in place of the given lines" if any(added.end > added.first for _, added in host.lines) else "")
         + "."
     )
 
 
-def diffs(all_lines: Sequence[Lines]) -> list[str]:
+def diffs(places: Sequence[Place]) -> list[str]:
     parts = []
-    for file, pieces in groupby(all_lines, lambda lines: lines.file):
-        body = "\n".join(f"@@ {piece.place} @@\n" + "\n".join(f"+{line}" for line in piece.code) for piece in pieces)
+    for file, pieces in groupby(places, lambda place: place[0]):
+        body = "\n".join(f"@@ {where(added)} @@\n{textwrap.indent(added.code, '+', bool)}" for _, added in pieces)
         parts.append(f"`{file}`:\n\n{NOT_RUN}\n\n```diff\n{body}\n```")
     return parts
+
+
+def where(added: Added) -> str:
+    if added.end == added.first:
+        return f"before line {added.first}"
+    last = added.end - 1
+    return f"in place of line {last}" if last == added.first else f"in place of lines {added.first} to {last}"
 
 
 def by_script(host: Host) -> str:

@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 
-from acr_reg.integrations.added_lines import added_lines
+from acr_reg.integrations.added_lines import Added, added_lines
 from benchmarks.hosts.docstrings import Host, all_hosts, by_label, hosts_of
 from benchmarks.hosts.page import FOLDER, SOURCES, page, pages
 from tests.support.paths import ROOT
@@ -39,13 +39,11 @@ def test_a_page_shows_all_lines_that_are_put_into_a_checkout(host: Host) -> None
     edits = {"lines": added_lines(module, host.repository, host.commit)}
     edits["today"] = added_lines(module, host.repository, host.commit, today=True)
     for lines, added in ((host.lines, edits["lines"]), (host.today, edits["today"])):
-        shown = {file: [piece for piece in lines if piece.file == file] for file in {piece.file for piece in lines}}
-        for file, pieces in shown.items():
-            assert ["\n".join(piece.code) for piece in pieces] == [each.code for each in added[file]]
-            assert [piece.removed for piece in pieces] == [each.end - each.first for each in added[file]]
+        for file in {file for file, _ in lines}:
+            assert [piece for name, piece in lines if name == file] == added[file]
     together = [other for other in HOSTS if (other.repository, other.commit) == (host.repository, host.commit)]
-    assert {piece.file for other in together for piece in other.lines} == edits["lines"].keys()
-    assert {piece.file for other in together for piece in other.today} == edits["today"].keys()
+    assert {file for other in together for file, _ in other.lines} == edits["lines"].keys()
+    assert {file for other in together for file, _ in other.today} == edits["today"].keys()
 
 
 def test_lines_of_two_hosts_in_one_repository_are_told_apart(tmp_path) -> None:
@@ -60,9 +58,9 @@ def test_lines_of_two_hosts_in_one_repository_are_told_apart(tmp_path) -> None:
     )
     one, two = hosts_of(source)
     assert (one.page, two.page) == ("one.md", "two_plus.md")
-    assert [piece.file for piece in one.today] == ["one/g.py"]
+    assert [file for file, _ in one.today] == ["one/g.py"]
     assert two.today == []
-    assert two.lines[0].removed == 1
+    assert two.lines == [("two/f.py", Added(3, 4, "y = 1"))]
     one.facts |= {"regularises": "all", "views": "any"}
     one.source = ROOT / "integrations" / "family.py"
     assert "@@ before line 2 @@\n+x = 1" in page(one)
@@ -85,4 +83,4 @@ def test_a_page_joins_what_is_said_of_its_host_and_of_the_family(tmp_path) -> No
     assert by_label(one.family + one.own) == told
     assert by_label(two.family + two.own) == ["A family.", "**Views.** Any view.", "**What does not work.** All."]
     assert (one.today_because, two.today_because) == (["A reason."], [])
-    assert [piece.code for piece in (*one.lines, *one.today)] == [["x = 1"], ["z = 1"]]
+    assert [added.code for _, added in (*one.lines, *one.today)] == ["x = 1", "z = 1"]
