@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 
 from acr_reg.integrations.formats.write import replacing
@@ -21,6 +22,11 @@ def filled(text: str, marker: str, block: str) -> str:
     if not found or not end:
         raise ValueError(f"The page has no block {marker} ... {END}. Put both lines where the table belongs.")
     return f"{head}{marker}\n\n{block}\n\n{END}{tail}"
+
+
+def wrapped(paragraph: str) -> str:
+    """In lines of 120 columns, without breaking a link or a hyphenated word."""
+    return textwrap.fill(paragraph, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def fill(page: Path, marker: str, block: str) -> None:

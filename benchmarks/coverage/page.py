@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
 
 from benchmarks.coverage.measure import Row
+from benchmarks.marked_page import wrapped
 
 LIBRARIES = ("torch", "timm", "transformers", "torchvision", "open_clip_torch", "vit-pytorch")
 HEADINGS = ("model", "attention", "captured", "placed on the image", "skipped, and why")
@@ -46,10 +46,6 @@ def exactness(rows: list[Row]) -> str:
         "A model is without fault only if, in every captured layer, a loss on the map reaches query and key, and a "
         "logit has a gradient with respect to the map."
     )
-
-
-def wrapped(text: str) -> str:
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def document(rows: list[Row], measured: Mapping[str, str]) -> str:

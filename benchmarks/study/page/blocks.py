@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.marked_page import begin
+from benchmarks.marked_page import begin, wrapped
 from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
 from benchmarks.study.page.scenes import differences
 from benchmarks.study.page.tables import (
@@ -23,7 +23,6 @@ from benchmarks.study.page.tables import (
     signed_spread,
     spread,
     table,
-    wrapped,
 )
 from benchmarks.study.plans import FEW
 from benchmarks.study.settings import CAM_WEIGHTS, REFERENCE, SETS, WEIGHTS, Setting

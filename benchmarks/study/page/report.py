@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.marked_page import wrapped
 from benchmarks.study.choice import PRIMARY
 from benchmarks.study.page.primary import Contrast, by_seed, primary
 from benchmarks.study.page.tables import (
@@ -28,7 +29,6 @@ from benchmarks.study.page.tables import (
     spread,
     table,
     tables,
-    wrapped,
 )
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW

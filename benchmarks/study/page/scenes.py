@@ -11,7 +11,8 @@ import numpy as np
 
 from acr_reg.demo.comparison import CONTROL, WITH, WITHOUT
 from acr_reg.demo.record import write_json
-from benchmarks.study.page.tables import moments, number, spread, table, wrapped
+from benchmarks.marked_page import wrapped
+from benchmarks.study.page.tables import moments, number, spread, table
 from benchmarks.study.settings import StudyError
 from benchmarks.study.store import read_json
 

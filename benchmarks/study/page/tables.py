@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +123,6 @@ def _columns(
 ) -> tuple[list[str], list[list[str]]]:
     kept = [0, *part]
     return [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
-
-
-def wrapped(text: str) -> str:
-    """A paragraph in lines of at most 120 columns."""
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def number(value: float | None, digits: int = 3) -> str:
