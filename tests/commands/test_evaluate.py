@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from typing import NamedTuple
@@ -19,6 +18,7 @@ from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.scoring import resized
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 from tests.support.paths import ROOT
+from tests.support.ranks import free_port
 
 COMMAND = [sys.executable, "-W", "error", "-m", "acr_reg"]
 NAMES = ["2007_000032", "2007_000039", "2007_000063"]
@@ -491,10 +491,8 @@ def test_a_pipe_cuts_no_name(data, tmp_path):
 
 
 def run_two(arguments, **environment):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun += ["--master-port", str(free_port())]
     command = [*torchrun, "-m", "acr_reg", "evaluate", *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,7 +16,7 @@ from acr_reg.integrations.formats import load_cams
 from acr_reg.integrations.jobs import meeting
 from acr_reg.integrations.jobs.folder import CamFolder, fill
 from tests.support.paths import ROOT
-from tests.support.ranks import needs_gloo, on_two_ranks
+from tests.support.ranks import free_port, needs_gloo, on_two_ranks
 from tests.support.shared_run import COUNT, NAMES, calls, make_photos
 
 OLD = ".001.npy.0123456789abcdef0123456789abcdef"
@@ -52,9 +51,7 @@ def start(folder, processes, world, *arguments, meet=True):
 
 def port(found=[]):  # noqa: B006 - one for all processes of this test run
     if not found:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            found.append(free.getsockname()[1])
+        found.append(free_port())
     return found[0]
 
 

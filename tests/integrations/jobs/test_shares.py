@@ -1,6 +1,5 @@
 """Shares of a run: by the environment, disjoint and whole; the device of a process."""
 
-import socket
 import threading
 
 import pytest
@@ -8,6 +7,7 @@ import torch
 
 from acr_reg.integrations.jobs import meeting
 from acr_reg.integrations.jobs.shares import Share, process_device, share_of_run
+from tests.support.ranks import free_port
 
 
 @pytest.fixture
@@ -78,10 +78,7 @@ def test_a_process_that_starts_a_run_alone_ends_soon(environment, monkeypatch, c
     """As where only the first process of a training script calls it."""
     monkeypatch.setattr(meeting, "WAIT_FOR_START", meeting.timedelta(seconds=1))
     monkeypatch.setattr(meeting, "SECONDS_BEFORE_NOTICE", 0.1)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    environment(RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     with pytest.raises(RuntimeError, match=r"Not all of the 2 processes .*0:00:01.*share=False"), share_of_run():
         pass
     if rank == "0":  # torch 2.1 connects to rank 0 without letting a thread write this
