@@ -117,8 +117,8 @@ def check(args: argparse.Namespace) -> None:
 def make_plan(args: argparse.Namespace) -> Plan:
     if args.voc is None:
         return plan_scenes(override(QUICK if args.quick else SceneSettings(), args), args.controls, args.quick)
-    from acr_reg.demo.photo_folder import open_folder
-    from acr_reg.demo.photo_task import PhotoSettings, plan_photos
+    from acr_reg.demo.photos.folder import open_folder
+    from acr_reg.demo.photos.task import PhotoSettings, plan_photos
 
     folder = open_folder(args.voc, args.classes.split(",") if args.classes else None)
     return plan_photos(folder, args.weights, override(PhotoSettings(), args), args.controls)

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from acr_reg import HorizontalFlip
-from acr_reg.demo import pretrained
+from acr_reg.demo.photos import pretrained
 from acr_reg.pictures.attention import show_attention
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "guides" / "attention"

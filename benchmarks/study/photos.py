@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from acr_reg import HorizontalFlip, View
-from acr_reg.demo.photo_folder import PhotoFolder, open_folder
-from acr_reg.demo.photo_task import load_photos
-from acr_reg.demo.pretrained import NAME, PATCH, LowerHalf, UpperHalf, build, describe
+from acr_reg.demo.photos.folder import PhotoFolder, open_folder
+from acr_reg.demo.photos.pretrained import NAME, PATCH, LowerHalf, UpperHalf, build, describe
+from acr_reg.demo.photos.task import load_photos
 from acr_reg.demo.record import write_json
 from acr_reg.demo.train import shuffled
 from acr_reg.errors import CommandError

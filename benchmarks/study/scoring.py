@@ -17,7 +17,7 @@ from acr_reg import (
     class_token_gradient_cam,
     propagate_cam,
 )
-from acr_reg.demo.pretrained import UpperHalf
+from acr_reg.demo.photos.pretrained import UpperHalf
 from acr_reg.demo.scoring import mean_average_precision, resized
 from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU, CamScores

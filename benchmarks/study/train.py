@@ -15,8 +15,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.overrides import TorchFunctionMode
 
 from acr_reg import AttentionCapture, capture_attention
-from acr_reg.demo.photo_task import make_optimizer
-from acr_reg.demo.pretrained import UpperHalf
+from acr_reg.demo.photos.pretrained import UpperHalf
+from acr_reg.demo.photos.task import make_optimizer
 from acr_reg.demo.record import Meter
 from acr_reg.demo.train import with_grid
 from acr_reg.integrations.formats.write import replacing

@@ -16,7 +16,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import numpy as np
     import timm
 
-    from acr_reg.demo.pretrained import NAME
+    from acr_reg.demo.photos.pretrained import NAME
 
     torch.manual_seed(0)
     state = timm.create_model(NAME, pretrained=False, img_size=42, num_classes=0).state_dict()

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from acr_reg import HorizontalFlip, align_attention, capture_attention
 from acr_reg.demo.comparison import Picture
-from acr_reg.demo.photo_task import to_pixels
-from acr_reg.demo.pretrained import UpperHalf
+from acr_reg.demo.photos.pretrained import UpperHalf
+from acr_reg.demo.photos.task import to_pixels
 from acr_reg.demo.report import draw
 from acr_reg.demo.scoring import resized
 from acr_reg.demo.train import with_grid

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import torch
 
-from acr_reg.demo.photo_folder import open_folder
-from acr_reg.demo.photo_task import PhotoSettings, PhotoTask
+from acr_reg.demo.photos.folder import open_folder
+from acr_reg.demo.photos.task import PhotoSettings, PhotoTask
 
 
 def test_only_the_upper_half_learns(make_photos: Callable[..., Path], weights: Path) -> None:

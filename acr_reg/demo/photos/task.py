@@ -16,8 +16,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
 from acr_reg.demo.baselines import Sample, largest_class, location_prior
 from acr_reg.demo.comparison import Plan, Report, Row, background_baselines, baseline_row, losses
-from acr_reg.demo.photo_folder import PhotoFolder
-from acr_reg.demo.pretrained import MEAN, PATCH, STD, build, describe
+from acr_reg.demo.photos.folder import PhotoFolder
+from acr_reg.demo.photos.pretrained import MEAN, PATCH, STD, build, describe
 from acr_reg.demo.scoring import Maps, Truth, present_ids
 from acr_reg.demo.train import Batch, Training, shuffled, train
 

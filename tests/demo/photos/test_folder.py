@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from acr_reg.demo.photo_folder import open_folder
+from acr_reg.demo.photos.folder import open_folder
 from acr_reg.errors import CommandError
 from acr_reg.integrations.formats.masks import read_mask
 from tests.support.attention import says

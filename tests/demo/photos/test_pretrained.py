@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from acr_reg.demo.pretrained import NAME, build, describe, load_weights, resize_positions
+from acr_reg.demo.photos.pretrained import NAME, build, describe, load_weights, resize_positions
 from acr_reg.errors import CommandError
 from tests.support.attention import says
 
