@@ -13,8 +13,9 @@ import torch
 from rich.console import Console
 
 from acr_reg.demo.comparison import Plan, Report, SeedResult, run_seed
+from acr_reg.demo.picture import draw
 from acr_reg.demo.record import run_details, write_json
-from acr_reg.demo.report import draw, paired_differences, paired_table, remarks, table, verdict
+from acr_reg.demo.report import paired_differences, paired_table, remarks, table, verdict
 from acr_reg.demo.scene_task import QUICK, SceneSettings, plan_scenes
 from acr_reg.errors import CommandError
 from acr_reg.integrations.jobs.progress import Progress, show_progress

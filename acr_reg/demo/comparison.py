@@ -5,8 +5,8 @@ Every condition starts from the same checkpoint and sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Identity, capture_attention
+from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, Identity
 from acr_reg.demo.baselines import Sample, all_background, centred_ellipse
-from acr_reg.demo.scoring import Maps, Predict, Scores, Truth, class_maps, present_ids, resized, score
-from acr_reg.demo.train import Training, with_grid
+from acr_reg.demo.scoring import Read, Scores, Truth, class_maps, present_ids, resized, score
+from acr_reg.demo.train import Training
 from acr_reg.metrics import CamScores
 
 WITHOUT = "without ACR"
@@ -30,7 +30,7 @@ PICTURES = 6
 Report = Callable[[str, int | None], Callable[[], None]]
 
 
-def losses(activation: float, affinity: float, controls: bool) -> dict[str, AllPairsConsistencyLoss | None]:
+def losses(activation: float, affinity: float, cam: float, controls: bool) -> dict[str, AllPairsConsistencyLoss | None]:
     """The consistency loss of each condition, with the given weights.
 
     The control compares tokens at the same position as if nothing had been flipped: its gain is smoothing, not
@@ -38,10 +38,10 @@ def losses(activation: float, affinity: float, controls: bool) -> dict[str, AllP
     """
     conditions: dict[str, AllPairsConsistencyLoss | None] = {
         WITHOUT: None,
-        WITH: AllPairsConsistencyLoss(HorizontalFlip(), activation, affinity),
+        WITH: AllPairsConsistencyLoss(HorizontalFlip(), activation, affinity, cam_weight=cam),
     }
     if controls:
-        conditions[CONTROL] = AllPairsConsistencyLoss(Identity(), activation, affinity)
+        conditions[CONTROL] = AllPairsConsistencyLoss(Identity(), activation, affinity, cam_weight=cam)
     return conditions
 
 
@@ -72,46 +72,49 @@ def at_development_threshold(shown: CamScores, development: CamScores) -> MapSco
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. A baseline has `raw` class maps only."""
+    """One row of the table. `maps` holds the scores of its class maps by their name, the ones that people use first.
+
+    A baseline has these only.
+    """
 
     name: str
-    raw: MapScore
-    propagated: MapScore | None = None
+    maps: dict[str, MapScore]
     mean_ap: float | None = None
     terms: dict[str, float] | None = None
     training: Training | None = None
 
+    @property
+    def headline(self) -> MapScore:
+        return next(iter(self.maps.values()))
 
-def baseline_row(name: str, shown: CamScores, development: CamScores) -> Row:
-    return Row(name, at_development_threshold(shown, development))
+
+def baseline_row(name: str, maps: str, shown: CamScores, development: CamScores) -> Row:
+    """`maps` are the class maps of the networks that the baseline is compared with."""
+    return Row(name, {maps: at_development_threshold(shown, development)})
 
 
-def background_baselines(samples: Mapping[str, Sequence[Sample]], split: str, train_labels: Tensor) -> list[Row]:
+def background_baselines(
+    samples: Mapping[str, Sequence[Sample]], split: str, train_labels: Tensor, maps: str
+) -> list[Row]:
     """The baselines for data with a background. `samples` holds the splits `split` and "dev"; labels are (S,C)."""
     frequency = [0, *train_labels.sum(dim=0).int().tolist()]
     classes = len(frequency)
     ellipse = {name: centred_ellipse(found, classes, frequency) for name, found in samples.items()}
     nothing = all_background(samples[split], classes)
     return [
-        baseline_row(ALL_BACKGROUND, nothing, nothing),
-        baseline_row("best centred ellipse", ellipse[split], ellipse["dev"]),
+        baseline_row(ALL_BACKGROUND, maps, nothing, nothing),
+        baseline_row("best centred ellipse", maps, ellipse[split], ellipse["dev"]),
     ]
 
 
-def network_row(name: str, shown: Scores, development: Scores, training: Training | None) -> Row:
-    return Row(
-        name=name,
-        raw=at_development_threshold(shown.raw, development.raw),
-        propagated=at_development_threshold(shown.propagated, development.propagated),
-        mean_ap=shown.mean_ap,
-        terms=shown.terms,
-        training=training,
-    )
+def network_row(name: str, shown: Scores, development: Scores, training: Training) -> Row:
+    maps = {kind: at_development_threshold(found, development.maps[kind]) for kind, found in shown.maps.items()}
+    return Row(name, maps, shown.mean_ap, shown.terms, training)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An image (h,w,3), its mask (H,W), the K ids present, and the raw maps (K,H,W) in 0..1 of each condition."""
+    """An image (h,w,3), its mask (H,W), the K ids present, and the maps (K,H,W) in 0..1 of each condition."""
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
@@ -125,9 +128,8 @@ class Picture:
 class Task(Protocol):
     """Scenes or photos and the model to train on them, for one seed."""
 
-    maps: Maps
+    background: bool  # whether id 0 in the masks is background
     steps: int
-    grid: tuple[int, int] | None  # of the tokens, if the trained model takes tokens and not images
     pretraining: Training | None
 
     def fork(self) -> nn.Module:
@@ -139,8 +141,8 @@ class Task(Protocol):
     def truths(self, split: str) -> list[Truth]:
         """The images of a split, in batches."""
 
-    def prepare(self, images: Tensor) -> Tensor:
-        """The input of the trained model for images (B,3,H,W)."""
+    def reading(self, model: nn.Module) -> AbstractContextManager[Read]:
+        """Reads the trained model. The maps that come first are the ones that people use."""
 
     def baselines(self, split: str) -> list[Row]:
         """Rows that use no network."""
@@ -193,24 +195,12 @@ def run_seed(plan: Plan, seed: int, split: str, report: Report) -> SeedResult:
         model = task.fork()
         training = task.train(model, acr, report(f"training {name}", task.steps))
         advance = report(f"scoring {name}", len(development) + (0 if split == "dev" else len(shown)))
-        with predicting(model, task) as predict:
-            found = score(predict, development, task.maps, advance)
-            scores = found if split == "dev" else score(predict, shown, task.maps, advance)
-            draw_maps(pictures, name, predict, first, task.maps)
+        with task.reading(model) as read:
+            found = score(read, development, task.background, advance)
+            scores = found if split == "dev" else score(read, shown, task.background, advance)
+            draw_maps(pictures, name, read, first)
         rows.append(network_row(name, scores, found, training))
     return SeedResult(seed, rows, task.pretraining, pictures)
-
-
-@contextmanager
-def predicting(model: nn.Module, task: Task) -> Iterator[Predict]:
-    model.eval()
-    with capture_attention(model) as attention:
-
-        def predict(images: Tensor) -> tuple[Tensor, AttentionMaps]:
-            logits = model(task.prepare(images))
-            return logits, with_grid(attention.take(), task.grid)
-
-        yield predict
 
 
 def first_images(truth: Truth, count: int) -> Truth:
@@ -218,12 +208,13 @@ def first_images(truth: Truth, count: int) -> Truth:
 
 
 def blank_pictures(task: Task, first: Truth) -> list[Picture]:
-    present = [present_ids(labels, task.maps.background) for labels in first.labels]
+    present = [present_ids(labels, task.background) for labels in first.labels]
     return [Picture(*parts) for parts in zip(task.pixels(first.images), first.masks, present, strict=True)]
 
 
-def draw_maps(pictures: list[Picture], name: str, predict: Predict, first: Truth, maps: Maps) -> None:
-    """Adds the raw maps of one condition to each picture."""
-    (cams, _), _ = class_maps(predict, first.images, first.labels, maps)
+def draw_maps(pictures: list[Picture], name: str, read: Read, first: Truth) -> None:
+    """Adds the maps that people use, of one condition, to each picture."""
+    maps, _ = class_maps(read, first.images, first.labels)
+    cams = next(iter(maps.values()))
     for picture, cam, labels in zip(pictures, cams, first.labels, strict=True):
         picture.maps[name] = resized(cam[labels.nonzero()[:, 0]], picture.mask.shape).numpy()

@@ -1,4 +1,4 @@
-"""Scores a trained model: its classification, its raw and propagated class maps, its attention across two views."""
+"""Scores a trained model: its classification, its class maps by every reading, its attention across two views."""
 
 from __future__ import annotations
 
@@ -16,14 +16,10 @@ from acr_reg import (
     AttentionMaps,
     HorizontalFlip,
     Identity,
-    class_token_gradient_cam,
     multi_view_cam,
     normalize_cam,
-    propagate_cam,
 )
 from acr_reg.metrics import CamMeanIoU, CamScores
-
-Predict = Callable[[Tensor], tuple[Tensor, AttentionMaps]]
 
 
 @dataclass(frozen=True)
@@ -41,71 +37,65 @@ def present_ids(labels: Tensor, background: bool) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """`mean_ap` is the mean average precision. `terms` holds the distance per row between the attention of the two
-    views, and the entropy of the attention."""
+class Reading:
+    """Logits (B,C), attention, and class maps (B,C,h,w) by their name, of one view of the images."""
 
-    mean_ap: float
-    raw: CamScores
-    propagated: CamScores
-    terms: dict[str, float]
+    logits: Tensor
+    attention: AttentionMaps
+    maps: dict[str, Tensor]
+
+
+Read = Callable[[Tensor, Tensor], Reading]  # of images (B,3,H,W) and their labels (B,C)
 
 
 @dataclass(frozen=True)
-class Maps:
-    """How class maps are made and counted: of the layers from `start_layer` on, with a `background` (id 0) or none."""
+class Scores:
+    """`mean_ap` is the mean average precision. `maps` holds the scores of each kind of class map. `terms` holds the
+    distance per row between the attention of the two views, and the entropy of the attention."""
 
-    start_layer: int
-    background: bool = True
+    mean_ap: float
+    maps: dict[str, CamScores]
+    terms: dict[str, float]
 
 
-def score(predict: Predict, batches: Iterable[Truth], maps: Maps, advance: Callable[[], None] = lambda: None) -> Scores:
-    """`predict` returns logits and attention of images, on one graph. `advance` is called after each batch."""
+def score(read: Read, batches: Iterable[Truth], background: bool, advance: Callable[[], None]) -> Scores:
+    """`advance` is called after each batch. With a `background`, id 0 in the masks is background."""
     measure = AllPairsConsistencyLoss(HorizontalFlip())
     logits, labels, terms, sizes = [], [], [], []
-    counters: list[CamMeanIoU] = []
+    counters: dict[str, CamMeanIoU] = {}
     for batch in batches:
-        cams, runs = class_maps(predict, batch.images, batch.labels, maps)
-        classes = batch.labels.shape[1]
-        counters = counters or [CamMeanIoU(classes + maps.background, background=maps.background) for _ in range(2)]
-        for counter, cam in zip(counters, cams, strict=True):
-            count(counter, cam, batch, maps)
+        maps, readings = class_maps(read, batch.images, batch.labels)
+        for name, cams in maps.items():
+            counter = counters.setdefault(name, CamMeanIoU(batch.labels.shape[1] + background, background=background))
+            count(counter, cams, batch, background)
         with torch.no_grad():
-            _, found = measure(runs[0][1].detach(), runs[1][1].detach(), return_terms=True)
-        logits.append(runs[0][0].detach())
+            _, found = measure(*(r.attention.detach() for r in readings), labels=batch.labels, return_terms=True)
+        logits.append(readings[0].logits.detach())
         labels.append(batch.labels)
         terms.append({name: term.item() for name, term in found.items()})
         sizes.append(len(batch.images))
         advance()
-    raw, propagated = (counter.compute() for counter in counters)
     means = {name: float(np.average([t[name] for t in terms], weights=sizes)) for name in terms[0]}
-    return Scores(mean_average_precision(torch.cat(logits), torch.cat(labels)), raw, propagated, means)
+    scores = {name: counter.compute() for name, counter in counters.items()}
+    return Scores(mean_average_precision(torch.cat(logits), torch.cat(labels)), scores, means)
 
 
-def class_maps(
-    predict: Predict, images: Tensor, labels: Tensor, maps: Maps
-) -> tuple[tuple[Tensor, Tensor], list[tuple[Tensor, AttentionMaps]]]:
-    """Raw and propagated class maps (B,C,h,w), each summed over the image and its flip.
+def class_maps(read: Read, images: Tensor, labels: Tensor) -> tuple[dict[str, Tensor], list[Reading]]:
+    """Class maps (B,C,h,w) by their name, each summed over the image and its flip, and the readings of both."""
+    readings: list[Reading] = []
 
-    Also returns logits and attention of the image and of the flip.
-    """
-    runs = []
+    def together(view: Tensor) -> Tensor:
+        readings.append(read(view, labels))
+        return torch.cat(list(readings[-1].maps.values()), dim=1)
 
-    def both(view: Tensor) -> Tensor:
-        logits, attention = predict(view)
-        runs.append((logits, attention))
-        cam = class_token_gradient_cam(logits, attention, labels, maps.start_layer)
-        with torch.no_grad():
-            return torch.cat([cam, propagate_cam(cam, attention)], dim=1)
-
-    raw, propagated = multi_view_cam(both, images, [Identity(), HorizontalFlip()]).chunk(2, dim=1)
-    return (raw, propagated), runs
+    cams = multi_view_cam(together, images, [Identity(), HorizontalFlip()]).split(labels.shape[1], dim=1)
+    return dict(zip(readings[0].maps, cams, strict=True)), readings
 
 
-def count(counter: CamMeanIoU, cams: Tensor, batch: Truth, maps: Maps) -> None:
+def count(counter: CamMeanIoU, cams: Tensor, batch: Truth, background: bool) -> None:
     for cam, labels, mask in zip(cams, batch.labels, batch.masks, strict=True):
         shown = resized(cam[labels.nonzero()[:, 0]], mask.shape).numpy()
-        counter.update(shown, mask, present_ids(labels, maps.background))
+        counter.update(shown, mask, present_ids(labels, background))
 
 
 def resized(cam: Tensor, size: Sequence[int]) -> Tensor:

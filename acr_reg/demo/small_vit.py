@@ -1,4 +1,4 @@
-"""A small vision transformer that learns the synthetic scenes from scratch in a few minutes on one core."""
+"""Small vision transformers that learn the synthetic scenes from scratch in a few minutes on one core."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from acr_reg.demo.class_tokens import ClassTokenOutput, ClassTokens
 
 STRIDE = 8  # pixels per token
 
@@ -42,13 +44,34 @@ class SmallViT(nn.Module):
         self.apply(initialise)
 
     def forward(self, images: Tensor) -> Tensor:
-        patches = self.stem(images)
-        positions: Tensor = self.pos_embed
-        if positions.shape[2:] != patches.shape[2:]:
-            positions = F.interpolate(positions, patches.shape[2:], mode="bicubic", align_corners=False)
-        tokens = (patches + positions).flatten(2).transpose(1, 2)
-        tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+        patches = placed(self.stem(images), self.pos_embed).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         return self.head(self.norm(self.blocks(tokens)[:, 0]))
+
+
+class ClassTokenViT(nn.Module):
+    """As :class:`SmallViT`, with a token for each class and a convolutional head, in the style of MCTformer+."""
+
+    def __init__(self, num_classes: int, size: int = 64, width: int = 96, depth: int = 4, heads: int = 3) -> None:
+        super().__init__()
+        self.patch_size = STRIDE
+        self.num_prefix_tokens = num_classes
+        self.stem = mirrored_stem(width)
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, width, size // STRIDE, size // STRIDE))
+        self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
+        self.apply(initialise)
+        self.class_tokens = ClassTokens(num_classes, torch.zeros(1, 1, width), scale=0.1)
+
+    def forward(self, images: Tensor) -> ClassTokenOutput:
+        patches = placed(self.stem(images), self.pos_embed)
+        return self.class_tokens(patches.flatten(2).transpose(1, 2), self.blocks, tuple(patches.shape[2:]))
+
+
+def placed(patches: Tensor, positions: Tensor) -> Tensor:
+    """Adds the position table (1,D,H,W), resampled if the patches (B,D,h,w) are fewer or more."""
+    if positions.shape[2:] != patches.shape[2:]:
+        positions = F.interpolate(positions, patches.shape[2:], mode="bicubic", align_corners=False)
+    return patches + positions
 
 
 class Block(nn.Module):

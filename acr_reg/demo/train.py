@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, capture_attention
+from acr_reg.demo.class_tokens import ClassTokenOutput, classification
 from acr_reg.demo.record import Meter
 
 Batch = tuple[Tensor, Tensor, Tensor]  # the model's input for the image and for its view, labels (B,C)
@@ -35,24 +36,28 @@ def train(
     scheduler: LRScheduler,
     acr: AllPairsConsistencyLoss | None = None,
     grid: tuple[int, int] | None = None,
+    class_tokens: int | None = None,
     advance: Callable[[], None] = lambda: None,
 ) -> Training:
     """Trains `model` on each batch in turn and calls `advance` after each step.
 
-    A model that takes tokens instead of images needs their `grid`.
+    A model that takes tokens instead of images needs their `grid`, one with a token for each class their number. The
+    class maps of its head are compared too if `acr` has a weight for them.
     """
     model.train()
     history = []
-    with Meter() as meter, capture_attention(model) if acr is not None else nullcontext() as attention:
+    watched = nullcontext() if acr is None else capture_attention(model, class_tokens=class_tokens)
+    with Meter() as meter, watched as attention:
         for images, viewed, labels in batches:
-            logits_a = model(images)
+            first = model(images)
             attn_a = None if attention is None else with_grid(attention.take(), grid)
-            logits_b = model(viewed)
+            second = model(viewed)
             attn_b = None if attention is None else with_grid(attention.take(), grid)
-            loss = F.multilabel_soft_margin_loss(logits_a, labels) + F.multilabel_soft_margin_loss(logits_b, labels)
+            loss = classification_loss(first, labels) + classification_loss(second, labels)
             step = {"classification": loss.item()}
             if acr is not None:
-                consistency, terms = acr(attn_a, attn_b, return_terms=True)
+                cams = (first.maps, second.maps) if class_tokens and acr.weights["cam"] else ()
+                consistency, terms = acr(attn_a, attn_b, *cams, labels=labels, return_terms=True)
                 loss = loss + consistency
                 step |= {name: term.item() for name, term in terms.items()}
             optimizer.zero_grad()
@@ -64,6 +69,12 @@ def train(
             history.append(step)
             advance()
     return Training(history, meter.seconds, meter.cpu_seconds, meter.peak_memory)
+
+
+def classification_loss(output: Tensor | ClassTokenOutput, labels: Tensor) -> Tensor:
+    if isinstance(output, ClassTokenOutput):
+        return classification(output, labels)
+    return F.multilabel_soft_margin_loss(output, labels)
 
 
 def with_grid(attention: AttentionMaps, grid: tuple[int, int] | None) -> AttentionMaps:

@@ -2,8 +2,8 @@
 
     python -m benchmarks.pictures sheet    # writes docs/guides/pictures/sheet.png and heat.png; two minutes
 
-The scenes are composed from files that scikit-image and matplotlib ship. The class maps are those of the demo's small
-vision transformer, trained for a short while on image labels alone, without ACR.
+The scenes are composed from files that scikit-image and matplotlib ship. The class maps are the fused maps of the
+demo's small vision transformer, trained for a short while on image labels alone, without ACR.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from acr_reg import GradientCam, normalize_cam
 from acr_reg.__main__ import main as acr_reg
 from acr_reg.demo import scenes
-from acr_reg.demo.scene_task import QUICK, SceneSettings, SceneTask
+from acr_reg.demo.scene_task import FUSED, QUICK, SceneSettings, SceneTask
+from acr_reg.demo.scoring import class_maps, resized
 from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.formats.masks import save_mask
 
@@ -49,9 +49,8 @@ def write_data(folder: Path, settings: SceneSettings) -> None:
     task = SceneTask(0, settings)
     task.pretrain(lambda: None)
     data = scenes.compose(SHOWN, 0, "dev")
-    size = (scenes.SIZE, scenes.SIZE)
-    with GradientCam(task.fork(), start_layer=settings.start_layer, steps=0) as cam:
-        maps = normalize_cam(cam(scenes.to_input(data.images), data.labels, size=size), "minmax").numpy()
+    with task.reading(task.fork()) as read:
+        found, _ = class_maps(read, scenes.to_input(data.images), data.labels)
     for name in ("photos", "masks", "cams"):
         (folder / name).mkdir()
     names = [f"scene_{i + 1}" for i in range(SHOWN)]
@@ -59,7 +58,8 @@ def write_data(folder: Path, settings: SceneSettings) -> None:
         Image.fromarray(data.images[i].movedim(0, -1).numpy()).save(folder / "photos" / f"{name}.png")
         save_mask(folder / "masks" / f"{name}.png", data.masks[i].numpy())
         present = data.labels[i].nonzero()[:, 0].tolist()
-        save_cams(folder / "cams" / f"{name}.npy", {c: maps[i, c] for c in present})
+        maps = resized(found[FUSED][i, present], data.masks[i].shape).numpy()
+        save_cams(folder / "cams" / f"{name}.npy", dict(zip(present, maps, strict=True)))
     (folder / "val.txt").write_text("\n".join(names), encoding="utf-8")
     (folder / "names.txt").write_text("\n".join(scenes.CLASSES), encoding="utf-8")
 

@@ -180,11 +180,8 @@ def test_an_empty_study_says_so(tmp_path: Path):
 def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
     def row(name: str, raw: float) -> dict[str, object]:
         training = None if "ACR" not in name else {"cpu_seconds": 90.0}
-        propagated = {"miou": raw / 2}
-        terms = {"entropy": 0.9}
-        return {"name": name, "raw": {"miou": raw}, "propagated": propagated, "mean_ap": 0.9, "terms": terms} | {
-            "training": training
-        }
+        maps = {"fused map": {"miou": raw}} | ({} if training is None else {"patch map": {"miou": raw / 2}})
+        return {"name": name, "maps": maps, "mean_ap": 0.9, "terms": {"entropy": 0.9}, "training": training}
 
     def run(rows: list[tuple[str, float]], split: str = "test") -> Path:
         seeds = [{"seed": s, "rows": [row(n, value + s / 100) for n, value in rows]} for s in (3, 4)]
@@ -205,7 +202,8 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
         assert said in error and "--controls" in error
     assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
     page = scenes(tmp_path)
-    assert "```bash\npython -m acr_reg demo --controls\n" in page  # not where this machine wrote it
+    assert "`python -m acr_reg demo --controls`" in page  # not where this machine wrote it
+    assert "| mAP | fused map | patch map | entropy |" in page
     assert "| from without ACR to with ACR | +0.060 (+0.060 to +0.060), 2 of 2 | +0.030" in page
     assert "| from ACR, flip not undone to with ACR | +0.030" in page
     assert "| with ACR | 0.900 ± 0.000 | 0.345 ± 0.007 |" in page and "| best centred ellipse |  | 0.275" in page

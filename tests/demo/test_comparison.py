@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from acr_reg.demo.baselines import all_background
-from acr_reg.demo.comparison import Row, at_development_threshold
+from acr_reg.demo.comparison import at_development_threshold, baseline_row
 from acr_reg.metrics import CamMeanIoU
 
 
@@ -23,4 +23,4 @@ def test_the_threshold_comes_from_the_development_images() -> None:
 
 def test_a_row_without_a_network_has_class_maps_only() -> None:
     nothing = all_background([(np.zeros((4, 6), int), [])], 2)
-    assert Row("all background", at_development_threshold(nothing, nothing)).training is None
+    assert baseline_row("all background", "fused map", nothing, nothing).training is None

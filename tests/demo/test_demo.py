@@ -28,8 +28,10 @@ def test_quick_demo_ends_well_and_says_that_its_figures_mean_nothing(
     rows = {row["name"]: row for row in run["seeds"][0]["rows"]}
     assert set(rows) == {"all background", "best centred ellipse", WITHOUT, WITH, "ACR, flip not undone"}
     for name in (WITHOUT, WITH):
-        assert 0 <= rows[name]["raw"]["miou"] <= 1
-        assert len(rows[name]["raw"]["curve"]) == len(rows[name]["raw"]["thresholds"]) == 100
+        assert list(rows[name]["maps"]) == ["fused map", "patch map", "class attention"]
+        assert all(0 <= score["miou"] <= 1 for score in rows[name]["maps"].values())
+        fused = rows[name]["maps"]["fused map"]
+        assert len(fused["curve"]) == len(fused["thresholds"]) == 100
         assert 0 < rows[name]["terms"]["entropy"] <= 1
         assert rows[name]["training"]["seconds"] > 0
         assert len(rows[name]["training"]["history"]) == QUICK.continue_steps
@@ -59,7 +61,7 @@ def test_the_command_runs_on_a_folder(
     baselines = with_background if background else ["largest present class", "location prior"]
     assert names == [*baselines, "without ACR", "with ACR"]
     assert run["settings"]["size"] == 28
-    assert run["seeds"][0]["rows"][-1]["raw"]["threshold"] is None or background
+    assert run["seeds"][0]["rows"][-1]["maps"]["raw CAM"]["threshold"] is None or background
     assert (output / "demo.png").stat().st_size > 1000
 
 

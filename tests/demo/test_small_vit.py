@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from acr_reg.demo.small_vit import STRIDE, SmallViT, conv_stem, mirrored_stem
+from acr_reg.demo.small_vit import STRIDE, ClassTokenViT, SmallViT, conv_stem, mirrored_stem
 
 WIDTH, GRID = 96, (4, 8)
 
@@ -66,3 +66,12 @@ def test_the_model_takes_images_that_are_not_square() -> None:
     model = SmallViT(5, size=(32, 48), width=24, depth=1, heads=2)
     assert model(torch.randn(2, 3, 32, 48)).shape == (2, 5)
     assert model(torch.randn(2, 3, 64, 24)).shape == (2, 5)
+
+
+def test_the_class_token_network_gives_a_map_and_a_token_for_each_class() -> None:
+    torch.manual_seed(0)
+    model = ClassTokenViT(5).eval()
+    output = model(torch.randn(2, 3, 64, 96))  # not the size of its position table
+    assert output.maps.shape == (2, 5, 8, 12)
+    assert output.logits.shape == (2, 5)
+    assert output.class_tokens.shape == (4, 2, 5, 96)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from acr_reg import AllPairsConsistencyLoss, HorizontalFlip
+from acr_reg import (
+    AllPairsConsistencyLoss,
+    HorizontalFlip,
+    capture_attention,
+    class_token_gradient_cam,
+    propagate_cam,
+)
 from acr_reg.demo.baselines import Sample, largest_class, location_prior
 from acr_reg.demo.comparison import Plan, Report, Row, background_baselines, baseline_row, losses
 from acr_reg.demo.photos.folder import PhotoFolder
 from acr_reg.demo.photos.pretrained import MEAN, PATCH, STD, build, describe
-from acr_reg.demo.scoring import Maps, Truth, present_ids
-from acr_reg.demo.train import Batch, Training, shuffled, train
+from acr_reg.demo.scoring import Read, Reading, Truth, present_ids
+from acr_reg.demo.train import Batch, Training, shuffled, train, with_grid
+
+RAW, PROPAGATED = "raw CAM", "propagated CAM"
 
 _AT_ONCE = 32  # photos in memory at once in full precision, outside training
 
@@ -55,7 +64,7 @@ def plan_photos(folder: PhotoFolder, weights: Path | None, settings: PhotoSettin
         names=folder.names,
         background=folder.background,
         settings=settings,
-        conditions=losses(settings.activation_weight, settings.affinity_weight, controls),
+        conditions=losses(settings.activation_weight, settings.affinity_weight, 0.0, controls),
         start=lambda seed, report: PhotoTask(folder, weights, settings, seed, report),
     )
 
@@ -71,10 +80,10 @@ class PhotoTask:
         self.folder = folder
         self.settings = settings
         self.seed = seed
-        self.maps = Maps(settings.start_layer, folder.background)
-        self.grid: tuple[int, int] | None = (settings.size // PATCH, settings.size // PATCH)
+        self.background = folder.background
+        self.grid = (settings.size // PATCH, settings.size // PATCH)
         torch.manual_seed(seed)
-        self._lower, self._checkpoint = build(len(folder.numbers), settings.size, settings.frozen, weights)
+        self.lower, self._checkpoint = build(len(folder.numbers), settings.size, settings.frozen, weights)
         self._train_ids = some(folder.splits["train"], settings.train_images, seed)
         self._labels = folder.label_matrix(self._train_ids)
         self._tokens = self._lower_tokens(report)
@@ -89,7 +98,7 @@ class PhotoTask:
         tokens = []
         for part in parts:
             images = load_photos(self.folder, part, self.settings.size)
-            tokens.append(torch.stack([self._lower(images), self._lower(flip(images))]).half())
+            tokens.append(torch.stack([self.lower(images), self.lower(flip(images))]).half())
             advance()
         return torch.cat(tokens, dim=1)
 
@@ -100,7 +109,7 @@ class PhotoTask:
         settings = self.settings
         optimizer = make_optimizer(model, settings.rate, settings.head_rate)
         scheduler = CosineAnnealingLR(optimizer, self.steps)
-        return train(model, self._batches(), optimizer, scheduler, acr, self.grid, advance)
+        return train(model, self._batches(), optimizer, scheduler, acr, self.grid, advance=advance)
 
     def _batches(self) -> Iterator[Batch]:
         for chosen in shuffled(len(self._train_ids), self._batch_size, self.steps, self.seed):
@@ -119,17 +128,31 @@ class PhotoTask:
             for part in parts
         ]
 
-    def prepare(self, images: Tensor) -> Tensor:
-        return self._lower(images)
+    @contextmanager
+    def reading(self, model: nn.Module) -> Iterator[Read]:
+        model.eval()
+        with capture_attention(model) as attention:
+
+            def read(images: Tensor, labels: Tensor) -> Reading:
+                logits = model(self.lower(images))
+                captured = with_grid(attention.take(), self.grid)
+                cam = class_token_gradient_cam(logits, captured, labels, self.settings.start_layer)
+                with torch.no_grad():
+                    return Reading(logits, captured, {RAW: cam, PROPAGATED: propagate_cam(cam, captured)})
+
+            yield read
 
     def baselines(self, split: str) -> list[Row]:
         if self.folder.background:
             samples = {name: self._samples(name) for name in ("dev", split)}
-            return background_baselines(samples, split, self._labels)
+            return background_baselines(samples, split, self._labels, RAW)
         classes, shown, training = len(self.folder.names), self._samples(split), self._samples("train")
         largest = largest_class(shown, classes, training)
         prior = location_prior(shown, classes, training)
-        return [baseline_row("largest present class", largest, largest), baseline_row("location prior", prior, prior)]
+        return [
+            baseline_row("largest present class", RAW, largest, largest),
+            baseline_row("location prior", RAW, prior, prior),
+        ]
 
     def _samples(self, split: str) -> list[Sample]:
         ids = self.folder.splits[split]

@@ -21,7 +21,7 @@ from acr_reg import HorizontalFlip, align_attention, capture_attention
 from acr_reg.demo.comparison import Picture
 from acr_reg.demo.photos.pretrained import UpperHalf
 from acr_reg.demo.photos.task import to_pixels
-from acr_reg.demo.report import draw
+from acr_reg.demo.picture import draw
 from acr_reg.demo.scoring import resized
 from acr_reg.demo.train import with_grid
 from benchmarks.pictures.palette import with_few_colours
@@ -53,7 +53,7 @@ def first_photos(photos: Photos, count: int) -> Tensor:
 
 
 def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
-    """A column for each photo: the photo, its mask, the raw class maps of every condition."""
+    """A row for each photo: the photo, its mask, the raw class maps of every condition."""
     positions = first_photos(photos, COLUMNS)
     labels = photos.labels("dev")[positions]
     masks, present = photos.masks("dev"), photos.present("dev")

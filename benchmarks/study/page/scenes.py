@@ -17,6 +17,7 @@ from benchmarks.study.settings import StudyError
 from benchmarks.study.store import read_json
 
 FILE = "scenes.json"
+EARLIER = "scenes_one_token.json"  # of the demo before it had class tokens; kept as data
 TRAINED = (WITHOUT, WITH, CONTROL)
 
 
@@ -49,63 +50,70 @@ def _without_output(command: list[str]) -> list[str]:
 
 
 def _reduced(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {"raw": row["raw"]["miou"]}
+    """The mIoU of each kind of class maps, the headline first, and what else is shown."""
+    found: dict[str, Any] = {kind: score["miou"] for kind, score in row["maps"].items()}
     if row["training"] is not None:
-        found |= {"mean_ap": row["mean_ap"], "propagated": row["propagated"]["miou"]}
-        found |= {"entropy": row["terms"]["entropy"], "cpu_seconds": row["training"]["cpu_seconds"]}
+        found |= {"mean_ap": row["mean_ap"], "entropy": row["terms"]["entropy"]}
+        found |= {"cpu_seconds": row["training"]["cpu_seconds"]}
     return found
 
 
 def scenes(results: Path) -> str:
-    """The page: every seed and the means, with the baselines."""
-    path = results / FILE
-    head = "# Study: every table of the synthetic scenes\n"
+    """The page: every seed and the means, with the baselines, of the demo today and of the one before."""
+    about = (
+        "Small ViTs are trained from scratch on the demo's synthetic scenes. The settings were chosen on other seeds. "
+        "Each network is scored once on the test scenes, at the threshold that is best on development scenes. `python "
+        "-m benchmarks.study report` writes this page; the [study](study.md) has the summary."
+    )
+    parts = ["# Study: every table of the synthetic scenes\n", wrapped(about) + "\n"]
+    parts += ["## A token for each class, and a head on the patches\n", *_tables(results / FILE)]
+    parts += ["## The demo before: one class token, maps by gradient\n", *_tables(results / EARLIER)]
+    return "\n".join(parts)
+
+
+def _tables(path: Path) -> list[str]:
     if not path.exists():
-        return f"{head}\nNot run yet.\n"
+        return ["Not run yet.\n"]
     run = read_json(path)
     seeds: dict[str, dict[str, Any]] = run["seeds"]
+    kinds = _kinds(seeds)
+    columns = {"mean_ap": 3, **dict.fromkeys(kinds, 3), "entropy": 3, "cpu_seconds": 0}
     rows, by_seed = [], []
     for name in next(iter(seeds.values())):
         found = [of_seed[name] for of_seed in seeds.values()]
-        rows.append([name, *[_mean(found, key, digits) for key, digits in _COLUMNS.items()]])
-        by_seed.append([name, *[number(each["raw"]) for each in found]])
-    about = (
-        "A small ViT is trained from scratch on the demo's synthetic scenes. The settings were chosen on other seeds. "
-        f"Each network is scored once on the {run['split']} scenes, at the threshold that is best on development "
-        "scenes. `python -m benchmarks.study report` writes this page; the [study](study.md) has the summary."
-    )
-    return "\n".join(
-        [
-            head,
-            wrapped(about) + "\n",
-            f"```bash\npython -m acr_reg {' '.join(run['command'])}\n```\n",
-            f"## Means over {len(seeds)} seeds\n",
-            table(["", "mAP", "raw CAM mIoU", "propagated", "entropy", "CPU s"], rows) + "\n",
-            "## Raw CAM mIoU by seed\n",
-            table(["", *[f"seed {seed}" for seed in seeds]], by_seed) + "\n",
-            "## Differences, paired by seed\n",
-            differences(results),
-            "",
-        ]
-    )
+        rows.append([name, *[_mean(found, key, digits) for key, digits in columns.items()]])
+        by_seed.append([name, *[number(each[kinds[0]]) for each in found]])
+    return [
+        f"The command: `python -m acr_reg {' '.join(run['command'])}`. Means over {len(seeds)} seeds:\n",
+        table(["", "mAP", *kinds, "entropy", "CPU s"], rows) + "\n",
+        f"By seed, mIoU ({kinds[0]}):\n",
+        table(["", *[f"seed {seed}" for seed in seeds]], by_seed) + "\n",
+        "Differences in mIoU, paired by seed:\n",
+        _differences(seeds) + "\n",
+    ]
 
 
 def differences(results: Path) -> str:
     """A table of the three contrasts."""
     path = results / FILE
-    if not path.exists():
-        return "Not run yet."
-    seeds = read_json(path)["seeds"]
+    return _differences(read_json(path)["seeds"]) if path.exists() else "Not run yet."
+
+
+def _differences(seeds: Mapping[str, Mapping[str, Any]]) -> str:
+    kinds = _kinds(seeds)
     rows = [
-        [f"from {first} to {second}", _paired(seeds, first, second, "raw"), _paired(seeds, first, second, "propagated")]
+        [f"from {first} to {second}", *[_paired(seeds, first, second, kind) for kind in kinds]]
         for first, second in ((WITHOUT, WITH), (CONTROL, WITH), (WITHOUT, CONTROL))
     ]
-    return table(
-        [f"test scenes, {len(seeds)} seeds; mean change (range), seeds above zero", "raw CAM mIoU", "propagated"], rows
-    )
+    return table([f"test scenes, {len(seeds)} seeds; mean change (range), seeds above zero", *kinds], rows)
 
 
-_COLUMNS = {"mean_ap": 3, "raw": 3, "propagated": 3, "entropy": 3, "cpu_seconds": 0}
+def _kinds(seeds: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The names of the class maps, the headline first."""
+    return [key for key in next(iter(seeds.values()))[WITH] if key not in _OTHERS]
+
+
+_OTHERS = ("mean_ap", "entropy", "cpu_seconds")
 
 
 def _mean(found: list[dict[str, Any]], key: str, digits: int) -> str:
