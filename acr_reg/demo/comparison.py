@@ -114,7 +114,7 @@ def network_row(name: str, shown: Scores, development: Scores, training: Trainin
 
 @dataclass(frozen=True)
 class Picture:
-    """An image (h,w,3), its mask (H,W), the K ids present, and each condition's maps (K,H,W) in 0..1; 0 is background."""
+    """An image (h,w,3), its mask (H,W), K ids present, and each condition's maps (K,H,W) in 0..1; 0 is background."""
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
