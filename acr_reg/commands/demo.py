@@ -37,8 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--controls", action="store_true", help="also train with ACR but without undoing the flip: mere smoothing")
     add("--quick", action="store_true", help="about 20 s, to see that it runs: its figures mean nothing")
     add("--threads", type=int, metavar="N", help="threads of torch (default: 1; with --voc torch's own choice)")
-    add("--activation-weight", type=float, metavar="W", help="weight of the class token's rows, per query row")
+    add("--activation-weight", type=float, metavar="W", help="weight of the class tokens' rows, per query row")
     add("--affinity-weight", type=float, metavar="W", help="weight of the patches' rows, per query row")
+    add("--cam-weight", type=float, metavar="W", help="weight of the head's class maps, per pixel (not with --voc)")
     add = parser.add_argument_group("photos instead of the synthetic scenes").add_argument
     add(
         "--voc", type=Path, metavar="DIR", help="JPEGImages, SegmentationClass[Aug], ImageSets/*.txt, image_labels.json"
@@ -100,7 +101,7 @@ def check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise CommandError(f"--{name.replace('_', '-')} is {value}. It must be at least 1.")
-    for name in ("activation_weight", "affinity_weight"):
+    for name in ("activation_weight", "affinity_weight", "cam_weight"):
         value = getattr(args, name)
         if value is not None and not 0 <= value < float("inf"):
             raise CommandError(f"--{name.replace('_', '-')} is {value}. It must be a number of 0 or more.")
@@ -109,6 +110,8 @@ def check(args: argparse.Namespace) -> None:
         raise CommandError(f"--{given[0].replace('_', '-')} is for photos. Give their folder by --voc DIR.")
     if args.voc is not None and args.quick:
         raise CommandError("--quick is for the synthetic scenes. For photos, use --train-images 64 --epochs 1.")
+    if args.voc is not None and args.cam_weight is not None:
+        raise CommandError("--cam-weight is for the synthetic scenes: the model for photos has no convolutional head.")
     try:
         args.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -23,7 +23,10 @@ from acr_reg.demo.train import Batch, Training, shuffled, train
 
 MEANINGFUL = 0.85  # mean average precision below which the class maps mean nothing
 TITLE = "Synthetic scenes, small ViT"
-NOTE = "The scenes are synthetic: pictograms of a font on photographs, with exact masks."
+NOTES = (
+    "The scenes are synthetic: pictograms of a font on photographs, with exact masks.",
+    "Fused map, as in MCTformer+: the root of the head's patch map times the class token's attention.",
+)
 QUICK_NOTE = "--quick trains for a few steps, so figures and pictures mean nothing. Run without it for a result."
 FUSED, PATCH, CLASS = "fused map", "patch map", "class attention"  # the first is what users of MCTformer+ take
 
@@ -59,7 +62,7 @@ def plan_scenes(settings: SceneSettings, controls: bool, quick: bool) -> Plan:
     return Plan(
         title=f"{TITLE} (--quick: figures and maps mean nothing)" if quick else TITLE,
         where="on these synthetic scenes",
-        notes=(NOTE, QUICK_NOTE) if quick else (NOTE,),
+        notes=(*NOTES, QUICK_NOTE) if quick else NOTES,
         names=("background", *scenes.CLASSES),
         background=True,
         settings=settings,

@@ -35,7 +35,7 @@ def test_quick_demo_ends_well_and_says_that_its_figures_mean_nothing(
         assert 0 < rows[name]["terms"]["entropy"] <= 1
         assert rows[name]["training"]["seconds"] > 0
         assert len(rows[name]["training"]["history"]) == QUICK.continue_steps
-    assert set(rows[WITH]["training"]["history"][0]) == {"classification", "activation", "affinity", "entropy"}
+    assert set(rows[WITH]["training"]["history"][0]) == {"classification", "activation", "affinity", "cam", "entropy"}
     assert set(rows[WITHOUT]["training"]["history"][0]) == {"classification"}
     assert rows[WITH]["training"]["history"][0] != rows["ACR, flip not undone"]["training"]["history"][0]
 
@@ -72,6 +72,7 @@ def test_the_command_runs_on_a_folder(
         (["--seeds", "0"], ("--seeds is 0", "1")),
         (["--affinity-weight", "-1"], ("--affinity-weight is -1.0", "0 or more")),
         (["--quick", "--voc", "photos"], ("--quick", "synthetic scenes")),
+        (["--cam-weight", "1", "--voc", "photos"], ("--cam-weight", "synthetic scenes")),
     ],
 )
 def test_options_that_do_not_fit_are_refused_before_anything_is_written(
