@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def threads_of(args: argparse.Namespace) -> int | None:
-    """The threads to set. The scenes' network is so small that threads mostly wait for each other on busy cores."""
+    """The threads to set. On the scenes one: on busy cores two would wait for each other in every small operation."""
     return 1 if args.threads is None and args.voc is None else args.threads
 
 

@@ -37,17 +37,17 @@ _SCORED_AT_ONCE = 40
 class SceneSettings:
     """Weights are per query row. The attention of the class tokens is read from `start_layer` on, from the last."""
 
-    pretrain_steps: int = 500
-    continue_steps: int = 200
+    pretrain_steps: int = 350
+    continue_steps: int = 120
     batch_size: int = 48
     pretrain_rate: float = 3e-3
     continue_rate: float = 1e-3
-    activation_weight: float = 0.1
-    affinity_weight: float = 0.1
-    cam_weight: float = 0.0
+    activation_weight: float = 0.03
+    affinity_weight: float = 0.03
+    cam_weight: float = 5.0
     train_scenes: int = 12000
     shown_scenes: int = 1000
-    start_layer: int = -3
+    start_layer: int = -4
 
 
 QUICK = SceneSettings(pretrain_steps=10, continue_steps=4, batch_size=12, train_scenes=256, shown_scenes=48)

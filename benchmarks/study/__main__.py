@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     pictures.set_defaults(command=run_pictures)
 
     scenes = commands.add_parser("scenes", parents=[shared], help="keep the demo's results on test scenes")
-    scenes.add_argument("demo", type=Path, metavar="demo.json")
+    scenes.add_argument("demos", type=Path, nargs="+", metavar="demo.json", help="several, if each holds other seeds")
     scenes.set_defaults(command=run_scenes)
 
     tables = commands.add_parser(
@@ -262,7 +262,7 @@ def run_pictures(args: argparse.Namespace) -> int:
 
 
 def run_scenes(args: argparse.Namespace) -> int:
-    keep(args.demo, args.results)
+    keep(args.demos, args.results)
     return 0
 
 

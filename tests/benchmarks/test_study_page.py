@@ -201,8 +201,10 @@ def test_the_demos_scenes_are_taken_over(tmp_path: Path, capsys):
         error = capsys.readouterr().err
         assert said in error and "--controls" in error
     assert study.main(["scenes", str(run([*rows, ("ACR, flip not undone", 0.28)])), *results]) == 0
+    one = str(tmp_path / "demo.json")
+    assert study.main(["scenes", one, one, *results]) == 2 and "same seed" in capsys.readouterr().err
     page = scenes(tmp_path)
-    assert "`python -m acr_reg demo --controls`" in page  # not where this machine wrote it
+    assert "```bash\npython -m acr_reg demo --controls\n```" in page  # not where this machine wrote it
     assert "| mAP | fused map | patch map | entropy |" in page
     assert "| from without ACR to with ACR | +0.060 (+0.060 to +0.060), 2 of 2 | +0.030" in page
     assert "| from ACR, flip not undone to with ACR | +0.030" in page

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,22 @@ EARLIER = "scenes_one_token.json"  # of the demo before it had class tokens; kep
 TRAINED = (WITHOUT, WITH, CONTROL)
 
 
-def keep(demo: Path, results: Path) -> None:
-    """Reduce the demo's JSON of a run with ``--controls`` on the test scenes to ``results``/scenes.json."""
+def keep(demos: Sequence[Path], results: Path) -> None:
+    """Reduce the demo's JSONs of runs with ``--controls`` on test scenes, each of other seeds, to
+    ``results``/scenes.json."""
+    runs = [_kept(demo) for demo in demos]
+    first = runs[0]
+    for demo, run in zip(demos, runs, strict=True):
+        if (run["settings"], run["versions"]) != (first["settings"], first["versions"]):
+            raise StudyError(f"{demo} and {demos[0]} differ in settings or versions. Run all seeds with the same.")
+    seeds = {seed: rows for run in runs for seed, rows in run["seeds"].items()}
+    if len(seeds) < sum(len(run["seeds"]) for run in runs):
+        raise StudyError("Two of the runs hold the same seed. Give each seed once.")
+    kept = {"commands": [run.pop("command") for run in runs]} | first | {"seeds": seeds}
+    write_json(results / FILE, kept, lines=True)
+
+
+def _kept(demo: Path) -> dict[str, Any]:
     try:
         run = json.loads(demo.read_text(encoding="utf-8"))
         seeds = {str(each["seed"]): {row["name"]: _reduced(row) for row in each["rows"]} for each in run["seeds"]}
@@ -38,7 +52,7 @@ def keep(demo: Path, results: Path) -> None:
             f"{demo} is of {kept['split']} scenes and lacks {', '.join(missing) or 'no condition'}. Run the demo on "
             "test scenes with --controls."
         )
-    write_json(results / FILE, kept | {"seeds": seeds}, lines=True)
+    return kept | {"seeds": seeds}
 
 
 def _without_output(command: list[str]) -> list[str]:
@@ -76,7 +90,7 @@ def _tables(path: Path) -> list[str]:
         return ["Not run yet.\n"]
     run = read_json(path)
     seeds: dict[str, dict[str, Any]] = run["seeds"]
-    kinds = _kinds(seeds)
+    kinds, commands = _kinds(seeds), run.get("commands") or [run["command"]]
     columns = {"mean_ap": 3, **dict.fromkeys(kinds, 3), "entropy": 3, "cpu_seconds": 0}
     rows, by_seed = [], []
     for name in next(iter(seeds.values())):
@@ -84,7 +98,8 @@ def _tables(path: Path) -> list[str]:
         rows.append([name, *[_mean(found, key, digits) for key, digits in columns.items()]])
         by_seed.append([name, *[number(each[kinds[0]]) for each in found]])
     return [
-        f"The command: `python -m acr_reg {' '.join(run['command'])}`. Means over {len(seeds)} seeds:\n",
+        "```bash\n" + "\n".join(f"python -m acr_reg {' '.join(each)}" for each in commands) + "\n```\n",
+        f"Means over {len(seeds)} seeds:\n",
         table(["", "mAP", *kinds, "entropy", "CPU s"], rows) + "\n",
         f"By seed, mIoU ({kinds[0]}):\n",
         table(["", *[f"seed {seed}" for seed in seeds]], by_seed) + "\n",
