@@ -114,7 +114,7 @@ def network_row(name: str, shown: Scores, development: Scores, training: Trainin
 
 @dataclass(frozen=True)
 class Picture:
-    """An image (h,w,3), its mask (H,W), K ids present, and each condition's maps (K,H,W) in 0..1; 0 is background."""
+    """An image (h,w,3), its mask (H,W), the K ids present, and the maps (K,H,W) in 0..1 of each condition."""
 
     image: NDArray[np.uint8]
     mask: NDArray[np.uint8]
@@ -198,8 +198,8 @@ def run_seed(plan: Plan, seed: int, split: str, report: Report) -> SeedResult:
         with task.reading(model) as read:
             found = score(read, development, task.background, advance)
             scores = found if split == "dev" else score(read, shown, task.background, advance)
-            rows.append(network_row(name, scores, found, training))
-            draw_maps(pictures, rows[-1], read, first)
+            draw_maps(pictures, name, read, first)
+        rows.append(network_row(name, scores, found, training))
     return SeedResult(seed, rows, task.pretraining, pictures)
 
 
@@ -212,10 +212,9 @@ def blank_pictures(task: Task, first: Truth) -> list[Picture]:
     return [Picture(*parts) for parts in zip(task.pixels(first.images), first.masks, present, strict=True)]
 
 
-def draw_maps(pictures: list[Picture], row: Row, read: Read, first: Truth) -> None:
-    """Adds the maps that people use, of the condition of `row`, to each picture: 0 up to the threshold of the row."""
+def draw_maps(pictures: list[Picture], name: str, read: Read, first: Truth) -> None:
+    """Adds the maps that people use, of one condition, to each picture."""
     maps, _ = class_maps(read, first.images, first.labels)
     cams = next(iter(maps.values()))
     for picture, cam, labels in zip(pictures, cams, first.labels, strict=True):
-        shown = resized(cam[labels.nonzero()[:, 0]], picture.mask.shape).numpy()
-        picture.maps[row.name] = np.where(shown > (row.headline.threshold or 0.0), shown, 0.0)
+        picture.maps[name] = resized(cam[labels.nonzero()[:, 0]], picture.mask.shape).numpy()

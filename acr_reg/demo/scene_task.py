@@ -38,7 +38,7 @@ class SceneSettings:
     """Weights are per query row. The attention of the class tokens is read from `start_layer` on, from the last."""
 
     pretrain_steps: int = 350
-    continue_steps: int = 120
+    continue_steps: int = 100
     batch_size: int = 48
     pretrain_rate: float = 3e-3
     continue_rate: float = 1e-3
@@ -46,7 +46,7 @@ class SceneSettings:
     affinity_weight: float = 0.03
     cam_weight: float = 5.0
     train_scenes: int = 12000
-    shown_scenes: int = 1000
+    shown_scenes: int = 600
     start_layer: int = -4
 
 
