@@ -35,7 +35,16 @@ _SCORED_AT_ONCE = 40
 
 @dataclass(frozen=True)
 class SceneSettings:
-    """Weights are per query row. The attention of the class tokens is read from `start_layer` on, from the last."""
+    """The weights of attention are per query row, that of class maps is per pixel of the head's maps.
+
+    The attention of the class tokens is read from `start_layer` on, counted from the last: from all blocks.
+
+    The settings were chosen on 400 development scenes of seeds 100 and 101, which are not shown. The figures are mAP
+    and the mIoU of fused map, patch map and class attention. Seed 100, 500 and 200 steps: without ACR 0.946, 0.407,
+    0.345, 0.494; weights of attention 0.03, class maps 0: 0.945, 0.406, 0.344, 0.495; 0 and 1: 0.947, 0.421, 0.385,
+    0.497; 0 and 5: 0.948, 0.424, 0.396, 0.496. Seed 101, 350 and 100 steps: without 0.880, 0.405, 0.372, 0.440; 0.03
+    and 5: 0.884, 0.416, 0.397, 0.444.
+    """
 
     pretrain_steps: int = 350
     continue_steps: int = 100
