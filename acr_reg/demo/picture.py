@@ -41,11 +41,13 @@ def draw(
     """
     rows = [panels(picture, background) for picture in pictures]
     headings = list(rows[0])
-    size = (_PANEL * len(headings) + 0.5, _PANEL * len(rows) + 1.7)
+    heights = [min(1.0, picture.mask.shape[0] / picture.mask.shape[1]) for picture in pictures]
+    size = (_PANEL * len(headings) + 0.5, _PANEL * sum(heights) + 2.0)
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(textwrap.fill(title, round(size[0] * 7.5)), fontsize=_SMALL)
-    axes = figure.subplots(len(rows), len(headings), squeeze=False)
+    lines = [*textwrap.wrap(title, round(size[0] * 7.5)), *["stronger colour: higher map"] * background]
+    figure.suptitle("\n".join(lines), fontsize=_SMALL)
+    axes = figure.subplots(len(rows), len(headings), squeeze=False, height_ratios=heights)
     for picture, row, contents in zip(pictures, axes, rows, strict=True):
         row[0].set_ylabel("\n".join(names[label] for label in picture.present), fontsize=_SMALL)
         for axis, (heading, panel) in zip(row, contents.items(), strict=True):

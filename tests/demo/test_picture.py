@@ -52,4 +52,4 @@ def test_the_picture_is_written_with_a_row_for_each_image(tmp_path: Path, presen
         with Image.open(tmp_path / "demo.png") as written:
             sizes.append(written.size)
     assert sizes[0][0] == sizes[1][0]
-    assert sizes[1][1] - sizes[0][1] > 2 * 60
+    assert sizes[1][1] - sizes[0][1] > 2 * 30
