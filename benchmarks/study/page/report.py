@@ -32,7 +32,7 @@ from benchmarks.study.page.tables import (
 )
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW
-from benchmarks.study.settings import CONDITIONS, PROPAGATIONS, REFERENCE, SETS, SPLITS, STARTS, Cell, Setting
+from benchmarks.study.settings import CONDITIONS, NETWORKS, REFERENCE, SETS, SPLITS, Cell, Setting
 from benchmarks.study.store import frozen_setting
 
 MATCHED = 0.005  # mAP that a condition may lose to be compared at "matched mAP"
@@ -231,11 +231,12 @@ def _matched(members: Sequence[Group]) -> str:
 
 def _readings(members: Sequence[Group]) -> str:
     """mIoU by start layer and by the layers of propagation: the same choices for every condition."""
-    header = ["", *[f"from {start}" for start in STARTS]]
+    network = NETWORKS[members[0].setting.network]
+    header = ["", *[f"from {start}" for start in network.starts]]
     rows = []
     for group in members:
-        for name in (RAW, *PROPAGATIONS):
-            values = [_reading(group, start, name) for start in STARTS]
+        for name in (RAW, *network.spread):
+            values = [_reading(group, start, name) for start in network.starts]
             rows.append([f"{group.title}: {name}", *[number(value) for value in values]])
     return table(header, rows)
 
