@@ -194,7 +194,7 @@ def run_plan(args: argparse.Namespace) -> int:
         return 0
     running, failed = bench(args), 0
     split = "dev" if args.plan == "dev" else "test"
-    if cells and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
+    if cells and args.network == ONE_TOKEN and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
         running.run_baselines(args.photos, SETS[args.photos].size, split)
     for cell in waiting:
         with claimed(args.cache, cell) as mine:
@@ -285,8 +285,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def appendices(results: Path, folder: Path) -> dict[str, str]:
-    """File name -> page: one for each set of photos, and that of the scenes."""
-    pages = {f"{PAGE.stem}_{photos}.md": appendix(results, photos, folder / PAGE.stem) for photos in SETS}
+    """File name -> page: one for each set of photos and network, and that of the scenes."""
+    pages = {
+        "_".join(filter(None, (PAGE.stem, photos, about.folder))) + ".md": appendix(
+            results / about.folder, photos, folder / PAGE.stem, network
+        )
+        for network, about in NETWORKS.items()
+        for photos in SETS
+    }
     return pages | {f"{PAGE.stem}_scenes.md": scenes(results)}
 
 
