@@ -39,22 +39,25 @@ class ClassTokenOutput:
 
 
 class ClassTokens(nn.Module):
-    """Puts a token for each class before patches (B,N,D), runs them through ``blocks`` and the head.
+    """Puts a token for each class before patches, runs all of them through ``blocks``, and reads the head off the
+    patches.
 
-    A class's token is ``start`` (1,1,D) plus an embedding of its own: equal tokens would stay equal.
+    A class's token is ``start`` (B or 1,1,D) plus an embedding of its own, because equal tokens would stay equal;
+    ``scale`` is the standard deviation of a new embedding. ``patches`` are (B,N,D), ``grid`` is (h,w).
     """
 
-    def __init__(self, num_classes: int, start: Tensor, scale: float) -> None:
+    def __init__(self, num_classes: int, width: int, scale: float) -> None:
         super().__init__()
-        width = start.shape[-1]
         self.num_classes = num_classes
-        self.tokens = nn.Parameter(start.detach() + scale * torch.randn(1, num_classes, width))
+        self.embedding = nn.Parameter(scale * torch.randn(1, num_classes, width))
         self.head = nn.Conv2d(width, num_classes, 3, padding=1)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.constant_(self.head.get_parameter("bias"), 0.0)
 
-    def forward(self, patches: Tensor, blocks: Iterable[nn.Module], grid: tuple[int, int]) -> ClassTokenOutput:
-        tokens = torch.cat([self.tokens.expand(len(patches), -1, -1), patches], dim=1)
+    def forward(
+        self, start: Tensor, patches: Tensor, blocks: Iterable[nn.Module], grid: tuple[int, int]
+    ) -> ClassTokenOutput:
+        tokens = torch.cat([(start + self.embedding).expand(len(patches), -1, -1), patches], dim=1)
         after = []
         for block in blocks:
             tokens = block(tokens)

@@ -42,6 +42,8 @@ from benchmarks.study.plans import PLANS, plan
 from benchmarks.study.settings import (
     CONDITIONS,
     LAYERS,
+    NETWORKS,
+    ONE_TOKEN,
     PROPAGATIONS,
     SETS,
     SPLITS,
@@ -62,6 +64,7 @@ WEIGHTS = Path("vit_small_patch14", "weights_fp16.npz")
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     torch.set_num_threads(args.threads)
+    args.results = args.results or HERE / "results" / NETWORKS[args.network].folder
     try:
         with show_progress(bars=False) as progress:  # bars would take part of the CPU time that is measured
             progress.begin(f"benchmarks.study {args.name}", None)
@@ -89,7 +92,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="folder of tokens and networks",
     )
-    add("--results", type=Path, default=HERE / "results", metavar="DIR", help="folder of the JSON files")
+    add("--network", choices=NETWORKS, default=ONE_TOKEN, help="kind of network (default: one_token)")
+    add("--results", type=Path, metavar="DIR", help="folder of the JSON files (default: that of the network)")
     add("--threads", type=int, default=1, metavar="N", help="threads of torch (default: 1)")
     plain = argparse.RawDescriptionHelpFormatter
     result = argparse.ArgumentParser("python -m benchmarks.study", description=__doc__, formatter_class=plain)
@@ -171,15 +175,17 @@ def bench(args: argparse.Namespace) -> Bench:
 
 
 def run_cell(args: argparse.Namespace) -> int:
-    names = {field.name for field in fields(Setting)} - {"photos", "condition"}
+    names = {field.name for field in fields(Setting)} - {"photos", "condition", "network"}
     given: dict[str, Any] = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    setting = base(args.photos, args.condition, **given)
+    setting = base(args.photos, args.condition, network=args.network, **given)
     bench(args).run(Cell(setting, args.seed, args.split, Reading(args.start_layer, args.propagation)))
     return 0
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    cells = [cell for cell in plan(args.plan, args.photos, args.results) if args.seed in (None, cell.seed)]
+    cells = [
+        cell for cell in plan(args.plan, args.photos, args.results, args.network) if args.seed in (None, cell.seed)
+    ]
     waiting = [cell for cell in cells if load(args.results, cell) is None]
     if args.list:
         for cell in cells:
@@ -188,7 +194,7 @@ def run_plan(args: argparse.Namespace) -> int:
         return 0
     running, failed = bench(args), 0
     split = "dev" if args.plan == "dev" else "test"
-    if cells and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
+    if cells and args.network == ONE_TOKEN and not (args.results / args.photos / split / f"{BASELINES}.json").exists():
         running.run_baselines(args.photos, SETS[args.photos].size, split)
     for cell in waiting:
         with claimed(args.cache, cell) as mine:
@@ -279,8 +285,14 @@ def run_report(args: argparse.Namespace) -> int:
 
 
 def appendices(results: Path, folder: Path) -> dict[str, str]:
-    """File name -> page: one for each set of photos, and that of the scenes."""
-    pages = {f"{PAGE.stem}_{photos}.md": appendix(results, photos, folder / PAGE.stem) for photos in SETS}
+    """File name -> page: one for each set of photos and network, and that of the scenes."""
+    pages = {
+        "_".join(filter(None, (PAGE.stem, photos, about.folder))) + ".md": appendix(
+            results / about.folder, photos, folder / PAGE.stem, network
+        )
+        for network, about in NETWORKS.items()
+        for photos in SETS
+    }
     return pages | {f"{PAGE.stem}_scenes.md": scenes(results)}
 
 

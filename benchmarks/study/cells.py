@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict
@@ -13,7 +12,7 @@ from acr_reg.demo.record import Meter, machine, versions, write_json
 from benchmarks.study.baselines import baselines
 from benchmarks.study.counts import multi_label
 from benchmarks.study.photos import Photos, Places
-from benchmarks.study.scoring import RAW, Key, figures, score
+from benchmarks.study.scoring import figures, keys_of, score
 from benchmarks.study.settings import Cell, StudyError
 from benchmarks.study.store import BASELINES, check_test, frozen, load
 from benchmarks.study.train import trained
@@ -47,7 +46,8 @@ class Bench:
         photos = self.photos(setting.photos, setting.size, setting.frozen)
         result = trained(photos, setting, cell.seed)
         with Meter() as meter:
-            found = score(photos, result.model, cell.split, cell.reading, every_reading=cell.split == "dev")
+            every = cell.split == "dev"
+            found = score(photos, result.model, cell.split, setting.network, cell.reading, every_reading=every)
         record: dict[str, Any] = {
             "setting": asdict(setting),
             "seed": cell.seed,
@@ -60,13 +60,11 @@ class Bench:
             "mean_ap": found.mean_ap,
             "entropies": [[round(value, 4) for value in layer] for layer in found.entropies],
         }
-        keys: dict[str, Key] = {
-            "raw": (cell.reading.start, RAW),
-            "propagated": (cell.reading.start, cell.reading.propagation),
-        }
+        keys = keys_of(setting.network, cell.reading)
         for name, key in keys.items():
             threshold = None if held_out is None else held_out[name]
             record[name] = asdict(figures(found.totals[key], found.images[key], photos.present(cell.split), threshold))
+            record[name]["agreement"] = found.agreement[key]
         record["readings"] = [
             {"start": start, "propagation": how, "miou": scores.best_miou, "threshold": scores.best_threshold}
             for (start, how), scores in ((key, total.compute()) for key, total in found.totals.items())
@@ -86,7 +84,7 @@ class Bench:
         """The best thresholds on dev, for the cell's reading. Dev cells use the default reading, so that their tables
         compare; they also record the threshold of every reading."""
         dev = self.run(Cell(cell.setting, cell.seed))
-        wanted = {"raw": (cell.reading.start, RAW), "propagated": dataclasses.astuple(cell.reading)}
+        wanted = keys_of(cell.setting.network, cell.reading)
         found = {(each["start"], each["propagation"]): each["threshold"] for each in dev["readings"]}
         return {name: found[key] for name, key in wanted.items()}
 

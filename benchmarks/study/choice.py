@@ -19,10 +19,9 @@ import numpy as np
 from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import (
     CONDITIONS,
-    PROPAGATIONS,
+    NETWORKS,
     REFERENCE,
     SEEDS,
-    STARTS,
     Cell,
     Reading,
     Setting,
@@ -82,7 +81,7 @@ def entries(chosen: Chosen, plan: str) -> list[Entry]:
 
 
 def _is_candidate(setting: Setting, photos: str) -> bool:
-    plain = base(photos, setting.condition, setting.weight, setting.cam_weight, epochs=setting.epochs)
+    plain = base(photos, setting.condition, setting.weight, setting.cam_weight, setting.network, epochs=setting.epochs)
     return setting == plain
 
 
@@ -109,14 +108,18 @@ def _at(candidates: Candidates, epochs: int) -> Candidates:
 
 def _best(compared: Candidates) -> tuple[Setting, Reading]:
     _, setting, start = _first(compared)
-    how = max(PROPAGATIONS, key=lambda name: mean_of(compared[setting], start, name))
+    how = max(NETWORKS[setting.network].spread, key=lambda name: mean_of(compared[setting], start, name))
     return setting, Reading(start, how)
 
 
 def _first(compared: Candidates) -> tuple[float, Setting, int]:
     """The highest mean raw mIoU, its setting and start layer; among equals the later start, then the longer
     training."""
-    found = [(mean_of(rows, start, RAW), setting, start) for setting, rows in compared.items() for start in STARTS]
+    found = [
+        (mean_of(rows, start, RAW), setting, start)
+        for setting, rows in compared.items()
+        for start in NETWORKS[setting.network].starts
+    ]
     return max(found, key=lambda entry: (entry[0], entry[2], entry[1].epochs))
 
 

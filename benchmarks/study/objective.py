@@ -3,33 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, class_token_gradient_cam
+from benchmarks.study.networks import Run
 from benchmarks.study.photos import Batch
-from benchmarks.study.settings import CONDITIONS, LAYERS, Setting, StudyError
+from benchmarks.study.settings import CLASS_TOKENS, CONDITIONS, LAYERS, Setting, StudyError
 from benchmarks.study.views import misreported
 
 # Of the squared distance, whose pull fades as the entropy is reached. The absolute distance at a weight of 10 kept
 # pulling at full strength: after two epochs on MSRC the classification loss was 0.50 ("both": 0.36, reference: 0.31)
 # and the entropy still 0.025 off. The record of every such cell says how far off it stays.
 ENTROPY_WEIGHT = 30.0
-
-
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One view's forward pass; ``attention`` is None for a condition that needs no maps."""
-
-    logits: Tensor
-    attention: AttentionMaps | None
-
-    @property
-    def maps(self) -> AttentionMaps:
-        assert self.attention is not None
-        return self.attention
 
 
 class Objective(nn.Module):
@@ -51,6 +38,8 @@ class Objective(nn.Module):
                 cam_weight=setting.cam_weight,
                 distance=setting.distance,
                 layers=LAYERS[setting.layers],
+                # Dense takes less time where maps are this small. The other network's cells were run before.
+                blockwise=False if setting.network == CLASS_TOKENS else None,
             )
         if condition.entropy_of_both and (targets is None or len(targets) != steps):
             found = "no entropies" if targets is None else f"the entropies of {len(targets)} steps"
@@ -80,6 +69,7 @@ class Objective(nn.Module):
         maps_b = b.maps.detach() if self.setting.stop_gradient else b.maps
         cams, labels = self._cams(runs, batch.labels)
         view = batch.view if self.condition.reported else misreported(batch.view)
+        labels = batch.labels if self.setting.network == CLASS_TOKENS else labels  # of the class tokens that count
         loss, terms = self.acr(
             a.maps, maps_b, *cams, view=view, labels=labels, scale=self._scale(step), return_terms=True
         )
@@ -93,10 +83,14 @@ class Objective(nn.Module):
         return min(1.0, (step + 1) / rising) if rising else 1.0
 
     def _cams(self, runs: Sequence[Run], labels: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """Differentiable class maps of one class of each photo, drawn at random, the same in both views. This takes one
-        more backward pass with a graph; all classes would take as many as a photo has labels."""
+        """Differentiable class maps of both views, and the labels of those that count. The head has a map of every
+        class. A gradient map takes one more backward pass with a graph, so there it is that of one class of each photo,
+        drawn at random, the same in both views."""
         if not self.condition.cam:
             return [], None
+        a, b = (run.output for run in runs)
+        if a is not None and b is not None:
+            return [a.maps.float(), b.maps.detach().float() if self.setting.stop_gradient else b.maps.float()], labels
         drawn = torch.multinomial(labels, 1, generator=self._generator)
         one = torch.zeros_like(labels).scatter_(1, drawn, 1)
         start = self.setting.cam_start

@@ -7,7 +7,19 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, WEIGHTS, Cell, Setting, Split, StudyError, base
+from benchmarks.study.settings import (
+    CAM_WEIGHTS,
+    CLASS_TOKENS,
+    CONDITIONS,
+    ONE_TOKEN,
+    REFERENCE,
+    WEIGHTS,
+    Cell,
+    Setting,
+    Split,
+    StudyError,
+    base,
+)
 from benchmarks.study.store import frozen_cells, frozen_setting
 from benchmarks.study.views import VIEWS
 
@@ -18,11 +30,12 @@ WEIGHT, CAM_WEIGHT = 0.5, 0.1  # the middle of the five of each: used where some
 # "both" would have been tested at more epochs with that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
 FEW, MORE = (0, 1), (0, 1, 2)
+PAIR = (REFERENCE, "both")
 
 Planned = tuple[Setting, tuple[int, ...]]
 
 
-def plan(name: str, photos: str, results: Path) -> list[Cell]:
+def plan(name: str, photos: str, results: Path, network: str = ONE_TOKEN) -> list[Cell]:
     """The cells of a plan, in order. The dev cells that the primary contrast's settings are chosen from come first; the
     others are planned only once it is frozen."""
     if name not in PLANS:
@@ -32,15 +45,20 @@ def plan(name: str, photos: str, results: Path) -> list[Cell]:
         # WSSS papers report training photos too. Since the primary contrast was scored, and before a test cell of
         # another condition was, only its seeds are scored on them: they would take a fifth of the time left on two
         # cores.
-        splits: tuple[Split, ...] = ("test", "train") if name == "primary" else ("test",)
+        scored_on_train = name == "primary" and network == ONE_TOKEN
+        splits: tuple[Split, ...] = ("test", "train") if scored_on_train else ("test",)
         return [cell.on(split) for cell in shown for split in splits]
-    planned = _tuning(photos)
-    if (leader := frozen_setting(results, photos, "both")) is not None:
-        planned += _msrc(leader) if photos == "msrc" else _voc(leader)
+    leader = frozen_setting(results, photos, "both")
+    if network == CLASS_TOKENS:
+        planned = _class_token_tuning(photos) + ([] if leader is None else _class_token_conditions(leader))
+    else:
+        planned = _tuning(photos)
+        if leader is not None:
+            planned += _msrc(leader) if photos == "msrc" else _voc(leader)
     return list(dict.fromkeys(Cell(setting, seed) for setting, seeds in planned for seed in seeds))
 
 
-def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = CAM_WEIGHT, **other: object) -> Setting:
+def at(photos: str, condition: str, weight: float = WEIGHT, cam_weight: float = CAM_WEIGHT, **other: Any) -> Setting:
     """A setting with the weights of the terms that its condition has."""
     kind = CONDITIONS[condition]
     weighted = kind.activation or kind.affinity or kind.entropy_of_both
@@ -56,6 +74,24 @@ def _tuning(photos: str) -> list[Planned]:
     settings += [at(photos, name, epochs=each) for each in epochs for name in ("two", "both")]
     settings += [at(photos, "both", weight, epochs=max(epochs)) for weight in LIGHT]
     return [(setting, seeds) for setting in settings]
+
+
+def _class_token_tuning(photos: str) -> list[Planned]:
+    """The same for the network with class tokens: the reference and "both" choose among the same two numbers of epochs,
+    "both" among three weights as well."""
+    few, many, seeds = (4, 8, FEW) if photos == "msrc" else (1, 2, (0,))
+    chosen = [(name, 0.17, each) for each in (few, many) for name in PAIR]
+    chosen += [("both", weight, many) for weight in (0.06, 0.5)]
+    return [(at(photos, name, weight, network=CLASS_TOKENS, epochs=each), seeds) for name, weight, each in chosen]
+
+
+def _class_token_conditions(leader: Setting) -> list[Planned]:
+    """The other conditions at the frozen setting, and those of MSRC on a finer grid of tokens as well."""
+    names = ("misreported", "affinity", "activation", "both_cam", "smoothing")
+    planned: list[Planned] = [(_like(leader, name), FEW) for name in names]
+    if leader.photos == "msrc":
+        planned += _each(leader, ("two", "both", *names), [{"size": 168}])
+    return planned
 
 
 def _msrc(leader: Setting) -> list[Planned]:
@@ -87,7 +123,7 @@ def _voc(leader: Setting) -> list[Planned]:
 def _like(leader: Setting, condition: str, weight: float | None = None, **other: Any) -> Setting:
     """A condition at the leader's epochs and, unless another is given, at its weight."""
     weight = leader.weight if weight is None else weight
-    return at(leader.photos, condition, weight, epochs=leader.epochs, **other)
+    return at(leader.photos, condition, weight, epochs=leader.epochs, network=leader.network, **other)
 
 
 def _each(leader: Setting, conditions: Iterable[str], others: Iterable[dict[str, Any]]) -> list[Planned]:

@@ -17,12 +17,48 @@ SEEDS = (0, 1, 2, 3, 4)
 WEIGHTS = (0.06, 0.17, 0.5, 1.5, 4.5)  # per query row; 0.17 is the paper's 100 at 576 tokens; steps of 3
 CAM_WEIGHTS = (0.01, 0.03, 0.1, 0.3, 1.0)  # per pixel of maps in [0, 1]
 
-STARTS = (-1, -2, -3, -4)
 PROPAGATIONS = {"all": None, "first": (0, 1, 2), "last": (3, 4, 5)}
 """The layers over whose affinity a class map is spread, of the six that train; the paper uses all of a network."""
 
 LAYERS = {"all": None, "lower": (0, 1, 2), "upper": (3, 4, 5)}
 """The layers that the consistency terms compare, of the six that train."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A kind of network and the class maps read off it.
+
+    ``starts`` are the first layers that may count (negative, counted from the end). ``maps`` names what a cell scores:
+    "raw" is the map that the primary contrast compares, "propagated" is that map spread over the affinity. ``spread``
+    names the :data:`PROPAGATIONS` to choose from.
+    """
+
+    title: str
+    raw: str
+    starts: tuple[int, ...]
+    spread: tuple[str, ...]
+    maps: tuple[str, ...]
+    folder: str = ""  # of its results
+
+
+NETWORKS = {
+    "one_token": Network(
+        "one class token",
+        "the gradient of a class's logit to the class token's attention",
+        (-1, -2, -3, -4),
+        ("all", "first", "last"),
+        ("raw", "propagated"),
+    ),
+    "class_tokens": Network(
+        "class tokens and patch head",
+        "the root of the product of the head's map and the class token's attention",
+        (-1, -3, -6),
+        ("all", "last"),
+        ("raw", "propagated", "patch", "attention", "gradient"),
+        "class_tokens",
+    ),
+}
+ONE_TOKEN, CLASS_TOKENS = NETWORKS
 
 
 class StudyError(Exception):
@@ -101,12 +137,14 @@ class Setting:
     head_rate: float = 1e-3
     cam_start: int = -3
     precision: Literal["float32", "bfloat16"] = "bfloat16"
+    network: str = ONE_TOKEN
 
     def __post_init__(self) -> None:
         for what, name, known in (
             ("set", self.photos, SETS),
             ("condition", self.condition, CONDITIONS),
             ("choice of layers", self.layers, LAYERS),
+            ("network", self.network, NETWORKS),
         ):
             if name not in known:
                 raise StudyError(f"There is no {what} {name!r}. Choose one of {', '.join(known)}.")
@@ -125,12 +163,13 @@ class Setting:
 
     @property
     def slug(self) -> str:
-        """A file name: the fields that every name has, then those that differ from their defaults."""
+        """A file name: the fields that every name has, then those that differ from their defaults. Each network has a
+        folder of its own."""
         parts = [self.condition]
         parts += [f"w{self.weight:g}"] if self.weight else []
         parts += [f"c{self.cam_weight:g}"] if self.cam_weight else []
         parts += [self.view, f"{self.size}px", f"{self.epochs}ep"]
-        shown = {"photos", "condition", "size", "epochs", "weight", "cam_weight", "view"}
+        shown = {"photos", "condition", "size", "epochs", "weight", "cam_weight", "view", "network"}
         for field in fields(self):
             value = getattr(self, field.name)
             if field.name not in shown and field.default is not MISSING and value != field.default:
@@ -149,21 +188,24 @@ class Setting:
 
 @dataclass(frozen=True)
 class Reading:
-    """How class maps are read off a trained network: the first layer whose gradient counts (negative, counted from the
-    end), and the layers over whose affinity the map is spread."""
+    """How class maps are read off a trained network: the first layer that counts (negative, counted from the end), by
+    its gradient or by its class tokens' attention, and the layers over whose affinity the map is spread."""
 
     start: int = -3
     propagation: str = "all"
 
     def __post_init__(self) -> None:
-        if self.start not in STARTS or self.propagation not in PROPAGATIONS:
+        starts = sorted({start for network in NETWORKS.values() for start in network.starts}, reverse=True)
+        if self.start not in starts or self.propagation not in PROPAGATIONS:
             raise StudyError(
                 f"There is no reading with start {self.start} and propagation {self.propagation!r}. Choose a start of "
-                f"{', '.join(map(str, STARTS))} and one of {', '.join(PROPAGATIONS)}."
+                f"{', '.join(map(str, starts))} and one of {', '.join(PROPAGATIONS)}."
             )
 
 
-READINGS = tuple(Reading(start, name) for start in STARTS for name in PROPAGATIONS)
+def readings(network: str) -> tuple[Reading, ...]:
+    """All readings of a network."""
+    return tuple(Reading(start, name) for start in NETWORKS[network].starts for name in NETWORKS[network].spread)
 
 
 @dataclass(frozen=True)
@@ -183,10 +225,16 @@ class Cell:
 
 
 def base(
-    photos: str, condition: str = REFERENCE, weight: float = 0.0, cam_weight: float = 0.0, **other: Any
+    photos: str,
+    condition: str = REFERENCE,
+    weight: float = 0.0,
+    cam_weight: float = 0.0,
+    network: str = ONE_TOKEN,
+    **other: Any,
 ) -> Setting:
     """The setting with the set's own size and epochs, and the given options."""
-    if photos not in SETS:
-        raise StudyError(f"There is no set {photos!r}. Choose one of {', '.join(SETS)}.")
+    for what, name, known in (("set", photos, SETS), ("network", network, NETWORKS)):
+        if name not in known:
+            raise StudyError(f"There is no {what} {name!r}. Choose one of {', '.join(known)}.")
     given = {"size": SETS[photos].size, "epochs": SETS[photos].epochs, **other}
-    return Setting(photos, condition, weight=weight, cam_weight=cam_weight, **given)
+    return Setting(photos, condition, weight=weight, cam_weight=cam_weight, network=network, **given)

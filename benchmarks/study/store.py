@@ -37,7 +37,7 @@ def load(results: Path, cell: Cell) -> dict[str, Any] | None:
     if not path.exists():
         return None
     found = read_json(path)
-    if found["setting"] != asdict(cell.setting) or found["seed"] != cell.seed:
+    if Setting(**found["setting"]) != cell.setting or found["seed"] != cell.seed:  # older files lack newer fields
         raise StudyError(
             f"{path} holds seed {found['seed']} of {found['setting']}, not seed {cell.seed} of {asdict(cell.setting)}: "
             "the defaults have changed since. Move the file away."
@@ -60,7 +60,7 @@ def all_cells(results: Path) -> Iterator[tuple[Cell, dict[str, Any]]]:
 def claimed(cache: Path, cell: Cell) -> Iterator[bool]:
     """Yield whether this process may run the cell: no other runs it, on any split, because all splits share the network
     that one process trains. A claim ends with its process."""
-    path = cache / "claims" / f"{cell.setting.photos}-{cell.setting.slug}-s{cell.seed}"
+    path = cache / "claims" / cell.setting.network / f"{cell.setting.photos}-{cell.setting.slug}-s{cell.seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         try:

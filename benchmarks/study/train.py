@@ -15,14 +15,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from torch.overrides import TorchFunctionMode
 
 from acr_reg import AttentionCapture, capture_attention
-from acr_reg.demo.photos.pretrained import UpperHalf
 from acr_reg.demo.photos.task import make_optimizer
 from acr_reg.demo.record import Meter
-from acr_reg.demo.train import with_grid
 from acr_reg.integrations.formats.write import replacing
-from benchmarks.study.objective import Objective, Run
+from benchmarks.study.networks import Run, StudyNetwork, made, on_grid
+from benchmarks.study.objective import Objective
 from benchmarks.study.photos import Batch, Photos
-from benchmarks.study.settings import CONDITIONS, Setting
+from benchmarks.study.settings import CONDITIONS, ONE_TOKEN, Setting
 
 Advance = Callable[[], None]
 
@@ -54,7 +53,7 @@ class TrainingRecord:
 class Trained:
     """``entropies`` (steps, layers, 2), if they were recorded."""
 
-    model: UpperHalf
+    model: StudyNetwork
     record: TrainingRecord
     entropies: Tensor | None
 
@@ -64,7 +63,7 @@ def trained(photos: Photos, setting: Setting, seed: int, advance: Advance = lamb
     path = checkpoint_path(photos.places.cache, setting, seed)
     if path.exists():
         stored = torch.load(path, map_location="cpu", weights_only=True)
-        model = photos.upper(seed)
+        model = made(setting.network, photos.upper(seed), photos.classes)
         model.load_state_dict({name: value.float() for name, value in stored["model"].items()})
         return Trained(model, TrainingRecord(**stored["record"]), stored["entropies"])
     targets = None
@@ -94,20 +93,20 @@ def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, a
     """Train one cell. Steps, batches, views, schedule and first weights are equal for every condition of a seed."""
     steps = photos.steps(setting)
     objective = Objective(setting, steps, seed, targets)
-    model = photos.upper(seed).train()
+    model = made(setting.network, photos.upper(seed), photos.classes).train()
     optimizer = make_optimizer(model, setting.rate, setting.head_rate)
     scheduler = CosineAnnealingLR(optimizer, steps)
     coins = torch.Generator().manual_seed(seed)
     history: list[dict[str, float]] = []
     capture: Any = nullcontext()
     if objective.needs_maps:
-        capture = capture_attention(model, double_backward=objective.condition.cam)
+        capture = capture_attention(model, double_backward=objective.condition.cam and setting.network == ONE_TOKEN)
     photos.tokens("train")  # computed before the clock runs, because all cells share them
     with Meter() as meter, capture as attention:
         for step, batch in enumerate(photos.batches(setting, seed)):
             with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bfloat16"), Float32Attention():
                 runs = _forward(model, attention, batch, objective.condition.views, coins)
-            classification = sum((_classification(run, batch.labels) for run in runs), torch.zeros(())) * 2 / len(runs)
+            classification = sum((run.classification(batch.labels) for run in runs), torch.zeros(())) * 2 / len(runs)
             added, terms = objective(runs, batch, step)
             optimizer.zero_grad()
             (classification + added).backward()
@@ -128,7 +127,7 @@ def train(photos: Photos, setting: Setting, seed: int, targets: Tensor | None, a
 
 
 def _forward(
-    model: nn.Module, attention: AttentionCapture | None, batch: Batch, views: int, coins: torch.Generator
+    model: StudyNetwork, attention: AttentionCapture | None, batch: Batch, views: int, coins: torch.Generator
 ) -> list[Run]:
     """Run both views, or one of the two for each photo, which makes the flip an ordinary augmentation."""
     if views == 1:
@@ -138,13 +137,9 @@ def _forward(
         inputs = [(batch.tokens, batch.grid), (batch.viewed, batch.viewed_grid)]
     runs = []
     for tokens, grid in inputs:
-        logits = model(tokens).float()
-        runs.append(Run(logits, None if attention is None else with_grid(attention.take(), grid)))
+        output = model(tokens)
+        runs.append(Run.of(output, None if attention is None else on_grid(attention.take(), grid, model)))
     return runs
-
-
-def _classification(run: Run, labels: Tensor) -> Tensor:
-    return F.multilabel_soft_margin_loss(run.logits, labels)
 
 
 def _by_epoch(history: list[dict[str, float]], epochs: int) -> list[dict[str, float]]:

@@ -17,10 +17,11 @@ from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU
 from benchmarks.study.baselines import attention_maps, baselines
 from benchmarks.study.counts import ImageCounts, paired_bootstrap
-from benchmarks.study.objective import Objective, Run, entropies
+from benchmarks.study.networks import Run, made, on_grid
+from benchmarks.study.objective import Objective, entropies
 from benchmarks.study.photos import Batch, Photos, Places
 from benchmarks.study.scoring import RAW, class_maps, figures, score
-from benchmarks.study.settings import READINGS, SETS, Reading, StudyError, base
+from benchmarks.study.settings import CLASS_TOKENS, ONE_TOKEN, SETS, Reading, StudyError, base, readings
 from benchmarks.study.train import checkpoint_path, train, trained
 from benchmarks.study.views import VIEWS, draws_views, misreported
 from tests.support.study import SIZE, made_counts, make_places, tiny, tiny_vit
@@ -95,8 +96,8 @@ def test_class_maps_from_tokens_are_those_of_the_images(voc: Photos):
     model = voc.upper(0).eval()
     tokens = torch.stack([voc.encode(images), voc.encode(HorizontalFlip()(images))])
     with capture_attention(model) as attention:
-        readings = [Reading(-2, "all"), Reading(-4, "all")]
-        found, logits, _ = class_maps(model, attention, tokens, labels, voc.grid, readings)
+        shown = [Reading(-2, "all"), Reading(-4, "all")]
+        found = class_maps(model, attention, tokens, labels, voc.grid, shown)
 
         def predict(view: torch.Tensor) -> tuple[torch.Tensor, AttentionMaps]:
             return model(voc.encode(view)), with_grid(attention.take(), voc.grid)
@@ -105,8 +106,60 @@ def test_class_maps_from_tokens_are_those_of_the_images(voc: Photos):
             expected, runs = demo_scoring.class_maps(predict, images, labels, demo_scoring.Maps(start))
             for key, maps in zip([(start, RAW), (start, "all")], expected, strict=True):
                 assert maps.amax() > 0
-                torch.testing.assert_close(found[key], maps, rtol=1e-4, atol=1e-4 * maps.amax().item())
-    torch.testing.assert_close(logits, runs[0][0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found.merged[key], maps, rtol=1e-4, atol=1e-4 * maps.amax().item())
+    torch.testing.assert_close(found.logits, runs[0][0], rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------ class tokens
+
+
+def test_class_token_maps_are_those_of_the_explicit_attention(voc: Photos):
+    """Against the formulas on dense attention, for the photo alone."""
+    torch.manual_seed(0)
+    model = made(CLASS_TOKENS, voc.upper(0), 6).eval()
+    tokens = torch.from_numpy(np.array(voc.tokens("dev"))).float()
+    with capture_attention(model) as attention:
+        found = class_maps(model, attention, tokens, voc.labels("dev"), voc.grid, [Reading(-3, "last")])
+        output = model(tokens[0])
+        weights = torch.stack([layer.weights().mean(1) for layer in on_grid(attention.take(), voc.grid, model)])
+    rows = weights[-3:, :, :6, 6:].mean(0).unflatten(2, voc.grid)
+    head = output.maps.relu()
+    fused = (head * rows).sqrt()
+    spread = torch.einsum("bnm,bcm->bcn", weights[3:, :, 6:, 6:].sum(0), fused.flatten(2)).unflatten(2, voc.grid)
+    expected = {(0, "patch"): head, (-3, "attention"): rows, (-3, RAW): fused, (-3, "last"): spread}
+    for key, maps in expected.items():
+        assert maps.amax() > 0
+        torch.testing.assert_close(found.views[key][0], maps, rtol=1e-4, atol=1e-5)
+    assert found.views[-3, "gradient"][0].amax() > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "cam_weight"), [("two", 0, 0), ("both_cam", 0.5, 0.1), ("misreported", 0.5, 0)]
+)
+def test_the_network_with_class_tokens_trains_in_every_part(voc: Photos, name: str, weight: float, cam_weight: float):
+    setting = tiny(name, weight, cam_weight, network=CLASS_TOKENS, epochs=1)
+    torch.manual_seed(0)
+    before = dict(made(CLASS_TOKENS, voc.upper(0), 6).named_parameters())
+    result = train(voc, setting, 0, None, lambda: None)
+    assert all(not torch.equal(p, before[n]) for n, p in result.model.named_parameters() if not n.endswith("bias"))
+    assert set(result.record.epochs[0]) >= ({"activation", "affinity", "cam"} if cam_weight else {"classification"})
+
+
+def test_class_rows_count_only_where_the_class_is_present(voc: Photos):
+    setting = tiny("activation", 0.5, network=CLASS_TOKENS)
+    batch = next(iter(voc.batches(setting, seed=0)))
+    model = made(CLASS_TOKENS, voc.upper(0), 6)
+    with capture_attention(model) as attention:
+        runs = []
+        for tokens in (batch.tokens, batch.viewed):
+            output = model(tokens)
+            runs.append(Run.of(output, on_grid(attention.take(), voc.grid, model)))
+    gap = torch.zeros(())
+    for a, b in zip(runs[0].maps, runs[1].maps, strict=True):
+        one, other = (layer.weights().mean(1)[:, :6, 6:].unflatten(2, voc.grid) for layer in (a, b))
+        distances = (one - other.flip(-1)).abs().sum((2, 3))
+        gap = gap + (distances * batch.labels).sum() / batch.labels.sum() / len(runs[0].maps)
+    assert Objective(setting, 1, 0)(runs, batch, 0)[1]["activation"] == pytest.approx(gap.item(), rel=1e-4)
 
 
 # ------------------------------------------------------------ conditions
@@ -339,10 +392,10 @@ def test_a_class_that_a_resample_lacks_is_left_out_of_its_mean():
 def test_scores_do_not_depend_on_the_order_of_the_photos(voc: Photos, monkeypatch: pytest.MonkeyPatch):
     """Photos are batched by their number of labels; counts stay in the order of the list."""
     model = voc.upper(0)
-    one = score(voc, model, "dev", Reading(), every_reading=True)
+    one = score(voc, model, "dev", ONE_TOKEN, Reading(), every_reading=True)
     monkeypatch.setattr("benchmarks.study.scoring._AT_ONCE", 1)
-    other = score(voc, model, "dev", Reading(), every_reading=True)
-    assert set(one.totals) == {(r.start, name) for r in READINGS for name in (RAW, r.propagation)}
+    other = score(voc, model, "dev", ONE_TOKEN, Reading(), every_reading=True)
+    assert set(one.totals) == {(r.start, name) for r in readings(ONE_TOKEN) for name in (RAW, r.propagation)}
     for key, counters in one.images.items():
         truths = [counter.counts().truth for counter in counters]
         expected = [np.bincount(mask[mask != 255], minlength=7) for mask in voc.masks("dev")]

@@ -15,7 +15,7 @@ from benchmarks.study.cells import Bench
 from benchmarks.study.counts import ImageCounts
 from benchmarks.study.photos import Places
 from benchmarks.study.scoring import RAW
-from benchmarks.study.settings import SETS, Cell, Reading, StudyError
+from benchmarks.study.settings import CLASS_TOKENS, NETWORKS, SETS, Cell, Reading, Setting, StudyError, base
 from benchmarks.study.store import claimed, load
 from tests.support.study import SIZE, freeze, git, made_record, make_places, tiny, tiny_vit
 
@@ -46,6 +46,22 @@ def test_a_cell_that_is_done_is_not_computed_again(bench: Bench, monkeypatch: py
     monkeypatch.setattr(study_cells, "trained", lambda *_: pytest.fail("trained again"))
     assert bench.run(cell)["raw"] == first["raw"]
     assert path.read_text(encoding="utf-8") == text
+
+
+def test_a_cell_of_class_tokens_scores_every_kind_of_map(bench: Bench):
+    record = bench.run(Cell(tiny("both", 0.5, network=CLASS_TOKENS), seed=0))
+    for name in NETWORKS[CLASS_TOKENS].maps:
+        assert 0 < record[name]["miou"] <= 1 and -1 <= record[name]["agreement"] <= 1
+        assert ImageCounts.unpack(record[name]["counts"]).miou() == pytest.approx(record[name]["miou"])
+    assert Setting(**record["setting"]).network == CLASS_TOKENS
+
+
+def test_results_of_before_there_were_two_networks_are_read(tmp_path: Path):
+    cell = Cell(base("voc", "two"), 0)
+    record = made_record(cell, 0.5)
+    del record["setting"]["network"]
+    write_json(tmp_path / cell.file, record)
+    assert load(tmp_path, cell) is not None
 
 
 def test_an_interrupted_cell_leaves_no_result_and_keeps_its_network(bench: Bench, monkeypatch: pytest.MonkeyPatch):

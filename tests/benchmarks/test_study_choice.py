@@ -13,7 +13,7 @@ from benchmarks.study import __main__ as study
 from benchmarks.study.choice import PRIMARY, choose
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW
-from benchmarks.study.settings import SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
+from benchmarks.study.settings import CLASS_TOKENS, SEEDS, SETS, WEIGHTS, Cell, Reading, StudyError, base
 from benchmarks.study.store import FROZEN, frozen_entries
 from tests.support.study import made_record, made_results
 
@@ -40,6 +40,14 @@ def test_the_rest_of_the_grid_is_planned_where_the_primary_contrast_was_frozen(t
     assert {("affinity", 1.5, 7), ("both", 0.17, 7), ("smoothing", 1.5, 7), ("plain", 0.0, 7)} < rest
     assert {epochs for *_, epochs in rest} == {7}
     assert plan("dev", "msrc", tmp_path) == tuned["msrc"]
+
+
+def test_the_network_with_class_tokens_tunes_both_and_the_reference_at_the_same_epochs():
+    for photos in SETS:
+        cells = plan("dev", photos, Path("none"), CLASS_TOKENS)
+        assert {cell.setting.network for cell in cells} == {CLASS_TOKENS}
+        epochs = {name: {c.setting.epochs for c in cells if c.setting.condition == name} for name in ("two", "both")}
+        assert epochs["two"] == epochs["both"] and len(epochs["two"]) == 2
 
 
 @pytest.mark.parametrize(("name", "splits"), [("primary", {"test", "train"}), ("main", {"test"})])

@@ -12,7 +12,7 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 
 from acr_reg.demo.record import write_json
-from benchmarks.marked_page import filled
+from benchmarks.marked_page import begin, filled
 from benchmarks.study import __main__ as study
 from benchmarks.study.counts import Difference
 from benchmarks.study.page.blocks import GUIDE, NOT_RUN, PROTOCOL, README, STUDY, blocks
@@ -20,7 +20,8 @@ from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged, rule
 from benchmarks.study.page.report import appendix
 from benchmarks.study.page.scenes import scenes
 from benchmarks.study.page.tables import WEIGHTS_NOTE, groups, paired_mean, raw_of, reference_of
-from benchmarks.study.settings import CAM_WEIGHTS, CONDITIONS, SEEDS, SETS, Cell, Reading, base
+from benchmarks.study.plans import FEW
+from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, CONDITIONS, NETWORKS, SEEDS, SETS, Cell, Reading, base
 from benchmarks.study.store import FROZEN
 from benchmarks.study.views import VIEWS
 from tests.support.study import made_counts, made_record, made_results
@@ -146,9 +147,9 @@ def test_the_appendices_are_current():
 def test_blocks_hold_the_figures_of_the_results():
     results = study.HERE / "results"
     found = blocks(results)
-    readme, (msrc, _, voc, _, conditions, views, _), (weights, maps) = (
-        list(found[page].values()) for page in (README, STUDY, GUIDE)
-    )
+    readme, (weights, maps) = (list(found[page].values()) for page in (README, GUIDE))
+    names = ("msrc", "voc", "conditions", "views")
+    msrc, voc, conditions, views = (found[STUDY][begin("study report", name)] for name in names)
     tested = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == ("msrc", "test")}
     raw = {name: np.array([raw_of(record) for record in group.records.values()]) for name, group in tested.items()}
     mean = f"{raw['both'].mean():.3f} ± {raw['both'].std(ddof=1):.3f} |"
@@ -165,11 +166,30 @@ def test_blocks_hold_the_figures_of_the_results():
 def test_blocks_of_an_unfinished_study_say_what_was_not_run(tmp_path: Path):
     empty = blocks(tmp_path)
     assert all(NOT_RUN in block for block in (*empty[README].values(), *empty[GUIDE].values()))
-    assert sum(block == NOT_RUN for block in empty[STUDY].values()) == 4
+    named = ("msrc", "voc", "conditions", "views", "grid", "voc maps")
+    for name in named:
+        own = name if name in named[:4] else f"class tokens {name}"
+        assert empty[STUDY][begin("study report", own)] == NOT_RUN
     made_results(tmp_path, "test")
     assert NOT_RUN in blocks(tmp_path)[README].popitem()[1]
-    msrc, _, voc, *_ = blocks(tmp_path)[STUDY].values()
+    msrc, voc = (blocks(tmp_path)[STUDY][begin("study report", name)] for name in ("msrc", "voc"))
     assert msrc == NOT_RUN and "two seeds" in voc
+
+
+def test_class_tokens_have_blocks_of_their_own(tmp_path: Path):
+    folder = tmp_path / NETWORKS[CLASS_TOKENS].folder
+    for seed in FEW:
+        for condition, weight, quality in (("two", 0.0, 0.5), ("both", 0.17, 0.6), ("misreported", 0.17, 0.45)):
+            for split in ("dev", "test"):
+                cell = Cell(base("voc", condition, weight, network=CLASS_TOKENS), seed, split)
+                write_json(folder / cell.file, made_record(cell, quality))
+    found = blocks(tmp_path)[STUDY]
+    contrast, maps = (found[begin("study report", f"class tokens {name}")] for name in ("voc", "voc maps"))
+    assert "with ACR, weight 0.17" in contrast and found[begin("study report", "voc")] == NOT_RUN
+    assert maps.splitlines()[0] == "| mIoU, agreement | fused | fused, spread | patch | attention | gradient |"
+    assert maps.count(", 0.70 |") == 5 * 3
+    page = appendix(folder, "voc", network=CLASS_TOKENS)
+    assert "VOC animals, class tokens and patch head" in page and "the fused map: the root" in page
 
 
 def test_an_empty_study_says_so(tmp_path: Path):

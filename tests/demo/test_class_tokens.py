@@ -47,10 +47,10 @@ def test_class_tokens_are_held_distinct_only_where_their_class_is_present():
 
 def test_the_attention_of_class_tokens_is_read_by_class_on_the_grid_of_the_patches():
     torch.manual_seed(0)
-    network = ClassTokens(4, torch.zeros(1, 1, 12), scale=1.0)
+    network = ClassTokens(4, 12, scale=1.0)
     blocks = nn.ModuleList([Block(12, 3) for _ in range(2)])
     with capture_attention(blocks) as capture:
-        output = network(torch.randn(2, 6, 12), blocks, GRID)
+        output = network(torch.randn(2, 1, 12), torch.randn(2, 6, 12), blocks, GRID)
         attention = capture.take().with_layout(GRID, num_prefix_tokens=4, class_tokens=range(4))
     assert output.maps.shape == (2, 4, *GRID) and output.class_tokens.shape == (2, 2, 4, 12)
     expected = torch.stack([layer.weights().mean(1)[:, :4, 4:] for layer in attention]).mean(0).unflatten(2, GRID)

@@ -16,7 +16,7 @@ from acr_reg.demo.record import write_json
 from benchmarks.study.counts import ImageCounts
 from benchmarks.study.photos import Places
 from benchmarks.study.scoring import RAW
-from benchmarks.study.settings import PROPAGATIONS, SETS, STARTS, Cell, Reading, Setting, base
+from benchmarks.study.settings import NETWORKS, SETS, Cell, Reading, Setting, base
 from tests.support.photo_folder import write_photo_folder
 
 SIZE = 56  # 4 x 4 patches
@@ -79,6 +79,7 @@ def made_counts(seed: int, quality: float, images: int = 12, classes: int = 3) -
 def made_record(cell: Cell, quality: float, mean_ap: float = 0.8, readings: Mapping[Any, float] = {}) -> dict[str, Any]:
     """What a cell writes, with maps of a known quality. ``readings`` overrides the mIoU of some of them."""
     counts = made_counts(cell.seed, quality)
+    network = NETWORKS[cell.setting.network]
     maps = {
         "miou": counts.miou(),
         "threshold": 0.3,
@@ -90,6 +91,7 @@ def made_record(cell: Cell, quality: float, mean_ap: float = 0.8, readings: Mapp
         "false_negative": 0.3,
         "multi_label": 0.1,
         "counts": counts.pack(),
+        "agreement": 0.7,
     }
     found = [
         {
@@ -98,8 +100,8 @@ def made_record(cell: Cell, quality: float, mean_ap: float = 0.8, readings: Mapp
             "miou": readings.get((start, name), quality / 2),
             "threshold": 0.3,
         }
-        for start in STARTS
-        for name in (RAW, *PROPAGATIONS)
+        for start in network.starts
+        for name in (RAW, *network.spread)
     ]
     return {
         "setting": asdict(cell.setting),
@@ -109,8 +111,7 @@ def made_record(cell: Cell, quality: float, mean_ap: float = 0.8, readings: Mapp
         "names": ["background", "cat", "dog"],
         "mean_ap": mean_ap,
         "entropies": [[0.5, 0.6]],
-        "raw": maps,
-        "propagated": maps,
+        **dict.fromkeys(network.maps, maps),
         "readings": found,
         "training": {"cpu_seconds": 400.0, "peak_memory": 2**30},
         "scoring": {"cpu_seconds": 40.0},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.marked_page import begin, wrapped
 from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
+from benchmarks.study.page.report import kinds_of_maps
 from benchmarks.study.page.scenes import differences
 from benchmarks.study.page.tables import (
     WEIGHTS_NOTE,
@@ -24,8 +25,8 @@ from benchmarks.study.page.tables import (
     spread,
     table,
 )
-from benchmarks.study.plans import FEW
-from benchmarks.study.settings import CAM_WEIGHTS, REFERENCE, SETS, WEIGHTS, Setting
+from benchmarks.study.plans import FEW, at
+from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, NETWORKS, REFERENCE, SETS, WEIGHTS, Setting
 from benchmarks.study.store import frozen_setting
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -51,6 +52,7 @@ SHOWN_VIEWS = {
 }
 SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
 NOT_RUN = "not run"
+FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 
 
 def blocks(results: Path) -> dict[Path, dict[str, str]]:
@@ -61,10 +63,11 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     for photos, own in tested.items():
         study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
     study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
+    study |= _class_tokens(results / NETWORKS[CLASS_TOKENS].folder)
     pages = {
         README: {"evidence": _evidence(results, found, tested)},
         STUDY: study,
-        PROTOCOL: {"rule": rule(results)},
+        PROTOCOL: {"rule": rule(results), "class tokens rule": rule(results / NETWORKS[CLASS_TOKENS].folder)},
         GUIDE: {"weight": _weights(results, found), "cam_weight": _cam_weights(results, found)},
     }
     return {page: {begin("study report", name): block for name, block in of.items()} for page, of in pages.items()}
@@ -119,6 +122,46 @@ def _contrast(results: Path, photos: str, own: dict[str, Group]) -> str:
     return _compact(table([about, "mAP", "raw CAM mIoU", "propagated", "CPU s"], rows))
 
 
+def _class_tokens(results: Path) -> dict[str, str]:
+    """The same blocks for the network with class tokens, and its kinds of maps."""
+    found = groups(results)
+    tested = {photos: _tested(found, photos) for photos in SETS}
+    made: dict[str, str] = {}
+    for photos, own in tested.items():
+        made[f"class tokens {photos}"] = _contrast(results, photos, own)
+        made[f"class tokens {photos} verdict"] = verdicts(results, found, photos)
+        shown = [own[name] for name in (REFERENCE, "both", CONTROL) if name in own]
+        made[f"class tokens {photos} maps"] = (kinds_of_maps(shown) if shown else None) or NOT_RUN
+    return made | {"class tokens conditions": _conditions(tested), "class tokens grid": _finer(results, found)}
+
+
+def _finer(results: Path, found: Sequence[Group]) -> str:
+    """The change of the fused map on dev photos of MSRC from two views to each condition, by the grid of tokens."""
+    leader = frozen_setting(results, "msrc", "both")
+    if leader is None:
+        return NOT_RUN
+    dev, sizes = _dev(found), (leader.size, FINER_SIZE)
+    rows = []
+    for name in (*ROWS, CONTROL):
+        gains = [_finer_gain(leader, dev, name, size) for size in sizes]
+        if any(gains):
+            rows.append([ROWS.get(name, "control: flip not undone"), *(gain or NOT_RUN for gain in gains)])
+    header = [f"dev photos, {SEEDS[len(FEW)]}; change of fused mIoU from two views", *(f"{size} px" for size in sizes)]
+    return table(header, rows) if rows else NOT_RUN
+
+
+def _finer_gain(leader: Setting, dev: dict[Setting, Group], name: str, size: int) -> str | None:
+    reference, other = (
+        dev.get(at("msrc", each, leader.weight, network=leader.network, epochs=leader.epochs, size=size))
+        for each in (REFERENCE, name)
+    )
+    if reference is None or other is None:
+        return None
+    few = replace(reference, records={seed: reference.records[seed] for seed in FEW if seed in reference.records})
+    gain = paired_mean(few, other, raw_of)
+    return None if gain is None else signed_spread(gain)
+
+
 def _conditions(tested: dict[str, dict[str, Group]]) -> str:
     """The change of raw mIoU on test photos from two views to each condition, in a column for each set."""
     header, columns = ["test photos; change of raw CAM mIoU from two views without ACR"], []
@@ -132,7 +175,8 @@ def _conditions(tested: dict[str, dict[str, Group]]) -> str:
         columns.append({name: _gain(own[REFERENCE], own.get(name)) for name in ROWS})
     maps = next((own["cam"].setting.cam_weight for own in tested.values() if "cam" in own), CAM_WEIGHT)
     titles = ROWS | {"cam": f"{ROWS['cam']}, weight {_weight(maps, CAM_WEIGHT)}"}
-    return table(header, [[titles[name], *(column[name] for column in columns)] for name in ROWS])
+    shown = [name for name in ROWS if any(column[name] != NOT_RUN for column in columns)]
+    return table(header, [[titles[name], *(column[name] for column in columns)] for name in shown])
 
 
 def _gain(reference: Group, group: Group | None) -> str:

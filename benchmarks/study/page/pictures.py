@@ -15,17 +15,16 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from acr_reg import HorizontalFlip, align_attention, capture_attention
 from acr_reg.demo.comparison import Picture
-from acr_reg.demo.photos.pretrained import UpperHalf
 from acr_reg.demo.photos.task import to_pixels
 from acr_reg.demo.picture import draw
 from acr_reg.demo.scoring import resized
-from acr_reg.demo.train import with_grid
 from benchmarks.pictures.palette import with_few_colours
 from benchmarks.study.choice import choose
+from benchmarks.study.networks import StudyNetwork, on_grid
 from benchmarks.study.page.tables import Group, baseline_rows, groups
 from benchmarks.study.photos import Photos
 from benchmarks.study.scoring import RAW, class_maps
@@ -65,8 +64,8 @@ def draw_class_maps(path: Path, photos: Photos, cells: Chosen) -> None:
         model = _network(photos, cell)
         lowest = len(model.blocks) + cell.reading.start
         with capture_attention(model, graph_from=lowest) as attention:
-            maps, _, _ = class_maps(model, attention, _tokens(photos, positions), labels, photos.grid, [cell.reading])
-        for picture, cam, row in zip(pictures, maps[cell.reading.start, RAW], labels, strict=True):
+            found = class_maps(model, attention, _tokens(photos, positions), labels, photos.grid, [cell.reading])
+        for picture, cam, row in zip(pictures, found.merged[cell.reading.start, RAW], labels, strict=True):
             picture.maps[_SHORT[name]] = resized(cam[row.nonzero()[:, 0]], picture.mask.shape).numpy()
     title = f"Raw class maps, dev photos of {photos.name}: the first {COLUMNS} of a shuffle; {photos.origin}"
     draw(path, pictures, photos.folder.names, photos.folder.background, title, dpi=80)
@@ -82,7 +81,7 @@ def draw_affinities(path: Path, photos: Photos, cells: Chosen) -> None:
     """A row for each photo: the patch, then its attention row (mean over heads and trained layers) on the photo and on
     its flip, with the flip undone; before training and after."""
     positions = first_photos(photos, ROWS)
-    networks = {"before": photos.upper(SEED).eval().requires_grad_(False)}
+    networks: dict[str, StudyNetwork] = {"before": photos.upper(SEED).eval().requires_grad_(False)}
     networks |= {_SHORT[name]: _network(photos, cell) for name, cell in cells.items() if name != "misreported"}
     found = {name: affinities(model, _tokens(photos, positions), photos) for name, model in networks.items()}
     pixels = _pixels(photos, positions).mean(3) / 255
@@ -122,13 +121,13 @@ def query_patch(mask: np.ndarray, present: Sequence[int], grid: tuple[int, int])
     return int(distance.where(share == share.max(), torch.inf).flatten().argmin())
 
 
-def affinities(model: nn.Module, tokens: Tensor, photos: Photos) -> Tensor:
+def affinities(model: StudyNetwork, tokens: Tensor, photos: Photos) -> Tensor:
     """(2,B,N,N): the affinities of the photos, and of their flips with the flip undone."""
     found = []
     with capture_attention(model, no_grad=True) as attention, torch.no_grad():
         for view, inputs in zip((None, HorizontalFlip()), tokens, strict=True):
             model(inputs)
-            maps = with_grid(attention.take(), photos.grid)
+            maps = on_grid(attention.take(), photos.grid, model)
             layers = []
             for layer in maps:
                 weights = layer.weights().mean(1, keepdim=True)
@@ -166,7 +165,7 @@ def draw_curves(path: Path, results: Path, photos: str, title: str) -> bool:
     return True
 
 
-def _network(photos: Photos, cell: Cell) -> UpperHalf:
+def _network(photos: Photos, cell: Cell) -> StudyNetwork:
     return trained(photos, cell.setting, cell.seed).model.eval().requires_grad_(False)
 
 

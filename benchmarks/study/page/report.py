@@ -32,7 +32,17 @@ from benchmarks.study.page.tables import (
 )
 from benchmarks.study.plans import plan
 from benchmarks.study.scoring import RAW
-from benchmarks.study.settings import CONDITIONS, PROPAGATIONS, REFERENCE, SETS, SPLITS, STARTS, Cell, Setting
+from benchmarks.study.settings import (
+    CLASS_TOKENS,
+    CONDITIONS,
+    NETWORKS,
+    ONE_TOKEN,
+    REFERENCE,
+    SETS,
+    SPLITS,
+    Cell,
+    Setting,
+)
 from benchmarks.study.store import frozen_setting
 
 MATCHED = 0.005  # mAP that a condition may lose to be compared at "matched mAP"
@@ -50,7 +60,7 @@ HOW_TO_READ = """How to read the tables:
 - ± is the standard deviation over seeds. An interval in brackets is 95 % of 2000 paired resamples of the photos.
 - "to reference" is the difference from two views without ACR at the same size, epochs, view and precision, paired by
   seed. Trust it more than the difference of two means: seeds differ more than settings do.
-- "raw" is the class map as the gradient gives it. "propagated" is the map spread over the affinity of the named layers.
+{maps}
 - On test and train photos the threshold is the best one of the dev photos. "oracle" takes the best one of the split.
 - FP and FN are false positive and false negative pixels over the union, as means over the classes without background.
 - "multi-label" is the mIoU on photos with two or more labels. "entropy" is of the attention rows, over its maximum.
@@ -64,22 +74,38 @@ PICTURES = {
 }
 
 
-def appendix(results: Path, photos: str, pictures: Path | None = None) -> str:
-    """All tables of one set. ``pictures`` is the folder of PNGs beside the page; the page shows those that exist."""
+MAPS = {
+    ONE_TOKEN: (
+        '- "raw" is the class map as the gradient gives it. "propagated" is the map spread over the affinity of the '
+        "named layers."
+    ),
+    CLASS_TOKENS: """\
+- "raw" is the fused map: the root of the product of the head's map ("patch") and the class token's attention from the
+  named layer on ("attention"). "propagated" is the fused map spread over the affinity of the named layers.
+- "gradient" is the gradient of a class token's logit to its attention, from layer -3 on.
+- "agreement" is the correlation of a photo's map with the flip's map, flipped back: mean over classes and photos.""",
+}
+
+
+def appendix(results: Path, photos: str, pictures: Path | None = None, network: str = ONE_TOKEN) -> str:
+    """All tables of one set and network, whose own folder is ``results``. ``pictures`` is the folder of PNGs beside the
+    page; the page of the network with one class token shows those that exist."""
     found = groups(results)
-    title = SETS[photos].title
+    title, about = SETS[photos].title, NETWORKS[network]
+    heading = title if network == ONE_TOKEN else f"{title}, {about.title}"
+    folder = "/".join(("benchmarks/study/results", *filter(None, (about.folder, photos))))
     parts = [
-        f"# Study: every table of {title}\n",
+        f"# Study: every table of {heading}\n",
         wrapped(
-            f"Every figure of the [study](study.md) on {title}. `python -m benchmarks.study report` writes this page "
-            f"from `benchmarks/study/results/{photos}/`. Backbone: {WEIGHTS_NOTE}. So compare rows, not with a paper."
+            f"Every figure of the [study](study.md) on {heading}. `python -m benchmarks.study report` writes this page "
+            f"from `{folder}/`. Backbone: {WEIGHTS_NOTE}. So compare rows, not with a paper."
         )
         + "\n",
-        HOW_TO_READ,
-        *_pictures(pictures, photos),
+        HOW_TO_READ.format(maps=MAPS[network]),
+        *(_pictures(pictures, photos) if network == ONE_TOKEN else []),
         f"## Primary contrast, test photos ({WEIGHTS_NOTE})\n",
         primary(results, found, photos) + "\n",
-        *_missing(found, plan("dev", photos, results), title),
+        *_missing(found, plan("dev", photos, results, network), title),
     ]
     for split in reversed(SPLITS):
         own = [g for g in found if (g.setting.photos, g.split) == (photos, split)]
@@ -126,6 +152,8 @@ def _split(results: Path, photos: str, split: str, own: Sequence[Group]) -> list
         parts.append(f"### {split.capitalize()} photos, {_named(family)}\n")
         parts.append(_read(members) + "\n")
         parts += [_scores(baseline_rows(results, photos, split), members) + "\n", _details(members) + "\n"]
+        if kinds := kinds_of_maps(members):
+            parts.append(kinds + "\n")
         if split == "dev":
             parts.append(_matched(members) + "\n")
         if split == "test" and (others := _others(members)):
@@ -202,6 +230,22 @@ def _details(members: Sequence[Group]) -> str:
     return table(header, rows)
 
 
+def kinds_of_maps(members: Sequence[Group]) -> str | None:
+    """mIoU and agreement of every kind of map; None for the network with one class token, whose two stand above."""
+    names = NETWORKS[members[0].setting.network].maps
+    if members[0].setting.network == ONE_TOKEN:
+        return None
+    shown = {"raw": "fused", "propagated": "fused, spread"}
+    rows = []
+    for group in members:
+        found = (
+            [spread(group.mean(figure_of(name, "miou"))), number(group.mean(figure_of(name, "agreement"))[0], 2)]
+            for name in names
+        )
+        rows.append([group.title, *(", ".join(pair) for pair in found)])
+    return table(["mIoU, agreement", *(shown.get(name, name) for name in names)], rows)
+
+
 def _others(members: Sequence[Group]) -> list[Contrast]:
     """The contrasts with the reference that the primary contrast's section does not show."""
     own = [(reference_of(group, members), group) for group in members if group.setting.condition not in PRIMARY]
@@ -231,11 +275,12 @@ def _matched(members: Sequence[Group]) -> str:
 
 def _readings(members: Sequence[Group]) -> str:
     """mIoU by start layer and by the layers of propagation: the same choices for every condition."""
-    header = ["", *[f"from {start}" for start in STARTS]]
+    network = NETWORKS[members[0].setting.network]
+    header = ["", *[f"from {start}" for start in network.starts]]
     rows = []
     for group in members:
-        for name in (RAW, *PROPAGATIONS):
-            values = [_reading(group, start, name) for start in STARTS]
+        for name in (RAW, *network.spread):
+            values = [_reading(group, start, name) for start in network.starts]
             rows.append([f"{group.title}: {name}", *[number(value) for value in values]])
     return table(header, rows)
 

@@ -69,8 +69,10 @@ def reference_of(group: Group, among: Iterable[Group]) -> Group | None:
 
 
 def baseline_rows(results: Path, photos: str, split: str) -> list[Record]:
-    path = results / photos / split / f"{BASELINES}.json"
-    return read_json(path)["rows"] if path.exists() else []
+    """The rows without training. A network in a folder of its own shares those of the folder above."""
+    paths = (folder / photos / split / f"{BASELINES}.json" for folder in (results, results.parent))
+    found = next((path for path in paths if path.exists()), None)
+    return [] if found is None else read_json(found)["rows"]
 
 
 def difference(first: Record, second: Record, maps: str = "raw") -> Difference:
