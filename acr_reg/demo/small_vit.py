@@ -60,11 +60,12 @@ class ClassTokenViT(nn.Module):
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, width, size // STRIDE, size // STRIDE))
         self.blocks = nn.Sequential(*[Block(width, heads) for _ in range(depth)])
         self.apply(initialise)
-        self.class_tokens = ClassTokens(num_classes, torch.zeros(1, 1, width), scale=0.1)
+        self.class_tokens = ClassTokens(num_classes, width, scale=0.1)
 
     def forward(self, images: Tensor) -> ClassTokenOutput:
         patches = placed(self.stem(images), self.pos_embed)
-        return self.class_tokens(patches.flatten(2).transpose(1, 2), self.blocks, tuple(patches.shape[2:]))
+        grid, tokens = tuple(patches.shape[2:]), patches.flatten(2).transpose(1, 2)
+        return self.class_tokens(tokens.new_zeros(1, 1, 1), tokens, self.blocks, grid)
 
 
 def placed(patches: Tensor, positions: Tensor) -> Tensor:
