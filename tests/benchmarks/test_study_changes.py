@@ -38,7 +38,8 @@ def of_photos(correct: list[list[int]], background: bool = True, **figures: floa
     predicted = right.copy()
     predicted[[0, 1, 2, 3], [1, 1, 1, 2]] += (TRUTH - right).sum(1)
     known = {"miou": 0.5, "oracle": 0.6, "false_positive": 0.2, "false_negative": 0.3}
-    counts = ImageCounts(predicted, right, TRUTH).pack()
+    kept = slice(0 if background else 1, None)
+    counts = ImageCounts(predicted[:, kept], right[:, kept], TRUTH[:, kept]).pack()
     return {"raw": known | {"threshold": 0.3 if background else None, "counts": counts} | figures}
 
 
@@ -50,7 +51,7 @@ def test_changes_are_told_apart_by_size_and_number_of_labels():
     found = changes_of({"two": {0: of_photos(WITHOUT)}, "both": {0: of_photos(BETTER)}})
     assert found is not None
     assert found.cuts == pytest.approx(np.quantile([0.1, 0.2, 0.3, 0.4, 0.5], [1 / 3, 2 / 3]))
-    change = {aspect: values for aspect, values in found.changes["both"].items()}
+    change = found.changes["both"]
     small, middling, large = (change[aspect] for aspect in SIZES)
     # The small ones have 10 and 20 pixels of truth, and the large ones 40 and 50.
     assert small == pytest.approx([((1 - 10 / 20) + 0) / 2])
@@ -66,7 +67,7 @@ def test_photos_with_one_label_are_left_out_without_a_background():
     found = changes_of({"two": {0: of_photos(WITHOUT, False)}, "both": {0: of_photos(BETTER, False)}})
     assert found is not None
     assert LABELS[0] not in found.without and LOST not in found.without
-    assert {LABELS[1], LABELS[2]} < found.without.keys()  # the background counts as a label here
+    assert found.cuts == pytest.approx(np.quantile([30 / 80, 50 / 80, 1], [1 / 3, 2 / 3]))
 
 
 def test_errors_the_threshold_and_agreement_are_paired_by_seed():
@@ -100,16 +101,24 @@ def test_the_table_shows_every_network_and_says_what_is_missing(tmp_path: Path):
     assert "change with the control (0 of 5 seeds)" in second
 
 
-def test_the_picture_shows_seeds_and_means_and_holds_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    options = ["--results", str(tmp_path / "results"), "--output", str(tmp_path)]
+def test_in_the_picture_better_is_to_the_right(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    results = tmp_path / "results"
+    options = ["--results", str(results), "--output", str(tmp_path)]
     assert study.main(["changes", *options]) == 2
     assert "Run the plan primary" in capsys.readouterr().err
-    made_results(tmp_path / "results", "test")
+    for condition, weight, false_positive in (("two", 0.0, 0.3), ("both", 0.5, 0.2), ("misreported", 0.5, 0.4)):
+        cell = Cell(base("voc", condition, weight), 0, "test")
+        record = made_record(cell, 0.5)
+        record["raw"] = record["raw"] | {"false_positive": false_positive}  # all else is equal
+        write_json(results / cell.file, record)
     assert study.main(["changes", *options]) == 0
     with Image.open(tmp_path / "changes.png") as picture:
-        assert picture.info["Description"] == changes(tmp_path / "results")
-        colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 20) or ()}
-    assert {(0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)} < colours
+        assert picture.info["Description"] == changes(results)
+        pixels = np.asarray(picture.convert("RGB"))[80:]  # below the legend
+    blue, orange = (
+        np.nonzero((pixels == colour).all(2))[1].mean() for colour in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00))
+    )
+    assert blue > orange + 1
 
 
 def test_the_picture_on_the_page_is_of_today():

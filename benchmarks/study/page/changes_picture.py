@@ -29,10 +29,10 @@ def draw_changes(path: Path, results: Path) -> bool:
     description in the file is the table on the page. Draws nothing and returns False without test cells."""
     rows: list[tuple[str, Sequence[Aspect], Mapping[str, Changes]]] = []
     for network in NETWORKS.values():
-        by_set = changes_by_set(results, network)
-        known = [aspect for aspect in ASPECTS if any(aspect in each.without for each in by_set.values())]
-        rows.append((network.title, [aspect for aspect in known if aspect not in MISREAD], by_set))
-        rows.append(("agreement (correlation)", [aspect for aspect in known if aspect in MISREAD], by_set))
+        found = changes_by_set(results, network)
+        known = [aspect for aspect in ASPECTS if any(aspect in each.without for each in found.values())]
+        rows.append((network.title, [aspect for aspect in known if aspect not in MISREAD], found))
+        rows.append(("agreement (correlation)", [aspect for aspect in known if aspect in MISREAD], found))
     rows = [row for row in rows if row[1]]
     if not rows:
         return False
