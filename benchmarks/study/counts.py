@@ -31,7 +31,11 @@ class ImageCounts:
 
     def _mious(self, weights: NDArray[np.integer]) -> NDArray[np.floating]:
         """(R, images) -> (R,)"""
-        predicted, correct, truth = (weights @ part for part in (self.predicted, self.correct, self.truth))
+        # As float64, which holds these counts exactly: products of integers take many times as long.
+        times = weights.astype(np.float64)
+        predicted, correct, truth = (
+            times @ part.astype(np.float64) for part in (self.predicted, self.correct, self.truth)
+        )
         union = predicted + truth - correct
         with np.errstate(invalid="ignore"):  # 0 / 0: a class that a resample lacks
             return np.nanmean(np.where(union > 0, correct / union, np.nan), axis=1)
