@@ -7,6 +7,7 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -72,10 +73,17 @@ def paired_bootstrap(first: ImageCounts, second: ImageCounts, resamples: int = R
             f"The masks of these counts {first.truth.shape} and {second.truth.shape} differ. Pair cells of the same "
             "images in the same order."
         )
-    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    weights = _resamples(images, resamples, seed)
     differences = second._mious(weights) - first._mious(weights)
     low, high = np.quantile(differences, [0.025, 0.975])
     return Difference(second.miou() - first.miou(), float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _resamples(images: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """(resamples, images): how often each image is drawn."""
+    drawn: NDArray[np.int64] = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
+    return drawn
 
 
 def multi_label(labels: Sequence[Sequence[int]]) -> NDArray[np.int64]:
