@@ -8,6 +8,7 @@ python -m benchmarks.study freeze --set msrc                  # after dev; commi
 python -m benchmarks.study run --set msrc --plan primary      # scores test.txt, once
                                                               # then both with --plan main: the other conditions
 python -m benchmarks.study pictures --set msrc                # docs/explanation/study/*.png, of dev photos
+python -m benchmarks.study changes                            # docs/explanation/study/changes.png, of test cells
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
 python -m benchmarks.study scenes acr_demo/demo.json
 python -m benchmarks.study report                             # the study's pages and tables
@@ -34,6 +35,7 @@ from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
 from benchmarks.study.page.blocks import blocks
+from benchmarks.study.page.changes_picture import draw_changes
 from benchmarks.study.page.pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from benchmarks.study.page.report import appendix
 from benchmarks.study.page.scenes import keep, scenes
@@ -144,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     pictures.add_argument("--set", dest="photos", choices=SETS, required=True)
     pictures.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
     pictures.set_defaults(command=run_pictures)
+
+    drawn = commands.add_parser("changes", parents=[shared], help="draw what ACR changes in the maps of test photos")
+    drawn.add_argument("--output", type=Path, default=PAGE.with_suffix(""), metavar="DIR")
+    drawn.set_defaults(command=run_changes)
 
     scenes = commands.add_parser("scenes", parents=[shared], help="keep the demo's results on test scenes")
     scenes.add_argument("demos", type=Path, nargs="+", metavar="demo.json", help="several, if each holds other seeds")
@@ -264,6 +270,15 @@ def run_pictures(args: argparse.Namespace) -> int:
     draw_affinities(args.output / f"{args.photos}_affinities.png", photos, cells)
     draw_curves(args.output / f"{args.photos}_curves.png", args.results, args.photos, photos.origin)
     print(f"Written: {args.output}/{args.photos}_*.png")
+    return 0
+
+
+def run_changes(args: argparse.Namespace) -> int:
+    args.output.mkdir(parents=True, exist_ok=True)
+    path = args.output / "changes.png"
+    if not draw_changes(path, args.results):
+        raise StudyError(f"{args.results} has no test cells with and without ACR. Run the plan primary first.")
+    print(f"Written: {path}")
     return 0
 
 

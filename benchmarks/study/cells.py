@@ -15,7 +15,7 @@ from benchmarks.study.photos import Photos, Places
 from benchmarks.study.scoring import figures, keys_of, score
 from benchmarks.study.settings import Cell, StudyError
 from benchmarks.study.store import BASELINES, check_test, frozen, load
-from benchmarks.study.train import trained
+from benchmarks.study.training.train import trained
 
 Say = Callable[[str], None]
 

@@ -7,6 +7,7 @@ import base64
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,7 +32,11 @@ class ImageCounts:
 
     def _mious(self, weights: NDArray[np.integer]) -> NDArray[np.floating]:
         """(R, images) -> (R,)"""
-        predicted, correct, truth = (weights @ part for part in (self.predicted, self.correct, self.truth))
+        # As float64, which holds these counts exactly: products of integers take many times as long.
+        times = weights.astype(np.float64)
+        predicted, correct, truth = (
+            times @ part.astype(np.float64) for part in (self.predicted, self.correct, self.truth)
+        )
         union = predicted + truth - correct
         with np.errstate(invalid="ignore"):  # 0 / 0: a class that a resample lacks
             return np.nanmean(np.where(union > 0, correct / union, np.nan), axis=1)
@@ -68,10 +73,17 @@ def paired_bootstrap(first: ImageCounts, second: ImageCounts, resamples: int = R
             f"The masks of these counts {first.truth.shape} and {second.truth.shape} differ. Pair cells of the same "
             "images in the same order."
         )
-    weights = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), size=resamples)
+    weights = _resamples(images, resamples, seed)
     differences = second._mious(weights) - first._mious(weights)
     low, high = np.quantile(differences, [0.025, 0.975])
     return Difference(second.miou() - first.miou(), float(low), float(high))
+
+
+@lru_cache(maxsize=4)
+def _resamples(images: int, resamples: int, seed: int) -> NDArray[np.int64]:
+    """(resamples, images): how often each image is drawn."""
+    drawn: NDArray[np.int64] = np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), resamples)
+    return drawn
 
 
 def multi_label(labels: Sequence[Sequence[int]]) -> NDArray[np.int64]:

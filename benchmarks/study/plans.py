@@ -79,7 +79,7 @@ def _tuning(photos: str) -> list[Planned]:
 def _class_token_tuning(photos: str) -> list[Planned]:
     """The same for the network with class tokens: the reference and "both" choose among the same two numbers of epochs,
     "both" among three weights as well."""
-    few, many, seeds = (4, 8, FEW) if photos == "msrc" else (1, 2, (0,))
+    few, many, seeds = (8, 16, FEW) if photos == "msrc" else (1, 2, (0,))
     chosen = [(name, 0.17, each) for each in (few, many) for name in PAIR]
     chosen += [("both", weight, many) for weight in (0.06, 0.5)]
     return [(at(photos, name, weight, network=CLASS_TOKENS, epochs=each), seeds) for name, weight, each in chosen]

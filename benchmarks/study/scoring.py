@@ -20,10 +20,10 @@ from acr_reg.demo.class_tokens import class_token_attention, fused
 from acr_reg.demo.scoring import mean_average_precision, resized
 from acr_reg.metrics import CamMeanIoU, CamScores
 from benchmarks.study.counts import ImageCounts, multi_label
-from benchmarks.study.networks import Run, StudyNetwork, on_grid
-from benchmarks.study.objective import entropies
 from benchmarks.study.photos import Photos
 from benchmarks.study.settings import CLASS_TOKENS, NETWORKS, PROPAGATIONS, Reading, readings
+from benchmarks.study.training.networks import Run, StudyNetwork, on_grid
+from benchmarks.study.training.objective import entropies
 
 _AT_ONCE = 32
 RAW = "raw"

@@ -17,12 +17,12 @@ from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU
 from benchmarks.study.baselines import attention_maps, baselines
 from benchmarks.study.counts import ImageCounts, paired_bootstrap
-from benchmarks.study.networks import Run, made, on_grid
-from benchmarks.study.objective import Objective, entropies
 from benchmarks.study.photos import Batch, Photos, Places
 from benchmarks.study.scoring import RAW, class_maps, figures, score
 from benchmarks.study.settings import CLASS_TOKENS, ONE_TOKEN, SETS, Reading, StudyError, base, readings
-from benchmarks.study.train import checkpoint_path, train, trained
+from benchmarks.study.training.networks import Run, made, on_grid
+from benchmarks.study.training.objective import Objective, entropies
+from benchmarks.study.training.train import checkpoint_path, train, trained
 from benchmarks.study.views import VIEWS, draws_views, misreported
 from tests.support.study import SIZE, made_counts, make_places, tiny, tiny_vit
 
@@ -263,7 +263,7 @@ def test_smoothing_follows_the_cell_both_of_its_own_seed(voc: Photos, monkeypatc
     setting = tiny("smoothing", 0.5)
     leader = replace(setting, condition="both")
     followed = []
-    monkeypatch.setattr("benchmarks.study.train.train", lambda *args: followed.append(args[3]) or train(*args))
+    monkeypatch.setattr("benchmarks.study.training.train.train", lambda *args: followed.append(args[3]) or train(*args))
     result = trained(voc, setting, seed=3)
     assert checkpoint_path(voc.places.cache, leader, 3).exists()
     assert followed[0] is None

@@ -79,7 +79,7 @@ def test_an_interrupted_cell_leaves_no_result_and_keeps_its_network(bench: Bench
     path.parent.mkdir(parents=True)
     path.with_name(f".{path.name}.99").write_text("{")  # what a kill in the middle of writing leaves
     assert load(bench.results, cell) is None
-    monkeypatch.setattr("benchmarks.study.train.train", lambda *_: pytest.fail("trained again"))
+    monkeypatch.setattr("benchmarks.study.training.train.train", lambda *_: pytest.fail("trained again"))
     assert bench.run(cell)["seed"] == 12
 
 

@@ -15,11 +15,11 @@ from acr_reg.demo.record import write_json
 from benchmarks.marked_page import begin, filled
 from benchmarks.study import __main__ as study
 from benchmarks.study.counts import Difference
-from benchmarks.study.page.blocks import GUIDE, NOT_RUN, PROTOCOL, README, STUDY, blocks
+from benchmarks.study.page.blocks import GUIDE, PROTOCOL, README, STUDY, blocks
 from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged, rule
 from benchmarks.study.page.report import appendix
 from benchmarks.study.page.scenes import scenes
-from benchmarks.study.page.tables import WEIGHTS_NOTE, groups, paired_mean, raw_of, reference_of
+from benchmarks.study.page.tables import NOT_RUN, WEIGHTS_NOTE, groups, paired_mean, raw_of, reference_of
 from benchmarks.study.plans import FEW
 from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, CONDITIONS, NETWORKS, SEEDS, SETS, Cell, Reading, base
 from benchmarks.study.store import FROZEN

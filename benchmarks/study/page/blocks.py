@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.marked_page import begin, wrapped
+from benchmarks.study.page.changes import changes
 from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
 from benchmarks.study.page.report import kinds_of_maps
 from benchmarks.study.page.scenes import differences
 from benchmarks.study.page.tables import (
+    NOT_RUN,
     WEIGHTS_NOTE,
     Group,
     baseline_rows,
@@ -51,7 +53,6 @@ SHOWN_VIEWS = {
     "turn": "flip, random crop and quarter turns",
 }
 SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
-NOT_RUN = "not run"
 FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 
 
@@ -64,6 +65,7 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
         study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
     study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
     study |= _class_tokens(results / NETWORKS[CLASS_TOKENS].folder)
+    study["changes"] = changes(results)
     pages = {
         README: {"evidence": _evidence(results, found, tested)},
         STUDY: study,

@@ -24,13 +24,13 @@ from acr_reg.demo.picture import draw
 from acr_reg.demo.scoring import resized
 from benchmarks.pictures.palette import with_few_colours
 from benchmarks.study.choice import choose
-from benchmarks.study.networks import StudyNetwork, on_grid
 from benchmarks.study.page.tables import Group, baseline_rows, groups
 from benchmarks.study.photos import Photos
 from benchmarks.study.scoring import RAW, class_maps
 from benchmarks.study.settings import CONDITIONS, Cell
 from benchmarks.study.store import all_cells, frozen_entries
-from benchmarks.study.train import trained
+from benchmarks.study.training.networks import StudyNetwork, on_grid
+from benchmarks.study.training.train import trained
 
 SHOWN = ("two", "both", "misreported")
 COLUMNS, ROWS = 8, 4  # photos of the class maps, and of the affinities

@@ -18,6 +18,7 @@ Record = Mapping[str, Any]
 Figure = Callable[[Record], float]
 
 WEIGHTS_NOTE = "saliency-tuned weights, not image-level WSSS"
+NOT_RUN = "not run"
 
 
 @dataclass(frozen=True, eq=False)

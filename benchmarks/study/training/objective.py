@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, class_token_gradient_cam
-from benchmarks.study.networks import Run
 from benchmarks.study.photos import Batch
 from benchmarks.study.settings import CLASS_TOKENS, CONDITIONS, LAYERS, Setting, StudyError
+from benchmarks.study.training.networks import Run
 from benchmarks.study.views import misreported
 
 # Of the squared distance, whose pull fades as the entropy is reached. The absolute distance at a weight of 10 kept

@@ -18,10 +18,10 @@ from acr_reg import AttentionCapture, capture_attention
 from acr_reg.demo.photos.task import make_optimizer
 from acr_reg.demo.record import Meter
 from acr_reg.integrations.formats.write import replacing
-from benchmarks.study.networks import Run, StudyNetwork, made, on_grid
-from benchmarks.study.objective import Objective
 from benchmarks.study.photos import Batch, Photos
 from benchmarks.study.settings import CONDITIONS, ONE_TOKEN, Setting
+from benchmarks.study.training.networks import Run, StudyNetwork, made, on_grid
+from benchmarks.study.training.objective import Objective
 
 Advance = Callable[[], None]
 
