@@ -10,7 +10,7 @@ python -m benchmarks.study run --set msrc --plan primary      # scores test.txt,
 python -m benchmarks.study pictures --set msrc                # docs/explanation/study/*.png, of dev photos
 python -m benchmarks.study changes                            # docs/explanation/study/changes.png, of test cells
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
-python -m benchmarks.study scenes acr_demo/demo.json
+python -m benchmarks.study scenes acr_demo/demo.json          # several files, if each holds other seeds
 python -m benchmarks.study report                             # the study's pages and tables
 """
 
