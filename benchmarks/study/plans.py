@@ -89,6 +89,8 @@ def _class_token_conditions(leader: Setting) -> list[Planned]:
     """The other conditions at the frozen setting, and those of MSRC on a finer grid of tokens as well."""
     names = ("misreported", "affinity", "activation", "both_cam", "smoothing")
     planned: list[Planned] = [(_like(leader, name), FEW) for name in names]
+    # The head's map takes part in the loss at no further pass, and on the demo's scenes it was this term that helped.
+    planned += [(_like(leader, name, cam_weight=each), FEW) for name in ("cam", "both_cam") for each in (1.0, 5.0)]
     if leader.photos == "msrc":
         planned += _each(leader, ("two", "both", *names), [{"size": 168}])
     return planned
