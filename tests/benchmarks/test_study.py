@@ -11,7 +11,15 @@ import timm
 import torch
 import torch.nn.functional as F
 
-from acr_reg import AllPairsConsistencyLoss, AttentionMaps, HorizontalFlip, Identity, capture_attention
+from acr_reg import (
+    AllPairsConsistencyLoss,
+    AttentionMaps,
+    HorizontalFlip,
+    Identity,
+    capture_attention,
+    class_token_gradient_cam,
+    propagate_cam,
+)
 from acr_reg.demo import scoring as demo_scoring
 from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU
@@ -99,15 +107,17 @@ def test_class_maps_from_tokens_are_those_of_the_images(voc: Photos):
         shown = [Reading(-2, "all"), Reading(-4, "all")]
         found = class_maps(model, attention, tokens, labels, voc.grid, shown)
 
-        def predict(view: torch.Tensor) -> tuple[torch.Tensor, AttentionMaps]:
-            return model(voc.encode(view)), with_grid(attention.take(), voc.grid)
+        def read(view: torch.Tensor, present: torch.Tensor) -> demo_scoring.Reading:
+            logits, seen = model(voc.encode(view)), with_grid(attention.take(), voc.grid)
+            cam = class_token_gradient_cam(logits, seen, present, start)
+            return demo_scoring.Reading(logits, seen, {RAW: cam, "all": propagate_cam(cam, seen).detach()})
 
         for start in (-2, -4):
-            expected, runs = demo_scoring.class_maps(predict, images, labels, demo_scoring.Maps(start))
-            for key, maps in zip([(start, RAW), (start, "all")], expected, strict=True):
+            expected, readings = demo_scoring.class_maps(read, images, labels)
+            for key, maps in expected.items():
                 assert maps.amax() > 0
-                torch.testing.assert_close(found.merged[key], maps, rtol=1e-4, atol=1e-4 * maps.amax().item())
-    torch.testing.assert_close(found.logits, runs[0][0], rtol=1e-4, atol=1e-4)
+                torch.testing.assert_close(found.merged[start, key], maps, rtol=1e-4, atol=1e-4 * maps.amax().item())
+    torch.testing.assert_close(found.logits, readings[0].logits, rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------ class tokens
