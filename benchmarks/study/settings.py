@@ -48,7 +48,8 @@ SETS = {
 
 @dataclass(frozen=True)
 class Condition:
-    """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many."""
+    """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many.
+    ``resampled`` names the maps that are carried onto another grid and back before they are compared."""
 
     title: str
     views: int = 2
@@ -57,6 +58,7 @@ class Condition:
     cam: bool = False
     reported: bool = True
     entropy_of_both: bool = False
+    resampled: Literal["none", "first", "second"] = "none"
 
 
 CONDITIONS = {
@@ -69,6 +71,8 @@ CONDITIONS = {
     "both_cam": Condition("ACR and class maps", activation=True, affinity=True, cam=True),
     "misreported": Condition("control: flip not undone", activation=True, affinity=True, reported=False),
     "smoothing": Condition("control: attention held at ACR's entropy", entropy_of_both=True),
+    "alike": Condition("ACR, both maps resampled", activation=True, affinity=True, resampled="first"),
+    "blurred": Condition("ACR, the flip's map resampled", activation=True, affinity=True, resampled="second"),
 }
 REFERENCE = "two"
 

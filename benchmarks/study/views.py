@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import torch
 from torch import Generator, Tensor
 
 from acr_reg import (
+    AttentionMaps,
     Compose,
     HorizontalFlip,
+    Lattice,
     RandomChoice,
     RandomCompose,
     RandomResizedCrop,
     Rotate90,
     Scale,
     View,
+    align_attention,
+    token_validity,
 )
+from acr_reg.attention.layer import LayerAttention
 from acr_reg.views.samplers import Sampler
 from benchmarks.study.settings import StudyError
 
@@ -29,6 +36,7 @@ VIEWS = {
 }
 _FACTORS = (0.75, 1.25)  # whole tokens at 112 and 168 px
 _CROP = (0.5, 1.0)
+BLUR = Scale(1.25), (10, 10)  # what resampling does to maps of 8 x 8 tokens that a flip alone leaves sharp
 
 
 def draws_views(name: str, size: int) -> Draw | None:
@@ -51,3 +59,22 @@ def misreported(view: View) -> View:
     """What the loss is told in place of ``view``: one flip too many, so that for the flip it is told nothing was done.
     The images stay the same, but the tokens it compares show different things."""
     return Compose([view, HorizontalFlip()])
+
+
+def there_and_back(maps: AttentionMaps, view: View, grid: tuple[int, int]) -> AttentionMaps:
+    """The maps carried to the ``view``'s ``grid`` and back: what an equivariant network would show there, resampled
+    twice. Rows that the view does not show stay as they are, and each row keeps its mass on keys that are not shown."""
+    carried = [_carried(layer, view, Lattice(*grid)) for layer in maps]
+    here = maps[0].layout
+    return AttentionMaps.from_tensors(carried, here.num_prefix_tokens, here.query)
+
+
+def _carried(layer: LayerAttention, view: View, grid: Lattice) -> Tensor:
+    there, own = replace(layer.layout, query=grid, key=grid), layer.weights()
+    back = align_attention(align_attention(own, view.inverse, layer.layout, there), view, there, layer.layout)
+    shown = token_validity(view, grid, layer.layout.query)
+    always = shown.new_ones(len(shown), layer.layout.num_prefix_tokens)
+    shown = torch.cat([always, shown], 1)[:, None]
+    hidden = own * ~shown[..., None, :]
+    mass = (1 - back.sum(-1, keepdim=True)) / hidden.sum(-1, keepdim=True).clamp_min(1e-12)
+    return torch.where(shown[..., None], back + hidden * mass, own)
