@@ -22,7 +22,7 @@ from acr_reg import (
     align_attention,
     token_validity,
 )
-from acr_reg.attention.layer import LayerAttention
+from acr_reg.attention.layer import LayerAttention, RecordedTensors
 from acr_reg.views.samplers import Sampler
 from benchmarks.study.settings import StudyError
 
@@ -64,9 +64,8 @@ def misreported(view: View) -> View:
 def there_and_back(maps: AttentionMaps, view: View, grid: tuple[int, int]) -> AttentionMaps:
     """The maps carried to the ``view``'s ``grid`` and back: what an equivariant network would show there, resampled
     twice. Rows that the view does not show stay as they are, and each row keeps its mass on keys that are not shown."""
-    carried = [_carried(layer, view, Lattice(*grid)) for layer in maps]
-    here = maps[0].layout
-    return AttentionMaps.from_tensors(carried, here.num_prefix_tokens, here.query)
+    carried = [RecordedTensors(map=_carried(layer, view, Lattice(*grid))) for layer in maps]
+    return AttentionMaps(replace(layer, recorded=found) for layer, found in zip(maps, carried, strict=True))
 
 
 def _carried(layer: LayerAttention, view: View, grid: Lattice) -> Tensor:
