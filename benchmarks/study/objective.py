@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, class_token_gradient_cam
 from benchmarks.study.photos import Batch
 from benchmarks.study.settings import CONDITIONS, LAYERS, Setting, StudyError
-from benchmarks.study.views import BLUR, misreported, there_and_back
+from benchmarks.study.views import blurred, misreported
 
 # Of the squared distance, whose pull fades as the entropy is reached. The absolute distance at a weight of 10 kept
 # pulling at full strength: after two epochs on MSRC the classification loss was 0.50 ("both": 0.36, reference: 0.31)
@@ -51,6 +51,7 @@ class Objective(nn.Module):
                 cam_weight=setting.cam_weight,
                 distance=setting.distance,
                 layers=LAYERS[setting.layers],
+                blur_alike=condition.blur_alike,
             )
         if condition.entropy_of_both and (targets is None or len(targets) != steps):
             found = "no entropies" if targets is None else f"the entropies of {len(targets)} steps"
@@ -78,15 +79,12 @@ class Objective(nn.Module):
             return runs[0].logits.new_zeros(()), {}
         a, b = runs
         maps_b = b.maps.detach() if self.setting.stop_gradient else b.maps
-        maps_a = a.maps
-        if self.condition.resampled == "first":
-            maps_a = there_and_back(maps_a, batch.view, batch.viewed_grid)
-        elif self.condition.resampled == "second":
-            maps_b = there_and_back(maps_b, *BLUR)
+        if self.condition.blurred:
+            maps_b = blurred(maps_b)
         cams, labels = self._cams(runs, batch.labels)
         view = batch.view if self.condition.reported else misreported(batch.view)
         loss, terms = self.acr(
-            maps_a, maps_b, *cams, view=view, labels=labels, scale=self._scale(step), return_terms=True
+            a.maps, maps_b, *cams, view=view, labels=labels, scale=self._scale(step), return_terms=True
         )
         if self.condition.activation and self.condition.affinity and self.condition.reported and not cams:
             with torch.no_grad():

@@ -49,7 +49,7 @@ SETS = {
 @dataclass(frozen=True)
 class Condition:
     """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many.
-    ``resampled`` names the maps that are carried onto another grid and back before they are compared."""
+    ``blur_alike`` is that of the loss. With ``blurred`` the second maps are carried to another grid and back first."""
 
     title: str
     views: int = 2
@@ -58,7 +58,8 @@ class Condition:
     cam: bool = False
     reported: bool = True
     entropy_of_both: bool = False
-    resampled: Literal["none", "first", "second"] = "none"
+    blur_alike: bool = False
+    blurred: bool = False
 
 
 CONDITIONS = {
@@ -71,8 +72,8 @@ CONDITIONS = {
     "both_cam": Condition("ACR and class maps", activation=True, affinity=True, cam=True),
     "misreported": Condition("control: flip not undone", activation=True, affinity=True, reported=False),
     "smoothing": Condition("control: attention held at ACR's entropy", entropy_of_both=True),
-    "alike": Condition("ACR, both maps resampled", activation=True, affinity=True, resampled="first"),
-    "blurred": Condition("ACR, the flip's map resampled", activation=True, affinity=True, resampled="second"),
+    "alike": Condition("ACR, both maps blurred alike", activation=True, affinity=True, blur_alike=True),
+    "blurred": Condition("ACR, the second map blurred", activation=True, affinity=True, blurred=True),
 }
 REFERENCE = "two"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch
 from torch import Generator, Tensor
 
 from acr_reg import (
@@ -20,9 +19,8 @@ from acr_reg import (
     Scale,
     View,
     align_attention,
-    token_validity,
 )
-from acr_reg.attention.layer import LayerAttention, RecordedTensors
+from acr_reg.attention.layer import RecordedTensors
 from acr_reg.views.samplers import Sampler
 from benchmarks.study.settings import StudyError
 
@@ -36,7 +34,6 @@ VIEWS = {
 }
 _FACTORS = (0.75, 1.25)  # whole tokens at 112 and 168 px
 _CROP = (0.5, 1.0)
-BLUR = Scale(1.25), (10, 10)  # what resampling does to maps of 8 x 8 tokens that a flip alone leaves sharp
 
 
 def draws_views(name: str, size: int) -> Draw | None:
@@ -61,19 +58,14 @@ def misreported(view: View) -> View:
     return Compose([view, HorizontalFlip()])
 
 
-def there_and_back(maps: AttentionMaps, view: View, grid: tuple[int, int]) -> AttentionMaps:
-    """The maps carried to the ``view``'s ``grid`` and back: what an equivariant network would show there, resampled
-    twice. Rows that the view does not show stay as they are, and each row keeps its mass on keys that are not shown."""
-    carried = [RecordedTensors(map=_carried(layer, view, Lattice(*grid))) for layer in maps]
-    return AttentionMaps(replace(layer, recorded=found) for layer, found in zip(maps, carried, strict=True))
-
-
-def _carried(layer: LayerAttention, view: View, grid: Lattice) -> Tensor:
-    there, own = replace(layer.layout, query=grid, key=grid), layer.weights()
-    back = align_attention(align_attention(own, view.inverse, layer.layout, there), view, there, layer.layout)
-    shown = token_validity(view, grid, layer.layout.query)
-    always = shown.new_ones(len(shown), layer.layout.num_prefix_tokens)
-    shown = torch.cat([always, shown], 1)[:, None]
-    hidden = own * ~shown[..., None, :]
-    mass = (1 - back.sum(-1, keepdim=True)) / hidden.sum(-1, keepdim=True).clamp_min(1e-12)
-    return torch.where(shown[..., None], back + hidden * mass, own)
+def blurred(maps: AttentionMaps) -> AttentionMaps:
+    """The maps carried to a grid 1.25 times as fine and back: what resampling does, without another view."""
+    kept = []
+    for layer in maps:
+        grid = layer.layout.query
+        fine = Lattice(round(grid.height * 1.25), round(grid.width * 1.25))
+        there, finer = replace(layer.layout, query=fine, key=fine), Scale(1.25)
+        carried = align_attention(layer.weights(), finer.inverse, layer.layout, there)
+        recorded = RecordedTensors(map=align_attention(carried, finer, there, layer.layout))
+        kept.append(replace(layer, recorded=recorded))
+    return AttentionMaps(kept)

@@ -59,8 +59,7 @@ def _rows(a: Tensor, b: Tensor, shown: Tensor, tokens: Tensor | None) -> tuple[T
     weight = torch.minimum(*masses) * keys[:, None]
     share = weight / weight.sum(1, keepdim=True).clamp_min(_NO_MASS)
     a, b = (
-        (rows * (share / mass.clamp_min(_NO_MASS))[..., None]).sum(1)
-        for rows, mass in zip((a, b), masses, strict=True)
+        (rows * (share / mass.clamp_min(_NO_MASS))[..., None]).sum(1) for rows, mass in zip((a, b), masses, strict=True)
     )
     distance, weight = (a - b)[..., 1:].abs().sum(-1), weight.mean(1)
     patches = torch.arange(1, a.shape[1]) if tokens is None else 1 + tokens

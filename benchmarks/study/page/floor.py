@@ -1,3 +1,70 @@
-"""The study's tables of why views other than the flip lose: distances before training, and the cells that test causes."""
+"""The study's tables of why views other than the flip lost: distances before training, and the cells that test causes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.page.tables import (
+    Group,
+    mean_ap_of,
+    number,
+    paired_mean,
+    propagated_of,
+    raw_of,
+    signed_spread,
+    table,
+)
+from benchmarks.study.settings import CONDITIONS, REFERENCE
+from benchmarks.study.store import frozen_setting, read_json
 
 FLOOR = "floor.json"
+NOT_RUN = "not run"
+SIZES = (112, 224)  # px, of the three that were measured
+SHOWN = ("as compared", "resampling alone", "both resampled")
+CAUSES = ("flip", "scale", "crop")
+TRIED = ("both", "affinity", "activation", "blurred", "alike")
+
+
+def distances(results: Path) -> str:
+    """The affinity distance of two views before training, by factor."""
+    path = results / FLOOR
+    if not path.exists():
+        return NOT_RUN
+    found: dict[str, dict[int, Mapping[str, Any]]] = {}
+    for row in read_json(path)["rows"]:
+        found.setdefault(row["view"].partition(" (")[0], {})[row["size"]] = row
+    header = ["affinity distance before training, MSRC dev photos"]
+    header += [f"{size} px: {name}" for size in SIZES for name in ("compared", "resampling alone", "both resampled")]
+    rows = [
+        [view, *[number(of[size][name]["affinity"], 2) for size in SIZES for name in SHOWN]]
+        for view, of in found.items()
+        if all(size in of for size in SIZES)
+    ]
+    return table(header, rows)
+
+
+def causes(results: Path, found: Sequence[Group]) -> str:
+    """The changes from two such views without ACR, by what was changed; cells that were not run are left out."""
+    leader = frozen_setting(results, "msrc", "both")
+    if leader is None:
+        return NOT_RUN
+    dev = {group.setting: group for group in found if group.split == "dev"}
+    rows = []
+    for view in CAUSES:
+        setting = replace(leader, view=view)
+        reference = dev.get(setting.with_condition(REFERENCE))
+        tried = [(name, leader.weight) for name in TRIED] + [("both", 0.06), ("alike", 0.06), ("alike", 0.5)]
+        for name, weight in tried:
+            group = dev.get(setting.with_condition(name, weight))
+            if reference is None or group is None:
+                continue
+            gains = [paired_mean(reference, group, figure) for figure in (raw_of, propagated_of, mean_ap_of)]
+            shown = [NOT_RUN if gain is None else signed_spread(gain) for gain in gains]
+            seeds = "" if gains[0] is None else str(gains[0][2])
+            rows.append([f"{view}: {CONDITIONS[name].title}, weight {weight:g}", *shown, seeds])
+    return table(
+        [f"{leader.size} px; change from the view without ACR", "raw mIoU", "propagated", "mAP", "seeds"], rows
+    )
