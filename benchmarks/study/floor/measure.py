@@ -20,11 +20,11 @@ from acr_reg import (
 )
 from acr_reg.demo.pretrained import PATCH, LowerHalf, UpperHalf, load_weights, resize_positions
 from acr_reg.demo.train import with_grid
-from benchmarks.study.floor.distances import distances, resampling_alone
+from benchmarks.study.floor.distances import as_equivariant, distances
 from benchmarks.study.photos import Photos
 from benchmarks.study.views import VIEWS, draws_views, misreported
 
-SIZES = {112: 48, 168: 24, 224: 12}  # px: photos
+SIZES = {112: 24, 168: 8, 224: 4}  # px: photos
 WIDTHS = (0.5, 1.0, 2.0, 4.0)  # of the smooth attention, in tokens
 CROPPED = 2  # tokens that a crop takes off height and width
 
@@ -64,14 +64,16 @@ class Network:
 
 
 def measured(photos: Photos, images: Tensor) -> list[Row]:
-    """A row for each factor. Those of views also have the distance with a flip too many, which maps of another image
-    part would have."""
+    """A row for each factor. Those of views also have the distance of maps that do not belong together: the loss is
+    told a flip too many."""
     network = Network(photos)
     own = network.maps(images)
     rows = []
     for name, view in _views(photos.size, images):
         viewed = network.maps(view(images))
-        rows.append(_row(name, own, viewed, view) | {"misreported": asdict(distances(own, viewed, misreported(view)))})
+        told = {alike: distances(own, viewed, misreported(view), blur_alike=alike) for alike in (False, True)}
+        wrong = {"misreported": asdict(told[False]), "misreported, blurred alike": asdict(told[True])}
+        rows.append(_row(name, own, viewed, view) | wrong)
     return rows + [_row(*each) for each in _whole_tokens(network, images, own)]
 
 
@@ -113,12 +115,12 @@ def _whole_tokens(
 
 
 def _row(name: str, own: AttentionMaps, viewed: AttentionMaps, view: View, tokens: Tensor | None = None) -> Row:
-    grid = viewed[0].layout
+    alone = as_equivariant(own, view, viewed[0].layout)
     return {
         "view": name,
-        "as compared": asdict(distances(own, viewed, view, tokens=tokens)),
-        "resampling alone": asdict(resampling_alone(own, view, grid, tokens)),
-        "both resampled": asdict(distances(own, viewed, view, alike=True, tokens=tokens)),
+        "as it was": asdict(distances(own, viewed, view, tokens=tokens)),
+        "resampling alone": asdict(distances(own, alone, view, tokens=tokens)),
+        "blurred alike": asdict(distances(own, viewed, view, blur_alike=True, tokens=tokens)),
     }
 
 
@@ -139,8 +141,8 @@ def smooth(size: int) -> list[Row]:
         for width in WIDTHS:
             own = _gaussian(Identity(), side, side, width)
             viewed = _gaussian(view, view.output_size((size, size))[0] // PATCH, side, width)
-            found = [distances(own, viewed, view, alike=alike).affinity for alike in (False, True)]
-            rows.append({"view": name, "width": width, "as compared": found[0], "both resampled": found[1]})
+            found = [distances(own, viewed, view, blur_alike=alike).affinity for alike in (False, True)]
+            rows.append({"view": name, "width": width, "as it was": found[0], "blurred alike": found[1]})
     return rows
 
 

@@ -1,4 +1,4 @@
-"""The study's tables of why views other than the flip lost: distances before training, and the cells that test causes."""
+"""The study's tables of why views other than the flip lost: distances before training, and cells that test causes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from benchmarks.study.store import frozen_setting, read_json
 FLOOR = "floor.json"
 NOT_RUN = "not run"
 SIZES = (112, 224)  # px, of the three that were measured
-SHOWN = ("as compared", "resampling alone", "both resampled")
+SHOWN = ("as it was", "resampling alone", "blurred alike")
 CAUSES = ("flip", "scale", "crop")
 TRIED = ("both", "affinity", "activation", "blurred", "alike")
 
@@ -37,7 +37,7 @@ def distances(results: Path) -> str:
     for row in read_json(path)["rows"]:
         found.setdefault(row["view"].partition(" (")[0], {})[row["size"]] = row
     header = ["affinity distance before training, MSRC dev photos"]
-    header += [f"{size} px: {name}" for size in SIZES for name in ("compared", "resampling alone", "both resampled")]
+    header += [f"{size} px: {name}" for size in SIZES for name in SHOWN]
     rows = [
         [view, *[number(of[size][name]["affinity"], 2) for size in SIZES for name in SHOWN]]
         for view, of in found.items()
