@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.marked_page import begin, wrapped
+from benchmarks.study.page.floor import causes, distances
 from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
 from benchmarks.study.page.scenes import differences
 from benchmarks.study.page.tables import (
@@ -61,6 +62,7 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     for photos, own in tested.items():
         study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
     study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
+    study |= {"distances": distances(results), "causes": causes(results, found)}
     pages = {
         README: {"evidence": _evidence(results, found, tested)},
         STUDY: study,
