@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from benchmarks.study.page.tables import (
     Group,
@@ -33,16 +32,15 @@ def distances(results: Path) -> str:
     path = results / FLOOR
     if not path.exists():
         return NOT_RUN
-    found: dict[str, dict[int, Mapping[str, Any]]] = {}
-    for row in read_json(path)["rows"]:
-        found.setdefault(row["view"].partition(" (")[0], {})[row["size"]] = row
-    header = ["affinity distance before training, MSRC dev photos"]
-    header += [f"{size} px: {name}" for size in SIZES for name in SHOWN]
-    rows = [
-        [view, *[number(of[size][name]["affinity"], 2) for size in SIZES for name in SHOWN]]
-        for view, of in found.items()
-        if all(size in of for size in SIZES)
+    measured = read_json(path)["rows"]
+    header = [
+        "affinity distance before training, MSRC dev photos",
+        *(f"{size} px: {name}" for size in SIZES for name in SHOWN),
     ]
+    rows = []
+    for of_sizes in zip(*([row for row in measured if row["size"] == size] for size in SIZES), strict=True):
+        names = dict.fromkeys(row["view"].partition(" (")[0] for row in of_sizes)
+        rows.append([" / ".join(names), *(number(row[name]["affinity"], 2) for row in of_sizes for name in SHOWN)])
     return table(header, rows)
 
 
