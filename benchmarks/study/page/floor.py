@@ -16,6 +16,7 @@ from benchmarks.study.page.tables import (
     signed_spread,
     table,
 )
+from benchmarks.study.plans import FEW
 from benchmarks.study.settings import CONDITIONS, REFERENCE
 from benchmarks.study.store import frozen_setting, read_json
 
@@ -24,7 +25,7 @@ NOT_RUN = "not run"
 SIZES = (112, 224)  # px, of the three that were measured
 SHOWN = ("as it was", "resampling alone", "blurred alike")
 CAUSES = ("flip", "scale", "crop")
-TRIED = ("both", "affinity", "activation", "blurred", "alike")
+TRIED = ("both", "affinity", "blurred", "alike")
 
 
 def distances(results: Path) -> str:
@@ -39,13 +40,15 @@ def distances(results: Path) -> str:
     ]
     rows = []
     for of_sizes in zip(*([row for row in measured if row["size"] == size] for size in SIZES), strict=True):
-        names = dict.fromkeys(row["view"].partition(" (")[0] for row in of_sizes)
-        rows.append([" / ".join(names), *(number(row[name]["affinity"], 2) for row in of_sizes for name in SHOWN)])
+        first, second = (row["view"].partition(" (")[0] for row in of_sizes)
+        name = first if first == second else f"{first} ({second.rpartition('through ')[2]})"
+        rows.append([name, *(number(row[kind]["affinity"], 2) for row in of_sizes for kind in SHOWN)])
     return table(header, rows)
 
 
 def causes(results: Path, found: Sequence[Group]) -> str:
-    """The changes from two such views without ACR, by what was changed; cells that were not run are left out."""
+    """The changes from two such views without ACR, on the seeds of other views; cells that were not run are left
+    out."""
     leader = frozen_setting(results, "msrc", "both")
     if leader is None:
         return NOT_RUN
@@ -54,15 +57,22 @@ def causes(results: Path, found: Sequence[Group]) -> str:
     for view in CAUSES:
         setting = replace(leader, view=view)
         reference = dev.get(setting.with_condition(REFERENCE))
-        tried = [(name, leader.weight) for name in TRIED] + [("both", 0.06), ("alike", 0.06), ("alike", 0.5)]
-        for name, weight in tried:
-            group = dev.get(setting.with_condition(name, weight))
+        for name in TRIED:
+            group = dev.get(setting.with_condition(name, leader.weight))
             if reference is None or group is None:
                 continue
+            group = replace(group, records={seed: group.records[seed] for seed in FEW if seed in group.records})
             gains = [paired_mean(reference, group, figure) for figure in (raw_of, propagated_of, mean_ap_of)]
             shown = [NOT_RUN if gain is None else signed_spread(gain) for gain in gains]
             seeds = "" if gains[0] is None else str(gains[0][2])
-            rows.append([f"{view}: {CONDITIONS[name].title}, weight {weight:g}", *shown, seeds])
+            rows.append([f"{view}: {CONDITIONS[name].title}", *shown, seeds])
     return table(
-        [f"{leader.size} px; change from the view without ACR", "raw mIoU", "propagated", "mAP", "seeds"], rows
+        [
+            f"dev photos, weight {leader.weight:g}; change from such views without ACR",
+            "raw mIoU",
+            "propagated",
+            "mAP",
+            "seeds",
+        ],
+        rows,
     )
