@@ -1,8 +1,9 @@
 """Picks and aligns the attention rows to compare, of one layer on images and on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
-(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where P resamples,
-A1 is blurred alike. Where one view shows only part of the other, rows are compared on the tokens that both show.
+(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where P
+resamples, A1 is blurred alike. Where one view shows only part of the other, rows are compared on the tokens that both
+show.
 
 Rows that are no probabilities (gates, sums over heads, mixed heads) may have any scale. Both maps of such a layer are
 divided by one number for each image, a constant to the gradient:
