@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.alignment.token_maps import AlignmentMaps, check_lattices
+from acr_reg.alignment.token_maps import check_lattices, maps_of_view
 from acr_reg.tokens import Lattice, TokenLayout, TokenSide, token_order
 from acr_reg.views.view import View, map_between
 
@@ -68,7 +68,7 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     view.check_batch(maps.shape[0])
     check_lattices("align_attention", view, source.key, target.key)
     device, others = str(maps.device), source.num_other_tokens
-    maps_back = AlignmentMaps(view, source, target, device)
+    maps_back = maps_of_view(view, source, target, device)
     found = at_least_float32(maps)
     for dim, side in sides:
         found = select(found, dim, token_order(source, side, device))

@@ -1,8 +1,9 @@
 """Picks and aligns the attention rows to compare, of one layer on images and on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
-(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where one view
-shows only part of the other, rows are compared on the tokens that both show.
+(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where P
+resamples, A1 is blurred alike. Where one view shows only part of the other, rows are compared on the tokens that both
+show.
 
 Rows that are no probabilities (gates, sums over heads, mixed heads) may have any scale. Both maps of such a layer are
 divided by one number for each image, a constant to the gradient:
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.token_maps import NO_MASS, AlignmentMaps, check_lattices, valid_tokens
+from acr_reg.alignment.token_maps import NO_MASS, check_lattices, maps_of_image, maps_of_view, valid_tokens
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.tokens import Lattice, TokenLayout, token_order
 from acr_reg.views.view import View
@@ -136,6 +137,9 @@ class AlignedRows:
         return a, b, weight
 
 
+MixedRows = tuple[Tensor, Tensor | None]  # rows to read, (1 or B, R'), and the weights (1 or B, R, R') that mix them
+
+
 class RowSource(Protocol):
     """A source of attention rows: a :class:`~acr_reg.LayerAttention`, or one evaluated in blocks."""
 
@@ -152,12 +156,19 @@ class AlignedPair:
     """Layer ``a`` on ``images`` and the same layer ``b`` on ``view(images)``. Aligns rows on demand.
 
     Where the lattices coincide (flips, quarter turns), query and key tokens are permuted before any product.
-    Elsewhere both axes are resampled by the same weights, and each row keeps the mass it gave to patches. ``valid``
-    (B, H, W) is False where the images are padding. ``with_entropy`` also computes the entropy of rows.
+    Elsewhere both axes of ``b`` are resampled, and each row keeps the mass it gave to patches; with ``blur_alike`` rows
+    and keys of ``a`` are blurred as much. ``valid`` (B, H, W) is False where the images are padding. ``with_entropy``
+    also computes the entropy of rows.
     """
 
     def __init__(
-        self, a: LayerAttention, b: LayerAttention, view: View, valid: Tensor | None = None, with_entropy: bool = True
+        self,
+        a: LayerAttention,
+        b: LayerAttention,
+        view: View,
+        valid: Tensor | None = None,
+        with_entropy: bool = True,
+        blur_alike: bool = True,
     ) -> None:
         check_pair(a, b, view)
         self.layers = a, b
@@ -171,7 +182,8 @@ class AlignedPair:
         image = None
         if valid is not None:
             image = tuple(valid_tokens(valid, grid).to(device) for grid in (a.layout.query, a.layout.key))
-        self.maps = AlignmentMaps(view, b.layout, a.layout, device, image)
+        self.maps = maps_of_view(view, b.layout, a.layout, device, image)
+        self.own = maps_of_image(view, b.layout, a.layout, device, image) if blur_alike else None
         self.order_a = [token_order(a.layout, side, device) for side in ("query", "key")]
         self.classes = [
             torch.tensor(layer.layout.class_tokens or (), dtype=torch.long, device=device) for layer in (a, b)
@@ -179,8 +191,8 @@ class AlignedPair:
         self.keys_valid = self.maps.keys.valid
         self.counted = torch.ones_like(self.maps.queries.valid)
         # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
-        maps = (self.maps.keys, self.maps.queries, self.maps.keys_shown)
-        self.is_partial = not all(each.is_complete for each in maps)
+        complete = self.maps.keys.is_complete and self.maps.queries.is_complete
+        self.is_partial = not complete or self.maps.keys_shown is not None
         if image is not None:
             self.counted, self.keys_valid = image[0], self.keys_valid & image[1]
             self.is_partial = True
@@ -194,33 +206,31 @@ class AlignedPair:
     def activation(self) -> AlignedRows:
         """The aligned rows of the class tokens; none if there is no class token."""
         always = torch.ones(1, len(self.classes[0]), dtype=torch.bool, device=self.keys_valid.device)
-        return self._aligned(self.classes[0], self.classes[1], None, always, always)
+        return self._aligned((self.classes[0], None), (self.classes[1], None), always, always)
 
     def affinity(self, tokens: Tensor) -> AlignedRows:
         """The aligned rows of these patch tokens (R,) of the images."""
-        rows_b, mixed = self.maps.rows(tokens, self.dtype)
         shown = self.maps.queries.valid[:, tokens]
-        rows_a = self.a.layout.num_other_tokens + tokens
-        if self.order_a[0] is not None:
-            rows_a = self.order_a[0][rows_a]
-        return self._aligned(rows_a, rows_b, mixed, shown, self.counted[:, tokens])
+        of_image = self._image_rows(tokens) if self.own is None else self.own.rows(tokens, self.dtype)
+        return self._aligned(of_image, self.maps.rows(tokens, self.dtype), shown, self.counted[:, tokens])
 
-    def _aligned(
-        self, rows_a: Tensor, rows_b: Tensor, mixed: Tensor | None, shown: Tensor, counted: Tensor
-    ) -> AlignedRows:
-        """Aligns rows of both maps. ``mixed`` (S, R, view rows) are the weights that mix view rows into image rows."""
-        map_a, map_b = self.a.weights(rows_a, self.order_a[1]), self.b.weights(rows_b, self.maps.key_order)
+    def _image_rows(self, tokens: Tensor) -> MixedRows:
+        rows = self.a.layout.num_other_tokens + tokens
+        return rows if self.order_a[0] is None else self.order_a[0][rows], None
+
+    def _aligned(self, of_image: MixedRows, of_view: MixedRows, shown: Tensor, counted: Tensor) -> AlignedRows:
+        """Aligns rows of both maps."""
+        order_a = self.order_a[1] if self.own is None else self.own.key_order
+        maps = self.a.weights(of_image[0], order_a), self.b.weights(of_view[0], self.maps.key_order)
         if self.scale is not None:
-            map_a, map_b = map_a / self.scale, map_b / self.scale
-        entropies = None
-        if self.with_entropy and self.stochastic:
-            entropies = [row_entropy(map_a), row_entropy(map_b)]
-        map_b = self.maps.carry_keys(map_b, self.b.stochastic)
-        if mixed is not None:
-            mixed = mixed[:, None]
-            map_b = mixed @ map_b
-            if entropies is not None:
-                entropies[1] = (mixed @ entropies[1][..., None])[..., 0]
+            maps = maps[0] / self.scale, maps[1] / self.scale
+        entropies = [row_entropy(each) for each in maps] if self.with_entropy and self.stochastic else None
+        map_a = maps[0] if self.own is None else self.own.carry_keys(maps[0], self.a.stochastic)
+        map_b = self.maps.carry_keys(maps[1], self.b.stochastic)
+        map_a, map_b = _mix(map_a, of_image[1]), _mix(map_b, of_view[1])
+        if entropies is not None:
+            weights = of_image[1], of_view[1]
+            entropies = [_mix(each[..., None], by)[..., 0] for each, by in zip(entropies, weights, strict=True)]
         return AlignedRows(
             map_a,
             map_b,
@@ -232,6 +242,11 @@ class AlignedPair:
             self.stochastic,
             None if entropies is None else (entropies[0] + entropies[1]) / 2,
         )
+
+
+def _mix(rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Rows (B, H, R', ...) mixed by ``weights`` (1 or B, R, R') into (B, H, R, ...); None leaves them as they are."""
+    return rows if weights is None else weights[:, None] @ rows
 
 
 def _row_scale(a: LayerAttention, b: LayerAttention) -> Tensor:

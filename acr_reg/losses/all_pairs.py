@@ -51,6 +51,8 @@ class AllPairsConsistencyLoss(nn.Module):
             paper's mean over pairs.
         layers: indices of the layers to use (negative counts from the last); None uses all. Frozen layers are skipped
             unless all are frozen (under ``torch.no_grad`` they cannot be told apart).
+        blur_alike: where a view resamples the second maps, which blurs them, the first are blurred as much. False
+            compares sharp maps with blurred ones.
         heads: "mean" compares the average over heads, as published; "each" compares head by head.
         rows: the share in (0, 1] of patch query rows to compare, sampled anew in each call. Class rows are always
             compared.
@@ -83,6 +85,7 @@ class AllPairsConsistencyLoss(nn.Module):
         distance: Distance = "l1",
         normalize: Normalize = "row",
         layers: Iterable[int] | None = None,
+        blur_alike: bool = True,
         heads: Literal["mean", "each"] = "mean",
         rows: float = 1.0,
         cam_normalize: Literal["max", "minmax"] | None = "max",
@@ -111,6 +114,7 @@ class AllPairsConsistencyLoss(nn.Module):
         self.distance: Distance = distance
         self.normalize: Normalize = normalize
         self.layers = None if layers is None else listed("layers", layers)
+        self.blur_alike = blur_alike
         self.heads = heads
         self.rows = rows
         self.cam_normalize = cam_normalize
@@ -204,7 +208,7 @@ class AllPairsConsistencyLoss(nn.Module):
         weighted, reports = [], []
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(weights.values())):
             for a, b in given.pairs:
-                pair = AlignedPair(a, b, given.view, given.valid, with_entropy)
+                pair = AlignedPair(a, b, given.view, given.valid, with_entropy, self.blur_alike)
                 tokens = sample_rows(len(a.layout.query), self.rows, str(a.device))
                 layer = LayerTerms(pair, weights, tokens, given.labels, self.distance, self.normalize, self.heads)
                 blockwise = can_be_blockwise(pair) if self.blockwise is None else self.blockwise

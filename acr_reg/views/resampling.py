@@ -61,6 +61,15 @@ class AxisMap:
             self._dense[dtype, device] = made
         return made
 
+    def blur(self, there: AxisMap) -> AxisMap:
+        """The mean of staying and of reading what ``there`` gives: the map onto the line that ``there`` reads. Only for
+        maps with weights."""
+        with torch.inference_mode(False), torch.no_grad():
+            back, onto = (axis.dense(torch.float64, self.index.device) for axis in (self, there))
+            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64)) / 2
+            index = torch.arange(there.count).expand_as(weights)
+        return AxisMap(there.count, index, weights, self.valid, torch.ones_like(self.step))
+
 
 @dataclass(frozen=True, eq=False)
 class _Part:
@@ -117,6 +126,18 @@ class LatticeMap:
             complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
             parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
         return cls(parts, source, target, exact, complete)
+
+    def blur(self, there: LatticeMap) -> LatticeMap:
+        """The map of the target onto itself that blurs as this map does. Only for maps that are not exact.
+
+        ``there`` is the map onto this one's source. Going there and back blurs twice, with twice the variance, so half
+        of it, the mean of staying and of going, has the variance of one.
+        """
+        parts = []
+        for onto, back in zip(there.parts, self.parts, strict=True):
+            y, x = (back.x, back.y) if onto.transposed else (back.y, back.x)
+            parts.append(_Part(onto.images, y.blur(onto.y), x.blur(onto.x), False))
+        return LatticeMap(tuple(parts), self.target, self.target, False, self.is_complete)
 
     @property
     def is_permutation(self) -> bool:

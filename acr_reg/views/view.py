@@ -201,6 +201,16 @@ def map_between(view: View, source: Lattice, target: Lattice, device: str) -> La
     return LatticeMap.between(view.affines, source, target, device)
 
 
+@lru_cache(maxsize=32)
+def blur_between(view: View, source: Lattice, target: Lattice, device: str) -> LatticeMap:
+    """The map of a ``target`` lattice onto itself that blurs as :func:`map_between` does; the identity if that is
+    exact."""
+    back, there = map_between(view, source, target, device), map_between(view.inverse, target, source, device)
+    if back.is_exact or there.is_exact:
+        return map_between(View(), target, target, device)
+    return back.blur(there)
+
+
 def require_view(view: object) -> None:
     if isinstance(view, View):
         return

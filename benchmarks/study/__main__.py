@@ -7,6 +7,7 @@ python -m benchmarks.study run --set msrc --plan dev          # continues after 
 python -m benchmarks.study freeze --set msrc                  # after dev; commit benchmarks/study/results/frozen.json
 python -m benchmarks.study run --set msrc --plan primary      # scores test.txt, once
                                                               # then both with --plan main: the other conditions
+python -m benchmarks.study floor                              # how far two views' attention is apart before training
 python -m benchmarks.study pictures --set msrc                # docs/explanation/study/*.png, of dev photos
 python -m benchmarks.study changes                            # docs/explanation/study/changes.png, of test cells
 python -m acr_reg demo --first-seed 3 --seeds 5 --controls    # synthetic scenes, from scratch
@@ -28,14 +29,17 @@ from typing import Any
 
 import torch
 
-from acr_reg.demo.record import write_json
+from acr_reg.demo.record import versions, write_json
 from acr_reg.errors import CommandError
 from acr_reg.integrations.jobs.progress import show_progress
 from benchmarks.marked_page import fill, write_page
 from benchmarks.study.cells import Bench, commit
 from benchmarks.study.choice import choose, entries
+from benchmarks.study.floor.measure import SIZES as FLOOR_SIZES
+from benchmarks.study.floor.measure import measured, smooth
 from benchmarks.study.page.blocks import blocks
 from benchmarks.study.page.changes_picture import draw_changes
+from benchmarks.study.page.floor import FLOOR
 from benchmarks.study.page.pictures import chosen_cells, draw_affinities, draw_class_maps, draw_curves
 from benchmarks.study.page.report import appendix
 from benchmarks.study.page.scenes import keep, scenes
@@ -130,6 +134,11 @@ def parser() -> argparse.ArgumentParser:
     rows.add_argument("--set", dest="photos", choices=SETS, required=True)
     rows.add_argument("--split", choices=SPLITS, default="dev")
     rows.set_defaults(command=run_baselines)
+
+    floor = commands.add_parser(
+        "floor", parents=[shared], help="measure what resampling adds to the distance of two views of dev photos"
+    )
+    floor.set_defaults(command=run_floor)
 
     freeze = commands.add_parser(
         "freeze", parents=[shared], help="choose settings by dev and write frozen.json, which you then commit"
@@ -239,6 +248,20 @@ def run_baselines(args: argparse.Namespace) -> int:
     content = bench(args).run_baselines(args.photos, SETS[args.photos].size, args.split)
     for row in content["rows"]:
         print(f"{row['name']:45} {row['miou']:.3f}")
+    return 0
+
+
+def run_floor(args: argparse.Namespace) -> int:
+    running = bench(args)
+    rows = []
+    for size, count in FLOOR_SIZES.items():
+        photos = running.photos("msrc", size, 6)
+        found = measured(photos, photos.images("dev", torch.arange(count)))
+        rows += [{"size": size, "photos": count, **row} for row in found]
+    smoothed = [{"size": size, **row} for size in FLOOR_SIZES for row in smooth(size)]
+    content = {"weights": photos.origin, "rows": rows, "smooth": smoothed, "versions": versions(), "commit": commit()}
+    write_json(args.results / FLOOR, content, lines=True)
+    print(f"Written: {args.results / FLOOR}")
     return 0
 
 

@@ -64,7 +64,7 @@ class Photos:
             raise StudyError(f"{said}. Give the folder of photo sets by --data or ACR_REG_DATA.") from error
         self.grid = (size // PATCH, size // PATCH)
         self._digest = hashlib.sha256(places.weights.read_bytes()).hexdigest()
-        self._lower = cache(self._make_lower)
+        self.lower = cache(self._make_lower)
 
     @property
     def classes(self) -> int:
@@ -103,7 +103,7 @@ class Photos:
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens (B,1+N,D) of square images (B,3,H,W), whose size is any multiple of the patch."""
-        return self._lower(images.shape[-1])(images)
+        return self.lower(images.shape[-1])(images)
 
     def tokens(self, split: str) -> np.ndarray:
         """(2, photos, 1+N, D) float16, on disk: the tokens of the photos and of their flips."""

@@ -100,7 +100,9 @@ def _msrc(leader: Setting) -> list[Planned]:
     """The rest of the full grid at the frozen epochs and weight: conditions, tokens, the control's weights, options
     that may keep mAP, other weights, views. It was planned at 8 epochs and 0.5 until the primary contrast had been
     scored, but there the reference itself is not at its best."""
-    planned: list[Planned] = [(_like(leader, name), MORE) for name in CONDITIONS]
+    planned: list[Planned] = [
+        (_like(leader, name), MORE) for name, kind in CONDITIONS.items() if not (kind.blur_alike or kind.blurred)
+    ]
     planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
     planned += [(_like(leader, "misreported", weight), FEW) for weight in WEIGHTS]
     keeping: list[dict[str, Any]] = [

@@ -84,7 +84,8 @@ SETS = {
 
 @dataclass(frozen=True)
 class Condition:
-    """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many."""
+    """The terms added to classification. With ``reported`` False the loss is told a view with one flip too many.
+    ``blur_alike`` is that of the loss. With ``blurred`` the second maps are carried to another grid and back first."""
 
     title: str
     views: int = 2
@@ -93,6 +94,8 @@ class Condition:
     cam: bool = False
     reported: bool = True
     entropy_of_both: bool = False
+    blur_alike: bool = False
+    blurred: bool = False
 
 
 CONDITIONS = {
@@ -105,6 +108,8 @@ CONDITIONS = {
     "both_cam": Condition("ACR and class maps", activation=True, affinity=True, cam=True),
     "misreported": Condition("control: flip not undone", activation=True, affinity=True, reported=False),
     "smoothing": Condition("control: attention held at ACR's entropy", entropy_of_both=True),
+    "alike": Condition("ACR, both maps blurred alike", activation=True, affinity=True, blur_alike=True),
+    "blurred": Condition("ACR, the second map blurred", activation=True, affinity=True, blurred=True),
 }
 REFERENCE = "two"
 

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from torch import Generator, Tensor
 
 from acr_reg import (
+    AttentionMaps,
     Compose,
     HorizontalFlip,
+    Lattice,
     RandomChoice,
     RandomCompose,
     RandomResizedCrop,
     Rotate90,
     Scale,
     View,
+    align_attention,
 )
+from acr_reg.attention.layer import RecordedTensors
 from acr_reg.views.samplers import Sampler
 from benchmarks.study.settings import StudyError
 
@@ -51,3 +56,16 @@ def misreported(view: View) -> View:
     """What the loss is told in place of ``view``: one flip too many, so that for the flip it is told nothing was done.
     The images stay the same, but the tokens it compares show different things."""
     return Compose([view, HorizontalFlip()])
+
+
+def blurred(maps: AttentionMaps) -> AttentionMaps:
+    """The maps carried to a grid 1.25 times as fine and back: what resampling does, without another view."""
+    kept = []
+    for layer in maps:
+        grid = layer.layout.query
+        fine = Lattice(round(grid.height * 1.25), round(grid.width * 1.25))
+        there, finer = replace(layer.layout, query=fine, key=fine), Scale(1.25)
+        carried = align_attention(layer.weights(), finer.inverse, layer.layout, there)
+        recorded = RecordedTensors(map=align_attention(carried, finer, there, layer.layout))
+        kept.append(replace(layer, recorded=recorded))
+    return AttentionMaps(kept)

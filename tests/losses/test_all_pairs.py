@@ -197,7 +197,8 @@ def test_view_of_the_call_goes_before_that_of_the_module():
 
 
 def test_resampled_view_equals_explicit_resampling():
-    """Scale: both axes of the affinity through the same filter, each row keeping the mass that it gave to patches."""
+    """Scale: both axes of the affinity through the same filter, each row keeping the mass that it gave to patches; the
+    first view goes half way there and back."""
     grid, grid_b, view = (2, 3), (5, 6), Scale((2.5, 2.0))
     tensors_a, tensors_b = random_maps(grid, layers=1, seed=1), random_maps(grid_b, layers=1, seed=2)
     down = [
@@ -209,24 +210,37 @@ def test_resampled_view_equals_explicit_resampling():
         for i in range(2)
         for j in range(3)
     ]
-    a, b = tensors_a[0].mean(1), tensors_b[0].mean(1)
-    activation = affinity = 0.0
-    for image in range(2):
-        rows = oracles.resampled_affinity([b[image, 0, 1:].tolist()], [[1.0]], down)
-        activation += (a[image, 0, 1:] - torch.tensor(rows[0])).abs().sum().item() / 2
-        rows = []
-        for head in range(3):  # mass is kept per head, so heads are averaged afterwards
-            rows.append(oracles.resampled_affinity(tensors_b[0][image, head, 1:, 1:].tolist(), down, down))
-        affinity += (a[image, 1:, 1:] - torch.tensor(rows).double().mean(0)).abs().sum(-1).mean().item() / 2
-    _, terms = terms_of(AllPairsConsistencyLoss(view), wrap(tensors_a, grid), wrap(tensors_b, grid_b))
-    assert terms["affinity"] == pytest.approx(affinity, rel=1e-5)
+    blurred = {True: half_way_blur(), False: [[float(i == j) for j in range(6)] for i in range(6)]}
+    for alike, own in blurred.items():
+        per_head = affinity = 0.0
+        for image in range(2):
+            a, b = ([], [])  # mass is kept per head, so heads are averaged afterwards
+            for tensors, weights, moved in ((tensors_a, own, a), (tensors_b, down, b)):
+                for head in tensors[0][image].tolist():
+                    rows = [row[1:] for row in head]
+                    moved.append(
+                        oracles.resampled_affinity(rows[:1], [[1.0]], weights)
+                        + oracles.resampled_affinity(rows[1:], weights, weights)
+                    )
+            a, b = torch.tensor(a).double(), torch.tensor(b).double()
+            per_head += (a - b)[:, 0].abs().sum(-1).mean().item() / 2
+            affinity += (a - b)[:, 1:].mean(0).abs().sum(-1).mean().item() / 2
+        maps = wrap(tensors_a, grid), wrap(tensors_b, grid_b)
+        _, terms = terms_of(AllPairsConsistencyLoss(view, blur_alike=alike), *maps)
+        assert terms["affinity"] == pytest.approx(affinity, rel=1e-5)
+        _, terms = terms_of(AllPairsConsistencyLoss(view, heads="each", blur_alike=alike), *maps)
+        assert terms["activation"] == pytest.approx(per_head, rel=1e-5)
 
-    per_head = 0.0
-    for image, head in itertools.product(range(2), range(3)):
-        rows = oracles.resampled_affinity([tensors_b[0][image, head, 0, 1:].tolist()], [[1.0]], down)
-        per_head += (tensors_a[0][image, head, 0, 1:] - torch.tensor(rows[0])).abs().sum().item() / 6
-    _, terms = terms_of(AllPairsConsistencyLoss(view, heads="each"), wrap(tensors_a, grid), wrap(tensors_b, grid_b))
-    assert terms["activation"] == pytest.approx(per_head, rel=1e-5)
+
+def half_way_blur():
+    """Of 2 x 3 tokens, by a view 2.5 and 2 times as fine: along each axis apart."""
+    axes = []
+    for count, fine, zoom in ((2, 5, 2.5), (3, 6, 2.0)):
+        there = [oracles.filter_row((i + 0.5) / zoom - 0.5, 1 / zoom, count) for i in range(fine)]
+        back = [oracles.filter_row((i + 0.5) * zoom - 0.5, zoom, fine) for i in range(count)]
+        axes.append(oracles.half_way(there, back))
+    y, x = axes
+    return [[y[i][k] * x[j][m] for k in range(2) for m in range(3)] for i in range(2) for j in range(3)]
 
 
 def test_whole_token_shift_leaves_out_what_one_view_does_not_show():
@@ -498,7 +512,7 @@ def test_sampled_rows_are_rows_of_the_whole(name, share, count):
     )
     assert some.a.shape == some.b.shape == (2, 3, count, 24)
     assert some.shown.shape[-1] == count
-    picked = (whole.a[0, 0][:, None] == some.a[0, 0][None]).all(-1).float().argmax(0)
+    picked = (whole.a[0, 0][:, None] - some.a[0, 0][None]).abs().sum(-1).argmin(0)
     assert len(picked.unique()) == count
     torch.testing.assert_close(some.a, whole.a[:, :, picked], rtol=1e-12, atol=0)
     torch.testing.assert_close(some.b, whole.b[:, :, picked], rtol=1e-12, atol=1e-15)

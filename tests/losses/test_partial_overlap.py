@@ -35,7 +35,16 @@ from tests.support.attention import (
     terms_of,
     wrap,
 )
-from tests.support.oracles import filter_row, mirror, pair_distance, resampled_affinity, stay, turn, weighted_mean
+from tests.support.oracles import (
+    filter_row,
+    half_way,
+    mirror,
+    pair_distance,
+    resampled_affinity,
+    stay,
+    turn,
+    weighted_mean,
+)
 from tests.support.pairs import aligned_rows, random_cams
 
 GRID = (6, 7)  # tokens, which are the pixels of these images
@@ -178,37 +187,40 @@ def test_equals_the_loop_with_class_tokens_and_labels(name, prefix, class_tokens
     assert terms["activation"] == pytest.approx(expected[0], rel=1e-5)
 
 
+def resampled_rows(rows, tokens, weights):
+    """Of a map with one class token: its row, then those of ``tokens``, resampled over these tokens and their keys."""
+    kept = [[row[0], *(row[1 + t] for t in tokens)] for row in (rows[0], *(rows[1 + t] for t in tokens))]
+    unmixed = [[float(j == k) for j in range(len(kept))] for k in range(len(kept))]
+    keys = resampled_affinity([row[1:] for row in kept], unmixed, weights)
+    first, *patches = ([row[0], *more] for row, more in zip(kept, keys, strict=True))
+    columns = list(zip(*patches, strict=True))
+    return [first] + [[sum(w * p for w, p in zip(over, c, strict=True)) for c in columns] for over in weights]
+
+
 @pytest.mark.parametrize("zoom", [2.0, 1.25])
 @pytest.mark.parametrize("heads", ["mean", "each"])
 @pytest.mark.parametrize("narrow", [False, True], ids=["all", "cut"])
 def test_equals_the_loop_of_a_resampled_crop(zoom, heads, narrow):
     """Columns 2 to 6 of 8, ``zoom`` times as wide; cut, the first view shows columns 0 to 5 only. Rows and columns go
-    through the filter of one axis, over what the first view shows; each row keeps the mass it gave to that."""
+    through the filter of one axis, over what the first view shows, and those of the first view half way there and
+    back; each row keeps the mass it gave to that."""
     count, wide = (5 if narrow else 8), round(4 * zoom)
     view = Crop(0, 2, 1, 4, size=(1, wide), image_size=(1, 8))
     view_a = Crop(0, 0, 1, count, image_size=(1, 8))
     shown = range(2, min(count, 6))
     a, b = (random_maps((1, n), 1, 2, 2, 1, seed=n)[0] for n in (count, wide))
     seen = [t for t in range(wide) if (t + 0.5) / zoom + 2 < count]
-    weights = [filter_row((column + 0.5 - 2) * zoom - 0.5, zoom, len(seen)) for column in shown]
+    there = [filter_row((t + 0.5) / zoom - 0.5, 1 / zoom, len(shown)) for t in seen]
+    back = [filter_row((column + 0.5 - 2) * zoom - 0.5, zoom, len(seen)) for column in shown]
+    blurred = half_way(there, back)
 
     class_rows, patch_rows = [], []
     for image in range(2):
         of_heads = []
         for head in range(2):
-            rows_a = [[row[0], *(row[1 + k] for k in shown)] for row in a[image, head].tolist()]
-            of_b = [[row[0], *(row[1 + t] for t in seen)] for row in b[image, head].tolist()]
-            own = [[float(j == k) for j in range(len(of_b))] for k in range(len(of_b))]
-            patches = resampled_affinity([row[1:] for row in of_b], own, weights)
-            rows_b = [[row[0], *more] for row, more in zip(of_b, patches, strict=True)]
-            moved = [
-                [
-                    sum(w * row[k] for w, row in zip(over, (rows_b[1 + t] for t in seen), strict=True))
-                    for k in range(1 + len(shown))
-                ]
-                for over in weights
-            ]
-            of_heads.append([(rows_a[0], rows_b[0])] + [(rows_a[1 + k], moved[n]) for n, k in enumerate(shown)])
+            rows_a = resampled_rows(a[image, head].tolist(), shown, blurred)
+            rows_b = resampled_rows(b[image, head].tolist(), seen, back)
+            of_heads.append(list(zip(rows_a, rows_b, strict=True)))
         for group in [of_heads] if heads == "mean" else [[one] for one in of_heads]:
             compared = []
             for pairs in zip(*group, strict=True):

@@ -246,6 +246,16 @@ def test_scale_nears_zero_as_the_grid_resolves_the_scene_and_not_under_another_v
             previous[name] = terms[name] / 2
 
 
+@pytest.mark.parametrize("factor", [2.0, 0.5, 1.5, (2.0, 0.5)], ids=str)
+def test_smooth_attention_is_nearer_where_both_maps_are_blurred_alike(factor):
+    """Both grids see one function of places: blurring one map alone sets them apart."""
+    view = Scale(factor)
+    a, b = smooth_attention(8, 12), smooth_attention(*view.output_size((8, 12)))
+    alike, apart = (terms_of(AllPairsConsistencyLoss(view, blur_alike=each), a, b)[1] for each in (True, False))
+    for name in ("activation", "affinity"):
+        assert 0 < alike[name] < 0.5 * apart[name]
+
+
 @any_view
 def test_a_misreported_view_gives_a_loss_where_the_truth_gives_none(name):
     view, move = VIEWS[name]

@@ -193,6 +193,14 @@ def filter_row(centre, reach, count):
     return [weight / sum(weights) for weight in weights]
 
 
+def half_way(there, back):
+    """Weights of the mean of staying and of going ``there`` and ``back``, each [target][source]."""
+    return [
+        [((i == j) + sum(w * row[j] for w, row in zip(over, there, strict=True))) / 2 for j in range(len(back))]
+        for i, over in enumerate(back)
+    ]
+
+
 def resampled_affinity(affinity, query_weights, key_weights):
     """Patch block of one map, a list of rows: both axes resampled, each row keeping the mass that it had.
 

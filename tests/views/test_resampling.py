@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from acr_reg import Compose, Crop, HorizontalFlip, Identity, Lattice, Rotate90, Scale, VerticalFlip
-from acr_reg.views.view import map_between
+from acr_reg.views.view import blur_between, map_between
 from tests.support.oracles import filter_row, resampled_affinity, token_moves
 from tests.support.views import EXACT, any_exact, noise
 
@@ -311,3 +311,34 @@ def test_a_centre_on_the_edge_of_a_box_is_shown(left, width, shown):
     view = Crop(0, left, 16, width, image_size=(16, 96))
     valid = map_between(view.inverse, source, target, "cpu").valid[0]
     assert valid.nonzero().flatten().tolist() == shown
+
+
+# Blurring the target as much as the map blurs
+
+
+@pytest.mark.parametrize("factor", [2.0, 0.5, (2.0, 0.5)], ids=str)
+@pytest.mark.parametrize("turns", [0, 1])
+def test_the_blur_has_the_variance_of_the_map(factor, turns):
+    """A parabola rises by the variance of the weights: by equally much, away from the edges."""
+    view = Compose([Scale(factor), Rotate90(turns)])
+    image, other = Lattice(12, 12), Lattice(*view.output_size((12, 12)))
+    places = (torch.arange(12, dtype=torch.float64) + 0.5) / 12
+    blur = blur_between(view.inverse, other, image, "cpu")
+    for axis in (0, 1):
+        parabola = places.square()
+        own = (parabola[:, None] if axis == 0 else parabola).expand(12, 12)
+        seen = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in (other.height, other.width)]
+        along = axis if not turns else 1 - axis
+        values = (seen[along] if not turns or axis == 0 else 1 - seen[along]).square()
+        viewed = (values[:, None] if along == 0 else values).expand(other.height, other.width)
+        carried = map_between(view.inverse, other, image, "cpu")(viewed)
+        inner = (slice(3, -3), slice(3, -3))
+        assert ((carried - own)[inner] > 1e-4).all()
+        torch.testing.assert_close(blur(own)[inner], carried[inner], rtol=0, atol=1e-12)
+
+
+def test_the_blur_of_an_exact_map_changes_nothing_and_any_other_keeps_constants():
+    tokens = Lattice(5, 7)
+    assert blur_between(HorizontalFlip(), tokens, tokens, "cpu").is_permutation
+    blur = blur_between(Scale(2).inverse, Lattice(10, 14), tokens, "cpu")
+    torch.testing.assert_close(blur.tokens(torch.ones(1, 35)), torch.ones(1, 35))

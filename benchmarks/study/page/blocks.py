@@ -8,6 +8,7 @@ from pathlib import Path
 
 from benchmarks.marked_page import begin, wrapped
 from benchmarks.study.page.changes import changes
+from benchmarks.study.page.floor import causes, distances
 from benchmarks.study.page.primary import HARMS, HELPS, best_of, contrasts, rule, useful, verdicts
 from benchmarks.study.page.report import kinds_of_maps
 from benchmarks.study.page.scenes import differences
@@ -66,6 +67,7 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
     study |= _class_tokens(results / NETWORKS[CLASS_TOKENS].folder)
     study["changes"] = changes(results)
+    study |= {"distances": distances(results), "causes": causes(results, found)}
     pages = {
         README: {"evidence": _evidence(results, found, tested)},
         STUDY: study,

@@ -11,7 +11,7 @@ from acr_reg import AllPairsConsistencyLoss, AttentionMaps, class_token_gradient
 from benchmarks.study.photos import Batch
 from benchmarks.study.settings import CLASS_TOKENS, CONDITIONS, LAYERS, Setting, StudyError
 from benchmarks.study.training.networks import Run
-from benchmarks.study.views import misreported
+from benchmarks.study.views import blurred, misreported
 
 # Of the squared distance, whose pull fades as the entropy is reached. The absolute distance at a weight of 10 kept
 # pulling at full strength: after two epochs on MSRC the classification loss was 0.50 ("both": 0.36, reference: 0.31)
@@ -40,6 +40,7 @@ class Objective(nn.Module):
                 layers=LAYERS[setting.layers],
                 # Dense takes less time where maps are this small. The other network's cells were run before.
                 blockwise=False if setting.network == CLASS_TOKENS else None,
+                blur_alike=condition.blur_alike,
             )
         if condition.entropy_of_both and (targets is None or len(targets) != steps):
             found = "no entropies" if targets is None else f"the entropies of {len(targets)} steps"
@@ -67,6 +68,8 @@ class Objective(nn.Module):
             return runs[0].logits.new_zeros(()), {}
         a, b = runs
         maps_b = b.maps.detach() if self.setting.stop_gradient else b.maps
+        if self.condition.blurred:
+            maps_b = blurred(maps_b)
         cams, labels = self._cams(runs, batch.labels)
         view = batch.view if self.condition.reported else misreported(batch.view)
         labels = batch.labels if self.setting.network == CLASS_TOKENS else labels  # of the class tokens that count
