@@ -15,7 +15,7 @@ from acr_reg.demo.record import write_json
 from benchmarks.marked_page import begin, filled
 from benchmarks.study import __main__ as study
 from benchmarks.study.counts import Difference
-from benchmarks.study.page.blocks import GUIDE, PROTOCOL, README, STUDY, blocks
+from benchmarks.study.page.blocks import GUIDE, NOT_SCORED, PROTOCOL, README, STUDY, blocks
 from benchmarks.study.page.primary import HARMS, HELPS, UNCLEAR, judged, rule
 from benchmarks.study.page.report import appendix
 from benchmarks.study.page.scenes import scenes
@@ -166,10 +166,10 @@ def test_blocks_hold_the_figures_of_the_results():
 def test_blocks_of_an_unfinished_study_say_what_was_not_run(tmp_path: Path):
     empty = blocks(tmp_path)
     assert all(NOT_RUN in block for block in (*empty[README].values(), *empty[GUIDE].values()))
-    named = ("msrc", "voc", "conditions", "views", "grid", "voc maps")
-    for name in named:
-        own = name if name in named[:4] else f"class tokens {name}"
-        assert empty[STUDY][begin("study report", own)] == NOT_RUN
+    for name in ("msrc", "voc", "conditions", "views"):
+        assert empty[STUDY][begin("study report", name)] == NOT_RUN
+    for name in ("msrc", "voc", "terms"):
+        assert empty[STUDY][begin("study report", f"class tokens {name}")] == NOT_SCORED
     made_results(tmp_path, "test")
     assert NOT_RUN in blocks(tmp_path)[README].popitem()[1]
     msrc, voc = (blocks(tmp_path)[STUDY][begin("study report", name)] for name in ("msrc", "voc"))
@@ -184,10 +184,10 @@ def test_class_tokens_have_blocks_of_their_own(tmp_path: Path):
                 cell = Cell(base("voc", condition, weight, network=CLASS_TOKENS), seed, split)
                 write_json(folder / cell.file, made_record(cell, quality))
     found = blocks(tmp_path)[STUDY]
-    contrast, maps = (found[begin("study report", f"class tokens {name}")] for name in ("voc", "voc maps"))
-    assert "with ACR, weight 0.17" in contrast and found[begin("study report", "voc")] == NOT_RUN
-    assert maps.splitlines()[0] == "| mIoU, agreement | fused | fused, spread | patch | attention | gradient |"
-    assert maps.count(", 0.70 |") == 5 * 3
+    block = found[begin("study report", "class tokens voc")]
+    assert "with ACR, weight 0.17" in block and found[begin("study report", "voc")] == NOT_RUN
+    assert "| mIoU, agreement | fused | fused, spread | patch | attention | gradient |" in block
+    assert block.count(", 0.70 |") == 5 * 3
     page = appendix(folder, "voc", network=CLASS_TOKENS)
     assert "VOC animals, class tokens and patch head" in page and "the fused map: the root" in page
 

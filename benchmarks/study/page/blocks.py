@@ -54,6 +54,7 @@ SHOWN_VIEWS = {
     "turn": "flip, random crop and quarter turns",
 }
 SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
+NOT_SCORED = "Test photos are not scored yet."
 FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 
 
@@ -127,16 +128,17 @@ def _contrast(results: Path, photos: str, own: dict[str, Group]) -> str:
 
 
 def _class_tokens(results: Path) -> dict[str, str]:
-    """The same blocks for the network with class tokens, and its kinds of maps."""
+    """For the network with class tokens: a block for each set, with its kinds of maps, and one of the terms."""
     found = groups(results)
     tested = {photos: _tested(found, photos) for photos in SETS}
     made: dict[str, str] = {}
     for photos, own in tested.items():
-        made[f"class tokens {photos}"] = _contrast(results, photos, own)
-        made[f"class tokens {photos} verdict"] = verdicts(results, found, photos)
         shown = [own[name] for name in (REFERENCE, "both", CONTROL) if name in own]
-        made[f"class tokens {photos} maps"] = (kinds_of_maps(shown) if shown else None) or NOT_RUN
-    return made | {"class tokens conditions": _conditions(tested), "class tokens grid": _finer(results, found)}
+        kinds = kinds_of_maps(shown) if len(shown) == 3 else None
+        scored = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
+        made[f"class tokens {photos}"] = "\n\n".join(scored) if kinds else NOT_SCORED
+    terms = [block for block in (_conditions(tested), _finer(results, found)) if block != NOT_RUN]
+    return made | {"class tokens terms": "\n\n".join(terms) or NOT_SCORED}
 
 
 def _finer(results: Path, found: Sequence[Group]) -> str:
