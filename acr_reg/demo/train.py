@@ -77,9 +77,9 @@ def classification_loss(output: Tensor | ClassTokenOutput, labels: Tensor) -> Te
     return F.multilabel_soft_margin_loss(output, labels)
 
 
-def with_grid(attention: AttentionMaps, grid: tuple[int, int] | None) -> AttentionMaps:
-    """Lays out the maps of a model that took tokens instead of images: one class token, then the grid."""
-    return attention if grid is None else attention.with_layout(grid, num_prefix_tokens=1)
+def with_grid(attention: AttentionMaps, grid: tuple[int, int] | None, class_tokens: int = 1) -> AttentionMaps:
+    """Lays out the maps of a model that took tokens instead of images: class tokens, then the grid."""
+    return attention if grid is None else attention.with_layout(grid, class_tokens, class_tokens=range(class_tokens))
 
 
 def shuffled(count: int, size: int, steps: int, seed: int) -> Iterable[Tensor]:

@@ -18,11 +18,12 @@ from acr_reg import (
 )
 from acr_reg.demo.class_tokens import class_token_attention, fused
 from acr_reg.demo.scoring import mean_average_precision, resized
+from acr_reg.demo.train import with_grid
 from acr_reg.metrics import CamMeanIoU, CamScores
 from benchmarks.study.counts import ImageCounts, multi_label
 from benchmarks.study.photos import Photos
 from benchmarks.study.settings import CLASS_TOKENS, NETWORKS, PROPAGATIONS, Reading, readings
-from benchmarks.study.training.networks import Run, StudyNetwork, on_grid
+from benchmarks.study.training.networks import Run, StudyNetwork
 from benchmarks.study.training.objective import entropies
 
 _AT_ONCE = 32
@@ -143,7 +144,7 @@ def class_maps(
     runs: list[Run] = []
     for inputs in tokens:
         output = model(inputs)
-        run = Run.of(output, on_grid(attention.take(), grid, model))
+        run = Run.of(output, with_grid(attention.take(), grid, model.num_prefix_tokens))
         cams = _gradient_maps(run, labels, shown) if run.output is None else _class_token_maps(run, labels, shown)
         found.append(cams)
         runs.append(Run(run.logits.detach(), run.maps.detach()))

@@ -34,7 +34,6 @@ class Network:
     """
 
     title: str
-    raw: str
     starts: tuple[int, ...]
     spread: tuple[str, ...]
     maps: tuple[str, ...]
@@ -44,14 +43,12 @@ class Network:
 NETWORKS = {
     "one_token": Network(
         "one class token",
-        "the gradient of a class's logit to the class token's attention",
         (-1, -2, -3, -4),
         ("all", "first", "last"),
         ("raw", "propagated"),
     ),
     "class_tokens": Network(
         "class tokens and patch head",
-        "the root of the product of the head's map and the class token's attention",
         (-1, -3, -6),
         ("all", "last"),
         ("raw", "propagated", "patch", "attention", "gradient"),

@@ -28,7 +28,7 @@ from benchmarks.study.counts import ImageCounts, paired_bootstrap
 from benchmarks.study.photos import Batch, Photos, Places
 from benchmarks.study.scoring import RAW, class_maps, figures, score
 from benchmarks.study.settings import CLASS_TOKENS, ONE_TOKEN, SETS, Reading, StudyError, base, readings
-from benchmarks.study.training.networks import Run, made, on_grid
+from benchmarks.study.training.networks import Run, made
 from benchmarks.study.training.objective import Objective, entropies
 from benchmarks.study.training.train import checkpoint_path, train, trained
 from benchmarks.study.views import VIEWS, draws_views, misreported
@@ -131,7 +131,9 @@ def test_class_token_maps_are_those_of_the_explicit_attention(voc: Photos):
     with capture_attention(model) as attention:
         found = class_maps(model, attention, tokens, voc.labels("dev"), voc.grid, [Reading(-3, "last")])
         output = model(tokens[0])
-        weights = torch.stack([layer.weights().mean(1) for layer in on_grid(attention.take(), voc.grid, model)])
+        weights = torch.stack(
+            [layer.weights().mean(1) for layer in with_grid(attention.take(), voc.grid, model.num_prefix_tokens)]
+        )
     rows = weights[-3:, :, :6, 6:].mean(0).unflatten(2, voc.grid)
     head = output.maps.relu()
     fused = (head * rows).sqrt()
@@ -163,7 +165,7 @@ def test_class_rows_count_only_where_the_class_is_present(voc: Photos):
         runs = []
         for tokens in (batch.tokens, batch.viewed):
             output = model(tokens)
-            runs.append(Run.of(output, on_grid(attention.take(), voc.grid, model)))
+            runs.append(Run.of(output, with_grid(attention.take(), voc.grid, model.num_prefix_tokens)))
     gap = torch.zeros(())
     for a, b in zip(runs[0].maps, runs[1].maps, strict=True):
         one, other = (layer.weights().mean(1)[:, :6, 6:].unflatten(2, voc.grid) for layer in (a, b))

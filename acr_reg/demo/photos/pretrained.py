@@ -52,10 +52,11 @@ class LowerHalf(nn.Module):
         self.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, positions: Tensor | None = None) -> Tensor:
+        """`positions` (1,1+N,D) replace the model's own."""
         patches = self.patch_embed(images)
         tokens = torch.cat([self.cls_token.expand(len(images), -1, -1), patches], dim=1)
-        return self.blocks(tokens + self.pos_embed)
+        return self.blocks(tokens + (self.pos_embed if positions is None else positions))
 
 
 def build(num_classes: int, size: int, frozen: int, weights: Path | None) -> tuple[LowerHalf, UpperHalf]:

@@ -18,7 +18,7 @@ from acr_reg import (
     View,
     capture_attention,
 )
-from acr_reg.demo.photos.pretrained import PATCH, LowerHalf, UpperHalf, load_weights, resize_positions
+from acr_reg.demo.photos.pretrained import PATCH, UpperHalf, load_weights, resize_positions
 from acr_reg.demo.train import with_grid
 from benchmarks.study.floor.distances import as_equivariant, distances
 from benchmarks.study.photos import Photos
@@ -42,14 +42,7 @@ class Network:
     def maps(self, images: Tensor, positions: Tensor | None = None) -> AttentionMaps:
         """``positions`` (1, 1+N, D) replace those that the images' size gives."""
         side = images.shape[-1] // PATCH
-        return self.of_tokens(self._encode(self.photos.lower(images.shape[-1]), images, positions), side)
-
-    @torch.no_grad()
-    def _encode(self, lower: LowerHalf, images: Tensor, positions: Tensor | None) -> Tensor:
-        if positions is None:
-            return lower(images)
-        tokens = torch.cat([lower.cls_token.expand(len(images), -1, -1), lower.patch_embed(images)], dim=1)
-        return lower.blocks(tokens + positions)
+        return self.of_tokens(self.photos.lower(images.shape[-1])(images, positions), side)
 
     @torch.no_grad()
     def of_tokens(self, tokens: Tensor, side: int) -> AttentionMaps:

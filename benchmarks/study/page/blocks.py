@@ -27,6 +27,7 @@ from benchmarks.study.page.tables import (
     signed_spread,
     spread,
     table,
+    tested,
 )
 from benchmarks.study.plans import FEW, at
 from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, NETWORKS, REFERENCE, SETS, WEIGHTS, Setting
@@ -61,16 +62,16 @@ FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 def blocks(results: Path) -> dict[Path, dict[str, str]]:
     """Page -> marker -> the block behind it."""
     found = groups(results)
-    tested = {photos: _tested(found, photos) for photos in SETS}
+    scored = {photos: tested(found, photos) for photos in SETS}
     study: dict[str, str] = {}
-    for photos, own in tested.items():
+    for photos, own in scored.items():
         study |= {photos: _contrast(results, photos, own), f"{photos} verdict": verdicts(results, found, photos)}
-    study |= {"conditions": _conditions(tested), "views": _views(results, found), "scenes": differences(results)}
+    study |= {"conditions": _conditions(scored), "views": _views(results, found), "scenes": differences(results)}
     study |= _class_tokens(results / NETWORKS[CLASS_TOKENS].folder)
     study["changes"] = changes(results)
     study |= {"distances": distances(results), "causes": causes(results, found)}
     pages = {
-        README: {"evidence": _evidence(results, found, tested)},
+        README: {"evidence": _evidence(results, found, scored)},
         STUDY: study,
         PROTOCOL: {"rule": rule(results), "class tokens rule": rule(results / NETWORKS[CLASS_TOKENS].folder)},
         GUIDE: {"weight": _weights(results, found), "cam_weight": _cam_weights(results, found)},
@@ -78,15 +79,10 @@ def blocks(results: Path) -> dict[Path, dict[str, str]]:
     return {page: {begin("study report", name): block for name, block in of.items()} for page, of in pages.items()}
 
 
-def _tested(found: Sequence[Group], photos: str) -> dict[str, Group]:
-    """The test cells by condition: one setting of each is frozen, and no other may be scored."""
-    return {g.setting.condition: g for g in found if (g.setting.photos, g.split) == (photos, "test")}
-
-
-def _evidence(results: Path, found: Sequence[Group], tested: dict[str, dict[str, Group]]) -> str:
+def _evidence(results: Path, found: Sequence[Group], scored: dict[str, dict[str, Group]]) -> str:
     """README's table of the primary contrast, a row for each set, and what it says in words."""
     rows, said = [], []
-    for photos, own in tested.items():
+    for photos, own in scored.items():
         known = baseline_rows(results, photos, "test")
         made = contrasts(results, found, photos)
         if not {REFERENCE, "both", CONTROL} <= own.keys() or not known or not made:
@@ -130,14 +126,14 @@ def _contrast(results: Path, photos: str, own: dict[str, Group]) -> str:
 def _class_tokens(results: Path) -> dict[str, str]:
     """For the network with class tokens: a block for each set, with its kinds of maps, and one of the terms."""
     found = groups(results)
-    tested = {photos: _tested(found, photos) for photos in SETS}
+    scored = {photos: tested(found, photos) for photos in SETS}
     made: dict[str, str] = {}
-    for photos, own in tested.items():
+    for photos, own in scored.items():
         shown = [own[name] for name in (REFERENCE, "both", CONTROL) if name in own]
         kinds = kinds_of_maps(shown) if len(shown) == 3 else None
-        scored = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
-        made[f"class tokens {photos}"] = "\n\n".join(scored) if kinds else NOT_SCORED
-    terms = [block for block in (_conditions(tested), _finer(results, found)) if block != NOT_RUN]
+        parts = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
+        made[f"class tokens {photos}"] = "\n\n".join(parts) if kinds else NOT_SCORED
+    terms = [block for block in (_conditions(scored), _finer(results, found)) if block != NOT_RUN]
     return made | {"class tokens terms": "\n\n".join(terms) or NOT_SCORED}
 
 
@@ -163,15 +159,14 @@ def _finer_gain(leader: Setting, dev: dict[Setting, Group], name: str, size: int
     )
     if reference is None or other is None:
         return None
-    few = replace(reference, records={seed: reference.records[seed] for seed in FEW if seed in reference.records})
-    gain = paired_mean(few, other, raw_of)
+    gain = paired_mean(reference.of_seeds(FEW), other, raw_of)
     return None if gain is None else signed_spread(gain)
 
 
-def _conditions(tested: dict[str, dict[str, Group]]) -> str:
+def _conditions(scored: dict[str, dict[str, Group]]) -> str:
     """The change of raw mIoU on test photos from two views to each condition, in a column for each set."""
     header, columns = ["test photos; change of raw CAM mIoU from two views without ACR"], []
-    for photos, own in tested.items():
+    for photos, own in scored.items():
         if not {REFERENCE, "both"} <= own.keys():
             return NOT_RUN
         weight = own["both"].setting.weight
@@ -179,7 +174,7 @@ def _conditions(tested: dict[str, dict[str, Group]]) -> str:
         others = [f"{name} alone {other:g}" for name, other in single.items() if other != weight]
         header.append(f"{SETS[photos].title}, weight {weight:g}" + (f" ({', '.join(others)})" if others else ""))
         columns.append({name: _gain(own[REFERENCE], own.get(name)) for name in ROWS})
-    maps = next((own["cam"].setting.cam_weight for own in tested.values() if "cam" in own), CAM_WEIGHT)
+    maps = next((own["cam"].setting.cam_weight for own in scored.values() if "cam" in own), CAM_WEIGHT)
     titles = ROWS | {"cam": f"{ROWS['cam']}, weight {_weight(maps, CAM_WEIGHT)}"}
     shown = [name for name in ROWS if any(column[name] != NOT_RUN for column in columns)]
     return table(header, [[titles[name], *(column[name] for column in columns)] for name in shown])
@@ -205,7 +200,7 @@ def _views(results: Path, found: Sequence[Group]) -> str:
         if every is None:
             rows.append([title, NOT_RUN, NOT_RUN, NOT_RUN])
             continue
-        reference = replace(every, records={seed: every.records[seed] for seed in FEW if seed in every.records})
+        reference = every.of_seeds(FEW)
         others = (dev.get(setting.with_condition(name, leader.weight)) for name in ("both", CONTROL))
         gains = [None if other is None else paired_mean(reference, other, raw_of) for other in others]
         shown = [NOT_RUN if gain is None else signed_spread(gain) for gain in gains]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from benchmarks.marked_page import wrapped
 from benchmarks.study.counts import ImageCounts
-from benchmarks.study.page.tables import NOT_RUN, Group, Record, groups, moments, signed_spread, spread, table
+from benchmarks.study.page.tables import NOT_RUN, Record, groups, moments, signed_spread, spread, table, tested
 from benchmarks.study.scoring import RAW
 from benchmarks.study.settings import NETWORKS, REFERENCE, SEEDS, SETS, Network
 
@@ -68,18 +68,10 @@ class Changes:
 def changes_by_set(results: Path, network: Network) -> dict[str, Changes]:
     """The changes on each set that has test cells of a network."""
     found = groups(results / network.folder)
-    made = {photos: changes_of(_tested(found, photos)) for photos in SETS}
-    return {photos: changes for photos, changes in made.items() if changes is not None}
-
-
-def _tested(found: Sequence[Group], photos: str) -> dict[str, Mapping[int, Record]]:
-    """The records of test photos by condition and seed, at the set's own size."""
-    wanted = photos, SETS[photos].size, "test"
-    return {
-        group.setting.condition: group.records
-        for group in found
-        if (group.setting.photos, group.setting.size, group.split) == wanted
+    made = {
+        photos: changes_of({name: group.records for name, group in tested(found, photos).items()}) for photos in SETS
     }
+    return {photos: changes for photos, changes in made.items() if changes is not None}
 
 
 def changes_of(tested: Mapping[str, Mapping[int, Record]]) -> Changes | None:

@@ -61,8 +61,8 @@ def causes(results: Path, found: Sequence[Group]) -> str:
             group = dev.get(setting.with_condition(name, leader.weight))
             if reference is None or group is None:
                 continue
-            group = replace(group, records={seed: group.records[seed] for seed in FEW if seed in group.records})
-            gains = [paired_mean(reference, group, figure) for figure in (raw_of, propagated_of, mean_ap_of)]
+            few = group.of_seeds(FEW)
+            gains = [paired_mean(reference, few, figure) for figure in (raw_of, propagated_of, mean_ap_of)]
             shown = [NOT_RUN if gain is None else signed_spread(gain) for gain in gains]
             seeds = "" if gains[0] is None else str(gains[0][2])
             rows.append([f"{view}: {CONDITIONS[name].title}", *shown, seeds])

@@ -22,6 +22,7 @@ from acr_reg.demo.comparison import Picture
 from acr_reg.demo.photos.task import to_pixels
 from acr_reg.demo.picture import draw
 from acr_reg.demo.scoring import resized
+from acr_reg.demo.train import with_grid
 from benchmarks.pictures.palette import with_few_colours
 from benchmarks.study.choice import choose
 from benchmarks.study.page.tables import Group, baseline_rows, groups
@@ -29,7 +30,7 @@ from benchmarks.study.photos import Photos
 from benchmarks.study.scoring import RAW, class_maps
 from benchmarks.study.settings import CONDITIONS, Cell
 from benchmarks.study.store import all_cells, frozen_entries
-from benchmarks.study.training.networks import StudyNetwork, on_grid
+from benchmarks.study.training.networks import StudyNetwork
 from benchmarks.study.training.train import trained
 
 SHOWN = ("two", "both", "misreported")
@@ -127,7 +128,7 @@ def affinities(model: StudyNetwork, tokens: Tensor, photos: Photos) -> Tensor:
     with capture_attention(model, no_grad=True) as attention, torch.no_grad():
         for view, inputs in zip((None, HorizontalFlip()), tokens, strict=True):
             model(inputs)
-            maps = on_grid(attention.take(), photos.grid, model)
+            maps = with_grid(attention.take(), photos.grid, model.num_prefix_tokens)
             layers = []
             for layer in maps:
                 weights = layer.weights().mean(1, keepdim=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from benchmarks.study.counts import Difference, ImageCounts, paired_bootstrap
-from benchmarks.study.settings import CONDITIONS, REFERENCE, Setting
+from benchmarks.study.settings import CONDITIONS, REFERENCE, SETS, Setting
 from benchmarks.study.store import BASELINES, all_cells, read_json
 from benchmarks.study.views import VIEWS
 
@@ -32,6 +32,10 @@ class Group:
     def mean(self, figure: Figure) -> tuple[float, float, int]:
         """Mean, standard deviation (NaN of one) and number of seeds."""
         return moments([figure(record) for record in self.records.values()])
+
+    def of_seeds(self, seeds: Iterable[int]) -> Group:
+        """The cells of these seeds, as far as they were run."""
+        return replace(self, records={seed: self.records[seed] for seed in seeds if seed in self.records})
 
     @property
     def title(self) -> str:
@@ -56,6 +60,12 @@ def groups(results: Path) -> list[Group]:
     order = list(CONDITIONS)
     made = [Group(setting, split, dict(sorted(records.items()))) for (setting, split), records in found.items()]
     return sorted(made, key=lambda g: (order.index(g.setting.condition), g.setting.weight, g.setting.cam_weight))
+
+
+def tested(found: Iterable[Group], photos: str) -> dict[str, Group]:
+    """The test cells at the set's own size by condition: one setting of each is frozen, and no other may be scored."""
+    wanted = photos, SETS[photos].size, "test"
+    return {g.setting.condition: g for g in found if (g.setting.photos, g.setting.size, g.split) == wanted}
 
 
 def reference_of(group: Group, among: Iterable[Group]) -> Group | None:

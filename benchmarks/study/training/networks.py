@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from acr_reg import AttentionMaps
-from acr_reg.demo.class_tokens import ClassTokenOutput, ClassTokens, classification
+from acr_reg.demo.class_tokens import ClassTokenOutput, ClassTokens
 from acr_reg.demo.photos.pretrained import UpperHalf
+from acr_reg.demo.train import classification_loss
 from benchmarks.study.settings import CLASS_TOKENS
 
 EMBEDDING_SCALE = 0.05  # of new class tokens; the class token that they start from has a root mean square of 0.13
@@ -59,12 +59,4 @@ class Run:
         return self.attention
 
     def classification(self, labels: Tensor) -> Tensor:
-        if self.output is not None:
-            return classification(self.output, labels)
-        return F.multilabel_soft_margin_loss(self.logits, labels)
-
-
-def on_grid(attention: AttentionMaps, grid: tuple[int, int], model: StudyNetwork) -> AttentionMaps:
-    """The maps of a network that took tokens, and so no image whose grid the capture could read."""
-    prefix = model.num_prefix_tokens
-    return attention.with_layout(grid, prefix, class_tokens=range(prefix))
+        return classification_loss(self.logits if self.output is None else self.output, labels)

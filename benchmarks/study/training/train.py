@@ -17,10 +17,11 @@ from torch.overrides import TorchFunctionMode
 from acr_reg import AttentionCapture, capture_attention
 from acr_reg.demo.photos.task import make_optimizer
 from acr_reg.demo.record import Meter
+from acr_reg.demo.train import with_grid
 from acr_reg.integrations.formats.write import replacing
 from benchmarks.study.photos import Batch, Photos
 from benchmarks.study.settings import CONDITIONS, ONE_TOKEN, Setting
-from benchmarks.study.training.networks import Run, StudyNetwork, made, on_grid
+from benchmarks.study.training.networks import Run, StudyNetwork, made
 from benchmarks.study.training.objective import Objective
 
 Advance = Callable[[], None]
@@ -138,7 +139,9 @@ def _forward(
     runs = []
     for tokens, grid in inputs:
         output = model(tokens)
-        runs.append(Run.of(output, None if attention is None else on_grid(attention.take(), grid, model)))
+        runs.append(
+            Run.of(output, None if attention is None else with_grid(attention.take(), grid, model.num_prefix_tokens))
+        )
     return runs
 
 
