@@ -149,7 +149,6 @@ def _line() -> str:
     """The innermost line of the package or of a test; a backward has the line that started it."""
     frame: Any = sys._getframe(2)
     while frame is not None:
-        *_, room, file = frame.f_code.co_filename.rpartition("/acr_reg/")[2].split("/")[-2:] or ("", "")
         path = frame.f_code.co_filename
         if path != __file__ and any(f"/{top}/" in path for top in ("acr_reg", "integrations", "tests", "benchmarks")):
             return f"{'/'.join(path.split('/')[-2:])}:{frame.f_lineno} {frame.f_code.co_name}"
@@ -209,11 +208,11 @@ def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: A
 
 
 def _in_engine() -> bool:
-    """Whether the autograd engine itself makes a tensor: no Python function stands between."""
+    """Whether the autograd engine itself makes a tensor, such as zeros where ``unbind`` got no gradient."""
     frame: Any = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename == __file__:
+    while frame is not None and any(way in frame.f_code.co_filename for way in (__file__, "_compile.py", "_dynamo")):
         frame = frame.f_back
-    return frame is not None and "/torch/autograd/" in frame.f_code.co_filename
+    return frame is not None and "torch/autograd" in frame.f_code.co_filename
 
 
 def _note_operation(name: str, args: Any) -> None:
@@ -264,7 +263,7 @@ class _Functions(TorchFunctionMode):
             func, args, kwargs = torch.tensor, args[1:], {"device": args[0].device, **kwargs}
         if func in _FROM_VALUES:
             return _from_values(func, args, kwargs)
-        if dispatches(func) and "torch.nn.init" != func.__module__:  # written in Python: what it calls is seen as well
+        if dispatches(func) and "overrides" not in func.__code__.co_names:  # in Python: what it calls is seen as well
             with self:
                 return body_of(func)(*args, **kwargs)
         values = tree_flatten((args, kwargs))[0]
@@ -307,8 +306,7 @@ def _autocast_of(init: Callable[..., None]) -> Callable[..., None]:
 def stand_in_devices() -> Iterator[torch.device]:
     """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, ``torch.autocast`` and random states, which
     are those of the CPU. Yields ``cuda:0``."""
-    future = torch.__future__
-    to_swap = getattr(future, "set_swap_module_params_on_conversion", future.set_overwrite_module_params_on_conversion)
+    make_parameters_anew = torch.__future__.set_overwrite_module_params_on_conversion
     with ExitStack() as stack:
         for name, stand_in in {
             "torch.cuda._lazy_init": lambda *_: None,
@@ -319,8 +317,8 @@ def stand_in_devices() -> Iterator[torch.device]:
         }.items():
             stack.enter_context(patch(name, stand_in))
         # Else ``module.to`` writes the data into the parameter that is there, which stays a plain tensor.
-        stack.callback(to_swap, False)
-        to_swap(True)
+        stack.callback(make_parameters_anew, False)
+        make_parameters_anew(True)
         stack.enter_context(_Operations())
         stack.enter_context(_Functions())
         yield torch.device("cuda", 0)
