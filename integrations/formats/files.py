@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from acr_reg.metrics import as_array
+
 Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz", "puzzle"]
 IGNORED = 255  # the id of unknown pixels in masks and label maps, so that no class may have it
 
@@ -50,7 +52,7 @@ def checked_maps(cams: Mapping[Any, Any]) -> Maps:
                 f"The keys are {list(cams)[:5]}, not 0-based class numbers. IRN dicts have keys and high_res, CLIP-ES "
                 "dicts keys and attn_highres."
             )
-        array = np.asarray(values)
+        array = as_array(values)
         if array.ndim != 2 or not array.size or array.dtype.kind not in "fiub":
             raise ValueError(f"Class {number} holds {kind_of(array)}. Give each class one (H, W) map of numbers.")
         maps[int(number)] = array.astype(np.float32)

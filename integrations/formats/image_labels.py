@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
 from acr_reg.integrations.formats.files import kind_of
 from acr_reg.integrations.formats.unpickle import read_npy
+from acr_reg.metrics import as_array
 
 # Names that end in a number: VOC's 2007_000032, COCO's COCO_train2014_000000000139 and 000000000139.
 _VOC = re.compile(r"((?:19|20)[0-9]{2})_?([0-9]{6})")
@@ -143,7 +143,7 @@ def _one_hot(content: Any) -> dict[str, npt.NDArray[Any]]:
 
 
 def _checked(values: Any, name: str) -> npt.NDArray[Any]:
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = as_array(values)
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1 or array.dtype.kind not in "fiub":
         raise ValueError(f"The labels of image {name} are {kind_of(array)}. Give each image (C,) numbers.")

@@ -104,7 +104,7 @@ class BatchedCams:
                 # Of a worker: while it waits it would hold an open file and a part of /dev/shm, which are scarce.
                 photo = photo._replace(image=photo.image.clone())
             image = photo.image
-            labels = torch.tensor(self.labels[name])  # a copy: numpy may forbid writing
+            labels = torch.tensor(self.labels[name], device="cpu")  # a copy: numpy may forbid writing
             key = image.shape, image.dtype, image.device, labels.shape, labels.dtype
             batch = waiting.setdefault(key, [])
             batch.append(_Waiting(name, photo, labels))

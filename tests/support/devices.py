@@ -1,4 +1,4 @@
-"""Devices that are not there: tensors that say they lie on ``cuda:0`` or ``cuda:1``, while their data lies on the CPU.
+"""Devices that are not there: tensors that say they lie on ``cuda:0``, ``cuda:1`` or ``mps``, with data on the CPU.
 
 torch's FakeTensorMode has no data, so code that reads a value stops there. These tensors can be read, and
 :class:`Traffic` counts how often that happens: on a GPU each read waits for everything queued before it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -49,6 +49,8 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device | None) -> DeviceTensor:
+        if device is not None and device.type == "mps" and inner.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"MPS has no {inner.dtype}. Use float32 instead.")
         made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.shape,
@@ -65,7 +67,8 @@ class DeviceTensor(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return self.claimed if self.claimed is not None else torch.device("cuda", 0)
 
-    is_cuda = property(lambda self: True)
+    is_cuda = property(lambda self: self.device.type == "cuda")
+    is_mps = property(lambda self: self.device.type == "mps")
     is_cpu = property(lambda self: False)
 
     def get_device(self) -> int:
@@ -159,7 +162,7 @@ def _line() -> str:
 def placed(device: Any) -> torch.device:
     """``cuda`` is ``cuda:0``, as where no other device was set."""
     device = torch.device(device)
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+    return torch.device(device.type, 0) if device.type != "cpu" and device.index is None else CPU if device.type == "cpu" else device
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -170,11 +173,42 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _note_operation(name, args)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
-    result = func(*(_inner(value) for value in args), **{key: _inner(value) for key, value in kwargs.items()})
+    with _Generators.drawing_on(device) if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
+        result = func(*(_inner(value) for value in args), **{key: _inner(value) for key, value in kwargs.items()})
     if device == CPU or result is None:
         return result
     wrappers = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
     return _outer(result, device, wrappers)
+
+
+class _Generators:
+    """The random numbers of each device, which has a generator of its own."""
+
+    states: dict[int, Tensor] = {}
+
+    @classmethod
+    def get(cls, device: Any = 0) -> Tensor:
+        return cls.states[device if isinstance(device, int) else torch.device(device).index or 0].clone()
+
+    @classmethod
+    def set(cls, state: Tensor, device: Any = 0) -> None:
+        cls.states[device if isinstance(device, int) else torch.device(device).index or 0] = state.clone()
+
+    @classmethod
+    def seed_all(cls, seed: int) -> None:
+        cls.states = {index: torch.Generator().manual_seed(seed).get_state() for index in range(2)}
+
+    @classmethod
+    @contextmanager
+    def drawing_on(cls, device: torch.device | None) -> Iterator[None]:
+        if device is None or device == CPU:
+            yield
+            return
+        of_cpu = torch.get_rng_state()
+        torch.set_rng_state(cls.get(device))
+        yield
+        cls.set(torch.get_rng_state(), device)
+        torch.set_rng_state(of_cpu)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -313,22 +347,25 @@ def _from_values(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _autocast_of(init: Callable[..., None]) -> Callable[..., None]:
     def of_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        init(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        init(self, "cpu" if device_type in ("cuda", "mps") else device_type, *args, **kwargs)
 
     return of_cpu
 
 
 @contextmanager
 def stand_in_devices() -> Iterator[torch.device]:
-    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, ``torch.autocast`` and random states, which
-    are those of the CPU. Yields ``cuda:0``."""
+    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, ``torch.autocast`` and random states; ``mps``
+    for tensors, except those of float64, which it refuses. Yields ``cuda:0``."""
     make_parameters_anew = torch.__future__.set_overwrite_module_params_on_conversion
+    _Generators.seed_all(0)
     with ExitStack() as stack:
         for name, stand_in in {
             "torch.cuda._lazy_init": lambda *_: None,
-            "torch.cuda.get_rng_state": lambda *_, **__: torch.get_rng_state(),
-            "torch.cuda.set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+            "torch.cuda.is_initialized": lambda: True,
             "torch.cuda.device_count": lambda: 2,
+            "torch.cuda.get_rng_state": _Generators.get,
+            "torch.cuda.set_rng_state": _Generators.set,
+            "torch.cuda.manual_seed_all": _Generators.seed_all,
             "torch.autocast.__init__": _autocast_of(torch.autocast.__init__),
         }.items():
             stack.enter_context(patch(name, stand_in))
