@@ -6,6 +6,7 @@ import gc
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
@@ -40,11 +41,11 @@ def each_interrupt(
     """
     act(begin())  # fills caches, so that later calls reach the same lines
     begun = begin()
-    every = moments(lambda: act(begun), files)
+    every = moments(partial(act, begun), files)
     assert every, "no line of the library was reached"
     for moment in every[::step]:
         begun = begin()
-        where, error = interrupt(moment, lambda: act(begun), files)
+        where, error = interrupt(moment, partial(act, begun), files)
         if not holds:
             error = None
         yield begun, where
