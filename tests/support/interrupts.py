@@ -40,15 +40,14 @@ def each_interrupt(
     call, stays alive until the next interrupt, as in a notebook; else it is dropped first.
     """
     act(begin())  # fills caches, so that later calls reach the same lines
-    begun = begin()
-    every = moments(partial(act, begun), files)
+    every = moments(partial(act, begin()), files)
     assert every, "no line of the library was reached"
     for moment in every[::step]:
-        begun = begin()
-        where, error = interrupt(moment, partial(act, begun), files)
+        made = [begin()]
+        where, error = interrupt(moment, partial(act, made[0]), files)
         if not holds:
             error = None
-        yield begun, where
+        yield made.pop(), where  # so that the caller may drop it
         del error
 
 
