@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
-from acr_reg.cam.refinement import multi_view_cam, propagate_cam
+from acr_reg.cam.gradient import Method, Turns, gradient_maps, has_graph, settle, used_layers
+from acr_reg.cam.refinement import multi_view_cam, propagated_maps
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
@@ -153,17 +153,25 @@ class GradientCam(Removable):
         if shards_parameters(self.model):
             refuse_sharded()
 
+        turns: list[Turns] = []
+
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
             logits = self._logits(self._running(), view, changed)
             maps = self._running().take()
             if maps.run:
                 _refuse_runs(maps.run + 1)
             maps = self._placed(maps, (view.shape[-2], view.shape[-1]), image_size)
-            cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
-            grid = maps[-1].layout.key
+            layers = used_layers(logits, maps, labels, self.start_layer, self.method, self.query)
+            if not turns:
+                turns.append(Turns.of(labels, logits))  # of all views, so that the labels are read once
+            cam, contributed = gradient_maps(logits, layers, turns[0], self.method, self.query)
+            made = {"The class maps": cam}
             if self.steps:
                 with torch.no_grad():
-                    cam = propagate_cam(cam, maps, self.propagation_layers, self.steps)
+                    cam = propagated_maps(cam, maps, self.propagation_layers, self.steps)
+                made["The propagated maps"] = cam
+            settle(logits, layers, turns[0], self.query, contributed, made)
+            grid = maps[-1].layout.key
             return cam, grid
 
         images, changed = images.detach(), eval_mode(self.model)
