@@ -10,7 +10,7 @@ Only Python sees the device: in ``tensor.device``, in ``device=`` and ``.to()``,
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
 
-from acr_reg._torch_private import body_of, dispatches
+from acr_reg._torch_private import body_of
 
 CPU = torch.device("cpu")
 # Operations after which the CPU waits for a value or a size. Of ``index`` and its like, only masks are read.
@@ -37,6 +36,7 @@ _CONSTRUCTORS = {  # what a caller makes lies where the caller says; what torch 
     *(torch.ones, torch.full, torch.rand, torch.randn, torch.randint, torch.randperm, torch.arange, torch.linspace),
     *(torch.eye, torch.tril_indices, torch.triu_indices, torch.empty_strided, torch.logspace, torch.complex),
 }
+_BACKWARD = {Tensor.backward, torch.autograd.grad}  # run functions of others, whose calls are seen as well
 _FROM_VALUES = {torch.tensor, torch.as_tensor, torch.asarray}
 
 
@@ -164,24 +164,38 @@ def placed(device: Any) -> torch.device:
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func.overloadpacket.__name__
-    given = tree_flatten((args, kwargs))[0]
-    tensors = [value for value in given if isinstance(value, Tensor)]
+    tensors = [*_tensors(args), *_tensors(kwargs.values())]
     device = _device_of(func, name, tensors, args, kwargs)
     if device is not None and device != CPU:
         _note_operation(name, args)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    if device == CPU:
+    result = func(*(_inner(value) for value in args), **{key: _inner(value) for key, value in kwargs.items()})
+    if device == CPU or result is None:
         return result
     wrappers = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
+    return _outer(result, device, wrappers)
 
-    def wrap(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def _inner(value: Any) -> Any:
+    if isinstance(value, DeviceTensor):
+        return value.inner
+    return [_inner(each) for each in value] if isinstance(value, (list, tuple)) else value
+
+
+def _outer(value: Any, device: torch.device | None, wrappers: dict[int, DeviceTensor]) -> Any:
+    """``value`` with its tensors on ``device``. What an operation returns of its arguments, as in place, stays that."""
+    if isinstance(value, Tensor):
         return wrappers[id(value)] if id(value) in wrappers else DeviceTensor(value, device)
-
-    return tree_map(wrap, result)
+    return type(value)(_outer(each, device, wrappers) for each in value) if isinstance(value, (list, tuple)) else value
 
 
 def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
@@ -190,6 +204,8 @@ def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: A
         return _claim(args[0])
     asked = kwargs.get("device")
     if asked is not None and placed(asked) != CPU:
+        if name == "_to_copy" and _claim(args[0]) == CPU:
+            Traffic.note("copies", name)
         return placed(asked)
     if name in _INDEX:
         of_cpu = {id(index) for index in args[1] if index is not None and _claim(index) == CPU}
@@ -231,12 +247,12 @@ def _claim(tensor: Tensor) -> torch.device | None:
     return tensor.claimed if isinstance(tensor, DeviceTensor) else CPU
 
 
-def _inner(value: Any) -> Any:
-    return value.inner if isinstance(value, DeviceTensor) else value
-
-
 class _Operations(TorchDispatchMode):
     """Sees what is made of no tensor that claims a device."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports dynamo for it, which takes seconds
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(func, args, kwargs or {})
@@ -263,11 +279,11 @@ class _Functions(TorchFunctionMode):
             func, args, kwargs = torch.tensor, args[1:], {"device": args[0].device, **kwargs}
         if func in _FROM_VALUES:
             return _from_values(func, args, kwargs)
-        if dispatches(func) and "overrides" not in func.__code__.co_names:  # in Python: what it calls is seen as well
+        if func in _BACKWARD:
             with self:
                 return body_of(func)(*args, **kwargs)
-        values = tree_flatten((args, kwargs))[0]
-        self._running.append(func not in _CONSTRUCTORS and any(isinstance(value, DeviceTensor) for value in values))
+        given = (*_tensors(args), *_tensors(kwargs.values()))
+        self._running.append(func not in _CONSTRUCTORS and any(isinstance(each, DeviceTensor) for each in given))
         try:
             return func(*args, **kwargs)
         finally:
