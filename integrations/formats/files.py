@@ -33,6 +33,14 @@ CAM_SUFFIXES = (".npy", ".npz")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2")  # in any case
 
 
+class FileError(ValueError):
+    """A file that is not read. The message says why."""
+
+
+class DamagedFile(FileError):
+    """The file is not whole, or not what its name says."""
+
+
 def check_format(format: str | None) -> None:
     """Raises ValueError for a name that is not in :data:`FORMATS`. None passes: the format is detected later."""
     if format is not None and format not in FORMATS:
