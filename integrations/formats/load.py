@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from acr_reg.integrations.formats.files import CAM_SUFFIXES, Format, Maps, check_format, checked_maps, kind_of
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, Arrays, Format, Maps, check_format, checked_arrays, kind_of
 from acr_reg.integrations.formats.numpy_files import read_file, read_npy, read_npz
 from acr_reg.integrations.formats.recognize import MAPS_OF, format_of
 
@@ -40,7 +40,7 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
     >>> load_cams("image.npz")[14].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return _load(Path(path), format)[1]
+    return {number: values.astype(np.float32) for number, values in _load(Path(path), format)[1].items()}
 
 
 def cam_format(path: str | os.PathLike[str]) -> Format:
@@ -55,7 +55,14 @@ def cam_format(path: str | os.PathLike[str]) -> Format:
     return _load(Path(path), None)[0]
 
 
-def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
+def map_size(path: str | os.PathLike[str], format: Format) -> tuple[int, int] | None:
+    """The (H, W) of the maps in a whole file of this format; None if it holds no map. Raises DamagedFile if the file is
+    not whole, and otherwise as :func:`load_cams` does."""
+    maps = _load(Path(path), format)[1]
+    return next((values.shape for values in maps.values()), None)
+
+
+def _load(path: Path, format: Format | None) -> tuple[Format, Arrays]:
     check_format(format)
     if path.suffix not in CAM_SUFFIXES:
         raise ValueError(
@@ -64,7 +71,7 @@ def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
     return read_file(path, partial(_decoded, format, path.suffix == ".npz"))
 
 
-def _decoded(format: Format | None, zipped: bool, data: bytes) -> tuple[Format, Maps]:
+def _decoded(format: Format | None, zipped: bool, data: bytes) -> tuple[Format, Arrays]:
     content = _by_class(read_npz(data)) if zipped else read_npy(data)
     found = "npz" if zipped else format_of(content, format)
     if format is not None and found != format:
@@ -77,11 +84,11 @@ def _by_class(arrays: dict[str, Any]) -> dict[Any, Any]:
     return {int(name) if _NUMBER.fullmatch(name) else name: values for name, values in arrays.items()}
 
 
-def _maps_of(content: Any, format: Format) -> Maps:
+def _maps_of(content: Any, format: Format) -> Arrays:
     if format in MAPS_OF:
-        maps = checked_maps(_keyed(content, format))
+        maps = checked_arrays(_keyed(content, format))
     else:
-        maps = checked_maps(content)
+        maps = checked_arrays(content)
     return {number - 1: values for number, values in maps.items() if number} if format == "psa_crf" else maps
 
 

@@ -13,7 +13,7 @@ from zipfile import ZIP_DEFLATED, ZIP_STORED, BadZipFile, ZipFile
 import numpy as np
 import numpy.typing as npt
 
-from acr_reg.integrations.formats.files import DamagedFile, FileError
+from acr_reg.integrations.formats.files import DamagedFile, FileError, unreadable
 from acr_reg.integrations.formats.unpickle import MOST_BYTES, check_sizes, unpickled
 
 T = TypeVar("T")
@@ -67,7 +67,7 @@ def read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
                     arrays[name] = _array(file.read(entry.file_size))  # no more, whatever the entry expands to
             return arrays
     except BadZipFile as error:
-        raise DamagedFile(f"The file is cut off, or no .npz file: {error}. Make it again.") from error
+        raise unreadable(data, b"PK")(f"The file is cut off, or no .npz file: {error}. Make it again.") from error
 
 
 def _array(data: bytes) -> npt.NDArray[Any]:
@@ -88,6 +88,7 @@ def _header(data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
         read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
         shape, fortran, dtype = read(file)
     except Exception as error:
-        raise DamagedFile(f"The file is cut off, or no .npy file: {str(error)[:100]}. Make it again.") from error
+        kind, reason = unreadable(data, np.lib.format.MAGIC_PREFIX), str(error)[:100]
+        raise kind(f"The file is cut off, or no .npy file: {reason}. Make it again.") from error
     check_sizes(shape)
     return shape, fortran, dtype, file.tell()

@@ -90,7 +90,7 @@ class _Machine:
                 return self.stack.pop()
             step = _STEPS.get(code)
             if step is None:
-                raise DamagedFile(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
+                raise FileError(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
             step(self)
         raise FileError(f"The file holds more than {MOST_INSTRUCTIONS:,} pickle instructions. Split it.")
 
