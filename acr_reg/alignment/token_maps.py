@@ -141,7 +141,7 @@ def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
     """(tokens, pixels): the share of a token's cell that each pixel covers, of the part that lies on the image."""
     line = Line(lattice, axis)
     centres, half = line.places()[:, None] * pixels, line.stride / line.extent * pixels / 2
-    edges = torch.arange(pixels, dtype=torch.float64)
+    edges = torch.arange(pixels, dtype=torch.float64, device="cpu")
     covered = (centres + half).minimum(edges + 1) - (centres - half).maximum(edges)
     covered = covered.clamp(min=0)
     return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()

@@ -260,7 +260,8 @@ def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | 
             return rows, None  # the map met something else than values, such as weights of another mix
         found = weights @ value.to(weights)
         expected = output.to(weights)
-        return rows, ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        off, size = (torch.linalg.vector_norm(each) for each in (found - expected, expected))
+        return rows, (off / size.clamp_min(1e-30)).item()
 
 
 def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[dict[str, float], str | None]:

@@ -58,7 +58,7 @@ def sample_rows(count: int, share: float, device: str) -> Tensor:
     """Draws a ``share`` of ``count`` tokens to compare, anew in each call, in ascending order."""
     if share == 1:
         return torch.arange(count, device=device)
-    return torch.randperm(count)[: max(1, round(share * count))].sort().values.to(device)
+    return torch.randperm(count, device="cpu")[: max(1, round(share * count))].sort().values.to(device)
 
 
 def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:

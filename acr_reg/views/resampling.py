@@ -94,8 +94,8 @@ class AxisMap:
         maps with weights."""
         with torch.inference_mode(False), torch.no_grad():
             back, onto = (axis.dense(torch.float64, self.index.device) for axis in (self, there))
-            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64)) / 2
-            index = torch.arange(there.count).expand_as(weights)
+            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64, device="cpu")) / 2
+            index = torch.arange(there.count, device="cpu").expand_as(weights)
         return AxisMap(there.count, index, weights, self.valid, torch.ones_like(self.step))
 
 
@@ -251,7 +251,7 @@ class LatticeMap:
         """The results of all parts, in the order of the batch."""
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([image for part in self.parts for image in part.images or ()])
+        order = torch.tensor([image for part in self.parts for image in part.images or ()], device="cpu")
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
 
@@ -299,7 +299,7 @@ class Line:
 
     def places(self) -> Tensor:
         """(count,): the centres, from 0 to 1 over the image."""
-        return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
+        return (self.offset + (torch.arange(self.count, dtype=torch.float64, device="cpu") + 0.5) * self.stride) / self.extent
 
     def tokens(self, places: Tensor) -> Tensor:
         """Converts places from 0 to 1 over the image to tokens: the centre of token i is at i."""
@@ -311,7 +311,7 @@ class _Positions:
 
     def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
         slope, start, low, high = (
-            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64)[:, None]
+            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64, device="cpu")[:, None]
             for name in ("slope", "start", "low", "high")
         )
         self.source = source
@@ -340,7 +340,7 @@ class _Positions:
             return AxisMap(count, positions.round().long().to(device), None, valid, step)
         # The triangle filter of bilinear interpolation, widened by the shrinking factor.
         reach = self.step.abs().clamp_min(1)[:, None, None]
-        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
+        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2, device="cpu")
         weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)
         weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
         index = tokens.clamp(0, count - 1).long()

@@ -143,7 +143,8 @@ class BatchedCams:
     def _run(self, batch: list[_Waiting]) -> list[Maps]:
         images = torch.stack([one.photo.image for one in batch])
         images = images if self.device is None else images.to(self.device)
-        labels = torch.stack([one.labels for one in batch]).to(images.device)
+        labels = torch.stack([one.labels for one in batch])
+        labels = (labels.float() if labels.dtype == torch.float64 else labels).to(images.device)  # MPS has no float64
         found = [self._checked(self.cam(view(images), labels), labels) for view in self.views]
         return [self._merged(found, images[i : i + 1], i, one) for i, one in enumerate(batch)]
 

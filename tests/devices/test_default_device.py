@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from acr_reg import (
     AllPairsConsistencyLoss,
     AttentionMaps,
-    Crop,
     GradientCam,
     HorizontalFlip,
     RandomApply,
@@ -21,10 +23,11 @@ from acr_reg import (
     RandomScale,
     Rotate90,
     align_attention,
+    capture_attention,
     check,
-    token_validity,
+    class_token_gradient_cam,
 )
-from acr_reg.integrations.jobs.batches import BatchedCams
+from acr_reg.integrations.jobs.batches import BatchedCams, Photo
 from tests.support.devices import CPU, Traffic, stand_in_devices
 from tests.support.models import explicit_vit, multihead_vit
 from tests.support.paths import ROOT
@@ -90,30 +93,73 @@ def test_samplers_draw_the_same_on_any_default_device_without_reading_it(gpu: to
 
 
 def step(device: torch.device) -> list[torch.Tensor]:
-    """Loss, a class map, a carried map and what a view shows, of a model on ``device``."""
+    """Losses, class maps and carried maps of a model on ``device``, on the CPU."""
     torch.manual_seed(0)
     with CPU:
         model, images = multihead_vit().eval(), torch.randn(2, 3, *SIZE)
-        valid = torch.arange(48).expand(2, 32, 48) < 40
-    model, images, valid = model.to(device), images.to(device), valid.to(device)
+        valid = (torch.arange(48) < 40).expand(2, 32, 48)
+        rows = torch.rand(2, 2, 24, 24).softmax(-1)
+    model, images, valid, rows = model.to(device), images.to(device), valid.to(device), rows.to(device)
+    layout = AttentionMaps.from_tensors([rows], 0, (4, 6))[0].layout
     acr = AllPairsConsistencyLoss(rows=0.5)
     found = []
-    from acr_reg import capture_attention
-
     with capture_attention(model) as attention:
         for per_image in (False, True):
             view = SAMPLER.sample(images, per_image, torch.Generator().manual_seed(5))
             torch.manual_seed(1)
             model(images)
             first = attention.take()
-            model(view(images))
-            found.append(acr(first, attention.take(), view=view, valid=valid))
+            logits = model(view(images))
+            found.append(acr(first, second := attention.take(), view=view, valid=valid))
+            found.append(class_token_gradient_cam(logits, second))
+            found.append(align_attention(rows, view, layout, layout))
     with GradientCam(model) as cam:
         found.append(cam(images))
-    rows = torch.rand(1, 2, 24, 24, device=CPU).to(device)
-    layout = AttentionMaps.from_tensors([rows / rows.sum(-1, keepdim=True)], 0, (4, 6))[0].layout
-    found.append(align_attention(rows, view if view.num_images == 1 else HorizontalFlip(), layout, layout))
     assert {each.device for each in found} == {device}
-    crop = Crop(0, 8, 32, 32, image_size=SIZE)
-    found.append(token_validity(crop, Crop(0, 8, 32, 32, image_size=SIZE) and layout.key, layout.key))
     return [each.detach().cpu() for each in found]
+
+
+@cache
+def on_the_cpu() -> list[torch.Tensor]:
+    return step(CPU)
+
+
+@pytest.mark.parametrize(("default", "where"), [("cuda:0", "cpu"), ("cuda:1", "cuda:0"), ("cpu", "mps:0")])
+def test_results_are_the_same_on_any_default_device(gpu: torch.device, default: str, where: str) -> None:
+    expected = on_the_cpu()
+    with torch.device(default):
+        for ours, theirs in zip(expected, step(torch.device(where)), strict=True):
+            torch.testing.assert_close(theirs, ours)
+
+
+def test_check_and_class_maps_of_a_folder_are_the_same_on_any_default_device(gpu: torch.device) -> None:
+    torch.manual_seed(0)
+    model, images = explicit_vit(), torch.randn(2, 3, *SIZE)
+    here = check(model, images)
+    photos = [("a", Photo(images[0], SIZE)), ("b", Photo(images[1], SIZE))]
+
+    def class_maps() -> list[Any]:
+        with GradientCam(model, start_layer=0) as cam:
+            labels = {"a": np.ones(5), "b": np.eye(5)[0]}
+            make = BatchedCams(cam, labels, [HorizontalFlip()], "sum", "max", 2, CPU, lambda: True)
+            return [maps for _, (maps, _) in make(iter(photos))]
+
+    expected = class_maps()
+    with gpu:
+        there, found = check(model, images), class_maps()
+    assert (there.ok, there.terms) == (here.ok, pytest.approx(here.terms))
+    for ours, theirs in zip(expected, found, strict=True):
+        assert theirs.keys() == ours.keys()
+        assert all(np.allclose(theirs[number], ours[number]) for number in ours)
+
+
+def test_nothing_is_float64_on_mps(gpu: torch.device) -> None:
+    mps = torch.device("mps", 0)
+    with pytest.raises(TypeError, match="MPS has no torch.float64"):
+        torch.ones(2, device=mps).double()
+    model, images = explicit_vit().to(mps), torch.randn(2, 3, *SIZE).to(mps)
+    assert check(model, images).ok
+    with GradientCam(model, start_layer=0) as cam:
+        make = BatchedCams(cam, {"a": np.ones(5)}, [HorizontalFlip()], "sum", "max", 2, mps, lambda: True)
+        ((_, (maps, _)),) = make(iter([("a", Photo(images[0].cpu(), SIZE))]))
+    assert len(maps) == 5
