@@ -118,7 +118,9 @@ class AlignedRows:
         if not self.is_partial:
             full = self.full_a, self.full_b
             if heads == "mean":  # before the others are cut off: backward then pads one map, not that of every head
-                full = full[0].mean(1, keepdim=True), full[1].mean(1, keepdim=True)
+                # The gradient of a sum, unlike that of a mean, is no map of its own for each head.
+                heads_a, heads_b = full[0].sum(1, keepdim=True), full[1].sum(1, keepdim=True)
+                full = heads_a / full[0].shape[1], heads_b / full[1].shape[1]
             return full[0][..., self.others[0] :], full[1][..., self.others[1] :], None
         a, b = self.a, self.b
         weight = self.shown[:, None].to(a.dtype).expand(a.shape[:-1])

@@ -26,8 +26,7 @@ class BlockedLayer:
     """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
 
     ``inputs`` make its map, on the graph: query, key and an additive bias; or the map itself. A block copies the rows
-    it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places, and
-    ``gradients`` holds the gradients of the inputs, over all terms so far.
+    it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places.
     """
 
     def __init__(self, layer: LayerAttention) -> None:
@@ -38,7 +37,7 @@ class BlockedLayer:
         with torch.no_grad():
             self._held = [at_least_float32(part.detach()) if part.is_floating_point() else part for part in self.inputs]
         self._learning = [torch.is_grad_enabled() and part.requires_grad for part in self.inputs]
-        self.gradients: list[Tensor | None] = [None] * len(self.inputs)  # weighted
+        self._weighted: list[Tensor | None] = [None] * len(self.inputs)
         self._found: list[Tensor | None] = [None] * len(self.inputs)  # of the current term
         self._key: tuple[Tensor | None, Tensor] | None = None  # its order, and the leaf
         self._rows: Tensor | None = None
@@ -66,7 +65,7 @@ class BlockedLayer:
         tensors = RecordedTensors(query=rows, key=self._key_leaf(keys), scale=self.layer.recorded.scale)
         if len(self.inputs) > 2:
             tensors = replace(tensors, mask=self._mask_leaf(queries, keys))
-        return _Centred.apply(replace(self.layer, recorded=tensors, images=slice(None)).weights())
+        return _Softmax.apply(replace(self.layer, recorded=tensors, images=slice(None)).logits())
 
     def _leaf(self, number: int, tensor: Tensor) -> Tensor:
         if self._learning[number] and torch.is_grad_enabled():
@@ -77,9 +76,9 @@ class BlockedLayer:
 
     def _key_leaf(self, order: Tensor | None) -> Tensor:
         """Every block needs all keys, so they are put in order once, and their gradient is put back once."""
-        if self._key is None or self._key[0] is not order:
-            self._settle_key()
+        if self._key is None:
             self._key = (order, select(self._held[1], 2, order))
+        assert self._key[0] is order
         return self._leaf(1, self._key[1])
 
     def _mask_leaf(self, queries: Tensor, keys: Tensor | None) -> Tensor:
@@ -111,35 +110,39 @@ class BlockedLayer:
 
     def scale(self, factor: Tensor) -> None:
         """Closes a term: adds ``factor`` times its gradient to the gradient of the terms so far."""
-        self._settle_key()
         for number, found in enumerate(self._found):
             if found is not None:
-                total, found = self.gradients[number], found.mul_(factor)
-                self.gradients[number] = found if total is None else total.add_(found)
+                total, found = self._weighted[number], found.mul_(factor)
+                self._weighted[number] = found if total is None else total.add_(found)
         self._found = [None] * len(self.inputs)
 
-    def _settle_key(self) -> None:
-        if self._key is not None and (found := self._found[1]) is not None:
-            self._found[1] = _put_back(found, 2, self._key[0], self.layer.shape[3])
-        self._key = None
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the inputs, over all terms."""
+        if self._key is not None and (of_keys := self._weighted[1]) is not None:
+            self._weighted[1] = _put_back(of_keys, 2, self._key[0], self.layer.shape[3])
+        return self._weighted
 
 
-class _Centred(torch.autograd.Function):
-    """Returns softmax rows unchanged, and subtracts from their gradient its mean, weighted by the row.
+class _Softmax(torch.autograd.Function):
+    """A softmax that subtracts from its gradient twice what that gradient sums to, weighted by the row.
 
-    The softmax subtracts this mean too. Where one key has almost all the mass, the mean is almost that key's gradient,
-    and the rounding of their difference may exceed the gradient of the logits. After two subtractions it does not.
+    The sum is 0. Where one key has almost all the mass, though, its gradient is a difference of almost equal numbers,
+    and their rounding may exceed the gradient of all other keys. After two subtractions it does not.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        rows = logits.softmax(-1)
         ctx.save_for_backward(rows)
-        return rows.view_as(rows)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
-        return gradient - (rows * gradient).sum(-1, keepdim=True)
+        found = rows * gradient
+        for _ in range(2):
+            found.addcmul_(rows, found.sum(-1, keepdim=True), value=-1)
+        return found
 
 
 def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:
@@ -213,7 +216,7 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, run: Callable[[], Tensor], layers: tuple[BlockedLayer, BlockedLayer], *inputs: Tensor
     ) -> Tensor:
         value = run()
-        gradients = [gradient for layer in layers for gradient in layer.gradients]
+        gradients = [gradient for layer in layers for gradient in layer.gradients()]
         ctx.present = [gradient is not None for gradient in gradients]
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))
