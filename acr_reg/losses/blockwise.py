@@ -7,7 +7,8 @@ precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,9 +18,32 @@ from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention, RecordedTensors, rows_of_block
-from acr_reg.losses.functional import RowSum, sum_rows
+from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
 from acr_reg.tokens import TokenLayout
+
+# Up to this size, forming all maps at once is faster: blocks of small maps take as many calls for less work.
+SMALL_MEGABYTES = 128
+
+# Of the grid, in a block of resampled rows: each block also forms the rows beside it that it reads.
+RESAMPLED_ROWS = 4
+
+
+def can_be_blockwise(*layers: LayerAttention) -> bool:
+    """Whether every layer with a gradient has query and key. An explicit map's gradient is as large as the map."""
+    return all(layer.is_factored or not layer.requires_grad for layer in layers)
+
+
+def are_small(pairs: Iterable[tuple[LayerAttention, LayerAttention]], share: float) -> bool:
+    """Whether this share of the rows of all maps, of both views, takes little memory."""
+    elements = sum(math.prod(layer.shape) for pair in pairs for layer in pair)
+    return share * elements * 4 <= SMALL_MEGABYTES * 2**20
+
+
+def rows_of_plan(a: LayerAttention, b: LayerAttention, share: float, block_rows: int | None) -> tuple[int, int]:
+    """The tokens of a block, of which a share is compared, where rows are permuted and where they are resampled."""
+    rows = block_rows or rows_of_block((a, b))
+    return math.ceil(rows / share), block_rows or max(rows, RESAMPLED_ROWS * a.layout.query.width)
 
 
 class BlockedLayer:
@@ -164,22 +188,18 @@ def _add_rows(whole: Tensor, index: Tensor | None, rows: Tensor) -> None:
     whole.movedim(2, 1).index_put_((images, index), rows.movedim(2, 1), accumulate=True)
 
 
-def evaluate_blockwise(terms: LayerTerms, block_rows: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """:func:`~acr_reg.losses.terms.evaluate_dense` in blocks of ``block_rows`` query rows, by default as many as keep a
-    block's maps near 4 MB, at least 64. The first derivative is exact; a second one is refused."""
+def evaluate_blockwise(terms: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`~acr_reg.losses.terms.evaluate_dense`, block by block. The first derivative is exact; a second one is
+    refused."""
     layers = BlockedLayer(terms.pair.layers[0]), BlockedLayer(terms.pair.layers[1])
-    if block_rows is None:
-        block_rows = rows_of_block(terms.pair.layers)
     report: dict[str, Tensor] = {}
-    run = partial(_in_blocks, terms, layers, block_rows, report)
+    run = partial(_in_blocks, terms, layers, report)
     inputs = [tensor for layer in layers for tensor in layer.inputs]
     learns = any(layer.learns for layer in layers)
     return _Blockwise.apply(run, layers, *inputs) if learns else run(), report
 
 
-def _in_blocks(
-    terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], block_rows: int, report: dict[str, Tensor]
-) -> Tensor:
+def _in_blocks(terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], report: dict[str, Tensor]) -> Tensor:
     """The weighted sum of the terms; their gradients are added up in the layers, and each term goes to the report."""
     terms = replace(terms, pair=terms.pair.of(*layers))
     entropies: list[Tensor | None] = []
@@ -187,9 +207,9 @@ def _in_blocks(
     for term, weight in terms.weights.items():
         whole: RowSum | None = None
         learns = weight != 0 and any(layer.learns for layer in layers)
-        for tokens in terms.tokens.split(block_rows) if term == "affinity" else [terms.tokens]:
+        for rows in terms.blocks if term == "affinity" else terms.blocks[:1]:
             with torch.set_grad_enabled(learns):
-                block, entropy = terms.compare(term, tokens, sum_rows)
+                block, entropy = terms.compare(term, rows)
             if learns:
                 leaves = [leaf for layer in layers for leaf in layer.leaves]
                 found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
@@ -199,6 +219,7 @@ def _in_blocks(
             block = RowSum(block.total.detach(), block.weight, block.count)
             whole = block if whole is None else whole + block
         assert whole is not None
+        whole = terms.closed(term, whole)
         for layer in layers:
             layer.scale(weight / whole.norm())
         report[term] = whole.mean()
