@@ -20,7 +20,7 @@ import math
 from collections.abc import Hashable
 from copy import copy
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -160,10 +160,25 @@ class ReadRows:
         return select(rows.transpose(2, 3).flatten(2, 3), 2, self.picked)
 
 
+class _Inverse(torch.autograd.Function):
+    """1 / mass. Torch's gradient of it holds 1 / mass^2, which overflows where a mass is 1e-20. What it multiplies is
+    as small as the mass, so it is multiplied by 1 / mass twice."""
+
+    @staticmethod
+    def forward(ctx: Any, mass: Tensor) -> Tensor:
+        inverse = mass.reciprocal()
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(gradient * inverse) * inverse
+
+
 def _inverse(mass: Tensor) -> Tensor:
-    """1 / mass. Its gradient by division, 1 / mass^2, overflows where a mass is 1e-20; a row's own gradient is as small
-    as the mass, and the product is not."""
-    return mass.clamp_min(NO_MASS).log().neg().exp()
+    inverse: Tensor = _Inverse.apply(mass.clamp_min(NO_MASS))
+    return inverse
 
 
 @dataclass(frozen=True, eq=False)

@@ -125,7 +125,7 @@ class Plan:
     """How the maps of an image and of a view of it are compared.
 
     ``tokens`` (R,) are the image's tokens that both views show, of any image of the batch: a rectangle of its grid,
-    divided into ``blocks``. The ``num_left_out`` others weigh nothing, but count as rows. ``keys_valid`` (1 or B, M) is
+    ``width`` tokens wide and divided into ``blocks``. The ``num_left_out`` others weigh nothing, but count as rows. ``keys_valid`` (1 or B, M) is
     True for keys visible in both views and not padding. ``is_partial`` is False where all tokens and keys are known to
     be so. ``classes`` (1, C) are the class tokens of both. ``unpadded`` (B, N) and (B, N') are False for queries of the
     image and of the view that are padding; None if none is.
@@ -135,6 +135,7 @@ class Plan:
     of_image: KeyReading
     of_view: KeyReading
     tokens: Tensor
+    width: int
     num_left_out: int
     keys_valid: Tensor
     is_partial: bool
@@ -190,6 +191,7 @@ def plan_between(
             of_image=_Axes.of(own_keys).keys(image, keys.valid, keys.valid, dtype),
             of_view=_Axes.of(keys).keys(viewed, seen.valid, keys.valid, dtype),
             tokens=tokens,
+            width=width,
             num_left_out=prod(grid) - len(tokens),
             keys_valid=keys.valid,
             # A view that shows all of the image and padding around it is partial too: its rows look at the padding.

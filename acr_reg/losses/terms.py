@@ -69,17 +69,20 @@ def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
 
 def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
     """Draws a ``share`` of the plan's tokens to compare, anew in each call, and returns the share that it is in whole
-    tokens. Each block has its part of them, rounded at random, and picks them at random."""
-    count, device = len(plan.tokens), plan.tokens.device
+    tokens. Each row of the grid has its part of them, rounded at random, and picks them at random, so that it is known
+    without a look at the device how many tokens a block has."""
     if share == 1:
         return [(block, None) for block in plan.blocks], 1.0
-    wanted, start = max(1, round(share * count)), torch.rand((), device="cpu").item()
+    count, width = len(plan.tokens), plan.width
+    wanted, height, start = max(1, round(share * count)), count // width, torch.rand((), device="cpu").item()
+    bounds = [math.floor(start + wanted * y / height) for y in range(height + 1)]
+    order = torch.rand(height, width, device=plan.tokens.device).argsort(1)
     rows: list[Rows] = []
     for block in plan.blocks:
-        first, last = (math.floor(start + wanted * token / count) for token in block.tokens)
-        if last > first:
-            order = torch.randperm(block.tokens[1] - block.tokens[0], device=device)
-            rows.append((block, order[: last - first].sort().values))
+        top, bottom = (token // width for token in block.tokens)
+        picked = [order[y, : bounds[y + 1] - bounds[y]] + (y - top) * width for y in range(top, bottom)]
+        if bounds[bottom] > bounds[top]:
+            rows.append((block, torch.cat(picked)))
     return rows, wanted / count
 
 
