@@ -125,10 +125,10 @@ class Plan:
     """How the maps of an image and of a view of it are compared.
 
     ``tokens`` (R,) are the image's tokens that both views show, of any image of the batch: a rectangle of its grid,
-    ``width`` tokens wide and divided into ``blocks``. The ``num_left_out`` others weigh nothing, but count as rows. ``keys_valid`` (1 or B, M) is
-    True for keys visible in both views and not padding. ``is_partial`` is False where all tokens and keys are known to
-    be so. ``classes`` (1, C) are the class tokens of both. ``unpadded`` (B, N) and (B, N') are False for queries of the
-    image and of the view that are padding; None if none is.
+    ``width`` tokens wide and divided into ``blocks``. The ``num_left_out`` others weigh nothing, but count as rows.
+    ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding. ``is_partial`` is False where all
+    tokens and keys are known to be so. ``classes`` (1, C) are the class tokens of both. ``unpadded`` (B, N) and (B, N')
+    are False for queries of the image and of the view that are padding; None if none is.
     """
 
     blocks: tuple[Block, ...]
@@ -169,7 +169,7 @@ def plan_between(
         for side in SIDES
     )
     # Training uses the plan too, and cannot use tensors made in inference_mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         of_image, of_view = _Axes.of(own_queries), _Axes.of(queries)
         (top, bottom), (left, right) = (_hull(valid) for valid in of_view.valid)
         width, grid = right - left, (image.query.height, image.query.width)
@@ -241,9 +241,8 @@ class _Axes:
             longest = max(axis.count for axis in along)
             matrices.append(torch.cat([_matrix(axis, longest) for axis in along])[order])
             valid.append(torch.cat([axis.valid for axis in along])[order])
-        of_y, of_x = torch.tensor(whole.source.width), torch.tensor(1)
-        steps = [torch.stack([of_x, of_y] if part.transposed else [of_y, of_x]) for part in whole.parts]
-        of_images = [step.expand(len(pair[0].index), 2) for step, pair in zip(steps, axes, strict=True)]
+        steps = torch.tensor([whole.source.width, 1])
+        of_images = [(steps.flip(0) if part.transposed else steps).expand(len(part.y.index), 2) for part in whole.parts]
         return cls(whole, (matrices[0], matrices[1]), (valid[0], valid[1]), torch.cat(of_images)[order])
 
     def rows(self, along_y: Range, along_x: Range, layout: TokenLayout, dtype: torch.dtype) -> RowReading:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -25,18 +27,20 @@ def check_lattices(name: str, view: View, source: Lattice, target: Lattice) -> N
 def valid_tokens(valid: Tensor, lattice: Lattice) -> Tensor:
     """``valid`` (B, H, W), True on image and False on padding, at any resolution -> (B, tokens), True where at least
     half of a token's cell is image."""
-    along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1]).to(valid.device) for axis in (0, 1))
+    along_y, along_x = (_cell_shares(lattice, axis, valid.shape[axis + 1], str(valid.device)) for axis in (0, 1))
     return (along_y @ valid.float() @ along_x.mT).flatten(1) >= 0.5 - 1e-6
 
 
-def _cell_shares(lattice: Lattice, axis: int, pixels: int) -> Tensor:
+@lru_cache(maxsize=32)
+def _cell_shares(lattice: Lattice, axis: int, pixels: int, device: str) -> Tensor:
     """(tokens, pixels): the share of a token's cell that each pixel covers, of the part that lies on the image."""
     line = Line(lattice, axis)
-    centres, half = line.places()[:, None] * pixels, line.stride / line.extent * pixels / 2
-    edges = torch.arange(pixels, dtype=torch.float64)
-    covered = (centres + half).minimum(edges + 1) - (centres - half).maximum(edges)
-    covered = covered.clamp(min=0)
-    return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float()
+    with torch.inference_mode(False):  # training uses it too, and cannot use tensors made in inference_mode
+        centres, half = line.places()[:, None] * pixels, line.stride / line.extent * pixels / 2
+        edges = torch.arange(pixels, dtype=torch.float64, device="cpu")
+        covered = (centres + half).minimum(edges + 1) - (centres - half).maximum(edges)
+        covered = covered.clamp(min=0)
+        return (covered / covered.sum(1, keepdim=True).clamp_min(1e-12)).float().to(device)
 
 
 def check_valid(valid: Tensor, batch: int) -> None:

@@ -244,7 +244,7 @@ def _patch_panels(
     device = str(a.device)
     grids = a.layout.query, b.layout.query
     token = torch.tensor([patch[0] * grids[0].width + patch[1]], device=device)
-    at_patch = torch.zeros(1, len(grids[0]), 1).index_fill(1, token.cpu(), 1.0)
+    at_patch = torch.zeros(1, len(grids[0]), 1, device="cpu").index_fill(1, token.cpu(), 1.0)
     there = int(align_tokens(at_patch, view.inverse, *grids).argmax())  # the view's patch that shows most of it
     before = [_patch_row(layer, int(at)) for layer, at in ((a, token), (b, there))]
 
@@ -273,7 +273,7 @@ def _patch_panels(
 def _patch_row(layer: LayerAttention, patch: int) -> Tensor:
     """(h, w): the attention of one patch to all patches, mean over heads."""
     layout = layer.layout
-    query = torch.arange(layout.num_queries)[patch_index(layout, "query", "cpu")][patch : patch + 1]
+    query = torch.arange(layout.num_queries, device="cpu")[patch_index(layout, "query", "cpu")][patch : patch + 1]
     row = layer.weights(query.to(layer.device)).mean(1)[0, 0].cpu()
     return row[patch_index(layout, "key", "cpu")].unflatten(0, (layout.key.height, layout.key.width))
 

@@ -1,7 +1,8 @@
-"""The measured costs as Markdown: a short table for README.md, all cases for docs/explanation/cost.md.
+"""The measured costs as Markdown: a short table for README.md, all cases for docs/explanation/cost.md, and those of a
+GPU for docs/explanation/gpu_cost.md.
 
-    python -m benchmarks.cost page            # prints both
-    python -m benchmarks.cost page --write    # puts them into README.md and docs/explanation/cost.md
+    python -m benchmarks.cost page            # prints them
+    python -m benchmarks.cost page --write    # puts them into the pages
 
 It reads the JSON files in benchmarks/cost/results/ and measures nothing.
 """
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost.gpu.page import section
 from benchmarks.marked_page import begin, fill
 
 HERE = Path(__file__).resolve().parent / "results"
 ROOT = HERE.parents[2]
 README = ROOT / "README.md"
-PAGE = ROOT / "docs" / "explanation" / "cost.md"
+PAGE, GPU_PAGE = (ROOT / "docs" / "explanation" / name for name in ("cost.md", "gpu_cost.md"))
 BEGIN = begin("cost page --write")
 ORDER = ("tiny", "small", "base")
 NAMES = {
@@ -176,12 +178,14 @@ def sections() -> dict[Path, str]:
         f"## mIoU at 100 thresholds\n\n{metrics_table()}\n\n"
         f"## Folders: class maps of a ViT-S at 224 px, and scores of saved maps\n\n{folder_table()}"
     )
-    return {README: short_table(), PAGE: full}
+    return {README: short_table(), PAGE: full, GPU_PAGE: section(HERE / "gpu.json")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cost page", description="The measured costs as Markdown.")
-    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/explanation/cost.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write them into README.md, docs/explanation/cost.md and gpu_cost.md"
+    )
     args = parser.parse_args(arguments)
     for path, table in sections().items():
         print(table)

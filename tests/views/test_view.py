@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from torch.utils.flop_counter import FlopCounterMode
 
 from acr_reg import (
     AllPairsConsistencyLoss,
@@ -24,8 +25,10 @@ from acr_reg import (
     View,
     align_attention,
 )
+from acr_reg.views import resampling
 from acr_reg.views.view import map_between
 from tests.support.attention import explicit, says
+from tests.support.tensor_watch import TensorWatch
 from tests.support.views import (
     BEYOND,
     BOXES,
@@ -229,7 +232,7 @@ def test_no_images_give_no_views(view):
     assert view(torch.zeros(2, 0, 12, 16)).shape == (2, 0, *view.output_size((12, 16)))
 
 
-@pytest.mark.parametrize("name", ["crop", "padded", "each exact"])
+@pytest.mark.parametrize("name", ["crop", "resized", "padded", "each", "each exact"])
 def test_shapes_alone_are_viewed_on_the_meta_device(name):
     view = VIEWS[name]
     assert view(torch.zeros(3, 2, 12, 16, device="meta")).shape == (3, 2, *view.output_size((12, 16)))
@@ -254,6 +257,58 @@ def test_a_view_first_used_in_inference_mode_serves_training(view, dtype):
     view(images).sum().backward()
     assert torch.equal(view(images).detach(), evaluated)
     assert (images.grad > 0).all()
+
+
+# The work: exact views copy once, and resampling reads a band of pixels
+
+LARGE = (150, 201)
+LARGE_VIEWS = {
+    "crops": PerImage([Crop(*box, size=(70, 129), image_size=LARGE) for box in ((9, 3, 141, 198), (80, 99, 20, 90))]),
+    "padded and turned": Compose([Crop(-40, 20, 200, 200, 96, image_size=LARGE, pad=True), Rotate90()]),
+    "shrunk": Compose([HorizontalFlip(), Scale(0.4)]),
+    "enlarged along one axis": Scale((1, 1.7)),
+    "in place, each": PerImage([Scale(0.6, keep_size=True), Compose([Scale(1.8, keep_size=True), VerticalFlip()])]),
+}
+any_large = pytest.mark.parametrize("view", LARGE_VIEWS.values(), ids=LARGE_VIEWS)
+
+
+@any_large
+def test_large_images_are_read_in_blocks_and_give_what_whole_products_give(view, monkeypatch):
+    images = noise(2, 2, *LARGE, dtype=torch.float64).requires_grad_()
+    found, back = view(images), view.align(view(images), (75, 201))
+    (gradient,) = torch.autograd.grad(found.square().sum() + back.square().sum(), images)
+    monkeypatch.setattr(resampling, "_BLOCK", 10**6)
+    whole, whole_back = view(images), view.align(view(images), (75, 201))
+    (expected,) = torch.autograd.grad(whole.square().sum() + whole_back.square().sum(), images)
+    for one, other in ((found, whole), (back, whole_back), (gradient, expected)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_the_products_of_an_image_grow_with_its_pixels(factor):
+    """A product with all pixels of a row for each output pixel would grow with their cube: eightfold."""
+    counted = []
+    for size in (256, 512):
+        with FlopCounterMode(display=False) as counter:
+            Scale(factor)(torch.zeros(1, 1, size, size))
+        counted.append(counter.get_total_flops())
+    assert 3.5 * counted[0] < counted[1] < 4.5 * counted[0]
+
+
+@pytest.mark.parametrize("view", [HorizontalFlip(), Rotate90(2), Crop(1, 2, 6, 9, image_size=(12, 16)), Identity()])
+def test_an_exact_view_is_one_copy(view):
+    images = torch.zeros(3, 64, 12, 16)
+    with TensorWatch() as made:
+        moved = view(images)
+    assert moved.numel() <= made.written < 1.1 * moved.numel()
+
+
+@pytest.mark.parametrize("view", [PerImage([HorizontalFlip(), Rotate90(2)]), PerImage([Rotate90(), HorizontalFlip()])])
+def test_views_of_each_image_are_joined_under_autocast_in_any_precision(view):
+    images = noise(2, 3, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = view(images)
+    assert torch.equal(cast, view(images))
 
 
 # What a view shows, and where it leads back
