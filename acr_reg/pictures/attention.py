@@ -27,7 +27,7 @@ from acr_reg import (
     class_attention,
     token_validity,
 )
-from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.alignment.pairs import AlignedPair, plan_of
 from acr_reg.capture.evaluation import eval_mode, running_view
 from acr_reg.losses.functional import Distance
 from acr_reg.losses.terms import LayerTerms, evaluate_dense
@@ -248,9 +248,11 @@ def _patch_panels(
     there = int(align_tokens(at_patch, view.inverse, *grids).argmax())  # the view's patch that shows most of it
     before = [_patch_row(layer, int(at)) for layer, at in ((a, token), (b, there))]
 
-    aligned = AlignedPair(a, b, view, with_entropy=False)
-    compared, _ = evaluate_dense(LayerTerms(aligned, {"affinity": 1.0}, token, None, distance, "row", "mean"))
-    rows = aligned.affinity(token)
+    plan = plan_of(a, b, view)
+    aligned, row = AlignedPair(a, b, plan, with_entropy=False), (plan.blocks[0], (plan.tokens == token).nonzero()[0])
+    layer = LayerTerms(aligned, {"affinity": 1.0}, [row], None, distance, "row", "mean", share=0)
+    compared, _ = evaluate_dense(layer)
+    rows = aligned.affinity(*row)
     after = [row[0, 0, 0].cpu() for row in rows.comparable("mean")[:2]]
     keys = a.layout.key
     size = (keys.height, keys.width)

@@ -293,7 +293,9 @@ class Line:
 
     def places(self) -> Tensor:
         """(count,): the centres, from 0 to 1 over the image."""
-        return (self.offset + (torch.arange(self.count, dtype=torch.float64, device="cpu") + 0.5) * self.stride) / self.extent
+        return (
+            self.offset + (torch.arange(self.count, dtype=torch.float64, device="cpu") + 0.5) * self.stride
+        ) / self.extent
 
     def tokens(self, places: Tensor) -> Tensor:
         """Converts places from 0 to 1 over the image to tokens: the centre of token i is at i."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, CamMeanIoU, HorizontalFlip, capture_attention, check
-from acr_reg.integrations import acr_wsss, afa, mctformer, toco, transcam
+from acr_reg.integrations import mctformer
 from acr_reg.integrations.formats import labels_of, load_cams, pseudo_labels, read_mask, save_cams, save_mask
 from acr_reg.integrations.host import inside
 from acr_reg.random_numbers import own_random_numbers

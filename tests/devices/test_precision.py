@@ -123,7 +123,9 @@ def channels_last(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("layout", [with_gaps, channels_last])
 @pytest.mark.parametrize("of", VIEWS)
-def test_inputs_of_any_memory_layout_give_what_contiguous_ones_give(of: str, layout: Callable[[Tensor], Tensor]) -> None:
+def test_inputs_of_any_memory_layout_give_what_contiguous_ones_give(
+    of: str, layout: Callable[[Tensor], Tensor]
+) -> None:
     generator = torch.Generator().manual_seed(0)
     scores, cams = torch.randn(2, 2, 3, 25, 25, generator=generator), torch.randn(2, 2, 5, 4, 6, generator=generator)
     valid = torch.rand(2, *SIZE, generator=generator) > 0.3

@@ -162,7 +162,13 @@ def _line() -> str:
 def placed(device: Any) -> torch.device:
     """``cuda`` is ``cuda:0``, as where no other device was set."""
     device = torch.device(device)
-    return torch.device(device.type, 0) if device.type != "cpu" and device.index is None else CPU if device.type == "cpu" else device
+    return (
+        torch.device(device.type, 0)
+        if device.type != "cpu" and device.index is None
+        else CPU
+        if device.type == "cpu"
+        else device
+    )
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
