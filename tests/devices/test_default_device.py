@@ -101,7 +101,7 @@ def step(device: torch.device) -> list[torch.Tensor]:
         rows = torch.rand(2, 2, 24, 24).softmax(-1)
     model, images, valid, rows = model.to(device), images.to(device), valid.to(device), rows.to(device)
     layout = AttentionMaps.from_tensors([rows], 0, (4, 6))[0].layout
-    acr = AllPairsConsistencyLoss(rows=0.5)
+    acr = AllPairsConsistencyLoss()
     found = []
     with capture_attention(model) as attention:
         for per_image in (False, True):
