@@ -42,7 +42,7 @@ class LayerTerms:
         a, b, overlap = aligned.comparable(self.heads)
         keys_valid, counted = (aligned.keys_valid, aligned.counted) if aligned.is_partial else (None, None)
         if term == "activation":  # one class token serves whatever classes are present
-            counted = self.labels > 0 if self.labels is not None and a.shape[2] > 1 else None
+            counted = self.labels.to(a.device) > 0 if self.labels is not None and a.shape[2] > 1 else None
         return sum_rows(a, b, self.distance, self.normalize, keys_valid, counted, overlap), aligned.entropy
 
     def closed(self, term: Term, found: RowSum) -> RowSum:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import pytest
@@ -32,7 +34,7 @@ CROPS = RandomResizedCrop(SIZE, scale=(0.4, 1))
 class Step(NamedTuple):
     """A training step: options of the loss, and what its call gets besides the maps."""
 
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = MappingProxyType({})
     view: Any = FLIP
     view_a: Any = None
     labels: bool = False
