@@ -51,7 +51,7 @@ class AxisMap:
     weights: Tensor | None
     valid: Tensor
     step: Tensor
-    runs: Sequence[_Run] = ()
+    runs: list[_Run] = field(default_factory=list)
     _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property

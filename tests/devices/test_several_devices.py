@@ -1,4 +1,4 @@
-"""Models that lie on several devices: split, offloaded, a teacher on another one, and what the caller leaves on the CPU."""
+"""Models on several devices: split, offloaded, with a teacher on another one; and what the caller leaves on the CPU."""
 
 from __future__ import annotations
 
@@ -126,7 +126,11 @@ def test_labels_valid_and_class_maps_may_lie_elsewhere_for_every_term(gpu: torch
             each.clone().to(device) for each, device in zip((*rows, *cams, labels, valid), devices, strict=True)
         )
         leaves = [each.requires_grad_() for each in (a, b, cam_a, cam_b)]
-        first, second = (AttentionMaps.from_tensors([each.softmax(-1)], 3, (4, 6), class_tokens=3) for each in (a, b))
+        last = SECOND if devices[0] == gpu else CPU  # where the second layer lies
+        first, second = (
+            AttentionMaps.from_tensors([each.softmax(-1), each.to(last).softmax(-1)], 3, (4, 6), class_tokens=3)
+            for each in (a, b)
+        )
         for view in VIEWS.values():
             loss, terms = AllPairsConsistencyLoss(view)(
                 first, second, cam_a, cam_b, labels=known, valid=inside, return_terms=True
