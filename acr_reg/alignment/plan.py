@@ -27,6 +27,7 @@ from acr_reg.views.resampling import AxisMap, LatticeMap
 from acr_reg.views.view import View, blur_between, map_between
 
 Range = tuple[int, int]
+CPU = torch.device("cpu")
 SIDES: tuple[TokenSide, TokenSide] = ("query", "key")
 
 
@@ -169,7 +170,7 @@ def plan_between(
         for side in SIDES
     )
     # Training uses the plan too, and cannot use tensors made in inference_mode.
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.no_grad():
         of_image, of_view = _Axes.of(own_queries), _Axes.of(queries)
         (top, bottom), (left, right) = (_hull(valid) for valid in of_view.valid)
         width, grid = right - left, (image.query.height, image.query.width)
@@ -185,7 +186,7 @@ def plan_between(
             for y in range(top, bottom, height)
             for end in [min(y + height, bottom)]
         ]
-        tokens = torch.arange(prod(grid)).view(grid)[top:bottom, left:right].flatten()
+        tokens = torch.arange(prod(grid), device=CPU).view(grid)[top:bottom, left:right].flatten()
         plan = Plan(
             blocks=tuple(blocks),
             of_image=_Axes.of(own_keys).keys(image, keys.valid, keys.valid, dtype),
@@ -196,7 +197,10 @@ def plan_between(
             keys_valid=keys.valid,
             # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
             is_partial=not (queries.is_complete and keys.is_complete and seen.is_complete),
-            classes=(torch.tensor([image.class_tokens or ()]).long(), torch.tensor([viewed.class_tokens or ()]).long()),
+            classes=(
+                torch.tensor([image.class_tokens or ()], device=CPU).long(),
+                torch.tensor([viewed.class_tokens or ()], device=CPU).long(),
+            ),
         )
         return plan if device == "cpu" else _in_one_copy(plan, device)
 
@@ -234,14 +238,14 @@ class _Axes:
     @classmethod
     def of(cls, whole: LatticeMap) -> _Axes:
         images = [image for part in whole.parts for image in part.images or range(len(part.y.index))]
-        order = torch.tensor(images).argsort()
+        order = torch.tensor(images, device=CPU).argsort()
         axes = [(part.x, part.y) if part.transposed else (part.y, part.x) for part in whole.parts]
         matrices, valid = [], []
         for along in ([pair[0] for pair in axes], [pair[1] for pair in axes]):
             longest = max(axis.count for axis in along)
             matrices.append(torch.cat([_matrix(axis, longest) for axis in along])[order])
             valid.append(torch.cat([axis.valid for axis in along])[order])
-        steps = torch.tensor([whole.source.width, 1])
+        steps = torch.tensor([whole.source.width, 1], device=CPU)
         of_images = [(steps.flip(0) if part.transposed else steps).expand(len(part.y.index), 2) for part in whole.parts]
         return cls(whole, (matrices[0], matrices[1]), (valid[0], valid[1]), torch.cat(of_images)[order])
 
@@ -258,7 +262,7 @@ class _Axes:
     def keys(self, layout: TokenLayout, kept: Tensor, keys_valid: Tensor, dtype: torch.dtype) -> KeyReading:
         """For all targets. ``kept`` (1 or B, M') are the source's keys whose mass a row keeps."""
         others, count = layout.num_other_tokens, len(layout.key)
-        resampled, patches = None, torch.arange(count)[None]
+        resampled, patches = None, torch.arange(count, device=CPU)[None]
         window: slice | Tensor = slice(others, None)
         if self.whole.is_permutation:
             patches = self._tokens(*(matrix.argmax(2) for matrix in self.matrices))
@@ -270,16 +274,18 @@ class _Axes:
                 window = others + index
             else:
                 window = slice(others, others + index.shape[1])
-                is_rest = torch.ones(len(index), count, dtype=torch.int8).scatter_(1, index, 0)
+                is_rest = torch.ones(len(index), count, dtype=torch.int8, device=CPU).scatter_(1, index, 0)
                 patches = torch.cat([index, is_rest.argsort(dim=1, stable=True)[:, index.shape[1] :]], 1)
-        order = _positions(layout, "key", torch.cat([torch.arange(-others, 0).expand(len(patches), -1), patches], 1))
+        order = _positions(
+            layout, "key", torch.cat([torch.arange(-others, 0, device=CPU).expand(len(patches), -1), patches], 1)
+        )
         images = max(len(patches), len(kept), len(keys_valid))
-        totals = torch.zeros(images, others + count, 4, dtype=dtype)
+        totals = torch.zeros(images, others + count, 4, dtype=dtype, device=CPU)
         totals[:, :others, 0] = 1
         totals[:, others:, 1] = kept.expand(images, -1).gather(1, patches.expand(images, -1))
         totals[..., 2:] = _spread(window, resampled, keys_valid.to(dtype), others + count)[..., None]
         return KeyReading(
-            order=None if torch.equal(order, torch.arange(others + count)[None]) else order,
+            order=None if torch.equal(order, torch.arange(others + count, device=CPU)[None]) else order,
             others=others,
             patches=patches,
             window=window,
@@ -297,7 +303,7 @@ class _Axes:
 
 def _matrix(axis: AxisMap, longest: int) -> Tensor:
     weights = torch.ones_like(axis.index, dtype=torch.float64) if axis.weights is None else axis.weights
-    return torch.zeros(*axis.valid.shape, longest, dtype=torch.float64).scatter_add_(2, axis.index, weights)
+    return torch.zeros(*axis.valid.shape, longest, dtype=torch.float64, device=CPU).scatter_add_(2, axis.index, weights)
 
 
 def _hull(valid: Tensor) -> Range:
@@ -313,7 +319,7 @@ def _window(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Resampling,
         read = (matrix > 0).any(1)
         low, high = read.long().argmax(1), matrix.shape[2] - read.flip(1).long().argmax(1)
         length = int((high - low).where(read.any(1), 1).max())
-        place = low.clamp(max=matrix.shape[2] - length)[:, None] + torch.arange(length)
+        place = low.clamp(max=matrix.shape[2] - length)[:, None] + torch.arange(length, device=CPU)
         cut.append(matrix.gather(2, place[:, None].expand(-1, matrix.shape[1], -1)).to(dtype))
         places.append(place)
     return Resampling(*cut), places
@@ -322,7 +328,7 @@ def _window(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Resampling,
 def _positions(layout: TokenLayout, side: TokenSide, patches: Tensor) -> Tensor:
     """Where these patches stand among a side's tokens. Negative ones are other tokens, from the last."""
     order, tokens = layout.order(side), layout.num_other_tokens + patches
-    return tokens if order is None else torch.tensor(order)[tokens]
+    return tokens if order is None else torch.tensor(order, device=CPU)[tokens]
 
 
 def _in_one_copy(plan: Plan, device: str) -> Plan:

@@ -42,7 +42,7 @@ class LayerTerms:
         a, b, overlap = aligned.comparable(self.heads)
         keys_valid, counted = (aligned.keys_valid, aligned.counted) if aligned.is_partial else (None, None)
         if term == "activation":  # one class token serves whatever classes are present
-            counted = self.labels > 0 if self.labels is not None and a.shape[2] > 1 else None
+            counted = self.labels.to(a.device) > 0 if self.labels is not None and a.shape[2] > 1 else None
         return sum_rows(a, b, self.distance, self.normalize, keys_valid, counted, overlap), aligned.entropy
 
     def closed(self, term: Term, found: RowSum) -> RowSum:
@@ -74,9 +74,10 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
     if share == 1:
         return [(block, None) for block in plan.blocks], 1.0
     count, width = len(plan.tokens), plan.width
-    wanted, height, start = max(1, round(share * count)), count // width, torch.rand((), device="cpu").item()
+    wanted, height = max(1, round(share * count)), count // width
+    start = torch.rand((), dtype=torch.float64, device="cpu").item()
     bounds = [math.floor(start + wanted * y / height) for y in range(height + 1)]
-    order = torch.rand(height, width, device=plan.tokens.device).argsort(1)
+    order = _scattered(count, plan.tokens.device).view(height, width).argsort(1)
     rows: list[Rows] = []
     for block in plan.blocks:
         top, bottom = (token // width for token in block.tokens)
@@ -84,6 +85,15 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
         if bounds[bottom] > bounds[top]:
             rows.append((block, torch.cat(picked)))
     return rows, wanted / count
+
+
+def _scattered(count: int, device: torch.device) -> Tensor:
+    """``count`` numbers, all different, by Wellons' 32-bit hash of consecutive ones. They depend on the CPU's generator
+    only, so that every device samples the same rows, and none are sent there."""
+    numbers = torch.arange(count, device=device) + int(torch.randint(2**31, (), device="cpu"))
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
+    return numbers ^ (numbers >> 15)
 
 
 def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:
