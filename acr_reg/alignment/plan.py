@@ -27,7 +27,6 @@ from acr_reg.views.resampling import AxisMap, LatticeMap
 from acr_reg.views.view import View, blur_between, map_between
 
 Range = tuple[int, int]
-CPU = torch.device("cpu")
 SIDES: tuple[TokenSide, TokenSide] = ("query", "key")
 
 
@@ -170,7 +169,7 @@ def plan_between(
         for side in SIDES
     )
     # Training uses the plan too, and cannot use tensors made in inference_mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         of_image, of_view = _Axes.of(own_queries), _Axes.of(queries)
         (top, bottom), (left, right) = (_hull(valid) for valid in of_view.valid)
         width, grid = right - left, (image.query.height, image.query.width)
@@ -186,7 +185,7 @@ def plan_between(
             for y in range(top, bottom, height)
             for end in [min(y + height, bottom)]
         ]
-        tokens = torch.arange(prod(grid), device=CPU).view(grid)[top:bottom, left:right].flatten()
+        tokens = torch.arange(prod(grid), device="cpu").view(grid)[top:bottom, left:right].flatten()
         plan = Plan(
             blocks=tuple(blocks),
             of_image=_Axes.of(own_keys).keys(image, keys.valid, keys.valid, dtype),
@@ -197,10 +196,7 @@ def plan_between(
             keys_valid=keys.valid,
             # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
             is_partial=not (queries.is_complete and keys.is_complete and seen.is_complete),
-            classes=(
-                torch.tensor([image.class_tokens or ()], device=CPU).long(),
-                torch.tensor([viewed.class_tokens or ()], device=CPU).long(),
-            ),
+            classes=(_row(image.class_tokens or ()), _row(viewed.class_tokens or ())),
         )
         return plan if device == "cpu" else _in_one_copy(plan, device)
 
@@ -238,14 +234,14 @@ class _Axes:
     @classmethod
     def of(cls, whole: LatticeMap) -> _Axes:
         images = [image for part in whole.parts for image in part.images or range(len(part.y.index))]
-        order = torch.tensor(images, device=CPU).argsort()
+        order = torch.tensor(images, device="cpu").argsort()
         axes = [(part.x, part.y) if part.transposed else (part.y, part.x) for part in whole.parts]
         matrices, valid = [], []
         for along in ([pair[0] for pair in axes], [pair[1] for pair in axes]):
             longest = max(axis.count for axis in along)
             matrices.append(torch.cat([_matrix(axis, longest) for axis in along])[order])
             valid.append(torch.cat([axis.valid for axis in along])[order])
-        steps = torch.tensor([whole.source.width, 1], device=CPU)
+        steps = torch.tensor([whole.source.width, 1], device="cpu")
         of_images = [(steps.flip(0) if part.transposed else steps).expand(len(part.y.index), 2) for part in whole.parts]
         return cls(whole, (matrices[0], matrices[1]), (valid[0], valid[1]), torch.cat(of_images)[order])
 
@@ -262,7 +258,7 @@ class _Axes:
     def keys(self, layout: TokenLayout, kept: Tensor, keys_valid: Tensor, dtype: torch.dtype) -> KeyReading:
         """For all targets. ``kept`` (1 or B, M') are the source's keys whose mass a row keeps."""
         others, count = layout.num_other_tokens, len(layout.key)
-        resampled, patches = None, torch.arange(count, device=CPU)[None]
+        resampled, patches = None, torch.arange(count, device="cpu")[None]
         window: slice | Tensor = slice(others, None)
         if self.whole.is_permutation:
             patches = self._tokens(*(matrix.argmax(2) for matrix in self.matrices))
@@ -274,18 +270,17 @@ class _Axes:
                 window = others + index
             else:
                 window = slice(others, others + index.shape[1])
-                is_rest = torch.ones(len(index), count, dtype=torch.int8, device=CPU).scatter_(1, index, 0)
+                is_rest = torch.ones(len(index), count, dtype=torch.int8, device="cpu").scatter_(1, index, 0)
                 patches = torch.cat([index, is_rest.argsort(dim=1, stable=True)[:, index.shape[1] :]], 1)
-        order = _positions(
-            layout, "key", torch.cat([torch.arange(-others, 0, device=CPU).expand(len(patches), -1), patches], 1)
-        )
+        beside = torch.arange(-others, 0, device="cpu").expand(len(patches), -1)
+        order = _positions(layout, "key", torch.cat([beside, patches], 1))
         images = max(len(patches), len(kept), len(keys_valid))
-        totals = torch.zeros(images, others + count, 4, dtype=dtype, device=CPU)
+        totals = torch.zeros(images, others + count, 4, dtype=dtype, device="cpu")
         totals[:, :others, 0] = 1
         totals[:, others:, 1] = kept.expand(images, -1).gather(1, patches.expand(images, -1))
         totals[..., 2:] = _spread(window, resampled, keys_valid.to(dtype), others + count)[..., None]
         return KeyReading(
-            order=None if torch.equal(order, torch.arange(others + count, device=CPU)[None]) else order,
+            order=None if torch.equal(order, torch.arange(others + count, device="cpu")[None]) else order,
             others=others,
             patches=patches,
             window=window,
@@ -303,7 +298,8 @@ class _Axes:
 
 def _matrix(axis: AxisMap, longest: int) -> Tensor:
     weights = torch.ones_like(axis.index, dtype=torch.float64) if axis.weights is None else axis.weights
-    return torch.zeros(*axis.valid.shape, longest, dtype=torch.float64, device=CPU).scatter_add_(2, axis.index, weights)
+    empty = torch.zeros(*axis.valid.shape, longest, dtype=torch.float64, device="cpu")
+    return empty.scatter_add_(2, axis.index, weights)
 
 
 def _hull(valid: Tensor) -> Range:
@@ -319,7 +315,7 @@ def _window(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Resampling,
         read = (matrix > 0).any(1)
         low, high = read.long().argmax(1), matrix.shape[2] - read.flip(1).long().argmax(1)
         length = int((high - low).where(read.any(1), 1).max())
-        place = low.clamp(max=matrix.shape[2] - length)[:, None] + torch.arange(length, device=CPU)
+        place = low.clamp(max=matrix.shape[2] - length)[:, None] + torch.arange(length, device="cpu")
         cut.append(matrix.gather(2, place[:, None].expand(-1, matrix.shape[1], -1)).to(dtype))
         places.append(place)
     return Resampling(*cut), places
@@ -328,7 +324,7 @@ def _window(matrices: Sequence[Tensor], dtype: torch.dtype) -> tuple[Resampling,
 def _positions(layout: TokenLayout, side: TokenSide, patches: Tensor) -> Tensor:
     """Where these patches stand among a side's tokens. Negative ones are other tokens, from the last."""
     order, tokens = layout.order(side), layout.num_other_tokens + patches
-    return tokens if order is None else torch.tensor(order, device=CPU)[tokens]
+    return tokens if order is None else torch.tensor(order, device="cpu")[tokens]
 
 
 def _in_one_copy(plan: Plan, device: str) -> Plan:
@@ -349,6 +345,10 @@ def _in_one_copy(plan: Plan, device: str) -> Plan:
         part[:size].view(tensor.dtype).view(tensor.shape) for part, size, tensor in zip(sent, sizes, found, strict=True)
     )
     return _mapped(plan, lambda _: next(moved))
+
+
+def _row(tokens: Sequence[int]) -> Tensor:
+    return torch.tensor([tokens], dtype=torch.long, device="cpu")
 
 
 def _mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -155,7 +155,8 @@ class AllPairsConsistencyLoss(nn.Module):
         """The loss, a scalar >= 0 in float32 (float64 for float64 maps); with ``return_terms`` also its terms.
 
         Args:
-            attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model.
+            attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model. Each layer is compared
+                on its device in ``attn_a``; the loss lies on that of the first.
             cam_a, cam_b: class maps (B, C, h, w) of both, differentiable; None leaves the cam term out.
             view: overrides the view given at construction.
             view_a: pass it if both views are augmented: the first maps belong to ``view_a(images)``, the second to
@@ -195,7 +196,7 @@ class AllPairsConsistencyLoss(nn.Module):
                 attention, terms = self._attention_terms(given, return_terms)
                 loss = loss + attention
             if "cam" in given.terms:
-                terms["cam"] = self._cam_term(given)
+                terms["cam"] = self._cam_term(given).to(device)
                 loss = loss + self.weights["cam"] * terms["cam"]
         loss = scale * loss
         check_finite(loss, given)
@@ -207,7 +208,7 @@ class AllPairsConsistencyLoss(nn.Module):
         query and key."""
         names: tuple[Term, ...] = ("activation", "affinity")
         weights = {name: self.weights[name] for name in names if name in given.terms}
-        weighted, reports, plans = [], [], dict[Hashable, Plan]()
+        weighted, reports, plans, device = [], [], dict[Hashable, Plan](), given.pairs[0][0].device
         small = are_small(given.pairs, self.rows)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(weights.values())):
             for a, b in given.pairs:
@@ -228,8 +229,8 @@ class AllPairsConsistencyLoss(nn.Module):
                     share,
                 )
                 value, report = evaluate_blockwise(layer) if blockwise else evaluate_dense(layer)
-                weighted.append(value)
-                reports.append(report)
+                weighted.append(value.to(device))  # layers may lie on several devices
+                reports.append({name: term.to(device) for name, term in report.items()})
         reported = dict.fromkeys(name for report in reports for name in report)
         terms = {name: torch.stack([r[name] for r in reports if name in r]).mean() for name in reported}
         return torch.stack(weighted).mean(), terms

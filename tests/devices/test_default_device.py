@@ -101,7 +101,7 @@ def step(device: torch.device) -> list[torch.Tensor]:
         rows = torch.rand(2, 2, 24, 24).softmax(-1)
     model, images, valid, rows = model.to(device), images.to(device), valid.to(device), rows.to(device)
     layout = AttentionMaps.from_tensors([rows], 0, (4, 6))[0].layout
-    acr = AllPairsConsistencyLoss(rows=0.5)
+    acr = AllPairsConsistencyLoss()
     found = []
     with capture_attention(model) as attention:
         for per_image in (False, True):
@@ -155,7 +155,7 @@ def test_check_and_class_maps_of_a_folder_are_the_same_on_any_default_device(gpu
 
 def test_nothing_is_float64_on_mps(gpu: torch.device) -> None:
     mps = torch.device("mps", 0)
-    with pytest.raises(TypeError, match="MPS has no torch.float64"):
+    with pytest.raises(TypeError, match="MPS has no"):
         torch.ones(2, device=mps).double()
     model, images = explicit_vit().to(mps), torch.randn(2, 3, *SIZE).to(mps)
     assert check(model, images).ok

@@ -46,7 +46,7 @@ def trained(kind: str, view: View, device: torch.device, dtype: torch.dtype | No
     """The loss, the gradient of all query and key weights, and the class maps, in float32 on the CPU."""
     model, images = model_and_images(kind)
     model, images, labels = model.to(device), images.to(device), LABELS.to(device)
-    acr = AllPairsConsistencyLoss(view, rows=0.5)
+    acr = AllPairsConsistencyLoss(view)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     valid = torch.ones(2, *SIZE, dtype=torch.bool, device=device)

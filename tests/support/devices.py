@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -121,7 +121,7 @@ class Traffic:
     """What crossed the bus while this was entered: ``reads`` from a device and ``copies`` to it, each as the line of
     code that caused it. ``print(traffic)`` lists them."""
 
-    _open: list[Traffic] = []
+    _open: ClassVar[list[Traffic]] = []
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -190,7 +190,7 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 class _Generators:
     """The random numbers of each device, which has a generator of its own."""
 
-    states: dict[int, Tensor] = {}
+    states: ClassVar[dict[int, Tensor]] = {}
 
     @classmethod
     def get(cls, device: Any = 0) -> Tensor:
@@ -301,7 +301,8 @@ class _Operations(TorchDispatchMode):
 class _Functions(TorchFunctionMode):
     """Sends tensors of the CPU to devices, and remembers which function of torch was called."""
 
-    _running: list[bool] = []  # for each function that runs: whether what it makes lies where it is used
+    # For each function that runs: whether what it makes lies where it is used.
+    _running: ClassVar[list[bool]] = []
 
     @staticmethod
     def inside_operation() -> bool:
@@ -360,7 +361,7 @@ def _autocast_of(init: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def stand_in_devices() -> Iterator[torch.device]:
-    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, ``torch.autocast`` and random states; ``mps``
+    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, autocast and random states. ``mps`` serves
     for tensors, except those of float64, which it refuses. Yields ``cuda:0``."""
     make_parameters_anew = torch.__future__.set_overwrite_module_params_on_conversion
     _Generators.seed_all(0)
