@@ -29,7 +29,7 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.alignment.plan import Block, KeyReading, Plan, Range, Resampling, RowReading, plan_between, without_padding
 from acr_reg.alignment.token_maps import NO_MASS, check_lattices
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.view import View
 
 Heads = Literal["mean", "each"]
@@ -229,9 +229,6 @@ class AlignedRows:
 
 class RowSource(Protocol):
     """A source of attention rows: a :class:`~acr_reg.LayerAttention`, or one evaluated in blocks."""
-
-    @property
-    def layout(self) -> TokenLayout: ...
 
     @property
     def stochastic(self) -> bool: ...
