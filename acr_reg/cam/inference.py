@@ -37,7 +37,7 @@ class GradientCam(Removable):
     The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
     model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
-    call runs one more image to see the layers. A training capture of the same model does not record these runs.
+    call runs one image twice more to see the layers. A training capture of the same model does not record these runs.
 
     Args:
         model: any module that :func:`~acr_reg.capture_attention` can capture.
