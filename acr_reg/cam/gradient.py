@@ -71,9 +71,6 @@ def class_token_gradient_cam(
     >>> class_token_gradient_cam(logits, maps, labels=torch.tensor([[1, 0, 0, 1]]), start_layer=0).shape
     torch.Size([1, 4, 2, 3])
     """
-    require_tensor(logits, "logits", "(B, C)")
-    if not isinstance(attention, AttentionMaps):
-        raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = used_layers(logits, attention, labels, start_layer, method, query, create_graph)
     turns = Turns.of(labels, logits)
     maps, contributed = gradient_maps(logits, layers, turns, method, query, create_graph)

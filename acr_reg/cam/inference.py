@@ -225,12 +225,13 @@ class GradientCam(Removable):
         self._rows = ClassRows.of(layers, self.query)
         if self._rows is None:
             return
-        mixed = torch.arange(1, logits.shape[1] + 1, device=logits.device)  # all classes, so that none cancels another
+        # A score of all classes, none of which cancels another.
+        weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
         try:
             again = _logits_of(self._forward(self._attention, image), 1)
             spared = [*self._attention.take()][-len(layers) :]
-            ours = class_rows_of(spared, gradients((again * mixed).sum(), spared))
-            ordinary = class_rows_of(layers, gradients((logits * mixed).sum(), layers))
+            ours = class_rows_of(layers, gradients((again * weights).sum(), spared))
+            ordinary = class_rows_of(layers, gradients((logits * weights).sum(), layers))
         except Exception:  # such as that of a checkpointed layer, which must run alike a second time
             fits = False
         else:
