@@ -131,7 +131,7 @@ class AttentionCapture(Removable):
         :class:`~acr_reg.CaptureError` inside a forward of the model, as ``take()`` does."""
         recorder = self._running()
         recorder.refuse_inside("clear()")
-        recorder.log.clear()
+        recorder.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
@@ -142,10 +142,9 @@ class AttentionCapture(Removable):
         """
         recorder = self._running()
         recorder.refuse_inside("take()")
-        position = recorder.log.started - 1
         runs = self._finished(recorder)
         chosen = one_of(runs, recorder.log.keep, run)
-        maps = self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
+        maps = self._maps(recorder, chosen, {"last": chosen.position, "all": None}.get(recorder.log.keep, 0))
         assert maps is not None
         return maps
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from acr_reg._torch_private import break_graph, in_backward, is_compiling
+from acr_reg._torch_private import break_graph, in_backward, is_compiling, remove_hooks
 from acr_reg.capture.stacks import is_running
 from acr_reg.errors import CaptureError
 
@@ -61,13 +61,13 @@ class _Hook:
 
 
 class _EnterHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if is_compiling():  # before anything that tracing cannot follow
             message = _TRACED.format("torch.compile or torch.export")
             break_graph(message)
             raise CaptureError(message)
         watcher = _watcher(self.number)
-        if watcher is None:
+        if watcher is None or kwargs is None:  # while another thread removes this hook, torch passes no kwargs
             return
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise CaptureError(_TRACED.format("torch.jit.trace"))
@@ -87,9 +87,9 @@ class HookSet:
 
     def __init__(self, watcher: Watcher) -> None:
         self.number = next(_NUMBERS)
-        self._handles: dict[nn.Module, list[Any]] = {}
+        self._hooked: dict[nn.Module, None] = {}
         # The finalizer must not hold the watcher, which holds this set.
-        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self.number)
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._hooked, self.number)
         _WATCHERS[self.number] = weakref.ref(watcher)
 
     @property
@@ -97,34 +97,36 @@ class HookSet:
         """Whether the watcher hears what now runs on this thread: not once removed, nor while another runs alone."""
         return _watcher(self.number) is not None
 
+    def is_watched(self, module: nn.Module) -> bool:
+        return module in self._hooked
+
     def watch_only(self, modules: Iterable[nn.Module]) -> None:
         """Hooks these modules and no others."""
         wanted = dict.fromkeys(modules)
-        # One line each, so that no interruption comes between hooks and the handles that remove them.
-        for module in [m for m in self._handles if m not in wanted]:
-            for handle in self._handles[module]:
-                handle.remove()
-            del self._handles[module]
+        _remove_from([module for module in list(self._hooked) if module not in wanted], self._hooked, self.number)
         enter, leave = _EnterHook(self.number), _LeaveHook(self.number)
         for module in wanted:
-            if module not in self._handles:
-                handles = self._handles[module] = []
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if module not in self._hooked:
+                self._hooked[module] = None  # first: an interruption must leave no hook that nobody knows
+                module.register_forward_pre_hook(enter, with_kwargs=True)
                 # Prepended, so that of two captures the one entered last leaves first.
-                handles.append(module.register_forward_hook(leave, prepend=True, always_call=True))
+                module.register_forward_hook(leave, prepend=True, always_call=True)
 
     def remove(self) -> None:
         """Removes every hook. May be called again, also after an interruption."""
-        _remove_all(self._handles, self.number)
+        _remove_all(self._hooked, self.number)
         self._finalizer.detach()
 
 
-def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
+def _remove_all(hooked: dict[nn.Module, None], number: int) -> None:
     _WATCHERS.pop(number, None)
-    for module_handles in handles.values():
-        for handle in module_handles:
-            handle.remove()
-    handles.clear()
+    _remove_from(list(hooked), hooked, number)
+
+
+def _remove_from(modules: Iterable[nn.Module], hooked: dict[nn.Module, None], number: int) -> None:
+    for module in modules:
+        remove_hooks(module, lambda hook: isinstance(hook, _Hook) and hook.number == number)
+        hooked.pop(module, None)
 
 
 class _Solo(threading.local):

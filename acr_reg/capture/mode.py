@@ -6,6 +6,7 @@ nothing twice, replaces nothing and stores nothing on modules.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -16,7 +17,9 @@ from torch.overrides import TorchFunctionMode
 
 from acr_reg._torch_private import (
     flex_attention_operator,
+    function_modes,
     is_compiling,
+    keep_modes,
     math_kernel,
     never_compiled,
     never_traced,
@@ -36,22 +39,30 @@ class AttentionMode(TorchFunctionMode):
 
     ``math_kernel`` runs fused attention by the kernel that can be differentiated twice. ``record_products`` also keeps
     query, key and A V of unfused layers, which only a check needs. ``sources`` follows the tokens of a first run.
+
+    ``current`` has the mode that a capture has entered on each thread. An interruption may leave others on the stack:
+    they only hand calls on.
     """
 
     def __init__(
         self,
         listener: Listener,
+        current: dict[int, AttentionMode],
         math_kernel: bool = False,
         record_products: bool = False,
         sources: Sources | None = None,
     ) -> None:
         super().__init__()
         self._listener = listener
+        self._current, self._thread = current, threading.get_ident()
         self._math_kernel = math_kernel
         self._sources = sources
         self._functions = FunctionWatch()
         self._scores = ScoreFollower(listener, record_products, sources)
-        self._ended = False
+
+    @property
+    def is_current(self) -> bool:
+        return self._current.get(self._thread) is self
 
     def watch_functions(self) -> None:
         """Also reports kernels that no mode sees, until :meth:`forget`. torch must be able to trace ``__enter__``."""
@@ -61,11 +72,6 @@ class AttentionMode(TorchFunctionMode):
         """Stops watching and following, and returns descriptions of the softmaxes that met no V."""
         self._functions.stop()
         return self._scores.forget()
-
-    def end(self) -> None:
-        """From now on only hands calls on: no thread can take a mode off another's stack."""
-        self._ended = True
-        self.forget()
 
     @never_compiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +86,7 @@ class AttentionMode(TorchFunctionMode):
         if self._functions.inside:
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
-        if self._ended or (role is Role.OTHER and not self._scores.followed and self._sources is None):
+        if self._current.get(self._thread) is not self or (role is Role.OTHER and not self._scores.followed and self._sources is None):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
@@ -125,6 +131,8 @@ class AttentionMode(TorchFunctionMode):
 
     def _external(self, kernel: str, arguments: Mapping[str, Any], result: Any) -> None:
         """Reports a kernel of xformers or flash_attn. It has a result and no way to its inside."""
+        if not self.is_current:
+            return
         output = result[0] if isinstance(result, tuple) else result
         if self._math_kernel:
             self._listener.report_unknown(f"{kernel}, which has no second derivative,")
@@ -159,3 +167,20 @@ class AttentionMode(TorchFunctionMode):
                 return kernels.body(func)(*args, **kwargs)
         finally:
             inside_multi_head.heads, inside_multi_head.cross = before
+
+
+def clear_modes() -> None:
+    """Removes from this thread's stack the modes that an interruption left there."""
+    modes = function_modes()
+    if not modes:
+        inside_multi_head.leave()
+        return
+    watching = [mode for mode in modes if isinstance(mode, AttentionMode) and mode.is_current]
+    kept = [
+        not isinstance(mode, AttentionMode) or (mode.is_current and mode not in modes[:place])
+        for place, mode in enumerate(modes)
+    ]
+    if not all(kept):
+        keep_modes(kept)
+    if not watching:
+        inside_multi_head.leave()

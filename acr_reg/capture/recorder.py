@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,12 +16,11 @@ from acr_reg._torch_private import (
     in_reentrant_checkpoint,
     is_faked,
     is_split,
-    remove_mode,
     shards_parameters,
 )
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
-from acr_reg.capture.mode import AttentionMode
+from acr_reg.capture.mode import AttentionMode, clear_modes
 from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
 from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
 from acr_reg.capture.scores import Listener
@@ -49,7 +47,8 @@ class Recorder:
         self, placer: Placer, keep: Keep, no_grad: bool, double_backward: bool, graph_from: int | None, products: bool
     ) -> None:
         self.placer, self.index = placer, placer.index
-        self.log = RunLog(keep)
+        self._running = RunningForwards(self.index.names)
+        self.log = RunLog(keep, self._running)
         self.images = ImageWatch(placer.image_channels)
         self._no_grad = no_grad
         self._double_backward = double_backward
@@ -64,8 +63,7 @@ class Recorder:
         graph = None if graph_from is None else _weakly(self._starts_graph)
         running = _weakly(self._state.running)
         listener = Listener(_weakly(self._report), running, _weakly(self._report_unknown), graph)
-        self._new_mode = partial(AttentionMode, listener, double_backward, products)
-        self._running = RunningForwards(self.index.names)
+        self._new_mode = partial(AttentionMode, listener, modes, double_backward, products)
         if (inside := self._running.here(self.index.counts)) is not None:
             refuse_inside(inside, "A capture begun")
         self.hooks = HookSet(self)
@@ -149,7 +147,7 @@ class Recorder:
         entry.opened_mode = with_mode and not nested and state.mode is None
         state.entries.append(entry)
         if nested:
-            entry.set_aside = state.set_aside()
+            entry.set_aside = state.leave_mode()
             self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
             mode = self._new_mode(None if entry.recomputes else state.sources)
@@ -158,17 +156,15 @@ class Recorder:
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
-        mode = state.mode
-        if entry.opened_mode and mode is not None:
-            remove_mode(mode)
+        if entry.opened_mode:
             state.images.seen = None
-            unmet = mode.forget()
+            unmet = [] if state.mode is None else state.mode.forget()
             if not entry.recomputes:
                 name = self.index.names[entry.module]
                 state.current.skipped += [(name, what) for what in unmet]
                 if state.current is state.coming:
                     self.log.outside += [f"{name}: {what}" for what in unmet]
-            del state.modes[threading.get_ident()]
+            state.leave_mode()
         if entry.visit is not None:
             entry.visit.frame = None
         if entry.set_aside is not None:
@@ -177,9 +173,13 @@ class Recorder:
 
     def _drop_interrupted(self, state: ThreadState) -> None:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
+        if not state.entries or is_running(state.entries[-1].frame):
+            return
         while state.entries and not is_running(state.entries[-1].frame):
-            state.fail()
+            if self.hooks.is_watched(state.entries[-1].module):  # else another take() has just removed its hooks
+                state.fail()
             self._drop(state)
+        clear_modes()
 
     def _drop(self, state: ThreadState) -> None:
         self._close(state, state.entries[-1])
@@ -204,7 +204,7 @@ class Recorder:
             run = entry.run = state.run_of(module, self.index.registered[module])
             run.fired[module] += 1
         self.placer.remember(call, module, run.reports[module])
-        self.log.add(run, call.observed is None or call.observed.is_of_image)
+        self.log.add(run, call.observed is None or call.observed.is_of_image, state.runner)
         run.reports[module] += 1
         run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
@@ -238,11 +238,13 @@ class Recorder:
 
     def finish(self) -> list[Run]:
         """The runs since the last call; from then on only attention modules are watched."""
-        self._drop_interrupted(self._state)
-        if self.log.keep != "all" and any(run.is_elsewhere for run in self.log.runs):
+        state = self._state
+        self._drop_interrupted(state)
+        if self.log.keep != "all" and self.log.has_unfinished(state.runner):
             refuse_elsewhere(self.index.model)
-        runs = self.log.take()
-        self._state.forget()
+        runs = self.log.take(state.runner)
+        state.runner.takes = True
+        state.forget()
         if not self._narrowed:
             for run in runs:
                 self.placer.trace(run.windows, run.images)
@@ -270,6 +272,10 @@ class Recorder:
         if module is not None and (module is not self.index.model or self._state.is_inside(module)):
             refuse_inside(module, action)
 
+    def clear(self) -> None:
+        """Forgets the runs that this thread may take."""
+        self.log.remove(self._state.runner)
+
     def stop(self) -> None:
         state = self._state
         while state.entries:  # interrupted, or in the middle of a forward
@@ -292,8 +298,8 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_modes(modes: dict[int, AttentionMode]) -> None:
     """Removes the mode that is left on this thread. Those of forwards on other threads only fall silent."""
-    here = modes.pop(threading.get_ident(), None)
-    if here is not None:
-        remove_mode(here)
-    for mode in list(modes.values()):
-        mode.end()
+    left = list(modes.values())
+    modes.clear()
+    clear_modes()
+    for mode in left:
+        mode.forget()

@@ -55,6 +55,10 @@ class _MultiHead(threading.local):
     heads: int | None = None
     cross: bool = False  # query and key are two tensors
 
+    def leave(self) -> None:
+        """Forgets a call that an interruption ended."""
+        self.heads, self.cross = None, False
+
 
 inside_multi_head = _MultiHead()
 
