@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -70,8 +71,9 @@ def capture_attention(
     Copies and pickles of the model that are made meanwhile, such as an EMA, are not captured and load without this
     package. Call ``remove()`` before you copy a model for ``torch.jit.script``.
 
-    Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
-    :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
+    Threads, generators and asyncio tasks that run the model in turns make runs of their own. A thread takes the runs
+    that it made; those of threads that never call ``take()``, such as workers, go to the thread that does. Forwards
+    that :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
 
     Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
     leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
@@ -117,8 +119,13 @@ class AttentionCapture(Removable):
         self._recorder: Recorder | None = recorder
         self._layers = layers
         self._warned: set[str] = set()
-        self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) for everything in the runs last taken that is not token-to-token self-attention."""
+        self._taken = threading.local()
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """(module name, reason) for everything in the runs that this thread took last that is not token-to-token
+        self-attention."""
+        return getattr(self._taken, "skipped", ())
 
     def remove(self) -> None:
         """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
@@ -162,7 +169,7 @@ class AttentionCapture(Removable):
             maps = self._maps(recorder, run, may_be_empty=left > 0 or bool(found))
             found += [] if maps is None else [maps]
             skipped += self.skipped
-        self.skipped = tuple(dict.fromkeys(skipped))
+        self._taken.skipped = tuple(dict.fromkeys(skipped))
         return found
 
     def _alone(self) -> Alone:
@@ -204,7 +211,7 @@ class AttentionCapture(Removable):
             else:
                 skipped.append((call.name, placement.refusal))
                 cross += [call.name] if placement.may_be_self else []
-        self.skipped = tuple(dict.fromkeys(skipped))
+        self._taken.skipped = tuple(dict.fromkeys(skipped))
         if not layers and may_be_empty:
             return None
         if not layers:

@@ -61,7 +61,7 @@ class Recorder:
         self._state = ThreadState(modes, self.images)
         weakref.finalize(self, _remove_modes, modes)
         graph = None if graph_from is None else _weakly(self._starts_graph)
-        running = _weakly(self._state.running)
+        running = _weakly(self._entries)
         listener = Listener(_weakly(self._report), running, _weakly(self._report_unknown), graph)
         self._new_mode = partial(AttentionMode, listener, modes, double_backward, products)
         if (inside := self._running.here(self.index.counts)) is not None:
@@ -172,11 +172,12 @@ class Recorder:
             entry.set_aside = None
 
     def _drop_interrupted(self, state: ThreadState) -> None:
-        """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
+        """Closes entries that a KeyboardInterrupt or SystemExit left behind, or a take() of another thread that removed
+        their hooks: their forward is off the stack."""
         if not state.entries or is_running(state.entries[-1].frame):
             return
         while state.entries and not is_running(state.entries[-1].frame):
-            if self.hooks.is_watched(state.entries[-1].module):  # else another take() has just removed its hooks
+            if self.hooks.is_watched(state.entries[-1].module):
                 state.fail()
             self._drop(state)
         clear_modes()
@@ -186,6 +187,11 @@ class Recorder:
         state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
 
     # ---- called by the mode
+
+    def _entries(self) -> Sequence[Entry]:
+        """The modules that run on this thread, outermost first."""
+        self._drop_interrupted(self._state)
+        return self._state.entries
 
     def _report(self, call: AttentionCall, within: Sequence[Entry]) -> None:
         """Notes a call under the innermost module that holds all of it."""

@@ -275,9 +275,6 @@ class ThreadState(threading.local):
         clear_modes()
         return mode
 
-    def running(self) -> Sequence[Entry]:
-        return self.entries
-
     @property
     def run(self) -> Run | None:
         return self.strand.run
