@@ -9,7 +9,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import chain, islice
 from typing import Any
 
@@ -87,6 +87,20 @@ def keep_modes(kept: Sequence[bool]) -> None:
     pops = islice(iter(torch._C._pop_torch_function_stack, None), len(modes) - kept.index(False))
     pushes = map(torch._C._push_on_torch_function_stack, above)
     deque(chain(pops, pushes), 0)  # one step of C code, which no interruption divides
+
+
+@contextmanager
+def entered(mode: TorchFunctionMode) -> Iterator[None]:
+    """Enters a mode for a block. The end takes off no other mode, as torch's own does once an interruption took off
+    this one."""
+    torch._C._push_on_torch_function_stack(mode)
+    try:
+        yield
+    finally:
+        modes = function_modes()
+        if mode in modes:
+            last = len(modes) - 1 - modes[::-1].index(mode)
+            keep_modes([place != last for place in range(len(modes))])
 
 
 def remove_hooks(module: nn.Module, is_own: Callable[[Any], bool]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._torch_private import (
+    entered,
     flex_attention_operator,
     function_modes,
     is_compiling,
@@ -138,7 +139,7 @@ class AttentionMode(TorchFunctionMode):
             self._listener.report_unknown(f"{kernel}, which has no second derivative,")
             return
         try:
-            with self:  # so that the views of query, key and value are followed
+            with entered(self):  # so that the views of query, key and value are followed
                 call = kernels.external_call(kernel, arguments, output)
         except kernels.Unrecordable as error:
             self._listener.report_unknown(f"{kernel} {error}")
@@ -146,7 +147,7 @@ class AttentionMode(TorchFunctionMode):
         query, key = call.recorded.query, call.recorded.key
         if self._sources is not None and query is not None and key is not None:
             call.observed = observe(self._sources, query, key)
-            with self:
+            with entered(self):
                 as_output = query.transpose(1, 2) if query.ndim == output.ndim == 4 else query  # (B, N, H, d)
             self._sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
         self._listener.start_graph(output)
@@ -163,7 +164,7 @@ class AttentionMode(TorchFunctionMode):
         before = inside_multi_head.heads, inside_multi_head.cross
         inside_multi_head.heads, inside_multi_head.cross = heads, not kernels.is_same(query, key)
         try:
-            with self:
+            with entered(self):
                 return kernels.body(func)(*args, **kwargs)
         finally:
             inside_multi_head.heads, inside_multi_head.cross = before
