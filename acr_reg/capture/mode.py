@@ -87,7 +87,9 @@ class AttentionMode(TorchFunctionMode):
         if self._functions.inside:
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
-        if self._current.get(self._thread) is not self or (role is Role.OTHER and not self._scores.followed and self._sources is None):
+        if self._current.get(self._thread) is not self or (
+            role is Role.OTHER and not self._scores.followed and self._sources is None
+        ):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:

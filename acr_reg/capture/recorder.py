@@ -22,7 +22,7 @@ from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
 from acr_reg.capture.mode import AttentionMode, clear_modes
 from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
-from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState, ThreadStates
 from acr_reg.capture.scores import Listener
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.capture.starts import GraphStarts
@@ -58,7 +58,7 @@ class Recorder:
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
         modes: dict[int, AttentionMode] = {}  # by thread
-        self._state = ThreadState(modes, self.images)
+        self._states = ThreadStates(modes, self.images)
         weakref.finalize(self, _remove_modes, modes)
         graph = None if graph_from is None else _weakly(self._starts_graph)
         running = _weakly(self._entries)
@@ -69,6 +69,10 @@ class Recorder:
         self.hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
         self.hooks.watch_only(self.index.names)
+
+    @property
+    def _state(self) -> ThreadState:
+        return self._states.here()
 
     # ---- called by the hooks
 

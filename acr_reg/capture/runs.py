@@ -209,6 +209,7 @@ class Entry:
     run: Run | None = None
     reported: bool = False
     calls: list[AttentionCall] | None = None
+    number: int = field(default_factory=count().__next__)
 
     def keep(self, call: AttentionCall, name: str) -> None:
         """Notes in a call within this module, called ``name``, what the module was given."""
@@ -245,8 +246,8 @@ class Strand:
         return self.run is not None and not self.run.closed
 
 
-class ThreadState(threading.local):
-    """The hooked modules running on this thread, innermost last, and their run."""
+class ThreadState:
+    """The hooked modules running on one thread, innermost last, and their run."""
 
     def __init__(self, modes: dict[int, AttentionMode], watch: ImageWatch) -> None:
         self.entries: list[Entry] = []
@@ -403,6 +404,30 @@ class ThreadState(threading.local):
         self._strands = [strand for strand in self._strands if strand.is_open or strand is self.strand]
         if not self.strand.is_open:
             self.strand.callers = ()
+
+
+class ThreadStates:
+    """The state of each thread. No thread holds it: the frames in it may hold the capture, which could then never be
+    freed after an interruption."""
+
+    def __init__(self, modes: dict[int, AttentionMode], watch: ImageWatch) -> None:
+        self._modes, self._watch = modes, watch
+        self._states: dict[int, ThreadState] = {}
+        self._numbers = count()
+        self._here = threading.local()
+
+    def here(self) -> ThreadState:
+        """The state of this thread."""
+        state = self._states.get(getattr(self._here, "number", -1))
+        return self._begin() if state is None else state
+
+    def _begin(self) -> ThreadState:
+        for number, state in list(self._states.items()):
+            if state.runner.has_ended:
+                self._states.pop(number, None)
+        self._here.number = next(self._numbers)
+        state = self._states[self._here.number] = ThreadState(self._modes, self._watch)
+        return state
 
 
 def _shared(some: tuple[FrameType, ...], others: tuple[FrameType, ...]) -> int:
