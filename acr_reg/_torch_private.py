@@ -227,12 +227,18 @@ def shards_parameters(model: nn.Module) -> bool:
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    return bool(known) and any(isinstance(module, known) for module in model.modules())
+    todo: list[nn.Module | None] = [model] if known else []
+    while todo:  # nn.Module.modules() is far slower, and this runs in each step
+        module = todo.pop()
+        if isinstance(module, known):
+            return True
+        todo += [] if module is None else children_of(module)
+    return False
 
 
 def has_dtensors() -> bool:
     """Whether there may be DTensors in this process."""
-    return _dtensor() is not None and dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and _dtensor() is not None
 
 
 def is_dtensor(tensor: Any) -> bool:

@@ -22,7 +22,7 @@ from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refus
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError, listed
 from acr_reg.placement.grids import LayoutHints
-from acr_reg.placement.kinds import explain_windows, is_pyramid
+from acr_reg.placement.kinds import explain_windows
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.placer import Placer
 
@@ -203,9 +203,8 @@ class AttentionCapture(Removable):
         cross: list[str] = []
         beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
         skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
-        pyramid = is_pyramid(run.calls)
-        for call in run.calls:
-            placement = recorder.placer.placement(call, run.images, pyramid)
+        placements = recorder.placer.placements(run.calls, run.images)
+        for call, placement in zip(run.calls, placements, strict=True):
             if placement.refusal is None:
                 layers.append(placement.layer(len(layers), call))
             else:

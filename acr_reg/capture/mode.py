@@ -57,7 +57,7 @@ class AttentionMode(TorchFunctionMode):
         self._listener = listener
         self._current, self._thread = current, threading.get_ident()
         self._math_kernel = math_kernel
-        self._sources = sources
+        self.sources = sources
         self._functions = FunctionWatch()
         self._scores = ScoreFollower(listener, record_products, sources)
 
@@ -88,7 +88,7 @@ class AttentionMode(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
         if self._current.get(self._thread) is not self or (
-            role is Role.OTHER and not self._scores.followed and self._sources is None
+            role is Role.OTHER and not self._scores.followed and self.sources is None
         ):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
@@ -97,8 +97,8 @@ class AttentionMode(TorchFunctionMode):
         if role is Role.MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
-        if self._sources is not None:
-            self._sources.follow(func, args, kwargs, result)
+        if self.sources is not None:
+            self.sources.follow(func, args, kwargs, result)
         if role is Role.SOFTMAX:
             self._scores.softmax(result, *args, **kwargs)
         elif role is Role.UNKNOWN_KERNEL:
@@ -116,8 +116,8 @@ class AttentionMode(TorchFunctionMode):
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
         if self._listener.is_refused("scaled_dot_product_attention", query, key, value):
             return output
-        if self._sources is not None:
-            self._sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
+        if self.sources is not None:
+            self.sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
         self._listener.start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, inside_multi_head.heads if query.ndim == 3 else None
@@ -127,7 +127,7 @@ class AttentionMode(TorchFunctionMode):
             *kernels.laid_out(value),
             dropout,
             cross=inside_multi_head.cross,
-            observed=observe(self._sources, query, key),
+            observed=observe(self.sources, query, key),
         )
         self._listener.report(call, self._listener.running() or ())
         return output
@@ -147,11 +147,11 @@ class AttentionMode(TorchFunctionMode):
             self._listener.report_unknown(f"{kernel} {error}")
             return
         query, key = call.recorded.query, call.recorded.key
-        if self._sources is not None and query is not None and key is not None:
-            call.observed = observe(self._sources, query, key)
+        if self.sources is not None and query is not None and key is not None:
+            call.observed = observe(self.sources, query, key)
             with entered(self):
                 as_output = query.transpose(1, 2) if query.ndim == output.ndim == 4 else query  # (B, N, H, d)
-            self._sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
+            self.sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
         self._listener.start_graph(output)
         self._listener.report(call, self._listener.running() or ())
 

@@ -154,7 +154,8 @@ class Recorder:
             entry.set_aside = state.leave_mode()
             self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
-            mode = self._new_mode(None if entry.recomputes else state.sources)
+            sources = None if entry.recomputes else state.sources
+            mode = state.spare_mode if sources is None and state.spare_mode is not None else self._new_mode(sources)
             state.enter(mode)
             mode.watch_functions()
 
@@ -162,13 +163,16 @@ class Recorder:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
         if entry.opened_mode:
             state.images.seen = None
-            unmet = [] if state.mode is None else state.mode.forget()
+            mode = state.mode
+            unmet = [] if mode is None else mode.forget()
             if not entry.recomputes:
                 name = self.index.names[entry.module]
                 state.current.skipped += [(name, what) for what in unmet]
                 if state.current is state.coming:
                     self.log.outside += [f"{name}: {what}" for what in unmet]
             state.leave_mode()
+            if mode is not None and mode.sources is None:
+                state.spare_mode = mode  # made once: attention begins in every layer
         if entry.visit is not None:
             entry.visit.frame = None
         if entry.set_aside is not None:

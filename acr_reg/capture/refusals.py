@@ -180,7 +180,7 @@ def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, s
     """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
     if log.runs and not skipped:
         raise CaptureError(
-            f"Only other threads ran {type(index.model).__name__} since the last take(). A thread takes the runs that it "
+            f"Only other threads ran {type(index.model).__name__} since the last take(). A thread takes the runs it "
             "made: call take() where the model runs."
         )
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]

@@ -6,7 +6,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
 from itertools import count
 from types import FrameType
 from typing import Any, Literal
@@ -171,9 +172,10 @@ class RunLog:
             if self.is_elsewhere(run, runner):
                 continue
             # A copy, because a thread still refers to its last run but must not keep the tensors.
-            copy = replace(run, calls=list(run.calls), position=run.runner.started - 1)
-            if self._forget(run) and copy.is_whole:  # of two threads only one forgets it
-                taken.append(copy)
+            whole = copy(run)
+            whole.calls, whole.position = list(run.calls), run.runner.started - 1
+            if self._forget(run) and whole.is_whole:  # of two threads only one forgets it
+                taken.append(whole)
         for run in self.runs:
             if run.runner.takes and run.runner.has_ended:  # it would have taken them
                 self._forget(run)
@@ -253,6 +255,7 @@ class ThreadState:
         self.entries: list[Entry] = []
         self.sources: Sources | None = None  # while all modules are watched
         self.modes = modes  # by thread
+        self.spare_mode: AttentionMode | None = None
         modes.pop(threading.get_ident(), None)  # of a thread that had this number before
         self._watch = watch
         self.runner = Runner()
@@ -415,6 +418,7 @@ class ThreadStates:
         self._states: dict[int, ThreadState] = {}
         self._numbers = count()
         self._here = threading.local()
+        self._begin()
 
     def here(self) -> ThreadState:
         """The state of this thread."""
