@@ -69,7 +69,7 @@ def capture_attention(
             :func:`~acr_reg.check`.
 
     Copies and pickles of the model that are made meanwhile, such as an EMA, are not captured and load without this
-    package. Call ``remove()`` before you copy a model for ``torch.jit.script``.
+    package. Call ``remove()`` before you script a model by ``torch.jit``, or pickle one for that.
 
     Threads, generators and asyncio tasks that run the model in turns make runs of their own. A thread takes the runs
     that it made; those of threads that never call ``take()``, such as workers, go to the thread that does. Forwards

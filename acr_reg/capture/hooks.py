@@ -1,7 +1,7 @@
 """Hooks that tell a watcher which module of a model is running, on any thread.
 
-A hook holds only a number, so a deleted watcher is never called. In a copy or pickle of the model a function of the
-standard library that does nothing stands in its place: the copy runs, and loads, without this package.
+A hook holds only a number, so a deleted watcher is never called. A copy of the model has no hooks. In a pickle a
+function of the standard library that does nothing stands in their place: it runs, and loads, without this package.
 """
 
 from __future__ import annotations
@@ -49,8 +49,9 @@ class _ScriptingError(CaptureError, AttributeError):
 class _Hook:
     """Holds its watcher's number, which copies and pickles do not inherit."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, module: nn.Module) -> None:
         self.number = number
+        self._module = weakref.ref(module)
 
     @property
     def __name__(self) -> str:  # only torch.jit.script reads it
@@ -58,6 +59,24 @@ class _Hook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes anything and returns None, as a hook that does nothing
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module()))  # while its attributes are copied
+        if copied is not None:
+            memo.setdefault(id(_Copies), _Copies()).modules.append(copied)
+        return nullcontext().__exit__
+
+
+class _Copies:
+    """Copies of hooked modules. They lose what stands in the place of hooks once the whole model is copied: then the
+    memo of the copying, and this with it, is dropped."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def __del__(self) -> None:
+        for module in self.modules:
+            remove_hooks(module, lambda hook: getattr(hook, "__func__", None) is nullcontext.__exit__)
 
 
 class _EnterHook(_Hook):
@@ -104,13 +123,12 @@ class HookSet:
         """Hooks these modules and no others."""
         wanted = dict.fromkeys(modules)
         _remove_from([module for module in list(self._hooked) if module not in wanted], self._hooked, self.number)
-        enter, leave = _EnterHook(self.number), _LeaveHook(self.number)
         for module in wanted:
             if module not in self._hooked:
                 self._hooked[module] = None  # first: an interruption must leave no hook that nobody knows
-                module.register_forward_pre_hook(enter, with_kwargs=True)
+                module.register_forward_pre_hook(_EnterHook(self.number, module), with_kwargs=True)
                 # Prepended, so that of two captures the one entered last leaves first.
-                module.register_forward_hook(leave, prepend=True, always_call=True)
+                module.register_forward_hook(_LeaveHook(self.number, module), prepend=True, always_call=True)
 
     def remove(self) -> None:
         """Removes every hook. May be called again, also after an interruption."""
