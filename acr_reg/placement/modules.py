@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -136,6 +137,7 @@ class ModuleIndex:
         return [self._modules[name] for name in names if name in self._modules]
 
 
+@lru_cache(maxsize=4096)  # asked for each attention call that the first run told nothing of
 def _name_pattern(name: str) -> str:
     """A module's name without its block number, so that blocks.3.attn equals blocks.0.attn."""
     head, number, tail = re.match(r"(.*?)(\d*)(\D*)$", name, re.DOTALL).groups()  # type: ignore[union-attr]

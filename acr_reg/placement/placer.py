@@ -75,9 +75,13 @@ class Placer:
     def remember(self, call: AttentionCall, module: nn.Module, number: int) -> None:
         """Remembers what a run shows of a module's attention call ``number``. If it shows nothing, the call gets what
         an earlier run showed of this call, or of the same call in another block."""
-        now, here, alike = call.observed, (module, number), (self.index.pattern(module), number)
+        now, here = call.observed, (module, number)
+        if now is None and here in self._observed:
+            call.observed = self._observed[here]
+            return
+        alike = self.index.pattern(module), number
         if now is None:
-            call.observed = self._observed.get(here, self._observed_alike.get(alike))
+            call.observed = self._observed_alike.get(alike)
             return
         self._observed[here] = self._observed_alike[alike] = now
         heads_are_flat = call.recorded.heads is None and call.recorded.seen.ndim == 3
