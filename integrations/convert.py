@@ -209,11 +209,13 @@ class LabelFolder:
 
         (file,) = self.files(name)
         try:
-            with opened(file) as image:
+            with opened(file, decode=False) as image:  # the text comes before the pixels
                 found, size = image.info.get(SETTINGS), (image.height, image.width)
-        except OSError as error:
-            kind = ValueError if error.errno else unreadable(file.read_bytes(), b"\x89PNG\r\n\x1a\n")
-            raise kind(f"{error} Or choose another folder than {self.path}.") from error
+                image.verify()  # to the end, which decoding need not reach
+        except Exception as error:
+            kind = unreadable(file.read_bytes(), b"\x89PNG\r\n\x1a\n")
+            reason = str(error).rstrip(".")
+            raise kind(f"{file} is damaged, or no label map: {reason}. Remove it, or choose another folder.") from error
         if found is None:
             raise ValueError(
                 f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."

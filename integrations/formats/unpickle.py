@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from pickletools import code2op
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,8 @@ class _Machine:
                 return self.stack.pop()
             step = _STEPS.get(code)
             if step is None:
-                raise FileError(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
+                kind = FileError if chr(code) in code2op else DamagedFile  # of another file, or of none
+                raise kind(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
             step(self)
         raise FileError(f"The file holds more than {MOST_INSTRUCTIONS:,} pickle instructions. Split it.")
 
