@@ -157,7 +157,9 @@ def test_labels_that_are_not_whole_are_made_anew(tmp_path, cams):
         assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
         assert file.read_bytes() == content
     file.write_bytes(b"my notes")
-    with pytest.raises(ValueError, match=rf"{NAMES[1]}\.png is damaged, or no label map: .* is in no format .*another folder"):
+    with pytest.raises(
+        ValueError, match=rf"{NAMES[1]}\.png is damaged, or no label map: .* is in no format .*another folder"
+    ):
         quiet(cams, tmp_path / "labels", threshold=0.4)
     assert file.read_bytes() == b"my notes"
 
