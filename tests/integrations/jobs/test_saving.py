@@ -96,6 +96,25 @@ def test_an_error_of_the_disk_ends_the_run_and_gives_up_the_saves_behind_it():
     assert threading.active_count() == 1 or not any(t.name.startswith("saving") for t in threading.enumerate())
 
 
+def test_what_was_saved_behind_an_error_of_the_disk_is_told():
+    gate, told = threading.Event(), []
+
+    def full():
+        raise OSError("No space left on device")
+
+    def run():
+        with saving() as saver:
+            saver.save(lambda: gate.wait(20), told.append)
+            saver.save(full, told.append)
+            saver.save(lambda: None, lambda error: told.append("behind"))
+            gate.set()
+            saver.waiting[2][0].result(20)
+
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert told == [None, "behind"]
+
+
 def test_a_map_that_cannot_be_saved_fails_its_image_alone(tmp_path):
     report = write_cams(
         lambda images, labels: images,
