@@ -284,6 +284,14 @@ def test_large_images_are_read_in_blocks_and_give_what_whole_products_give(view,
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(100, 90), (3, 100, 90), (1, 3, 100, 90), (0, 3, 100, 90), (2, 0, 100, 90)], ids=str)
+def test_large_images_may_come_in_any_shape(shape):
+    images = noise(*shape)
+    found = Scale(0.5)(images)
+    assert found.shape == (*shape[:-2], 50, 45)
+    assert found.numel() == 0 or torch.equal(found, Scale(0.5)(images.reshape(-1, 100, 90)).reshape(found.shape))
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.5])
 def test_the_products_of_an_image_grow_with_its_pixels(factor):
     """A product with all pixels of a row for each output pixel would grow with their cube: eightfold."""
