@@ -26,6 +26,7 @@ from acr_reg import (
     align_attention,
 )
 from acr_reg.views import resampling
+from acr_reg.views.resampling import LatticeMap
 from acr_reg.views.view import map_between
 from tests.support.attention import explicit, says
 from tests.support.tensor_watch import TensorWatch
@@ -309,6 +310,20 @@ def test_an_exact_view_is_one_copy(view):
     with TensorWatch() as made:
         moved = view(images)
     assert moved.numel() <= made.written < 1.1 * moved.numel()
+
+
+def test_a_flip_of_one_size_is_planned_once_and_a_crop_is_not_kept(monkeypatch):
+    made, between = [], LatticeMap.between
+    monkeypatch.setattr(LatticeMap, "between", lambda *given: made.append(given) or between(*given))
+    for _ in range(3):
+        images = noise(2, 3, 23, 29)
+        assert torch.equal(HorizontalFlip()(images), images.flip(-1))
+    assert len(made) == 1
+    for view in (Crop(1, 2, 6, 9, size=6, image_size=(23, 29)), Scale(0.7, keep_size=True), Scale(2)):
+        made.clear()
+        view(images)
+        view(images)
+        assert len(made) == 2
 
 
 @pytest.mark.parametrize("view", [PerImage([HorizontalFlip(), Rotate90(2)]), PerImage([Rotate90(), HorizontalFlip()])])
