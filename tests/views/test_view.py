@@ -293,6 +293,24 @@ def test_large_images_may_come_in_any_shape(shape):
     assert found.numel() == 0 or torch.equal(found, Scale(0.5)(images.reshape(-1, 100, 90)).reshape(found.shape))
 
 
+@any_large
+def test_large_images_may_lie_in_any_order(view):
+    images = noise(2, 2, *LARGE, dtype=torch.float64)
+    expected = view(images)
+    orders = (
+        images.to(memory_format=torch.channels_last),
+        images.mT.contiguous().mT,
+        images.repeat_interleave(2, -1)[..., ::2],
+        images[:, :1].expand(-1, 2, -1, -1),
+    )
+    for given in orders[:-1]:
+        torch.testing.assert_close(view(given), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(view(orders[-1])[:, 1], expected[:, 0], rtol=1e-12, atol=1e-12)
+    half = view(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, view(images.bfloat16().float()).bfloat16())
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.5])
 def test_the_products_of_an_image_grow_with_its_pixels(factor):
     """A product with all pixels of a row for each output pixel would grow with their cube: eightfold."""
