@@ -226,6 +226,13 @@ def token_order(layout: TokenLayout, side: TokenSide, device: str) -> Tensor | N
         return None if order is None else torch.tensor(order, device=device)
 
 
+@lru_cache(maxsize=256)
+def class_token_index(layout: TokenLayout, device: str) -> Tensor:
+    """:meth:`TokenLayout.known_class_tokens` as an index on ``device``."""
+    with torch.inference_mode(False):  # as above
+        return torch.tensor(layout.known_class_tokens(), dtype=torch.long, device=device)
+
+
 def patch_index(layout: TokenLayout, side: TokenSide, device: str) -> slice | Tensor:
     """Indexes the patches of a side's axis in rows: a slice, so without a copy, where they stand side by side."""
     if not layout.between:

@@ -206,6 +206,10 @@ class LayerAttention:
         """
         if (explicit := self.explicit) is not None:
             return select(select(at_least_float32(explicit), -2, queries), -1, keys)
+        return self.logits(queries, keys).softmax(-1)
+
+    def logits(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """What a fused layer's map is the softmax of, for :meth:`weights`."""
         query, key = self.query, self.key
         assert query is not None and key is not None
         with torch.autocast(query.device.type, enabled=False):
@@ -218,7 +222,7 @@ class LayerAttention:
                 mask = mask.expand(query.shape[0] if per_image else -1, -1, query.shape[-2], key.shape[-2])
                 mask = select(select(mask, -2, queries), -1, keys)
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
-            return scores.softmax(-1)
+            return scores
 
     def batched_mask(self) -> Tensor | None:
         """The kernel's mask for this part of the batch, of four axes that broadcast to (B, H, N, M), or None."""

@@ -12,7 +12,7 @@ from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import check_finite, layers_on_one_grid
 from acr_reg.errors import LayoutError
-from acr_reg.tokens import patch_index
+from acr_reg.tokens import class_token_index, patch_index
 
 
 def class_attention(maps: AttentionMaps, layer: int = -1, class_token: int | None = None) -> Tensor:
@@ -39,8 +39,8 @@ def class_attention(maps: AttentionMaps, layer: int = -1, class_token: int | Non
     (torch.Size([2, 3, 4, 6]), torch.Size([2, 4, 6]))
     """
     chosen = maps.select([layer])[0]
-    token = _position(chosen, class_token, "Use layer.weights().mean(2), the mean over all queries.")
-    row = chosen.weights(torch.tensor([token], device=chosen.device))[:, :, 0]
+    token = _chosen(chosen, class_token, "Use layer.weights().mean(2), the mean over all queries.")
+    row = chosen.weights(token)[:, :, 0]
     check_finite(row, "The rows of the class token")
     return _on_grid(row, chosen)
 
@@ -85,15 +85,14 @@ def attention_rollout(
     last = chosen[-1]
     tokens = torch.arange(last.shape[2], device=last.device)
     if query == "class":
-        place = _position(last, class_token, 'Pass query="all" for the mean over all queries.')
-        tokens = tokens[place : place + 1]
+        tokens = _chosen(last, class_token, 'Pass query="all" for the mean over all queries.')
     # share (B, N): how much of each token reaches the result from the layer above; only `tokens` have a share.
     share = torch.zeros(last.shape[0], last.shape[2], device=last.device)
     share[:, tokens] = 1 / len(tokens)
     with torch.autocast(last.device.type, enabled=False):
         for layer in reversed(chosen):
             share = _shares_below(layer, share.to(layer.device), tokens.to(layer.device))
-            tokens = torch.arange(layer.shape[2])
+            tokens = torch.arange(layer.shape[2], device=layer.device)
     check_finite(share, "The rollout")
     return _on_grid(share, chosen[0])
 
@@ -114,23 +113,19 @@ def _shares_below(layer: LayerAttention, share: Tensor, tokens: Tensor) -> Tenso
     return below
 
 
-def _position(layer: LayerAttention, class_token: int | None, instead: str) -> int:
-    """The position of the class token among the layer's queries."""
-    name, tokens = f"layer {layer.index} ({layer.name})", layer.layout.known_class_tokens()
-    if not tokens:
+def _chosen(layer: LayerAttention, class_token: int | None, instead: str) -> Tensor:
+    """(1,): the class token's index among the layer's queries."""
+    name, count = f"layer {layer.index} ({layer.name})", len(layer.layout.known_class_tokens())
+    if not count:
         raise LayoutError(f"{name} has no class token. {instead}")
-    if class_token is None:
-        if len(tokens) > 1:
-            raise ValueError(
-                f"{name} has {len(tokens)} class tokens. Choose one by class_token=0 to {len(tokens) - 1}."
-            )
-        return tokens[0]
-    if not -len(tokens) <= class_token < len(tokens):
+    if class_token is None and count > 1:
+        raise ValueError(f"{name} has {count} class tokens. Choose one by class_token=0 to {count - 1}.")
+    place = class_token or 0
+    if not -count <= place < count:
         raise IndexError(
-            f"class_token={class_token} does not exist: {name} has {len(tokens)} of them. Choose 0 to "
-            f"{len(tokens) - 1}."
+            f"class_token={class_token} does not exist: {name} has {count} of them. Choose 0 to {count - 1}."
         )
-    return tokens[class_token]
+    return class_token_index(layer.layout, str(layer.device))[place % count][None]
 
 
 def _check_same_tokens(layers: list[LayerAttention]) -> None:

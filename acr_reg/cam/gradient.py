@@ -11,6 +11,8 @@ A fused kernel's output O = A V gives that gradient exactly, as dy/dA = (dy/dO) 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,9 +22,9 @@ from torch import Tensor
 from acr_reg._tensors import at_least_float32, require_tensor, select
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.refinement import check_finite
+from acr_reg.cam.refinement import refuse_infinite
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.tokens import patch_index
+from acr_reg.tokens import class_token_index, patch_index
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -72,38 +74,114 @@ def class_token_gradient_cam(
     require_tensor(logits, "logits", "(B, C)")
     if not isinstance(attention, AttentionMaps):
         raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
+    layers = used_layers(logits, attention, labels, start_layer, method, query, create_graph)
+    turns = Turns.of(labels, logits)
+    maps, contributed = gradient_maps(logits, layers, turns, method, query, create_graph)
+    settle(logits, layers, turns, query, contributed, {"The class maps": maps})
+    return maps
+
+
+@dataclass(frozen=True, eq=False)
+class Turns:
+    """The wanted (image, class) pairs in turns with at most one class of an image, on the logits' device.
+
+    Only ``counts``, the number of wanted classes of each image, is known on the host."""
+
+    counts: list[int]
+    images: Tensor
+    """(B,): the images, those with most wanted classes first."""
+    classes: Tensor
+    """(B, C): the classes of each image, those wanted first."""
+
+    @classmethod
+    def of(cls, labels: Tensor | None, logits: Tensor) -> Turns:
+        """The turns of ``labels`` (B, C), > 0 for the classes wanted; None wants every class."""
+        if labels is None:
+            counts, wanted = [logits.shape[1]] * len(logits), torch.ones_like(logits, dtype=torch.bool)
+        else:
+            counts, wanted = (labels > 0).sum(1).tolist(), labels.to(logits.device) > 0
+        images = wanted.sum(1).argsort(descending=True, stable=True)
+        return cls(counts, images, (~wanted).byte().argsort(dim=1, stable=True))
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The images (n,) of each turn and the class (n,) of each."""
+        for turn in range(max(self.counts, default=0)):
+            images = self.images[: sum(count > turn for count in self.counts)]
+            yield images, self.classes[images, turn]
+
+
+def used_layers(
+    logits: Tensor,
+    attention: AttentionMaps,
+    labels: Tensor | None,
+    start_layer: int,
+    method: str,
+    query: str,
+    create_graph: bool = False,
+) -> list[LayerAttention]:
+    """The layers from ``start_layer`` up. Raises for what :func:`class_token_gradient_cam` cannot use."""
+    require_tensor(logits, "logits", "(B, C)")
+    if not isinstance(attention, AttentionMaps):
+        raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = _layers_from(attention, start_layer)
     if any(layer.recorded.sharded for layer in layers):
         refuse_sharded()
-    grids = [layer.layout.key for layer in layers]  # raises for a layer without a grid, before anything counts images
-    wanted = _check_cam_inputs(logits, attention, layers, labels, method, query)
-    grid = grids[0]
-    batch, classes = logits.shape
-    maps = torch.zeros(batch, classes, len(grid), dtype=at_least_float32(logits).dtype, device=logits.device)
+    for layer in layers:
+        _ = layer.layout  # raises for a layer without a grid, before anything counts images
+    _check_cam_inputs(logits, attention, layers, labels, method, query)
     _check_differentiable(logits, layers, create_graph)
+    return layers
 
+
+def gradient_maps(
+    logits: Tensor,
+    layers: Sequence[LayerAttention],
+    turns: Turns,
+    method: Method,
+    query: str,
+    create_graph: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """The class maps (B, C, h, w), and for each layer whether it contributed anything but 0. Reads no tensor."""
+    grid = layers[0].layout.key
+    maps = torch.zeros(*logits.shape, len(grid), dtype=at_least_float32(logits).dtype, device=logits.device)
+    contributed = [torch.zeros((), dtype=torch.bool, device=maps.device)] * len(layers)
     with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-        silent, moves = {layer.index: layer for layer in layers}, False
-        for image, label in _passes(wanted):
-            contributions = []
-            gradients = _gradients(logits[image, label].sum(), layers, create_graph)
-            for layer, gradient in zip(layers, gradients, strict=True):
-                if gradient is None:
-                    continue
-                contributions.append(_contribution(layer, gradient, image, label, method, query))
-                if layer.index not in silent:
-                    continue
-                if bool((contributions[-1].detach() != 0).any()):
-                    del silent[layer.index]
-                    moves = True
-                elif not moves:
-                    moves = bool(gradient.detach().any())
-            maps = maps.index_put((image, label), torch.stack(contributions).sum(0).to(maps.dtype))
-    if silent and wanted.any():
-        _warn_silent(list(silent.values()), query, moves)
+        for images, classes in turns:
+            gradients = _gradients(logits[images, classes].sum(), layers, create_graph)
+            total = torch.zeros_like(maps[: len(images), 0])
+            for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+                if gradient is not None:
+                    there = gradient.device
+                    found = _contribution(layer, gradient, images.to(there), classes.to(there), method, query)
+                    total = total + found.to(maps)
+                    contributed[i] = contributed[i] | (found.detach() != 0).any().to(maps.device)
+            maps = maps.index_put((images, classes), total)
     maps = maps if create_graph else maps.detach()
-    check_finite(maps, "The class maps")
-    return rearrange(maps, "b c (h w) -> b c h w", h=grid.height)
+    return rearrange(maps, "b c (h w) -> b c h w", h=grid.height), contributed
+
+
+def settle(
+    logits: Tensor,
+    layers: Sequence[LayerAttention],
+    turns: Turns,
+    query: str,
+    contributed: list[Tensor],
+    made: Mapping[str, Tensor],
+) -> None:
+    """Raises if any of the maps ``made``, by what they are, is not finite, and warns of layers that did not contribute.
+    All is read from the device at once."""
+    flags = torch.stack([*(torch.isfinite(maps).all() for maps in made.values()), *contributed]).tolist()
+    for what, finite in zip(made, flags, strict=False):
+        if not finite:
+            refuse_infinite(what)
+    silent = [layer for layer, spoke in zip(layers, flags[len(made) :], strict=True) if not spoke]
+    if silent and any(turns.counts):
+        moves = len(silent) < len(layers) or any(
+            gradient is not None and bool(gradient.any())
+            for images, classes in turns
+            for gradient in _gradients(logits[images, classes].sum(), layers, create_graph=False)
+        )
+        _warn_silent(silent, query, moves)
 
 
 def _layers_from(attention: AttentionMaps, start_layer: int) -> list[LayerAttention]:
@@ -124,8 +202,7 @@ def _check_cam_inputs(
     labels: Tensor | None,
     method: str,
     query: str,
-) -> Tensor:
-    """(B, C) bool: the classes wanted."""
+) -> None:
     if method not in ("grad", "grad_s", "cam_grad", "cam_grad_s") or query not in ("class", "all"):
         raise ValueError(
             f"method={method!r} and query={query!r} are not both known. Choose method from grad, grad_s, cam_grad, "
@@ -171,7 +248,6 @@ def _check_cam_inputs(
                 f"The layers lie on grids {layers[0].layout.key} and {layer.layout.key}. Choose a start_layer in the "
                 "last stage, so that all lie on one."
             )
-    return torch.ones_like(logits, dtype=torch.bool) if labels is None else labels.to(logits.device) > 0
 
 
 def _check_differentiable(logits: Tensor, layers: list[LayerAttention], create_graph: bool) -> None:
@@ -213,15 +289,7 @@ def _target(layer: LayerAttention) -> Tensor:
     return target
 
 
-def _passes(wanted: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Splits the wanted (image, class) pairs into passes with at most one class per image: [(images, classes), ...]."""
-    rank = wanted.cumsum(1)
-    most = int(rank[:, -1].max()) if wanted.numel() else 0
-    passes = (torch.nonzero(wanted & (rank == turn), as_tuple=True) for turn in range(1, most + 1))
-    return [(image, label) for image, label in passes]
-
-
-def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) -> list[Tensor | None]:
+def _gradients(score: Tensor, layers: Sequence[LayerAttention], create_graph: bool) -> list[Tensor | None]:
     targets = [_target(layer) for layer in layers]
     try:
         found = torch.autograd.grad(score, targets, retain_graph=True, create_graph=create_graph, allow_unused=True)
@@ -238,17 +306,17 @@ def _gradients(score: Tensor, layers: list[LayerAttention], create_graph: bool) 
 
 
 def _contribution(
-    layer: LayerAttention, gradient: Tensor, image: Tensor, label: Tensor, method: Method, query: str
+    layer: LayerAttention, gradient: Tensor, images: Tensor, classes: Tensor, method: Method, query: str
 ) -> Tensor:
-    """(pairs, patches): one layer's contribution to the maps of the (image, label) pairs of one pass."""
-    gradient = gradient[image]
-    value = None if layer.value is None else layer.value[image]
-    part = layer.of_images(image) if method.startswith("cam_grad") else None
+    """(pairs, patches): one layer's contribution to the maps of the (image, class) pairs of one turn."""
+    value = None if layer.value is None else layer.value[images]
+    gradient = gradient[images]
+    part = layer.of_images(images) if method.startswith("cam_grad") else None
     patches = patch_index(layer.layout, "key", str(gradient.device))
     if query == "class":
-        tokens = torch.tensor(layer.layout.known_class_tokens(), device=gradient.device)
-        rows = tokens[label] if len(tokens) > 1 else tokens.expand(len(label))
-        return _row_maps(gradient, value, part, patches, rows[:, None], method).mean(1)
+        rows = class_token_index(layer.layout, str(gradient.device))
+        rows = rows[classes][:, None] if len(rows) > 1 else rows
+        return _row_maps(gradient, value, part, patches, rows, method).mean(1)
     # The gradient with respect to all rows at once would be an N x N map of every head.
     blocks = torch.arange(gradient.shape[2], device=gradient.device).split(rows_of_block([layer]))
     sums = [_row_maps(gradient, value, part, patches, rows, method).sum(1) for rows in blocks]
@@ -286,11 +354,11 @@ def _warn_silent(layers: list[LayerAttention], query: str, moves: bool) -> None:
         warnings.warn(
             f"Every gradient of the logits to {_named(layers)} is 0, so the class maps are 0. Load trained weights: a "
             "head of zeros does this.",
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     warnings.warn(
         f"No positive gradient reaches the {'class row' if query == 'class' else 'rows'} of {_named(layers)}. If "
         'logits pool patches, use query="all". An untrained LayerNorm\'s mean has none.',
-        stacklevel=3,
+        stacklevel=4,
     )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from acr_reg._torch_private import shards_parameters
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, class_token_gradient_cam, has_graph
-from acr_reg.cam.refinement import multi_view_cam, propagate_cam
+from acr_reg.cam.gradient import Method, Turns, gradient_maps, has_graph, settle, used_layers
+from acr_reg.cam.refinement import multi_view_cam, propagated_maps
 from acr_reg.cam.settings import CamSettings
-from acr_reg.capture.evaluation import eval_mode, frozen
+from acr_reg.capture.evaluation import eval_mode
 from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_attention
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
@@ -31,7 +31,8 @@ class GradientCam(Removable):
     :func:`~acr_reg.propagate_cam`, and merges all views by :func:`~acr_reg.multi_view_cam`. The defaults are those of
     ACR (arXiv 2308.04321): one step over all layers, and the sum over the image and its flip.
 
-    The model runs in eval mode, and its modes and flags are restored afterwards. No parameter needs a gradient, so
+    The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
+    model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
     call runs one more image to see the layers. A training capture of the same model does not record these runs.
 
@@ -131,6 +132,11 @@ class GradientCam(Removable):
             self._attention.remove()
         self._attention, self._whole_graph = None, False
 
+    def _running(self) -> AttentionCapture:
+        if self._attention is None:
+            raise CaptureError("This GradientCam was removed. Make another one.")
+        return self._attention
+
     def __call__(self, images: Tensor, labels: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
         """Returns class maps (B, C, h, w) >= 0, detached and not normalised.
 
@@ -141,47 +147,53 @@ class GradientCam(Removable):
         """
         _check_images(images)
         if self._removed:
-            raise CaptureError("This GradientCam was removed. Make another one.")
+            self._running()
         image_size = (images.shape[-2], images.shape[-1])
 
         if shards_parameters(self.model):
             refuse_sharded()
 
+        turns: list[Turns] = []
+
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
-            assert self._attention is not None
-            with frozen(self.model) as parameters:
-                logits = self._logits(self._attention, view, parameters)
-                maps = self._attention.take()
-                if maps.run:
-                    _refuse_runs(maps.run + 1)
-                maps = self._placed(maps, (view.shape[-2], view.shape[-1]), image_size)
-                cam = class_token_gradient_cam(logits, maps, labels, self.start_layer, self.method, self.query)
-                grid = maps[-1].layout.key
-                if self.steps:
-                    with torch.no_grad():
-                        cam = propagate_cam(cam, maps, self.propagation_layers, self.steps)
+            logits = self._logits(self._running(), view, changed)
+            maps = self._running().take()
+            if maps.run:
+                _refuse_runs(maps.run + 1)
+            maps = self._placed(maps, (view.shape[-2], view.shape[-1]), image_size)
+            layers = used_layers(logits, maps, labels, self.start_layer, self.method, self.query)
+            if not turns:
+                turns.append(Turns.of(labels, logits))  # of all views, so that the labels are read once
+            cam, contributed = gradient_maps(logits, layers, turns[0], self.method, self.query)
+            made = {"The class maps": cam}
+            if self.steps:
+                with torch.no_grad():
+                    cam = propagated_maps(cam, maps, self.propagation_layers, self.steps)
+                made["The propagated maps"] = cam
+            settle(logits, layers, turns[0], self.query, contributed, made)
+            grid = maps[-1].layout.key
             return cam, grid
 
-        images = images.detach()
+        images, changed = images.detach(), eval_mode(self.model)
         try:
-            with eval_mode(self.model), torch.inference_mode(False):  # which enables gradients, too
+            with changed, torch.inference_mode(False):  # which enables gradients, too
+                changed.freeze()
                 if self._attention is None:
-                    self._attention = self._begin(images[:1], image_size)
+                    self._begin(images[:1], image_size, changed)
                 return multi_view_cam(one_view, images, self.views, self.merge, size, self.scales)
-        except BaseException:
-            self._end_capture()  # an interruption may have left it in the middle of a forward
+        except BaseException:  # an interruption may have come anywhere
+            changed.restore()
+            self._end_capture()
             raise
 
-    def _begin(self, image: Tensor, image_size: tuple[int, int]) -> AttentionCapture:
-        """The capture, whose graph starts at the first layer used; one image shows which that is."""
+    def _begin(self, image: Tensor, image_size: tuple[int, int], changed: eval_mode) -> None:
+        """Begins the capture, whose graph starts at the first layer used; one image shows which that is."""
         hints = {**self._hints, "image_channels": image.shape[1]}
         # A graph from the first layer on shows which layers the model runs with one.
-        with (
-            capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints) as attention,
-            frozen(self.model) as parameters,
-        ):
-            logits = self._logits(attention, image, parameters)
-            runs = attention.take_all()
+        self._attention = capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints)
+        logits = self._logits(self._attention, image, changed)
+        runs = self._attention.take_all()
+        self._attention.remove()
         if not self.no_grad:  # the forward may run the encoder under no_grad, too
             runs = [run for run in runs if any(map(has_graph, run))] or runs[:1]
         if len(runs) > 1:
@@ -191,9 +203,11 @@ class GradientCam(Removable):
             raise LayoutError(unordered)
         settings = CamSettings(self.start_layer, self.query, self.steps, self.propagation_layers, self.no_grad)
         first = settings.first_layer(type(self.model).__name__, maps, logits.shape[1])
-        return capture_attention(self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints)
+        self._attention = capture_attention(
+            self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
+        )
 
-    def _logits(self, attention: AttentionCapture, images: Tensor, parameters: frozen) -> Tensor:
+    def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:
         """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
         attention.clear()
         if not self._whole_graph:
@@ -206,7 +220,7 @@ class GradientCam(Removable):
                 self._whole_graph = True
                 attention.clear()
         if self._whole_graph:
-            parameters.restore()
+            changed.unfreeze()
             images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
             with alone(attention):
                 found = self.forward(images.requires_grad_() if images.is_floating_point() else images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +71,13 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     ``layers`` chooses the layers in the sum (negative: from the last); None takes all, as published. The result is
     differentiable in both. A fused layer runs its kernel with the map in place of the values and forms no N x N map.
     """
+    propagated = propagated_maps(cam, attention, layers, steps)
+    check_finite(propagated, "The propagated maps")
+    return propagated
+
+
+def propagated_maps(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] | None, steps: int) -> Tensor:
+    """What :func:`propagate_cam` returns, which may not be finite. Reads no tensor."""
     require_tensor(cam, "cam", "(B, C, h, w)")
     chosen = layers_on_one_grid(attention, layers, "Propagate")
     grid = chosen[-1].layout.key
@@ -84,17 +91,21 @@ def propagate_cam(cam: Tensor, attention: AttentionMaps, layers: Iterable[int] |
     values = rearrange(at_least_float32(cam), "b c h w -> b (h w) c")
     with torch.autocast(cam.device.type, enabled=False):
         for _ in range(steps):
-            values = torch.stack([attend_patches(layer, values) for layer in chosen]).sum(0)
-    check_finite(values, "The propagated maps")
+            attended = [attend_patches(layer, values.to(layer.device)).to(values.device) for layer in chosen]
+            values = torch.stack(attended).sum(0)
     return rearrange(values, "b (h w) c -> b c h w", h=grid.height)
 
 
 def check_finite(maps: Tensor, what: str) -> None:
     if not torch.isfinite(maps).all():
-        raise ValueError(
-            f"{what} have NaN or infinite values. Look for NaN in the logits or given maps, half-precision "
-            "overflow, or fully masked rows."
-        )
+        refuse_infinite(what)
+
+
+def refuse_infinite(what: str) -> NoReturn:
+    raise ValueError(
+        f"{what} have NaN or infinite values. Look for NaN in the logits or given maps, half-precision overflow, or "
+        "fully masked rows."
+    )
 
 
 def multi_view_cam(

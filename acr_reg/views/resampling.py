@@ -42,7 +42,8 @@ class AxisMap:
 
     ``index`` (S, target, taps) holds the positions read and ``weights`` their weights, which sum to 1; None if each
     target reads exactly one. ``valid`` (S, target) is False where the centre lies outside the part of the source that
-    is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens.
+    is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens. ``runs`` says for exact maps
+    what each of the S images reads, without asking the device.
     """
 
     count: int
@@ -50,6 +51,7 @@ class AxisMap:
     weights: Tensor | None
     valid: Tensor
     step: Tensor
+    runs: list[_Run] = field(default_factory=list)
     _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,14 +73,6 @@ class AxisMap:
             self._dense[dtype, device] = made
         return made
 
-    def runs(self) -> list[_Run]:
-        """What each image reads, one for each of the S images. Only for exact maps."""
-        before, shown = self.valid.long().argmax(1), self.valid.sum(1)
-        last = (before + shown - 1).clamp_min(0)
-        ends = torch.stack([self.places.gather(1, end[:, None])[:, 0] for end in (before, last)]).amin(0)
-        numbers = zip(before.tolist(), ends.tolist(), shown.tolist(), (self.step < 0).tolist(), strict=True)
-        return [_Run(*each, after=self.valid.shape[1] - each[0] - each[2]) for each in numbers]
-
     def bands(self, weights: Tensor) -> list[list[_Band]]:
         """The bands of each image, cut out of the dense ``weights``. Only for maps with weights."""
         assert self.weights is not None
@@ -94,8 +88,8 @@ class AxisMap:
         maps with weights."""
         with torch.inference_mode(False), torch.no_grad():
             back, onto = (axis.dense(torch.float64, self.index.device) for axis in (self, there))
-            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64)) / 2
-            index = torch.arange(there.count).expand_as(weights)
+            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64, device="cpu")) / 2
+            index = torch.arange(there.count, device="cpu").expand_as(weights)
         return AxisMap(there.count, index, weights, self.valid, torch.ones_like(self.step))
 
 
@@ -125,7 +119,7 @@ class _Part:
 
     def __call__(self, maps: Tensor) -> Tensor:
         if self.y.weights is None:
-            mapped = _for_each(_moved, maps, self.y.runs(), self.x.runs())
+            mapped = _for_each(_moved, maps, self.y.runs, self.x.runs)
         else:
             mapped = self._resampled(maps)
         return mapped.mT if self.transposed else mapped
@@ -254,7 +248,7 @@ class LatticeMap:
         """The results of all parts, in the order of the batch."""
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([image for part in self.parts for image in part.images or ()])
+        order = torch.tensor([image for part in self.parts for image in part.images or ()], device="cpu")
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
 
@@ -304,7 +298,9 @@ class Line:
 
     def places(self) -> Tensor:
         """(count,): the centres, from 0 to 1 over the image."""
-        return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
+        return (
+            self.offset + (torch.arange(self.count, dtype=torch.float64, device="cpu") + 0.5) * self.stride
+        ) / self.extent
 
     def tokens(self, places: Tensor) -> Tensor:
         """Converts places from 0 to 1 over the image to tokens: the centre of token i is at i."""
@@ -316,7 +312,7 @@ class _Positions:
 
     def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
         slope, start, low, high = (
-            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64)[:, None]
+            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64, device="cpu")[:, None]
             for name in ("slope", "start", "low", "high")
         )
         self.source = source
@@ -342,11 +338,19 @@ class _Positions:
         count, valid, step = self.source.count, self.valid.to(device), self.step.float().to(device)
         positions = self.positions.clamp(self.first, self.last)[:, :, None]
         if exact:
-            return AxisMap(count, positions.round().long().to(device), None, valid, step)
+            index = positions.round().long()
+            return AxisMap(count, index.to(device), None, valid, step, self._runs(index[:, :, 0]))
         # The triangle filter of bilinear interpolation, widened by the shrinking factor.
         reach = self.step.abs().clamp_min(1)[:, None, None]
-        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
+        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2, device="cpu")
         weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)
         weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
         index = tokens.clamp(0, count - 1).long()
         return AxisMap(count, index, weights / weights.sum(2, keepdim=True), valid, step)
+
+    def _runs(self, places: Tensor) -> list[_Run]:
+        before, shown = self.valid.long().argmax(1), self.valid.sum(1)
+        last = (before + shown - 1).clamp_min(0)
+        ends = torch.stack([places.gather(1, end[:, None])[:, 0] for end in (before, last)]).amin(0)
+        numbers = zip(before.tolist(), ends.tolist(), shown.tolist(), (self.step < 0).tolist(), strict=True)
+        return [_Run(*each, after=self.valid.shape[1] - each[0] - each[2]) for each in numbers]

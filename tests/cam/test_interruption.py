@@ -1,8 +1,6 @@
 """A KeyboardInterrupt at any line of GradientCam leaves the model as it was, and the next call works."""
 
-import sys
-from collections import Counter
-from contextlib import suppress
+from functools import partial
 
 import pytest
 import torch
@@ -10,41 +8,12 @@ from torch import nn
 from torch.overrides import _len_torch_function_stack
 
 from acr_reg import GradientCam, Identity
-from acr_reg.cam import inference, settings
-from acr_reg.capture import evaluation
+from acr_reg.capture.evaluation import eval_mode, state_kept
+from tests.support.interrupts import each_interrupt, files_of
 from tests.support.models import explicit_vit
 
-FILES = {module.__file__ for module in (inference, settings, evaluation)}
-MOST = 2000  # lines that one call runs
-
-
-class InterruptAt:
-    """Raises KeyboardInterrupt at one line of these files that runs, counted from 0; of a loop, two rounds count."""
-
-    def __init__(self, line):
-        self.left, self.rounds = line, Counter()
-
-    def __enter__(self):
-        self.before = sys.gettrace()
-        sys.settrace(self.trace)
-        return self
-
-    def __exit__(self, *_):
-        sys.settrace(self.before)
-
-    @property
-    def happened(self):
-        return self.left < 0
-
-    def trace(self, frame, event, argument):
-        if frame.f_code.co_filename not in FILES:
-            return None
-        self.rounds[frame.f_code, frame.f_lineno] += event == "line"
-        if event == "line" and self.rounds[frame.f_code, frame.f_lineno] <= 2:
-            self.left -= 1
-            if self.left == -1:
-                raise KeyboardInterrupt
-        return self.trace
+EVALUATION = files_of("capture/evaluation.py")
+FILES = files_of("cam/inference.py", "cam/settings.py") | EVALUATION
 
 
 def state_of(model):
@@ -74,44 +43,59 @@ def small_vit():
     return model
 
 
-def interrupts(run):
-    """Runs with an interruption at each line in turn, and yields after each."""
-    for line in range(MOST):
-        with InterruptAt(line) as interruption, suppress(KeyboardInterrupt):
-            run()
-        if not interruption.happened:
-            return
-        yield line
-    pytest.fail("more lines than expected")
+def small_cam(model):
+    return GradientCam(model, -1, views=[Identity()])
 
 
-def test_the_model_is_as_it_was_after_an_interruption_at_any_line(monkeypatch):
-    """Whether the GradientCam is then removed, every other time, or just dropped."""
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)  # a line of __del__ is interrupted, too
+@pytest.mark.parametrize(("holds", "step"), [(True, 7), (False, 13)], ids=["held", "dropped"])
+def test_the_model_is_as_it_was_after_an_interruption_at_any_line(holds, step):
+    """Whether a traceback holds the interrupted call or not, and whether the GradientCam is then called again, removed
+    or just dropped."""
     model, images, labels = small_vit(), torch.randn(1, 3, 32, 48), torch.eye(5)[:1]
-    before, cams = state_of(model), []
-    with GradientCam(model, -1, views=[Identity()]) as cam:
+    before = state_of(model)
+    with small_cam(model) as cam:
+        expected = cam(images, labels)
+    with torch.no_grad():
+        number = 0
+        begin, act = partial(small_cam, model), lambda cam: cam(images, labels)
+        for cam, where in each_interrupt(begin, act, FILES, step, holds):
+            number += 1
+            assert state_of(model) == before, where
+            assert not torch.is_grad_enabled(), where
+            if number % 3 == 0:
+                torch.testing.assert_close(cam(images, labels), expected)
+                assert state_of(model) == before, where
+            if holds or number % 2:
+                cam.remove()
+            del cam
+            assert _len_torch_function_stack() == 0, where
+            assert hooks_of(model) == 0, where
+    assert number * step > 100
+
+
+def test_a_call_after_the_first_may_be_interrupted_too():
+    model, images, labels = small_vit(), torch.randn(1, 3, 32, 48), torch.eye(5)[:1]
+    before, cam = state_of(model), small_cam(model)
+    expected = cam(images, labels)
+    for _, where in each_interrupt(lambda: cam, lambda cam: cam(images, labels), files_of("cam"), step=9):
+        assert state_of(model) == before, where
+        torch.testing.assert_close(cam(images, labels), expected, msg=where)
+
+
+def test_a_second_interruption_while_the_first_is_cleared_up_is_made_good_by_the_next_call():
+    model, images, labels = small_vit(), torch.randn(1, 3, 32, 48), torch.eye(5)[:1]
+    before = state_of(model)
+    with small_cam(model) as cam:
         expected = cam(images, labels)
 
-    def run():
-        cams[:] = [GradientCam(model, -1, views=[Identity()])]
-        cams[0](images, labels)
+    def failing(cam):
+        with pytest.raises(ValueError, match="labels"):
+            cam(images, labels[0])
 
-    lines = []
-    with torch.no_grad():
-        for line in interrupts(run):
-            lines.append(line)
-            assert state_of(model) == before, line
-            assert not torch.is_grad_enabled(), line
-            for each in cams if line % 2 else ():
-                if line % 5 == 0:
-                    torch.testing.assert_close(each(images, labels), expected)
-                    assert state_of(model) == before, line
-                each.remove()
-            cams.clear()
-            assert _len_torch_function_stack() == 0, line
-            assert hooks_of(model) == 0, line
-    assert len(lines) > 50
+    for cam, where in each_interrupt(partial(small_cam, model), failing, EVALUATION, step=2):
+        torch.testing.assert_close(cam(images, labels), expected, msg=where)
+        cam.remove()
+        assert state_of(model) == before, where
 
 
 def test_an_interruption_in_the_forward_leaves_no_mode_behind():
@@ -134,43 +118,60 @@ def test_an_interruption_in_the_forward_leaves_no_mode_behind():
 
 def test_remove_that_was_interrupted_may_be_called_again():
     model, images = small_vit(), torch.randn(1, 3, 32, 48)
-    cams = []
 
-    def run():
-        cams[0].remove()
+    def begin():
+        cam = small_cam(model)
+        cam(images)
+        return cam
 
-    cams = [GradientCam(model, -1, views=[Identity()])]
-    cams[0](images)
-    for _ in interrupts(run):
-        cams[0].remove()
-        assert hooks_of(model) == 0
-        cams = [GradientCam(model, -1, views=[Identity()])]
-        cams[0](images)
+    for cam, where in each_interrupt(begin, GradientCam.remove, files_of("cam", "capture"), step=5):
+        cam.remove()
+        assert hooks_of(model) == 0, where
 
 
-@pytest.mark.parametrize("change", [evaluation.eval_mode, evaluation.frozen])
-def test_each_change_is_undone_after_an_interruption_at_any_line(change, monkeypatch):
-    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+def partly_merged():
     model = nn.Sequential(nn.Dropout(), Merging(3, 3), nn.Sequential(nn.BatchNorm1d(3), nn.Dropout()))
     model[2].eval()
     model[2][1].train()
     model[2][0].weight.requires_grad_(False)
+    return model
+
+
+def entered_and_left(block):
+    def run(model):
+        with block(model) as entered:
+            if block is eval_mode:
+                entered.freeze()
+            model.seen = model[2][0].running_mean.add_(1)
+
+    return run
+
+
+@pytest.mark.parametrize("block", [eval_mode, state_kept])
+@pytest.mark.parametrize("holds", [True, False])
+def test_the_next_block_finds_the_model_as_it_was_before_an_interrupted_one(block, holds):
+    """At once, if no traceback holds the interrupted block."""
+    model = partly_merged()
+    model.seen = None
     before, weight = state_of(model), model[1].weight.clone()
-
-    def run():
-        with change(model):
-            pass
-
-    for line in interrupts(run):
-        assert state_of(model) == before, line
-        assert torch.allclose(model[1].weight, weight, atol=1e-6), line
-        assert not model[1].merged
+    if block is eval_mode:
+        model[2][0].running_mean = torch.zeros(3)  # written to in the block, and not restored by it
+    buffers = [buffer.clone() for buffer in model.buffers()] if block is state_kept else []
+    for _, where in each_interrupt(lambda: model, entered_and_left(block), EVALUATION, holds=holds):
+        if holds:
+            with block(model):
+                pass
+        assert state_of(model) == before, where
+        assert torch.allclose(model[1].weight, weight, atol=1e-6), where
+        assert not model[1].merged, where
+        assert all(map(torch.equal, model.buffers(), buffers)), where
+        assert block is eval_mode or model.seen is None, where
 
 
 def test_an_own_train_undoes_what_an_own_eval_did():
     model = nn.Sequential(Merging(3, 3))
     weight = model[0].weight.clone()
-    with evaluation.eval_mode(model):
+    with eval_mode(model):
         assert model[0].merged
     assert not model[0].merged
     torch.testing.assert_close(model[0].weight, weight)
