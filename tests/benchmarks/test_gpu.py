@@ -16,6 +16,7 @@ from benchmarks.cost.gpu.cases import BRAIN, CLASS_MAPS, FULL, HALF, KEYS, LARGE
 from benchmarks.cost.gpu.command import STAND_IN, run
 from benchmarks.cost.models import Setting
 from benchmarks.cost.variants import GRAD_CAM
+from tests.support.devices import stand_in_devices
 
 SMALL = Setting("tiny", 32, 2, 2)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -150,6 +151,20 @@ def test_the_largest_batch_is_the_last_that_fitted(monkeypatch):
 
     monkeypatch.setattr(measure, "make_step", limited)
     assert measure.measure(Case(LARGEST, SMALL, FULL, "plain"), replace(STAND_IN, most=64)).fits == 8
+
+
+def test_on_a_device_nothing_of_a_case_is_left_on_the_cpu(monkeypatch):
+    cuda = {"max_memory_allocated": 2**20, "reset_peak_memory_stats": None, "set_per_process_memory_fraction": None}
+    for name, answer in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(measure, "_cuda_time", measure._cpu_time)
+    monkeypatch.setattr(measure, "_free", lambda device: None)
+    monkeypatch.setattr(measure, "device_memory", lambda: 48 * 2**30)
+    tiny, limits = replace(SMALL, batch=1), replace(STAND_IN, device="cuda", most=1)
+    with stand_in_devices():
+        for what, variant in ((STEP, "rows"), (CLASS_MAPS, "library"), (LARGEST, "plain")):
+            row = measure.measure(Case(what, tiny, BRAIN, variant), limits)
+            assert row.note is None and row.peak_mb == 1, (what, variant, row.note)
 
 
 def test_the_first_cases_are_one_setting_in_every_precision_and_none_comes_twice():
