@@ -29,7 +29,7 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.alignment.plan import Block, KeyReading, Plan, Range, Resampling, RowReading, plan_between, without_padding
 from acr_reg.alignment.token_maps import NO_MASS, check_lattices
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.view import View
 
 Heads = Literal["mean", "each"]
@@ -75,12 +75,14 @@ def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ReadRows:
-    """Rows (B, H, R', M') of one layer, over keys in the order of their ``keys``, before they are carried onto the
-    image. They are ``mixed`` to (B, H, R, ...), unless each is a row of the image, and of these rows only those
-    ``picked`` (P,) are wanted, None if all. ``unpadded`` (B, R') is False for rows of padding, which are not mixed in.
+    """Rows of one layer before they are carried onto the image: (B, H, R', K) over the window of their ``keys``, and
+    their ``sums`` (B, H, R', 4) over all keys, by ``keys.totals``; None where no masses are needed. They are ``mixed``
+    to (B, H, R, ...), unless each is a row of the image, and of these rows only those ``picked`` (P,) are wanted, None
+    if all. ``unpadded`` (B, R') is False for rows of padding, which are not mixed in.
     """
 
     rows: Tensor
+    sums: Tensor | None
     keys: KeyReading
     mixed: Resampling | None
     unpadded: Tensor | None
@@ -101,16 +103,15 @@ class ReadRows:
         assert self.unpadded is not None
         return mixed(self.unpadded[:, None].to(self.rows)).clamp_min(torch.finfo(self.rows.dtype).tiny)
 
-    def masses(self, is_partial: bool) -> tuple[Tensor | None, Tensor | None]:
+    def masses(self) -> tuple[Tensor | None, Tensor | None]:
         """(B, H, R') what to multiply each row over patches by, to keep the mass that it gave to keys visible in both
         views, None for 1; and (B, H, R) the mass on what both show, valid keys and other tokens."""
         area = self.keys.area
         if not self.stochastic:  # rows of either sign have no mass: they keep their mass per area
             return None if area is None else area.to(self.rows)[:, None, None].expand(self.rows.shape[:3]), None
-        if area is None and not is_partial:
+        if self.sums is None:
             return None, None
-        totals = self.keys.totals
-        others, kept, moved, valid = (self.rows @ (totals[0] if len(totals) == 1 else totals[:, None])).unbind(-1)
+        others, kept, moved, valid = self.sums.unbind(-1)
         if area is None:
             return None, self.mix(others + valid)
         factor = kept * _inverse(moved)
@@ -119,13 +120,12 @@ class ReadRows:
     def onto_image(self, heads: Heads, factor: Tensor | None, weights: Tensor | None = None) -> Tensor:
         """(B, H or 1, R, M) rows over the image's patches. ``factor`` (B, H, R') multiplies rows before they are mixed,
         ``weights`` (B, H, R) after; with heads="mean" these add up over heads, and None is the mean."""
-        rows = self.keys.read(self.rows)
         if self.mixed is not None:
-            rows = self._mixed_rows(rows, self.mixed, heads, factor, weights)
+            rows = self._mixed_rows(self.mixed, heads, factor, weights)
         else:
             by = factor if weights is None or factor is None else factor * weights
             by = weights if by is None else by
-            rows = rows if by is None else rows * by[..., None]
+            rows = self.rows if by is None else self.rows * by[..., None]
             if heads == "mean":
                 # The gradient of a sum, unlike that of a mean, is no map of its own for each head.
                 rows = rows.sum(1, keepdim=True)
@@ -134,19 +134,17 @@ class ReadRows:
             rows = rows * self.keys.unpadded[:, None, None]
         return rows if self.keys.resampled is None else self.keys.resampled(rows)
 
-    def _mixed_rows(
-        self, rows: Tensor, mixed: Resampling, heads: Heads, factor: Tensor | None, weights: Tensor | None
-    ) -> Tensor:
+    def _mixed_rows(self, mixed: Resampling, heads: Heads, factor: Tensor | None, weights: Tensor | None) -> Tensor:
         """Mixes rows along x, then along y. The factors join the first product and the weights the second, which also
         adds up the heads."""
-        batch, count, _, _ = rows.shape
+        batch, count, _, _ = self.rows.shape
         size, groups = (mixed.first.shape[2], mixed.second.shape[2]), 1 if heads == "mean" else count
         if self.unpadded is not None:
             factor = self.unpadded[:, None] if factor is None else factor * self.unpadded[:, None]
         along_x = mixed.second[:, None, None]
         if factor is not None:
             along_x = along_x * factor.unflatten(2, size)[..., None, :]
-        rows = along_x @ rows.unflatten(2, size)  # (B, H, m1, n2, M')
+        rows = along_x @ self.rows.unflatten(2, size)  # (B, H, m1, n2, M')
         if self.picked is not None and weights is not None:
             every = weights.new_zeros(batch, count, mixed.first.shape[1] * mixed.second.shape[1])
             weights = every.index_copy(2, self.picked, weights)
@@ -213,7 +211,7 @@ class AlignedRows:
         little.
         """
         sides = self.of_image, self.of_view
-        (factor_a, mass_a), (factor_b, mass_b) = (side.masses(self.is_partial) for side in sides)
+        (factor_a, mass_a), (factor_b, mass_b) = (side.masses() for side in sides)
         weight = by_a = by_b = None
         if self.is_partial:
             weight = self.shown[:, None].to(self.of_image.rows)
@@ -231,9 +229,6 @@ class AlignedRows:
 
 class RowSource(Protocol):
     """A source of attention rows: a :class:`~acr_reg.LayerAttention`, or one evaluated in blocks."""
-
-    @property
-    def layout(self) -> TokenLayout: ...
 
     @property
     def stochastic(self) -> bool: ...
@@ -306,25 +301,49 @@ class AlignedPair:
         self, of_image: RowReading, of_view: RowReading, shown: Tensor, counted: Tensor, picked: Tensor | None
     ) -> AlignedRows:
         plan, unpadded = self.plan, self.plan.unpadded or (None, None)
-        a = _read(self.a, of_image, plan.of_image, unpadded[0], picked)
-        b = _read(self.b, of_view, plan.of_view, unpadded[1], picked)
-        entropy = None
-        if self.with_entropy:
-            entropy = (a.mix(row_entropy(a.rows)) + b.mix(row_entropy(b.rows))) / 2
+        a, entropy_a = self._read(self.a, of_image, plan.of_image, unpadded[0], picked)
+        b, entropy_b = self._read(self.b, of_view, plan.of_view, unpadded[1], picked)
+        entropy = None if entropy_a is None or entropy_b is None else (entropy_a + entropy_b) / 2
         return AlignedRows(a, b, plan.keys_valid, shown, counted, plan.is_partial, self.scale, entropy)
 
+    def _read(
+        self, source: RowSource, reading: RowReading, keys: KeyReading, unpadded: Tensor | None, picked: Tensor | None
+    ) -> tuple[ReadRows, Tensor | None]:
+        """The rows, and the entropy of what they are mixed to."""
+        if reading.mixed is None:  # no other rows than those picked are formed
+            index, unpadded, picked = select(reading.index, 1, picked), None, None
+        else:
+            index = reading.index
+            unpadded = None if unpadded is None else unpadded.gather(1, reading.patches.expand(len(unpadded), -1))
+        whole, sums = source.weights(index, keys.order), None
+        if source.stochastic and (self.plan.is_partial or keys.area is not None):
+            totals = keys.totals[0] if len(keys.totals) == 1 else keys.totals[:, None]
+            rows, sums = _Split.apply(whole, totals, keys)
+        else:
+            rows = keys.read(whole)
+        read = ReadRows(rows, sums, keys, reading.mixed, unpadded, picked, source.stochastic)
+        return read, read.mix(row_entropy(whole)) if self.with_entropy else None
 
-def _read(
-    source: RowSource, rows: RowReading, keys: KeyReading, unpadded: Tensor | None, picked: Tensor | None
-) -> ReadRows:
-    if rows.mixed is None:
-        return ReadRows(
-            source.weights(select(rows.index, 1, picked), keys.order), keys, None, None, None, source.stochastic
-        )
-    read = source.weights(rows.index, keys.order)
-    if unpadded is not None:
-        unpadded = unpadded.gather(1, rows.patches.expand(len(unpadded), -1))
-    return ReadRows(read, keys, rows.mixed, unpadded, picked, source.stochastic)
+
+class _Split(torch.autograd.Function):
+    """Rows over the window of their keys, and their products with ``totals``. Both gradients are added in one tensor;
+    autograd would make one for each, and fill up that of the window with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(totals)
+        ctx.window = keys.window
+        return keys.read(rows), rows @ totals
+
+    @staticmethod
+    def backward(ctx: Any, of_window: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None]:
+        (totals,) = ctx.saved_tensors
+        whole = of_sums @ totals.mT
+        if isinstance(ctx.window, slice):
+            whole[..., ctx.window] += of_window
+        else:
+            whole = whole.scatter_add(-1, ctx.window[:, None, None].expand_as(of_window), of_window)
+        return whole, None, None
 
 
 def _row_scale(a: LayerAttention, b: LayerAttention) -> Tensor:

@@ -169,7 +169,7 @@ def plan_between(
         for side in SIDES
     )
     # Training uses the plan too, and cannot use tensors made in inference_mode.
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
+    with torch.inference_mode(False), torch.no_grad():
         of_image, of_view = _Axes.of(own_queries), _Axes.of(queries)
         (top, bottom), (left, right) = (_hull(valid) for valid in of_view.valid)
         width, grid = right - left, (image.query.height, image.query.width)

@@ -20,7 +20,6 @@ from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention, RecordedTensors, rows_of_block
 from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
-from acr_reg.tokens import TokenLayout
 
 # Up to this size, forming all maps at once is faster: blocks of small maps take as many calls for less work.
 SMALL_MEGABYTES = 128
@@ -75,10 +74,6 @@ class BlockedLayer:
     @property
     def stochastic(self) -> bool:
         return self.layer.stochastic
-
-    @property
-    def layout(self) -> TokenLayout:
-        return self.layer.layout
 
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
         """The rows of a block, on leaves of their own; ``queries`` is (R,), or (B, R) for each image."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from acr_reg.alignment.pairs import AlignedPair, Heads
 from acr_reg.alignment.plan import Block, Plan
+from acr_reg.attention.layer import LayerAttention
 from acr_reg.losses.functional import Distance, Normalize, RowSum, sum_rows
 
 Term = Literal["activation", "affinity"]
@@ -54,12 +55,30 @@ class LayerTerms:
         return RowSum(found.total, found.weight, found.count + groups * self.share * self.pair.plan.left_out(batch))
 
 
+class OrderedLayer:
+    """A layer that puts its keys in order once for all terms, as :class:`~acr_reg.LayerAttention` does for each."""
+
+    def __init__(self, layer: LayerAttention, order: Tensor | None) -> None:
+        self._layer, self._ordered = layer, layer.is_factored
+        if self._ordered:
+            self._layer = layer.with_keys(order)
+
+    @property
+    def stochastic(self) -> bool:
+        return self._layer.stochastic
+
+    def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self._layer.weights(queries, None if self._ordered else keys)
+
+
 def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the layer's terms, on the graph; each term, and the entropy if it has one, detached.
 
     All maps of the layer are formed at once, and autograd keeps them for the backward pass.
     """
-    (rows,) = layer.blocks
+    plan, (a, b), (rows,) = layer.pair.plan, layer.pair.layers, layer.blocks
+    sides = OrderedLayer(a, plan.of_image.order), OrderedLayer(b, plan.of_view.order)
+    layer = replace(layer, pair=layer.pair.of(*sides))
     compared = {term: layer.compare(term, rows) for term in layer.weights}
     values = {term: layer.closed(term, found).mean() for term, (found, _) in compared.items()}
     weighted = torch.stack([layer.weights[term] * value for term, value in values.items()]).sum()
@@ -74,9 +93,10 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
     if share == 1:
         return [(block, None) for block in plan.blocks], 1.0
     count, width = len(plan.tokens), plan.width
-    wanted, height, start = max(1, round(share * count)), count // width, torch.rand((), device="cpu").item()
+    wanted, height = max(1, round(share * count)), count // width
+    start = torch.rand((), dtype=torch.float64, device="cpu").item()
     bounds = [math.floor(start + wanted * y / height) for y in range(height + 1)]
-    order = torch.rand(height, width, device=plan.tokens.device).argsort(1)
+    order = _scattered(count, plan.tokens.device).view(height, width).argsort(1)
     rows: list[Rows] = []
     for block in plan.blocks:
         top, bottom = (token // width for token in block.tokens)
@@ -84,6 +104,15 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
         if bounds[bottom] > bounds[top]:
             rows.append((block, torch.cat(picked)))
     return rows, wanted / count
+
+
+def _scattered(count: int, device: torch.device) -> Tensor:
+    """``count`` numbers, all different, by Wellons' 32-bit hash of consecutive ones. They depend on the CPU's generator
+    only, so that every device samples the same rows, and none are sent there."""
+    numbers = torch.arange(count, device=device) + int(torch.randint(2**31, (), device="cpu"))
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
+        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
+    return numbers ^ (numbers >> 15)
 
 
 def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ def aligned_rows(a, b, view, valid=None, picked=None):
 def carried_rows(rows):
     """Both sides' rows of each head over the image's keys, with their own masses; 0 where a key is not valid."""
     hidden = ~rows.keys_valid[:, None, None]
-    carried = [side.onto_image("each", side.masses(rows.is_partial)[0]) for side in (rows.of_image, rows.of_view)]
+    carried = [side.onto_image("each", side.masses()[0]) for side in (rows.of_image, rows.of_view)]
     scaled = carried if rows.scale is None else [each / rows.scale for each in carried]
     return [each.masked_fill(hidden, 0) for each in scaled]
 
