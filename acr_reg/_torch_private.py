@@ -186,13 +186,16 @@ def _dtensor() -> type | None:
 
 
 def shards_parameters(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs."""
+    """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs, or while a module
+    runs that holds it."""
     kinds = (
         _distributed("FullyShardedDataParallel", "fsdp"),
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    return bool(known) and any(isinstance(module, known) for module in model.modules())
+    return bool(known) and any(
+        isinstance(module, known) or "_is_fsdp_managed_module" in vars(module) for module in model.modules()
+    )
 
 
 def has_dtensors() -> bool:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch_private import shards_parameters
+from acr_reg._torch_private import remove_mode, shards_parameters
+from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, Turns, gradient_maps, has_graph, settle, used_layers
+from acr_reg.cam.class_rows import ClassRows, same_gradients
+from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
 from acr_reg.cam.refinement import multi_view_cam, propagated_maps
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode
@@ -34,7 +37,7 @@ class GradientCam(Removable):
     The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
     model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
-    call runs one more image to see the layers. A training capture of the same model does not record these runs.
+    call runs one image twice more to see the layers. A training capture of the same model does not record these runs.
 
     Args:
         model: any module that :func:`~acr_reg.capture_attention` can capture.
@@ -119,6 +122,7 @@ class GradientCam(Removable):
             "class_tokens": class_tokens,
         }
         self._attention: AttentionCapture | None = None
+        self._rows: ClassRows | None = None  # of which alone the gradient is computed
         self._whole_graph = False  # the model needs a graph below start_layer too
         self._removed = False
 
@@ -130,7 +134,9 @@ class GradientCam(Removable):
     def _end_capture(self) -> None:
         if self._attention is not None:
             self._attention.remove()
-        self._attention, self._whole_graph = None, False
+        if self._rows is not None:
+            remove_mode(self._rows)
+        self._attention, self._rows, self._whole_graph = None, None, False
 
     def _running(self) -> AttentionCapture:
         if self._attention is None:
@@ -167,8 +173,10 @@ class GradientCam(Removable):
             cam, contributed = gradient_maps(logits, layers, turns[0], self.method, self.query)
             made = {"The class maps": cam}
             if self.steps:
+                wanted = turns[0].wanted[:, :, None, None].expand(-1, -1, *cam.shape[-2:])  # the others' maps are 0
                 with torch.no_grad():
-                    cam = propagated_maps(cam, maps, self.propagation_layers, self.steps)
+                    spread = propagated_maps(cam.gather(1, wanted), maps, self.propagation_layers, self.steps)
+                    cam = torch.zeros_like(cam).scatter(1, wanted, spread)
                 made["The propagated maps"] = cam
             settle(logits, layers, turns[0], self.query, contributed, made)
             grid = maps[-1].layout.key
@@ -206,24 +214,50 @@ class GradientCam(Removable):
         self._attention = capture_attention(
             self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
         )
+        used = [layer for layer in maps if self.no_grad or has_graph(layer)][first:]
+        if not self._whole_graph:
+            self._spare_rows(image, logits, used)
+
+    def _spare_rows(self, image: Tensor, logits: Tensor, layers: Sequence[LayerAttention]) -> None:
+        """From now on computes gradients at the class token alone, if that gives the same on the image whose ``logits``
+        and ``layers`` are given."""
+        assert self._attention is not None
+        self._rows = ClassRows.of(layers, self.query)
+        if self._rows is None:
+            return
+        # A score of all classes, none of which cancels another.
+        weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
+        try:
+            again = _logits_of(self._forward(self._attention, image), 1)
+            spared = [*self._attention.take()][-len(layers) :]
+            ours = class_rows_of(layers, gradients((again * weights).sum(), spared))
+            ordinary = class_rows_of(layers, gradients((logits * weights).sum(), layers))
+        except Exception:  # such as that of a checkpointed layer, which must run alike a second time
+            fits = False
+        else:
+            fits = same_gradients(ours, ordinary)
+        if not fits:
+            self._rows = None
+
+    def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
+        with alone(attention), nullcontext() if self._rows is None else self._rows.of_batch(len(images)):
+            return self.forward(images)
 
     def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:
         """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
         attention.clear()
         if not self._whole_graph:
             try:
-                with alone(attention):
-                    found = self.forward(images)
+                found = self._forward(attention, images)
             except CaptureError:
                 raise
             except Exception:  # the model may need a graph below start_layer, as to hook its tensors
-                self._whole_graph = True
+                self._whole_graph, self._rows = True, None
                 attention.clear()
         if self._whole_graph:
             changed.unfreeze()
             images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
-            with alone(attention):
-                found = self.forward(images.requires_grad_() if images.is_floating_point() else images)
+            found = self._forward(attention, images.requires_grad_() if images.is_floating_point() else images)
         return _logits_of(found, len(images))
 
     def _placed(self, maps: AttentionMaps, size: tuple[int, int], image_size: tuple[int, int]) -> AttentionMaps:

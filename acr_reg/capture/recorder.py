@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -212,6 +213,8 @@ class Recorder:
             run.windows.note_attention(module)
         if run.kept:
             entry.keep(call, self.index.names[module])
+            if shards_parameters(module):
+                call.recorded = replace(call.recorded, sharded=True)
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:

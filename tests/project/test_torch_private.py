@@ -526,6 +526,14 @@ def test_models_whose_parameters_are_sharded_are_known(mesh: Any) -> None:
     assert private.shards_parameters(model), note
     wrapped = nn.Sequential(fsdp.FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
     assert private.shards_parameters(wrapped), note
+    note = changed("FullyShardedDataParallel and fully_shard", "_is_fsdp_managed_module, on each module within")
+    for wrap in (
+        lambda module: fsdp.fully_shard(module, mesh=mesh),
+        lambda module: fsdp.FullyShardedDataParallel(module, device_id=torch.device("cpu")),
+    ):
+        inner = nn.Linear(4, 4)
+        wrap(nn.Sequential(inner))
+        assert private.shards_parameters(inner), note
 
 
 def test_each_backward_has_a_number_of_its_own() -> None:
