@@ -181,7 +181,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         _note_operation(name, args)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
-    with _Generators.drawing_on(device) if draws else nullcontext():
+    # In torch 2.1 a mode for functions, such as that of a capture, would see this operation.
+    with torch._C.DisableTorchFunction(), _Generators.drawing_on(device) if draws else nullcontext():
         result = func(*map(_inner, args), **{key: _inner(value) for key, value in kwargs.items()})
     return result if device == CPU or result is None else _outer(result, device, tensors)
 
