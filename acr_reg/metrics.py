@@ -139,7 +139,7 @@ class CamMeanIoU:
             ValueError: shapes that disagree (resize the maps first), NaN or values outside [0, 1], ids out of range,
                 repeated classes, or no map without background.
         """
-        maps, truth = _array(cam), _array(mask)
+        maps, truth = as_array(cam), as_array(mask)
         if maps.ndim != 3 or truth.ndim != 2:
             raise ValueError(
                 f"cam has shape {maps.shape} and mask {truth.shape}. Pass (K, H, W), one map per class, and (H, W)."
@@ -375,7 +375,7 @@ class LabelMeanIoU:
         Raises:
             ValueError: shapes that disagree, other dtypes, or ids out of range.
         """
-        predicted, truth = _array(labels), _array(mask)
+        predicted, truth = as_array(labels), as_array(mask)
         if predicted.ndim != 2 or predicted.shape != truth.shape:
             raise ValueError(f"labels have shape {predicted.shape} and mask {truth.shape}. Pass (H, W), of one size.")
         column = _codes("labels", predicted, self.num_classes, self.ignore_index)
@@ -437,7 +437,7 @@ def _even_step(thresholds: npt.NDArray[np.float64]) -> float | None:
     return step if even and step > SMALLEST_STEP else None
 
 
-def _array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.generic]:
+def as_array(values: npt.ArrayLike | Tensor) -> npt.NDArray[np.generic]:
     """As an array: a tensor may lie on a GPU, carry a graph or hold bfloat16, none of which numpy reads."""
     if not isinstance(values, Tensor):
         return np.asarray(values)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from acr_reg.errors import some
 from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
-from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES, files_by_id
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES, files_by_id, unreadable
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
 from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill, is_made
@@ -78,9 +79,7 @@ def convert_cams(
     """
     folder = CamFolder(Path(target), format, alphas)
     maps_of = _source_of(source, source_format, images, folder.folders)
-    if not overwrite:
-        _refuse_other_sizes(folder, maps_of)
-    return fill(folder, list(maps_of.files), maps_of, f"To {format}", overwrite, progress, workers=workers, share=share)
+    return _fill(folder, maps_of, f"To {format}", overwrite, progress, workers, share)
 
 
 def convert_to_labels(
@@ -128,10 +127,8 @@ def convert_to_labels(
     """
     folder = LabelFolder(Path(target), LabelRule(threshold, ignore_between, alphas, background))
     maps_of = _source_of(source, source_format, images, folder.folders, like_evaluate=True)
-    folder.check_others(maps_of.files if overwrite else ())
-    if not overwrite:
-        _refuse_other_sizes(folder, maps_of)
-    return fill(folder, list(maps_of.files), maps_of, "To labels", overwrite, progress, workers=workers, share=share)
+    folder.check_others(maps_of.files)
+    return _fill(folder, maps_of, "To labels", overwrite, progress, workers, share)
 
 
 def score_dev_list(
@@ -206,16 +203,17 @@ class LabelFolder:
         labels = pseudo_labels(maps, **asdict(self.rule), size=size)
         save_mask(self.files(name)[0], labels, {SETTINGS: str(self.rule)})
 
-    def check(self, name: str) -> None:
+    def check(self, name: str) -> tuple[int, int] | None:
         """Raises ValueError if the file of an earlier run was made by another rule."""
         from acr_reg.integrations.formats.photos import opened
 
         (file,) = self.files(name)
         try:
-            with opened(file, decode=False) as image:  # the text comes before the pixels
-                found = image.info.get(SETTINGS)
+            with opened(file) as image:
+                found, size = image.info.get(SETTINGS), (image.height, image.width)
         except OSError as error:
-            raise ValueError(f"{error} Or choose another folder than {self.path}.") from error
+            kind = ValueError if error.errno else unreadable(file.read_bytes(), b"\x89PNG\r\n\x1a\n")
+            raise kind(f"{error} Or choose another folder than {self.path}.") from error
         if found is None:
             raise ValueError(
                 f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."
@@ -225,38 +223,35 @@ class LabelFolder:
                 f"{file} was made with {found}, and this run has {self.rule}. Choose another folder, or overwrite its "
                 "files (--overwrite)."
             )
+        return size
 
-    def size(self, name: str) -> tuple[int, int] | None:
-        from acr_reg.integrations.formats.photos import photo_size
-
-        return photo_size(self.files(name)[0])
-
-    def check_others(self, replaced: Mapping[str, Path] | tuple[()]) -> None:
-        """Checks all files that the run keeps. An earlier run that was killed while overwriting leaves two rules."""
+    def check_others(self, names: Mapping[str, Path]) -> None:
+        """Checks the files of images that this run does not have. :func:`fill` checks its own."""
         for file in sorted(self.path.glob("*.png")):
-            if file.stem not in replaced and is_made(file):
+            if file.stem not in names and is_made(file):
                 self.check(file.stem)
 
 
-def _refuse_other_sizes(target: CamFolder | LabelFolder, maps_of: _Source) -> None:
-    """Raises ValueError if an earlier run wrote other sizes, for instance without ``images``: its files would be
-    skipped. The first file that has a size decides."""
-    if maps_of.images is None:
-        return
-    for name in filter(maps_of.photos.get, maps_of.files):
-        file = target.files(name)[0]
-        try:
-            size = target.size(name) if is_made(file) else None
-        except (OSError, ValueError):  # of another format or rule: check() says so
-            return
-        if size is not None:
-            wanted = maps_of.size_of_photo(name)
-            if size != wanted:
-                raise ValueError(
-                    f"{file} of an earlier run is {size[0]}x{size[1]} and its photo {wanted[0]}x{wanted[1]} (HxW). "
-                    "Choose another folder, or overwrite its files (--overwrite)."
-                )
-            return
+def _fill(
+    target: CamFolder | LabelFolder,
+    source: _Source,
+    what: str,
+    overwrite: bool,
+    progress: bool,
+    workers: int,
+    share: bool,
+) -> FolderReport:
+    """An earlier run without ``images`` wrote other sizes, and its files would be passed over."""
+
+    def size_of(name: str) -> tuple[int, int] | None:
+        with suppress(OSError, ValueError):  # of a photo that is missing or damaged: that fails where it is needed
+            return source.size_of_photo(name)
+        return None
+
+    sizes = None if source.images is None else size_of
+    return fill(
+        target, list(source.files), source, what, overwrite, progress, workers=workers, share=share, size_of=sizes
+    )
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from acr_reg.capture.evaluation import state_kept
 from acr_reg.capture.handle import Removable
 from acr_reg.capture.hooks import HookSet, is_recomputing
 from acr_reg.errors import CaptureError
+from acr_reg.random_numbers import own_random_numbers
 
 Keep = Literal["only", "first", "last", "all"]
 
@@ -102,11 +103,9 @@ class HostCapture(Removable):
 
     @contextmanager
     def _numbers_of_its_own(self) -> Iterator[None]:
-        devices = {p.device for p in self.network.parameters() if p.device.type == "cuda"}
-        seed = int(torch.randint(2**62, (), generator=self._seeds))
+        seed = int(torch.randint(2**62, (), generator=self._seeds, device="cpu"))
         of_python, of_numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (what hosts draw from)
-        with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
-            torch.manual_seed(seed)
+        with own_random_numbers(seed):
             random.seed(seed)
             np.random.seed(seed % 2**32)  # noqa: NPY002
             try:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.alignment.token_maps import check_lattices, maps_of_view
+from acr_reg.alignment.token_maps import NO_MASS, check_lattices
 from acr_reg.tokens import Lattice, TokenLayout, TokenSide, token_order
 from acr_reg.views.view import View, map_between
 
@@ -68,17 +68,29 @@ def align_attention(maps: Tensor, view: View, source: TokenLayout, target: Token
     view.check_batch(maps.shape[0])
     check_lattices("align_attention", view, source.key, target.key)
     device, others = str(maps.device), source.num_other_tokens
-    maps_back = maps_of_view(view, source, target, device)
     found = at_least_float32(maps)
     for dim, side in sides:
         found = select(found, dim, token_order(source, side, device))
     other, patches = found.split([others, len(source.key)], -1)
-    columns = torch.cat([other, maps_back.carry_patches(patches, stochastic=True)], -1)
+    columns = torch.cat([other, _carry_keys(patches, view, source.key, target.key)], -1)
     found = align_tokens(columns, view, source.query, target.query, others)
     for dim, side in sides:
         order = token_order(target, side, device)
         found = select(found, dim, None if order is None else order.argsort())
     return found.to(maps.dtype)
+
+
+def _carry_keys(patches: Tensor, view: View, source: Lattice, target: Lattice) -> Tensor:
+    """Carries rows (..., M') over patch keys; each keeps the mass that it gave to keys visible in the image."""
+    device = str(patches.device)
+    back, seen = map_between(view.inverse, source, target, device), map_between(view, target, source, device)
+    moved = back.tokens(patches)
+    if back.is_exact:
+        return moved
+    if not seen.is_complete:
+        patches = patches * seen.valid[:, None, None]
+    # Divided first: the gradient of mass / sum is mass / sum^2, which overflows if the sum is 1e-20.
+    return moved / moved.sum(-1, keepdim=True).clamp_min(NO_MASS) * patches.sum(-1, keepdim=True)
 
 
 def token_validity(view: View, source: Lattice, target: Lattice) -> Tensor:

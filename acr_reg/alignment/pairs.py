@@ -1,7 +1,7 @@
 """Picks and aligns the attention rows to compare, of one layer on images and on a view of them.
 
 With attention maps A1, A2 of an image and of its view, and P the map from the view's tokens back to the image's
-(:class:`~acr_reg.alignment.token_maps.AlignmentMaps`), rows of A1 are compared with rows of P^T A2 P. Where P
+(:class:`~acr_reg.alignment.plan.Plan`), rows of A1 are compared with rows of P^T A2 P. Where P
 resamples, A1 is blurred alike. Where one view shows only part of the other, rows are compared on the tokens that both
 show.
 
@@ -17,18 +17,22 @@ absolute sum, and rows near 0 are never divided by less than 1.
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 from copy import copy
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32
-from acr_reg.alignment.token_maps import NO_MASS, check_lattices, maps_of_image, maps_of_view, valid_tokens
+from acr_reg._tensors import at_least_float32, select
+from acr_reg.alignment.plan import Block, KeyReading, Plan, Range, Resampling, RowReading, plan_between, without_padding
+from acr_reg.alignment.token_maps import NO_MASS, check_lattices
 from acr_reg.attention.layer import LayerAttention
-from acr_reg.tokens import Lattice, TokenLayout, token_order
+from acr_reg.tokens import Lattice
 from acr_reg.views.view import View
+
+Heads = Literal["mean", "each"]
 
 
 def check_pair(a: LayerAttention, b: LayerAttention, view: View) -> None:
@@ -70,43 +74,134 @@ def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
 
 
 @dataclass(frozen=True, eq=False)
+class ReadRows:
+    """Rows of one layer before they are carried onto the image: (B, H, R', K) over the window of their ``keys``, and
+    their ``sums`` (B, H, R', 4) over all keys, by ``keys.totals``; None where no masses are needed. They are ``mixed``
+    to (B, H, R, ...), unless each is a row of the image, and of these rows only those ``picked`` (P,) are wanted, None
+    if all. ``unpadded`` (B, R') is False for rows of padding, which are not mixed in.
+    """
+
+    rows: Tensor
+    sums: Tensor | None
+    keys: KeyReading
+    mixed: Resampling | None
+    unpadded: Tensor | None
+    picked: Tensor | None
+    stochastic: bool
+
+    def mix(self, values: Tensor) -> Tensor:
+        """(B, H, R') -> (B, H, R)."""
+        if self.mixed is None:
+            return values
+        if self.unpadded is None:
+            values = self.mixed(values)
+        else:
+            values = self.mixed(values * self.unpadded[:, None]) / self._share_unpadded(self.mixed)
+        return select(values, 2, self.picked)
+
+    def _share_unpadded(self, mixed: Resampling) -> Tensor:
+        assert self.unpadded is not None
+        return mixed(self.unpadded[:, None].to(self.rows)).clamp_min(torch.finfo(self.rows.dtype).tiny)
+
+    def masses(self) -> tuple[Tensor | None, Tensor | None]:
+        """(B, H, R') what to multiply each row over patches by, to keep the mass that it gave to keys visible in both
+        views, None for 1; and (B, H, R) the mass on what both show, valid keys and other tokens."""
+        area = self.keys.area
+        if not self.stochastic:  # rows of either sign have no mass: they keep their mass per area
+            return None if area is None else area.to(self.rows)[:, None, None].expand(self.rows.shape[:3]), None
+        if self.sums is None:
+            return None, None
+        others, kept, moved, valid = self.sums.unbind(-1)
+        if area is None:
+            return None, self.mix(others + valid)
+        factor = kept * _inverse(moved)
+        return factor, self.mix(others + factor * valid)
+
+    def onto_image(self, heads: Heads, factor: Tensor | None, weights: Tensor | None = None) -> Tensor:
+        """(B, H or 1, R, M) rows over the image's patches. ``factor`` (B, H, R') multiplies rows before they are mixed,
+        ``weights`` (B, H, R) after; with heads="mean" these add up over heads, and None is the mean."""
+        if self.mixed is not None:
+            rows = self._mixed_rows(self.mixed, heads, factor, weights)
+        else:
+            by = factor if weights is None or factor is None else factor * weights
+            by = weights if by is None else by
+            rows = self.rows if by is None else self.rows * by[..., None]
+            if heads == "mean":
+                # The gradient of a sum, unlike that of a mean, is no map of its own for each head.
+                rows = rows.sum(1, keepdim=True)
+                rows = rows / self.rows.shape[1] if weights is None else rows
+        if self.keys.unpadded is not None:
+            rows = rows * self.keys.unpadded[:, None, None]
+        return rows if self.keys.resampled is None else self.keys.resampled(rows)
+
+    def _mixed_rows(self, mixed: Resampling, heads: Heads, factor: Tensor | None, weights: Tensor | None) -> Tensor:
+        """Mixes rows along x, then along y. The factors join the first product and the weights the second, which also
+        adds up the heads."""
+        batch, count, _, _ = self.rows.shape
+        size, groups = (mixed.first.shape[2], mixed.second.shape[2]), 1 if heads == "mean" else count
+        if self.unpadded is not None:
+            factor = self.unpadded[:, None] if factor is None else factor * self.unpadded[:, None]
+        along_x = mixed.second[:, None, None]
+        if factor is not None:
+            along_x = along_x * factor.unflatten(2, size)[..., None, :]
+        rows = along_x @ self.rows.unflatten(2, size)  # (B, H, m1, n2, M')
+        if self.picked is not None and weights is not None:
+            every = weights.new_zeros(batch, count, mixed.first.shape[1] * mixed.second.shape[1])
+            weights = every.index_copy(2, self.picked, weights)
+        if weights is None:
+            weights = rows.new_full((batch, count, mixed.first.shape[1] * mixed.second.shape[1]), groups / count)
+        if self.unpadded is not None:
+            weights = weights / self._share_unpadded(mixed)
+        grouped = weights.unflatten(2, (-1, mixed.second.shape[1])).unflatten(1, (groups, -1))  # (B, G, H/G, n1, n2)
+        along_y = (grouped.permute(0, 1, 4, 3, 2)[..., None] * mixed.first[:, None, None, :, None]).flatten(4)
+        rows = along_y @ rows.unflatten(1, (groups, -1)).permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
+        return select(rows.transpose(2, 3).flatten(2, 3), 2, self.picked)
+
+
+class _Inverse(torch.autograd.Function):
+    """1 / mass. Torch's gradient of it holds 1 / mass^2, which overflows where a mass is 1e-20. What it multiplies is
+    as small as the mass, so it is multiplied by 1 / mass twice."""
+
+    @staticmethod
+    def forward(ctx: Any, mass: Tensor) -> Tensor:
+        inverse = mass.reciprocal()
+        ctx.save_for_backward(inverse)
+        return inverse
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (inverse,) = ctx.saved_tensors
+        return -(gradient * inverse) * inverse
+
+
+def _inverse(mass: Tensor) -> Tensor:
+    inverse: Tensor = _Inverse.apply(mass.clamp_min(NO_MASS))
+    return inverse
+
+
+@dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows of both views over the first view's keys: ``full_a`` and ``full_b``, (B, H, R, others + M). The tokens that
-    are no patches come first; ``others`` counts those of each view, and both views show them.
+    """Rows of both maps that lie on the same tokens of the image.
 
     ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding, ``shown`` (1 or B, R) for rows of
     tokens visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
-    all of these are known to be True. ``stochastic`` says that rows are probabilities. ``entropy`` (B, H, R), detached,
-    is the mean over both views of each row's entropy over its maximum ln M; None if not asked for or not stochastic.
+    all of these are known to be True. ``scale`` (B, 1, 1, 1) divides rows that are no probabilities. ``entropy``
+    (B, H, R), detached, is the mean over both views of each row's entropy over its maximum ln M; None if not asked for
+    or not stochastic.
     """
 
-    full_a: Tensor
-    full_b: Tensor
-    others: tuple[int, int]
+    of_image: ReadRows
+    of_view: ReadRows
     keys_valid: Tensor
     shown: Tensor
     counted: Tensor
     is_partial: bool
-    stochastic: bool
+    scale: Tensor | None
     entropy: Tensor | None
 
-    @property
-    def a(self) -> Tensor:
-        """(B, H, R, M) the first view's rows over patch keys, 0 where a key is not valid."""
-        return self._patches(self.full_a, self.others[0])
-
-    @property
-    def b(self) -> Tensor:
-        """The same for the second view."""
-        return self._patches(self.full_b, self.others[1])
-
-    def _patches(self, rows: Tensor, others: int) -> Tensor:
-        patches = rows[..., others:]
-        return patches.masked_fill(~self.keys_valid[:, None, None], 0) if self.is_partial else patches
-
-    def comparable(self, heads: Literal["mean", "each"]) -> tuple[Tensor, Tensor, Tensor | None]:
+    def comparable(self, heads: Heads) -> tuple[Tensor, Tensor, Tensor | None]:
         """The rows to compare, (B, H or 1, R, M), averaged over heads or not, and the weight in [0, 1] of each,
-        (B, H or 1, R); None if all count alike.
+        (B, H or 1, R); None if all count alike. Only valid keys mean anything.
 
         Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap makes
         rows conditional: each head's row is divided by its own mass on what both views show, valid keys and the other
@@ -115,36 +210,25 @@ class AlignedRows:
         Rows, and heads in their mean, are weighted by the smaller mass of both views: rows that look elsewhere count
         little.
         """
-        if not self.is_partial:
-            full = self.full_a, self.full_b
-            if heads == "mean":  # before the others are cut off: backward then pads one map, not that of every head
-                full = full[0].mean(1, keepdim=True), full[1].mean(1, keepdim=True)
-            return full[0][..., self.others[0] :], full[1][..., self.others[1] :], None
-        a, b = self.a, self.b
-        weight = self.shown[:, None].to(a.dtype).expand(a.shape[:-1])
-        share = torch.full_like(weight, 1 / weight.shape[1])
-        if self.stochastic:  # rows of either sign have no mass
-            mass_a, mass_b = (
-                full[..., :others].sum(-1) + rows.sum(-1)
-                for full, rows, others in ((self.full_a, a, self.others[0]), (self.full_b, b, self.others[1]))
-            )
-            a, b = (rows / mass.clamp_min(NO_MASS)[..., None] for rows, mass in ((a, mass_a), (b, mass_b)))
-            weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
-            share = weight / weight.sum(1, keepdim=True).clamp_min(NO_MASS)
-        if heads == "mean":
-            a, b = ((rows * share[..., None]).sum(1, keepdim=True) for rows in (a, b))
-            weight = weight.mean(1, keepdim=True)
-        return a, b, weight
-
-
-MixedRows = tuple[Tensor, Tensor | None]  # rows to read, (1 or B, R'), and the weights (1 or B, R, R') that mix them
+        sides = self.of_image, self.of_view
+        (factor_a, mass_a), (factor_b, mass_b) = (side.masses() for side in sides)
+        weight = by_a = by_b = None
+        if self.is_partial:
+            weight = self.shown[:, None].to(self.of_image.rows)
+            if mass_a is not None and mass_b is not None:
+                weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
+                of_heads = weight.sum(1, keepdim=True).clamp_min(NO_MASS)
+                share = weight / of_heads if heads == "mean" else (weight > 0).to(weight)
+                by_a, by_b = share * _inverse(mass_a), share * _inverse(mass_b)
+            count = self.of_image.rows.shape[:2]
+            weight = weight.mean(1, keepdim=True) if heads == "mean" else weight
+            weight = weight.expand(count[0], 1 if heads == "mean" else count[1], -1)
+        a, b = self.of_image.onto_image(heads, factor_a, by_a), self.of_view.onto_image(heads, factor_b, by_b)
+        return (a, b, weight) if self.scale is None else (a / self.scale, b / self.scale, weight)
 
 
 class RowSource(Protocol):
     """A source of attention rows: a :class:`~acr_reg.LayerAttention`, or one evaluated in blocks."""
-
-    @property
-    def layout(self) -> TokenLayout: ...
 
     @property
     def stochastic(self) -> bool: ...
@@ -152,50 +236,49 @@ class RowSource(Protocol):
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor: ...
 
 
-class AlignedPair:
-    """Layer ``a`` on ``images`` and the same layer ``b`` on ``view(images)``. Aligns rows on demand.
+def plan_of(
+    a: LayerAttention,
+    b: LayerAttention,
+    view: View,
+    valid: Tensor | None = None,
+    *,
+    blur_alike: bool = True,
+    rows: Range | None = None,
+    known: dict[Hashable, Plan] | None = None,
+) -> Plan:
+    """The plan to compare layer ``a`` on ``images`` with the same layer ``b`` on ``view(images)``.
 
-    Where the lattices coincide (flips, quarter turns), query and key tokens are permuted before any product.
-    Elsewhere both axes of ``b`` are resampled, and each row keeps the mass it gave to patches; with ``blur_alike`` rows
-    and keys of ``a`` are blurred as much. ``valid`` (B, H, W) is False where the images are padding. ``with_entropy``
-    also computes the entropy of rows.
+    With ``blur_alike`` rows and keys of ``a`` are blurred as resampling blurs those of ``b``. ``valid`` (B, H, W) is
+    False where the images are padding. ``rows`` are the sizes of a block where tokens are permuted and where they are
+    resampled; None makes one block. Plans for the same view and ``valid`` are looked up in ``known``. Raises ValueError
+    if the layers are no such pair.
+    """
+    check_pair(a, b, view)
+    dtype = at_least_float32(a.recorded.seen[:0]).dtype
+    rows = rows or (len(a.layout.query), len(a.layout.query))
+    key = (a.layout, b.layout, rows, a.device, dtype)
+    known = {} if known is None else known
+    if key not in known:
+        plan = plan_between(view, a.layout, b.layout, blur_alike, rows, str(a.device), dtype)
+        known[key] = plan if valid is None else without_padding(plan, view, a.layout, b.layout, valid)
+    return known[key]
+
+
+class AlignedPair:
+    """Layer ``a`` on images and the same layer ``b`` on a view of them. Aligns rows on demand, by their plan.
+
+    Where P is an index, query and key tokens are permuted before any product. Elsewhere both axes of ``b`` are
+    resampled, and each row keeps the mass it gave to patches. ``with_entropy`` also computes the entropy of rows.
     """
 
-    def __init__(
-        self,
-        a: LayerAttention,
-        b: LayerAttention,
-        view: View,
-        valid: Tensor | None = None,
-        with_entropy: bool = True,
-        blur_alike: bool = True,
-    ) -> None:
-        check_pair(a, b, view)
+    def __init__(self, a: LayerAttention, b: LayerAttention, plan: Plan, with_entropy: bool = True) -> None:
         self.layers = a, b
         self.a: RowSource = a
         self.b: RowSource = b
-        self.with_entropy = with_entropy
+        self.plan = plan
         self.stochastic = a.stochastic and b.stochastic
+        self.with_entropy = with_entropy and self.stochastic
         self.scale = None if self.stochastic else _row_scale(a, b)
-        device = str(a.device)
-        self.dtype = at_least_float32(a.recorded.seen[:0]).dtype
-        image = None
-        if valid is not None:
-            image = tuple(valid_tokens(valid, grid).to(device) for grid in (a.layout.query, a.layout.key))
-        self.maps = maps_of_view(view, b.layout, a.layout, device, image)
-        self.own = maps_of_image(view, b.layout, a.layout, device, image) if blur_alike else None
-        self.order_a = [token_order(a.layout, side, device) for side in ("query", "key")]
-        self.classes = [
-            torch.tensor(layer.layout.class_tokens or (), dtype=torch.long, device=device) for layer in (a, b)
-        ]
-        self.keys_valid = self.maps.keys.valid
-        self.counted = torch.ones_like(self.maps.queries.valid)
-        # A view that shows all of the image and padding around it is partial too: its rows look at the padding.
-        complete = self.maps.keys.is_complete and self.maps.queries.is_complete
-        self.is_partial = not complete or self.maps.keys_shown is not None
-        if image is not None:
-            self.counted, self.keys_valid = image[0], self.keys_valid & image[1]
-            self.is_partial = True
 
     def of(self, a: RowSource, b: RowSource) -> AlignedPair:
         """This alignment applied to other row sources with the same layout."""
@@ -205,48 +288,62 @@ class AlignedPair:
 
     def activation(self) -> AlignedRows:
         """The aligned rows of the class tokens; none if there is no class token."""
-        always = torch.ones(1, len(self.classes[0]), dtype=torch.bool, device=self.keys_valid.device)
-        return self._aligned((self.classes[0], None), (self.classes[1], None), always, always)
+        of_image, of_view = (RowReading(classes, classes, None) for classes in self.plan.classes)
+        always = torch.ones_like(of_image.index, dtype=torch.bool)
+        return self._aligned(of_image, of_view, always, always, None)
 
-    def affinity(self, tokens: Tensor) -> AlignedRows:
-        """The aligned rows of these patch tokens (R,) of the images."""
-        shown = self.maps.queries.valid[:, tokens]
-        of_image = self._image_rows(tokens) if self.own is None else self.own.rows(tokens, self.dtype)
-        return self._aligned(of_image, self.maps.rows(tokens, self.dtype), shown, self.counted[:, tokens])
+    def affinity(self, block: Block, picked: Tensor | None = None) -> AlignedRows:
+        """The aligned rows of a block of the plan's tokens, or only those ``picked`` (R,) among them."""
+        shown, counted = (select(each, 1, picked) for each in (block.shown, self.plan.counted(block)))
+        return self._aligned(block.of_image, block.of_view, shown, counted, picked)
 
-    def _image_rows(self, tokens: Tensor) -> MixedRows:
-        rows = self.a.layout.num_other_tokens + tokens
-        return rows if self.order_a[0] is None else self.order_a[0][rows], None
+    def _aligned(
+        self, of_image: RowReading, of_view: RowReading, shown: Tensor, counted: Tensor, picked: Tensor | None
+    ) -> AlignedRows:
+        plan, unpadded = self.plan, self.plan.unpadded or (None, None)
+        a, entropy_a = self._read(self.a, of_image, plan.of_image, unpadded[0], picked)
+        b, entropy_b = self._read(self.b, of_view, plan.of_view, unpadded[1], picked)
+        entropy = None if entropy_a is None or entropy_b is None else (entropy_a + entropy_b) / 2
+        return AlignedRows(a, b, plan.keys_valid, shown, counted, plan.is_partial, self.scale, entropy)
 
-    def _aligned(self, of_image: MixedRows, of_view: MixedRows, shown: Tensor, counted: Tensor) -> AlignedRows:
-        """Aligns rows of both maps."""
-        order_a = self.order_a[1] if self.own is None else self.own.key_order
-        maps = self.a.weights(of_image[0], order_a), self.b.weights(of_view[0], self.maps.key_order)
-        if self.scale is not None:
-            maps = maps[0] / self.scale, maps[1] / self.scale
-        entropies = [row_entropy(each) for each in maps] if self.with_entropy and self.stochastic else None
-        map_a = maps[0] if self.own is None else self.own.carry_keys(maps[0], self.a.stochastic)
-        map_b = self.maps.carry_keys(maps[1], self.b.stochastic)
-        map_a, map_b = _mix(map_a, of_image[1]), _mix(map_b, of_view[1])
-        if entropies is not None:
-            weights = of_image[1], of_view[1]
-            entropies = [_mix(each[..., None], by)[..., 0] for each, by in zip(entropies, weights, strict=True)]
-        return AlignedRows(
-            map_a,
-            map_b,
-            (self.a.layout.num_other_tokens, self.b.layout.num_other_tokens),
-            self.keys_valid,
-            shown,
-            counted,
-            self.is_partial,
-            self.stochastic,
-            None if entropies is None else (entropies[0] + entropies[1]) / 2,
-        )
+    def _read(
+        self, source: RowSource, reading: RowReading, keys: KeyReading, unpadded: Tensor | None, picked: Tensor | None
+    ) -> tuple[ReadRows, Tensor | None]:
+        """The rows, and the entropy of what they are mixed to."""
+        if reading.mixed is None:  # no other rows than those picked are formed
+            index, unpadded, picked = select(reading.index, 1, picked), None, None
+        else:
+            index = reading.index
+            unpadded = None if unpadded is None else unpadded.gather(1, reading.patches.expand(len(unpadded), -1))
+        whole, sums = source.weights(index, keys.order), None
+        if source.stochastic and (self.plan.is_partial or keys.area is not None):
+            totals = keys.totals[0] if len(keys.totals) == 1 else keys.totals[:, None]
+            rows, sums = _Split.apply(whole, totals, keys)
+        else:
+            rows = keys.read(whole)
+        read = ReadRows(rows, sums, keys, reading.mixed, unpadded, picked, source.stochastic)
+        return read, read.mix(row_entropy(whole)) if self.with_entropy else None
 
 
-def _mix(rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Rows (B, H, R', ...) mixed by ``weights`` (1 or B, R, R') into (B, H, R, ...); None leaves them as they are."""
-    return rows if weights is None else weights[:, None] @ rows
+class _Split(torch.autograd.Function):
+    """Rows over the window of their keys, and their products with ``totals``. Both gradients are added in one tensor;
+    autograd would make one for each, and fill up that of the window with zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(totals)
+        ctx.window = keys.window
+        return keys.read(rows), rows @ totals
+
+    @staticmethod
+    def backward(ctx: Any, of_window: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None]:
+        (totals,) = ctx.saved_tensors
+        whole = of_sums @ totals.mT
+        if isinstance(ctx.window, slice):
+            whole[..., ctx.window] += of_window
+        else:
+            whole = whole.scatter_add(-1, ctx.window[:, None, None].expand_as(of_window), of_window)
+        return whole, None, None
 
 
 def _row_scale(a: LayerAttention, b: LayerAttention) -> Tensor:

@@ -179,7 +179,8 @@ class LayerAttention:
             tensor = rearrange(tensor, "(b h) n m -> b h n m", h=self.recorded.heads or 1)
         elif tensor.ndim > 4:  # windows beside heads
             tensor = tensor.flatten(1, -3)
-        return tensor[self.images]
+        # A slice of all images would be the same tensor, with a gradient copied into zeros.
+        return tensor if self.images == slice(None) else tensor[self.images]
 
     def batched_output(self, tensor: Tensor | None) -> Tensor | None:
         """The recorded output or map, or a gradient of it, as (B, H, N, ...), for this part of the batch."""
@@ -206,6 +207,10 @@ class LayerAttention:
         """
         if (explicit := self.explicit) is not None:
             return select(select(at_least_float32(explicit), -2, queries), -1, keys)
+        return self.logits(queries, keys).softmax(-1)
+
+    def logits(self, queries: Tensor | None = None, keys: Tensor | None = None) -> Tensor:
+        """What a fused layer's map is the softmax of, for :meth:`weights`."""
         query, key = self.query, self.key
         assert query is not None and key is not None
         with torch.autocast(query.device.type, enabled=False):
@@ -218,7 +223,18 @@ class LayerAttention:
                 mask = mask.expand(query.shape[0] if per_image else -1, -1, query.shape[-2], key.shape[-2])
                 mask = select(select(mask, -2, queries), -1, keys)
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
-            return scores.softmax(-1)
+            return scores
+
+    def with_keys(self, order: Tensor | None) -> LayerAttention:
+        """This fused layer with its keys in this order, (M,) or (B, M), once for all rows."""
+        query, key, mask = self.query, self.key, self.batched_mask()
+        if order is None or query is None or key is None:
+            return self
+        if mask is not None:
+            images = len(query) if order.ndim == 2 and len(order) > 1 else -1
+            mask = select(mask.expand(images, -1, -1, key.shape[2]), 3, order)
+        recorded = RecordedTensors(query=query, key=select(key, 2, order), mask=mask, scale=self.recorded.scale)
+        return replace(self, recorded=recorded, images=slice(None))
 
     def batched_mask(self) -> Tensor | None:
         """The kernel's mask for this part of the batch, of four axes that broadcast to (B, H, N, M), or None."""

@@ -21,6 +21,7 @@ from acr_reg.inspection.encoders import choose_run, off_the_image, other_encoder
 from acr_reg.inspection.offsets import LayerOffsets, Offset, first_line, token_offsets
 from acr_reg.inspection.report import Check, LayerCheck, row_sum
 from acr_reg.losses.all_pairs import AllPairsConsistencyLoss
+from acr_reg.random_numbers import own_random_numbers
 from acr_reg.tokens import Lattice, TokenSide
 from acr_reg.views.constructors import HorizontalFlip
 from acr_reg.views.view import View, require_view
@@ -99,8 +100,7 @@ def check(
     call = model if forward is None else forward
     chosen = None if layers is None else listed("layers", layers)
     skipped: tuple[tuple[str, str], ...] = ()
-    with torch.random.fork_rng(), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
-        torch.manual_seed(0)
+    with own_random_numbers(0), torch.inference_mode(False), torch.enable_grad(), eval_mode(model):
         try:
             if shards_parameters(model):
                 refuse_sharded()
@@ -260,7 +260,8 @@ def reconstruction_errors(layer: LayerAttention) -> tuple[float | None, float | 
             return rows, None  # the map met something else than values, such as weights of another mix
         found = weights @ value.to(weights)
         expected = output.to(weights)
-        return rows, ((found - expected).norm() / expected.norm().clamp_min(1e-30)).item()
+        off, size = (torch.linalg.vector_norm(each) for each in (found - expected, expected))
+        return rows, (off / size.clamp_min(1e-30)).item()
 
 
 def _terms(maps_a: AttentionMaps, maps_b: AttentionMaps, view: View) -> tuple[dict[str, float], str | None]:

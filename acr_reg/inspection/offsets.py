@@ -56,7 +56,7 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, Lay
     layer's position in the maps that ``observe`` returns. Measured at five tokens, on noise of the size of ``images``:
     an image of one colour would show nothing."""
     generator = torch.Generator().manual_seed(0)
-    noise = torch.randn((1, *images.shape[1:]), generator=generator).to(images)
+    noise = torch.randn((1, *images.shape[1:]), generator=generator, device="cpu").to(images)
     probe_a, probe_b = _Probe(observe, noise), _Probe(observe, view(noise))
     found: dict[int, LayerOffsets] = {}
     if probe_a.maps.layers != probe_b.maps.layers:  # which the loss refuses by name
@@ -83,7 +83,7 @@ def token_offsets(observe: Observe, images: Tensor, view: View) -> dict[int, Lay
             except _UnmeasuredError as error:
                 offsets.why_unmeasured = str(error)
                 continue
-            pixels = torch.tensor(lattice_a.extent, dtype=torch.float64)  # of the images as the model reads them
+            pixels = centres_b.new_tensor(lattice_a.extent)  # of the images as the model reads them
             apart = ((found_b - missed - found_a) * pixels).norm(dim=1)
             away = ((found_a - nominal_a) * pixels).norm(dim=1)
             read = (width * pixels).mean()
@@ -105,10 +105,11 @@ class _Probe:
         both, from 0 to 1 over the image. Raises _UnmeasuredError if the gradient does not tell."""
         seen = self.maps[layer]
         of_patch = _of_token(seen, side)[:, :, patch_index(seen.layout, side, str(seen.device))]
-        of_token = of_patch[torch.arange(len(tokens)), :, tokens]
-        weights = torch.randn(of_token.shape[1:], generator=torch.Generator().manual_seed(0)).to(of_token)
+        of_token = of_patch[torch.arange(len(tokens), device="cpu"), :, tokens]
+        generator = torch.Generator().manual_seed(0)
+        weights = torch.randn(of_token.shape[1:], generator=generator, device="cpu").to(of_token)
         gradient = self._gradient((of_token * weights).sum())
-        energy = gradient.double().square().sum(1).cpu()
+        energy = gradient.cpu().double().square().sum(1)
         if not energy.isfinite().all():
             raise _UnmeasuredError("its gradient to the pixels is NaN or infinite")
         if not energy.amax((1, 2)).all():
@@ -117,7 +118,7 @@ class _Probe:
         strong = strong / strong.sum((1, 2), keepdim=True)
         middles, reaches = [], []
         for axis, along in ((2, strong.sum(2)), (1, strong.sum(1))):
-            places = (torch.arange(energy.shape[3 - axis], dtype=torch.float64) + 0.5) / energy.shape[3 - axis]
+            places = (torch.arange(energy.shape[3 - axis], device="cpu").double() + 0.5) / energy.shape[3 - axis]
             middle = along @ places
             middles.append(middle)
             # An evenly read stretch of length w has a variance of w^2 / 12.
@@ -147,7 +148,8 @@ def _centres(lattice: Lattice) -> Tensor:
 
 
 def _inner_tokens(lattice: Lattice) -> Tensor:
-    return torch.tensor([int(y * lattice.height) * lattice.width + int(x * lattice.width) for y, x in _PLACES])
+    numbers = [int(y * lattice.height) * lattice.width + int(x * lattice.width) for y, x in _PLACES]
+    return torch.tensor(numbers, device="cpu")
 
 
 def _carried_back(points: Tensor, view: View) -> Tensor:

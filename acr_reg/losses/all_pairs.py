@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.alignment.pairs import AlignedPair, plan_of
+from acr_reg.alignment.plan import Plan
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.errors import listed
-from acr_reg.losses.blockwise import evaluate_blockwise
+from acr_reg.losses.blockwise import are_small, can_be_blockwise, evaluate_blockwise, rows_of_plan
 from acr_reg.losses.functional import Distance, Normalize, cam_consistency
 from acr_reg.losses.inputs import LossInputs, check_choice, check_finite, check_inputs
-from acr_reg.losses.terms import LayerTerms, Term, can_be_blockwise, evaluate_dense, sample_rows
+from acr_reg.losses.terms import LayerTerms, Term, evaluate_dense, sample_rows
 from acr_reg.views.view import View, require_view
 
 # The paper's weight of 100 on a mean over 576 tokens is 100 / 576 of the distance per row.
@@ -57,10 +58,11 @@ class AllPairsConsistencyLoss(nn.Module):
         rows: the share in (0, 1] of patch query rows to compare, sampled anew in each call. Class rows are always
             compared.
         cam_normalize: as you score class maps: "max" (relu over the maximum per image and class), "minmax", or None.
-        blockwise: None or True never forms an N x N map of fused layers; False forms it, which second derivatives need.
-            Explicit maps are compared at once.
+        blockwise: True never forms an N x N map of fused layers. False forms the maps of all layers and keeps them for
+            the backward pass, which second derivatives need. None forms them if all, of both views, take at most 128
+            MB; it is faster where maps are small. Explicit maps are compared at once.
         block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 4 MB of maps
-            per block, at least 64 rows.
+            per block, at least 64 rows, or 4 rows of the grid where a view resamples. Blocks are whole rows of it.
 
     A term without inputs (no class token, no class maps) raises if you set its weight; otherwise it is skipped, with
     one warning for the class token.
@@ -153,7 +155,8 @@ class AllPairsConsistencyLoss(nn.Module):
         """The loss, a scalar >= 0 in float32 (float64 for float64 maps); with ``return_terms`` also its terms.
 
         Args:
-            attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model.
+            attn_a, attn_b: the maps of the images and of ``view(images)``, from the same model. Each layer is compared
+                on its device in ``attn_a``; the loss lies on that of the first.
             cam_a, cam_b: class maps (B, C, h, w) of both, differentiable; None leaves the cam term out.
             view: overrides the view given at construction.
             view_a: pass it if both views are augmented: the first maps belong to ``view_a(images)``, the second to
@@ -193,7 +196,7 @@ class AllPairsConsistencyLoss(nn.Module):
                 attention, terms = self._attention_terms(given, return_terms)
                 loss = loss + attention
             if "cam" in given.terms:
-                terms["cam"] = self._cam_term(given)
+                terms["cam"] = self._cam_term(given).to(device)
                 loss = loss + self.weights["cam"] * terms["cam"]
         loss = scale * loss
         check_finite(loss, given)
@@ -205,16 +208,29 @@ class AllPairsConsistencyLoss(nn.Module):
         query and key."""
         names: tuple[Term, ...] = ("activation", "affinity")
         weights = {name: self.weights[name] for name in names if name in given.terms}
-        weighted, reports = [], []
+        weighted, reports, plans, device = [], [], dict[Hashable, Plan](), given.pairs[0][0].device
+        small = are_small(given.pairs, self.rows)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(weights.values())):
             for a, b in given.pairs:
-                pair = AlignedPair(a, b, given.view, given.valid, with_entropy, self.blur_alike)
-                tokens = sample_rows(len(a.layout.query), self.rows, str(a.device))
-                layer = LayerTerms(pair, weights, tokens, given.labels, self.distance, self.normalize, self.heads)
-                blockwise = can_be_blockwise(pair) if self.blockwise is None else self.blockwise
-                value, report = evaluate_blockwise(layer, self.block_rows) if blockwise else evaluate_dense(layer)
-                weighted.append(value)
-                reports.append(report)
+                blockwise = self.blockwise
+                if blockwise is None:
+                    blockwise = not small and can_be_blockwise(a, b)
+                rows = rows_of_plan(a, b, self.rows, self.block_rows) if blockwise else None
+                plan = plan_of(a, b, given.view, given.valid, blur_alike=self.blur_alike, rows=rows, known=plans)
+                blocks, share = sample_rows(plan, self.rows)
+                layer = LayerTerms(
+                    AlignedPair(a, b, plan, with_entropy),
+                    weights,
+                    blocks,
+                    given.labels,
+                    self.distance,
+                    self.normalize,
+                    self.heads,
+                    share,
+                )
+                value, report = evaluate_blockwise(layer) if blockwise else evaluate_dense(layer)
+                weighted.append(value.to(device))  # layers may lie on several devices
+                reports.append({name: term.to(device) for name, term in report.items()})
         reported = dict.fromkeys(name for report in reports for name in report)
         terms = {name: torch.stack([r[name] for r in reports if name in r]).mean() for name in reported}
         return torch.stack(weighted).mean(), terms

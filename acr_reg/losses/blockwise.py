@@ -7,7 +7,8 @@ precision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -17,17 +18,38 @@ from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.attention.layer import LayerAttention, RecordedTensors, rows_of_block
-from acr_reg.losses.functional import RowSum, sum_rows
+from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
-from acr_reg.tokens import TokenLayout
+
+# Up to this size, forming all maps at once is faster: blocks of small maps take as many calls for less work.
+SMALL_MEGABYTES = 128
+
+# Of the grid, in a block of resampled rows: each block also forms the rows beside it that it reads.
+RESAMPLED_ROWS = 4
+
+
+def can_be_blockwise(*layers: LayerAttention) -> bool:
+    """Whether every layer with a gradient has query and key. An explicit map's gradient is as large as the map."""
+    return all(layer.is_factored or not layer.requires_grad for layer in layers)
+
+
+def are_small(pairs: Iterable[tuple[LayerAttention, LayerAttention]], share: float) -> bool:
+    """Whether this share of the rows of all maps, of both views, takes little memory."""
+    elements = sum(math.prod(layer.shape) for pair in pairs for layer in pair)
+    return share * elements * 4 <= SMALL_MEGABYTES * 2**20
+
+
+def rows_of_plan(a: LayerAttention, b: LayerAttention, share: float, block_rows: int | None) -> tuple[int, int]:
+    """The tokens of a block, of which a share is compared, where rows are permuted and where they are resampled."""
+    rows = block_rows or rows_of_block((a, b))
+    return math.ceil(rows / share), block_rows or max(rows, RESAMPLED_ROWS * a.layout.query.width)
 
 
 class BlockedLayer:
     """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
 
     ``inputs`` make its map, on the graph: query, key and an additive bias; or the map itself. A block copies the rows
-    it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places, and
-    ``gradients`` holds the gradients of the inputs, over all terms so far.
+    it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places.
     """
 
     def __init__(self, layer: LayerAttention) -> None:
@@ -38,7 +60,7 @@ class BlockedLayer:
         with torch.no_grad():
             self._held = [at_least_float32(part.detach()) if part.is_floating_point() else part for part in self.inputs]
         self._learning = [torch.is_grad_enabled() and part.requires_grad for part in self.inputs]
-        self.gradients: list[Tensor | None] = [None] * len(self.inputs)  # weighted
+        self._weighted: list[Tensor | None] = [None] * len(self.inputs)
         self._found: list[Tensor | None] = [None] * len(self.inputs)  # of the current term
         self._key: tuple[Tensor | None, Tensor] | None = None  # its order, and the leaf
         self._rows: Tensor | None = None
@@ -53,10 +75,6 @@ class BlockedLayer:
     def stochastic(self) -> bool:
         return self.layer.stochastic
 
-    @property
-    def layout(self) -> TokenLayout:
-        return self.layer.layout
-
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
         """The rows of a block, on leaves of their own; ``queries`` is (R,), or (B, R) for each image."""
         self._rows, self.leaves, self._leaf_of = queries, [], []
@@ -66,7 +84,7 @@ class BlockedLayer:
         tensors = RecordedTensors(query=rows, key=self._key_leaf(keys), scale=self.layer.recorded.scale)
         if len(self.inputs) > 2:
             tensors = replace(tensors, mask=self._mask_leaf(queries, keys))
-        return _Centred.apply(replace(self.layer, recorded=tensors, images=slice(None)).weights())
+        return _Softmax.apply(replace(self.layer, recorded=tensors, images=slice(None)).logits())
 
     def _leaf(self, number: int, tensor: Tensor) -> Tensor:
         if self._learning[number] and torch.is_grad_enabled():
@@ -77,9 +95,9 @@ class BlockedLayer:
 
     def _key_leaf(self, order: Tensor | None) -> Tensor:
         """Every block needs all keys, so they are put in order once, and their gradient is put back once."""
-        if self._key is None or self._key[0] is not order:
-            self._settle_key()
+        if self._key is None:
             self._key = (order, select(self._held[1], 2, order))
+        assert self._key[0] is order
         return self._leaf(1, self._key[1])
 
     def _mask_leaf(self, queries: Tensor, keys: Tensor | None) -> Tensor:
@@ -111,35 +129,39 @@ class BlockedLayer:
 
     def scale(self, factor: Tensor) -> None:
         """Closes a term: adds ``factor`` times its gradient to the gradient of the terms so far."""
-        self._settle_key()
         for number, found in enumerate(self._found):
             if found is not None:
-                total, found = self.gradients[number], found.mul_(factor)
-                self.gradients[number] = found if total is None else total.add_(found)
+                total, found = self._weighted[number], found.mul_(factor)
+                self._weighted[number] = found if total is None else total.add_(found)
         self._found = [None] * len(self.inputs)
 
-    def _settle_key(self) -> None:
-        if self._key is not None and (found := self._found[1]) is not None:
-            self._found[1] = _put_back(found, 2, self._key[0], self.layer.shape[3])
-        self._key = None
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of the inputs, over all terms."""
+        if self._key is not None and (of_keys := self._weighted[1]) is not None:
+            self._weighted[1] = _put_back(of_keys, 2, self._key[0], self.layer.shape[3])
+        return self._weighted
 
 
-class _Centred(torch.autograd.Function):
-    """Returns softmax rows unchanged, and subtracts from their gradient its mean, weighted by the row.
+class _Softmax(torch.autograd.Function):
+    """A softmax that subtracts from its gradient twice what that gradient sums to, weighted by the row.
 
-    The softmax subtracts this mean too. Where one key has almost all the mass, the mean is almost that key's gradient,
-    and the rounding of their difference may exceed the gradient of the logits. After two subtractions it does not.
+    The sum is 0. Where one key has almost all the mass, though, its gradient is a difference of almost equal numbers,
+    and their rounding may exceed the gradient of all other keys. After two subtractions it does not.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        rows = logits.softmax(-1)
         ctx.save_for_backward(rows)
-        return rows.view_as(rows)
+        return rows
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
-        return gradient - (rows * gradient).sum(-1, keepdim=True)
+        found = rows * gradient
+        for _ in range(2):
+            found.addcmul_(rows, found.sum(-1, keepdim=True), value=-1)
+        return found
 
 
 def _put_back(values: Tensor, dim: int, index: Tensor | None, count: int) -> Tensor:
@@ -161,22 +183,18 @@ def _add_rows(whole: Tensor, index: Tensor | None, rows: Tensor) -> None:
     whole.movedim(2, 1).index_put_((images, index), rows.movedim(2, 1), accumulate=True)
 
 
-def evaluate_blockwise(terms: LayerTerms, block_rows: int | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-    """:func:`~acr_reg.losses.terms.evaluate_dense` in blocks of ``block_rows`` query rows, by default as many as keep a
-    block's maps near 4 MB, at least 64. The first derivative is exact; a second one is refused."""
+def evaluate_blockwise(terms: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`~acr_reg.losses.terms.evaluate_dense`, block by block. The first derivative is exact; a second one is
+    refused."""
     layers = BlockedLayer(terms.pair.layers[0]), BlockedLayer(terms.pair.layers[1])
-    if block_rows is None:
-        block_rows = rows_of_block(terms.pair.layers)
     report: dict[str, Tensor] = {}
-    run = partial(_in_blocks, terms, layers, block_rows, report)
+    run = partial(_in_blocks, terms, layers, report)
     inputs = [tensor for layer in layers for tensor in layer.inputs]
     learns = any(layer.learns for layer in layers)
     return _Blockwise.apply(run, layers, *inputs) if learns else run(), report
 
 
-def _in_blocks(
-    terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], block_rows: int, report: dict[str, Tensor]
-) -> Tensor:
+def _in_blocks(terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], report: dict[str, Tensor]) -> Tensor:
     """The weighted sum of the terms; their gradients are added up in the layers, and each term goes to the report."""
     terms = replace(terms, pair=terms.pair.of(*layers))
     entropies: list[Tensor | None] = []
@@ -184,9 +202,9 @@ def _in_blocks(
     for term, weight in terms.weights.items():
         whole: RowSum | None = None
         learns = weight != 0 and any(layer.learns for layer in layers)
-        for tokens in terms.tokens.split(block_rows) if term == "affinity" else [terms.tokens]:
+        for rows in terms.blocks if term == "affinity" else terms.blocks[:1]:
             with torch.set_grad_enabled(learns):
-                block, entropy = terms.compare(term, tokens, sum_rows)
+                block, entropy = terms.compare(term, rows)
             if learns:
                 leaves = [leaf for layer in layers for leaf in layer.leaves]
                 found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
@@ -196,6 +214,7 @@ def _in_blocks(
             block = RowSum(block.total.detach(), block.weight, block.count)
             whole = block if whole is None else whole + block
         assert whole is not None
+        whole = terms.closed(term, whole)
         for layer in layers:
             layer.scale(weight / whole.norm())
         report[term] = whole.mean()
@@ -213,7 +232,7 @@ class _Blockwise(torch.autograd.Function):
         ctx: Any, run: Callable[[], Tensor], layers: tuple[BlockedLayer, BlockedLayer], *inputs: Tensor
     ) -> Tensor:
         value = run()
-        gradients = [gradient for layer in layers for gradient in layer.gradients]
+        gradients = [gradient for layer in layers for gradient in layer.gradients()]
         ctx.present = [gradient is not None for gradient in gradients]
         ctx.dtypes = [tensor.dtype for tensor in inputs]
         ctx.save_for_backward(*(gradient for gradient in gradients if gradient is not None))

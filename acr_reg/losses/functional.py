@@ -176,7 +176,7 @@ def cam_consistency(
             f"cam_b is {tuple(cam_b.shape[-2:])}, but {view.brief} of cam_a, {tuple(cam_a.shape[-2:])}, is {expected}. "
             "Pass the view that was applied to the images of cam_b."
         )
-    cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b)
+    cam_a, cam_b = at_least_float32(cam_a), at_least_float32(cam_b).to(cam_a.device)
     grid_a, grid_b = lattices or (Lattice(*cam_a.shape[-2:]), Lattice(*cam_b.shape[-2:]))
     device = str(cam_a.device)
     there, back = map_between(view, grid_a, grid_b, device), map_between(view.inverse, grid_b, grid_a, device)
@@ -198,7 +198,7 @@ def cam_consistency(
         cam_b = back(cam_b * image) / back(image).clamp_min(torch.finfo(cam_b.dtype).tiny)
     else:
         cam_b = back(cam_b)
-    present = None if labels is None else labels > 0
+    present = None if labels is None else labels.to(device) > 0
     # Classes play the rows and pixels the keys of the other terms. Per pixel, because maps are not distributions.
     rows_a, rows_b = cam_a.flatten(2)[:, None], cam_b.flatten(2)[:, None]
     return row_consistency(rows_a, rows_b, distance, "mean", keys_valid, present, overlap)

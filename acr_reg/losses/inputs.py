@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,13 +84,14 @@ def check_inputs(
                 'distance="l1" or "l2".'
             )
     lattices = None if both_cams is None else _lattices(*attention, both_cams)
+    device = pairs[0][0].device  # once, and not for every layer
     return LossInputs(
-        pairs=pairs,
+        pairs=[(a, _beside(a, b)) for a, b in pairs],
         cams=both_cams,
         lattices=lattices,
         view=view,
-        valid=valid,
-        labels=labels,
+        valid=None if valid is None else valid.to(device),
+        labels=None if labels is None else labels.to(device),
         terms=frozenset(terms),
         warnings=warnings,
     )
@@ -146,6 +148,15 @@ def _layers_to_compare(
                 "loss before backward()."
             )
     return learning
+
+
+def _beside(a: LayerAttention, b: LayerAttention) -> LayerAttention:
+    """Layer ``b`` on the device of ``a``, such as that of a teacher on another GPU, as far as its map needs it."""
+    if b.device == a.device:
+        return b
+    kept = {name: getattr(b.recorded, name) for name in ("query", "key", "map", "mask")}
+    moved: dict[str, Any] = {name: None if tensor is None else tensor.to(a.device) for name, tensor in kept.items()}
+    return replace(b, recorded=replace(b.recorded, value=None, output=None, **moved))
 
 
 def _check_same_modules(attn_a: AttentionMaps, attn_b: AttentionMaps) -> None:

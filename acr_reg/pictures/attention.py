@@ -27,7 +27,7 @@ from acr_reg import (
     class_attention,
     token_validity,
 )
-from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.alignment.pairs import AlignedPair, plan_of
 from acr_reg.capture.evaluation import eval_mode, running_view
 from acr_reg.losses.functional import Distance
 from acr_reg.losses.terms import LayerTerms, evaluate_dense
@@ -244,13 +244,15 @@ def _patch_panels(
     device = str(a.device)
     grids = a.layout.query, b.layout.query
     token = torch.tensor([patch[0] * grids[0].width + patch[1]], device=device)
-    at_patch = torch.zeros(1, len(grids[0]), 1).index_fill(1, token.cpu(), 1.0)
+    at_patch = torch.zeros(1, len(grids[0]), 1, device="cpu").index_fill(1, token.cpu(), 1.0)
     there = int(align_tokens(at_patch, view.inverse, *grids).argmax())  # the view's patch that shows most of it
     before = [_patch_row(layer, int(at)) for layer, at in ((a, token), (b, there))]
 
-    aligned = AlignedPair(a, b, view, with_entropy=False)
-    compared, _ = evaluate_dense(LayerTerms(aligned, {"affinity": 1.0}, token, None, distance, "row", "mean"))
-    rows = aligned.affinity(token)
+    plan = plan_of(a, b, view)
+    aligned, row = AlignedPair(a, b, plan, with_entropy=False), (plan.blocks[0], (plan.tokens == token).nonzero()[0])
+    layer = LayerTerms(aligned, {"affinity": 1.0}, [row], None, distance, "row", "mean", share=0)
+    compared, _ = evaluate_dense(layer)
+    rows = aligned.affinity(*row)
     after = [row[0, 0, 0].cpu() for row in rows.comparable("mean")[:2]]
     keys = a.layout.key
     size = (keys.height, keys.width)
@@ -271,7 +273,7 @@ def _patch_panels(
 def _patch_row(layer: LayerAttention, patch: int) -> Tensor:
     """(h, w): the attention of one patch to all patches, mean over heads."""
     layout = layer.layout
-    query = torch.arange(layout.num_queries)[patch_index(layout, "query", "cpu")][patch : patch + 1]
+    query = torch.arange(layout.num_queries, device="cpu")[patch_index(layout, "query", "cpu")][patch : patch + 1]
     row = layer.weights(query.to(layer.device)).mean(1)[0, 0].cpu()
     return row[patch_index(layout, "key", "cpu")].unflatten(0, (layout.key.height, layout.key.width))
 

@@ -17,7 +17,7 @@ from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from acr_reg._tensors import is_dense
 from acr_reg.placement.places import (
@@ -125,6 +125,8 @@ class _KnownSources:
         self._held.update((id(tensor), weakref.ref(tensor)) for tensor in tensors)
 
     def _is_held(self, tensor: Any) -> bool:
+        if isinstance(tensor, nn.Parameter):  # also one that came while the model ran, as with offloaded weights
+            return True
         alias = self._held.get(id(tensor))
         return alias is not None and alias() is tensor
 

@@ -7,16 +7,22 @@ bilinearly, antialiased when shrinking (as torchvision does, ``align_corners=Fal
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
 from acr_reg.tokens import Lattice
 from acr_reg.views.affine import Affine, Axis
+
+_T = TypeVar("_T")
+_Band = tuple[slice, Tensor]  # source positions that a block of targets reads, and its weights (block, positions)
 
 # Centres this close, in units of the source's spacing, coincide: far below any visible resampling.
 _ON_LATTICE = 1e-4
@@ -25,6 +31,10 @@ _ON_LATTICE = 1e-4
 # crop of one pixel shows differences as small as 1e-5 pixels.
 _ON_EDGE = 1e-9
 
+# On a CPU, this many target positions are computed at once, from only those source positions that they read. Maps with
+# fewer positions, and other devices, take one product of matrices, where zeros cost less than more calls.
+_BLOCK = 64
+
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
@@ -32,7 +42,8 @@ class AxisMap:
 
     ``index`` (S, target, taps) holds the positions read and ``weights`` their weights, which sum to 1; None if each
     target reads exactly one. ``valid`` (S, target) is False where the centre lies outside the part of the source that
-    is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens.
+    is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens. ``runs`` says for exact maps
+    what each of the S images reads, without asking the device.
     """
 
     count: int
@@ -40,6 +51,7 @@ class AxisMap:
     weights: Tensor | None
     valid: Tensor
     step: Tensor
+    runs: list[_Run] = field(default_factory=list)
     _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -61,14 +73,35 @@ class AxisMap:
             self._dense[dtype, device] = made
         return made
 
+    def bands(self, weights: Tensor) -> list[list[_Band]]:
+        """The bands of each image, cut out of the dense ``weights``. Only for maps with weights."""
+        assert self.weights is not None
+        read, bands = self.weights > 0, [list[_Band]() for _ in weights]
+        low, high = self.index.where(read, self.count).amin(2), self.index.where(read, -1).amax(2) + 1
+        for begins, ends, rows in zip(*(each.split(_BLOCK, 1) for each in (low, high, weights)), strict=True):
+            for image, (begin, end) in enumerate(zip(begins.amin(1).tolist(), ends.amax(1).tolist(), strict=True)):
+                bands[image].append((slice(begin, end), rows[image, :, begin:end]))
+        return bands
+
     def blur(self, there: AxisMap) -> AxisMap:
         """The mean of staying and of reading what ``there`` gives: the map onto the line that ``there`` reads. Only for
         maps with weights."""
         with torch.inference_mode(False), torch.no_grad():
             back, onto = (axis.dense(torch.float64, self.index.device) for axis in (self, there))
-            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64)) / 2
-            index = torch.arange(there.count).expand_as(weights)
+            weights = (back @ onto + torch.eye(there.count, dtype=torch.float64, device="cpu")) / 2
+            index = torch.arange(there.count, device="cpu").expand_as(weights)
         return AxisMap(there.count, index, weights, self.valid, torch.ones_like(self.step))
+
+
+class _Run(NamedTuple):
+    """Along one axis an exact map reads ``length`` neighbours from ``start`` on, in order or ``mirrored``. As many
+    targets ``before`` and ``after`` them show nothing."""
+
+    before: int
+    start: int
+    length: int
+    mirrored: bool
+    after: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,8 +118,20 @@ class _Part:
         return (pairs.mT if self.transposed else pairs).flatten(1)
 
     def __call__(self, maps: Tensor) -> Tensor:
-        mapped = _read(_read(maps, -2, self.y), -1, self.x)
+        if self.y.weights is None:
+            mapped = _for_each(_moved, maps, self.y.runs, self.x.runs)
+        else:
+            mapped = self._resampled(maps)
         return mapped.mT if self.transposed else mapped
+
+    def _resampled(self, maps: Tensor) -> Tensor:
+        y, x = (axis.dense(maps.dtype, maps.device) for axis in (self.y, self.x))
+        if maps.device.type == "cpu" and max(maps.shape[-2:]) > _BLOCK:
+            along_y, along_x = self.y.bands(y), self.x.bands(x)
+            if len(y) == 1 and maps.ndim > 3:  # each by itself: a block's backward pass writes all that it was cut from
+                along_y, along_x = along_y * max(len(maps), 1), along_x * max(len(maps), 1)
+            return _for_each(_banded, maps, along_y, along_x)
+        return _product(_product(maps.mT, y).mT, x)
 
     def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
         """(S, R, source tokens): the weights of the target tokens at these ``rows`` and ``columns`` (R,)."""
@@ -179,10 +224,13 @@ class LatticeMap:
         """
         # Half precision is resampled in float32 and rounded once.
         precise = maps if self.is_exact else at_least_float32(maps)
-        mapped = self._gathered([part(precise if part.images is None else precise[part.images]) for part in self.parts])
-        if not self.is_complete:
+        # Autocast would round products, and refuses to join tensors of float64. The meta device has none.
+        with nullcontext() if maps.is_meta else torch.autocast(maps.device.type, enabled=False):
+            parts = [part(precise if part.images is None else precise[part.images]) for part in self.parts]
+            mapped = self._gathered(parts)
+        if not (self.is_complete or self.is_exact):
             hidden = rearrange(~self.valid, "b (h w) -> b h w", h=self.target.height)
-            mapped = mapped.masked_fill(_beside(hidden, mapped), 0)
+            mapped = mapped.masked_fill(_beside(hidden.to(mapped.device), mapped), 0)
         return mapped.to(maps.dtype)
 
     def tokens(self, values: Tensor, dim: int = -1) -> Tensor:
@@ -200,7 +248,7 @@ class LatticeMap:
         """The results of all parts, in the order of the batch."""
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([image for part in self.parts for image in part.images or ()])
+        order = torch.tensor([image for part in self.parts for image in part.images or ()], device="cpu")
         return torch.cat(parts)[order.argsort().to(parts[0].device)]
 
 
@@ -210,16 +258,35 @@ def _beside(mask: Tensor, values: Tensor) -> Tensor:
     return mask[0] if len(mask) == 1 else mask.reshape(len(mask), *[1] * between, *mask.shape[1:])
 
 
-def _read(values: Tensor, dim: int, axis: AxisMap) -> Tensor:
-    if axis.weights is None:
-        return select(values, dim, axis.places)
-    values = values.movedim(dim, -1)
-    weights = axis.dense(values.dtype, values.device).mT
-    with torch.autocast(values.device.type, enabled=False):
-        if len(weights) == 1:
-            return (values @ weights[0]).movedim(-1, dim)
-        images = values.flatten(1, -2) @ weights
-        return images.unflatten(1, values.shape[1:-1]).movedim(-1, dim)
+def _for_each(read: Callable[[Tensor, _T, _T], Tensor], maps: Tensor, along_y: list[_T], along_x: list[_T]) -> Tensor:
+    """Reads all images alike, or each in its own way."""
+    if len(along_y) == 1:
+        return read(maps, along_y[0], along_x[0])
+    return torch.stack([read(*each) for each in zip(maps.unbind(), along_y, along_x, strict=True)])
+
+
+def _moved(maps: Tensor, y: _Run, x: _Run) -> Tensor:
+    """Exact maps; 0 where nothing is shown. Always a copy."""
+    for dim, run in ((-2, y), (-1, x)):
+        if run.length < maps.shape[dim]:  # else its backward pass would copy the whole gradient
+            maps = maps.narrow(dim, run.start, run.length)
+    moved = maps.flip([dim for dim, run in ((-2, y), (-1, x)) if run.mirrored])
+    hidden = (x.before, x.after, y.before, y.after)
+    return F.pad(moved, hidden) if any(hidden) else moved
+
+
+def _banded(maps: Tensor, y: list[_Band], x: list[_Band]) -> Tensor:
+    left = min(columns.start for columns, _ in x)
+    maps = maps[..., left : max(columns.stop for columns, _ in x)]
+    maps = torch.cat([weights @ maps[..., rows, :] for rows, weights in y], -2)
+    return torch.cat([maps[..., columns.start - left : columns.stop - left] @ weights.mT for columns, weights in x], -1)
+
+
+def _product(maps: Tensor, weights: Tensor) -> Tensor:
+    """Resamples the last axis by (S, target, source)."""
+    if len(weights) == 1:
+        return maps @ weights[0].mT
+    return (maps.flatten(1, -2) @ weights.mT).unflatten(1, maps.shape[1:-1])
 
 
 class Line:
@@ -231,7 +298,9 @@ class Line:
 
     def places(self) -> Tensor:
         """(count,): the centres, from 0 to 1 over the image."""
-        return (self.offset + (torch.arange(self.count, dtype=torch.float64) + 0.5) * self.stride) / self.extent
+        return (
+            self.offset + (torch.arange(self.count, dtype=torch.float64, device="cpu") + 0.5) * self.stride
+        ) / self.extent
 
     def tokens(self, places: Tensor) -> Tensor:
         """Converts places from 0 to 1 over the image to tokens: the centre of token i is at i."""
@@ -243,7 +312,7 @@ class _Positions:
 
     def __init__(self, axes: Sequence[Axis], source: Line, target: Line) -> None:
         slope, start, low, high = (
-            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64)[:, None]
+            torch.tensor([float(getattr(axis, name)) for axis in axes], dtype=torch.float64, device="cpu")[:, None]
             for name in ("slope", "start", "low", "high")
         )
         self.source = source
@@ -269,11 +338,19 @@ class _Positions:
         count, valid, step = self.source.count, self.valid.to(device), self.step.float().to(device)
         positions = self.positions.clamp(self.first, self.last)[:, :, None]
         if exact:
-            return AxisMap(count, positions.round().long().to(device), None, valid, step)
+            index = positions.round().long()
+            return AxisMap(count, index.to(device), None, valid, step, self._runs(index[:, :, 0]))
         # The triangle filter of bilinear interpolation, widened by the shrinking factor.
         reach = self.step.abs().clamp_min(1)[:, None, None]
-        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2)
+        tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2, device="cpu")
         weights = (1 - (positions - tokens).abs() / reach).clamp(min=0)
         weights = weights * ((tokens >= self.first[:, :, None]) & (tokens <= self.last[:, :, None]))
         index = tokens.clamp(0, count - 1).long()
         return AxisMap(count, index, weights / weights.sum(2, keepdim=True), valid, step)
+
+    def _runs(self, places: Tensor) -> list[_Run]:
+        before, shown = self.valid.long().argmax(1), self.valid.sum(1)
+        last = (before + shown - 1).clamp_min(0)
+        ends = torch.stack([places.gather(1, end[:, None])[:, 0] for end in (before, last)]).amin(0)
+        numbers = zip(before.tolist(), ends.tolist(), shown.tolist(), (self.step < 0).tolist(), strict=True)
+        return [_Run(*each, after=self.valid.shape[1] - each[0] - each[2]) for each in numbers]

@@ -59,7 +59,7 @@ class Sampler(ABC):
 
 
 def _uniform(low: float, high: float, generator: Generator | None) -> float:
-    return low + (high - low) * torch.rand((), dtype=torch.float64, generator=generator).item()
+    return low + (high - low) * torch.rand((), dtype=torch.float64, generator=generator, device="cpu").item()
 
 
 def _drawn(step: View | Sampler, size: tuple[int, int], generator: Generator | None) -> View:
@@ -108,7 +108,7 @@ class RandomChoice(_OfSteps):
     """Picks one of several views or samplers, all equally likely: ``RandomChoice([Rotate90(k) for k in range(4)])``."""
 
     def draw(self, size: tuple[int, int], generator: Generator | None = None) -> View:
-        chosen = torch.randint(len(self.steps), (), generator=generator).item()
+        chosen = torch.randint(len(self.steps), (), generator=generator, device="cpu").item()
         return _drawn(self.steps[int(chosen)], size, generator)
 
 
@@ -174,7 +174,7 @@ class RandomResizedCrop(Sampler):
             height, width = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < height <= rows and 0 < width <= columns:
                 top, left = (
-                    int(torch.randint(space + 1, (), generator=generator).item())
+                    int(torch.randint(space + 1, (), generator=generator, device="cpu").item())
                     for space in (rows - height, columns - width)
                 )
                 return Crop(top, left, height, width, self.size, image_size=size)

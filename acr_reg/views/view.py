@@ -151,7 +151,7 @@ class View:
         if maps.ndim < 2:
             raise TypeError(f"The images have shape {tuple(maps.shape)}. Reshape them to (..., H, W).")
         self.check_batch(maps.shape[0] if maps.ndim > 2 else 1)
-        pixels = self._pixel_map(maps.shape[-2:], size, str(maps.device))
+        pixels = self._pixel_map(maps.shape[-2:], size)
         if not (maps.is_floating_point() or pixels.is_exact):
             raise TypeError(
                 f"The images are {maps.dtype} of shape {tuple(maps.shape)}, and {self.brief} resamples them. Convert "
@@ -165,7 +165,7 @@ class View:
 
     def valid(self, size: Size, output_size: Size | None = None) -> Tensor:
         """(1 or B, H', W') bool: the pixels of ``view(images)`` that show the image, for images of ``size``."""
-        pixels = self._pixel_map(size, output_size, "cpu")
+        pixels = self._pixel_map(size, output_size)
         return rearrange(pixels.valid, "b (h w) -> b h w", h=pixels.target.height)
 
     def check_batch(self, images: int) -> None:
@@ -176,15 +176,20 @@ class View:
                 "batch, with images along the first axis."
             )
 
-    def _pixel_map(self, source: Size, size: int | Size | None, device: str) -> LatticeMap:
+    def _pixel_map(self, source: Size, size: int | Size | None) -> LatticeMap:
         if isinstance(size, int):
             size = (size, size)
         if size is None:
             size = self.output_size(source)
         else:
             self._check_size("input", self.input_size, source, source)
-        # Not cached: random views are new each time, and maps of pixels are large.
-        return LatticeMap.between(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), device)
+        # Made on the CPU: a flip needs nothing of it on the device of the images.
+        lattices = Lattice(source[0], source[1]), Lattice(size[0], size[1])
+        first = self.affines[0]
+        if self.num_images == 1 and not self.scales and abs(first.y.slope) == abs(first.x.slope) == 1:
+            return map_between(self, *lattices, "cpu")  # a flip or a turn, the same at every step
+        # Not kept: random views are new each time, and their maps of pixels are large.
+        return LatticeMap.between(self.affines, *lattices, "cpu")
 
 
 def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 PATCH = 16
-HEADS = {"tiny": 3, "small": 6, "base": 12}
+HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,9 @@ def settings(args: Namespace) -> Iterator[Setting]:
 def build_model(setting: Setting, device: str = "cpu") -> VisionTransformer:
     torch.manual_seed(setting.seed)
     name = f"vit_{setting.model}_patch{PATCH}_224"
-    model = timm.create_model(name, img_size=setting.size, num_classes=setting.classes, depth=setting.depth)
-    return model.train().to(device)
+    with torch.device(device):  # drawing the weights of a ViT-L on the CPU takes seconds
+        model = timm.create_model(name, img_size=setting.size, num_classes=setting.classes, depth=setting.depth)
+    return model.train()
 
 
 def build_batch(setting: Setting, device: str = "cpu") -> tuple[Tensor, Tensor]:

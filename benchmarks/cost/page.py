@@ -1,7 +1,8 @@
-"""The measured costs as Markdown: a short table for README.md, all cases for docs/explanation/cost.md.
+"""The measured costs as Markdown: a short table for README.md, all cases for docs/explanation/cost.md, and those of a
+GPU for docs/explanation/gpu_cost.md.
 
-    python -m benchmarks.cost page            # prints both
-    python -m benchmarks.cost page --write    # puts them into README.md and docs/explanation/cost.md
+    python -m benchmarks.cost page            # prints them
+    python -m benchmarks.cost page --write    # puts them into the pages
 
 It reads the JSON files in benchmarks/cost/results/ and measures nothing.
 """
@@ -14,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cost.gpu.page import section
 from benchmarks.marked_page import begin, fill
 
 HERE = Path(__file__).resolve().parent / "results"
 ROOT = HERE.parents[2]
 README = ROOT / "README.md"
-PAGE = ROOT / "docs" / "explanation" / "cost.md"
+PAGE, GPU_PAGE = (ROOT / "docs" / "explanation" / name for name in ("cost.md", "gpu_cost.md"))
 BEGIN = begin("cost page --write")
 ORDER = ("tiny", "small", "base")
 NAMES = {
@@ -156,6 +158,22 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def view_table() -> str:
+    lines = [
+        "| view | CPU ms | of torchvision (quartiles) | with backward: CPU ms | of torchvision |",
+        "|" + "---|" * 5,
+    ]
+    rows = {(r["view"], r["backward"]): r for r in results("views")}
+    for name in dict.fromkeys(view for view, _ in rows):
+        alone, both = rows[name, False], rows[name, True]
+        low, ratio, high = alone["over_torchvision"]
+        lines.append(
+            f"| {name} | {1000 * alone['cpu_seconds'][1]:.0f} | {ratio:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {1000 * both['cpu_seconds'][1]:.0f} | {both['over_torchvision'][1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def slope_table() -> str:
     about = json.loads((HERE / "scaling.json").read_text(encoding="utf-8"))
     lines = ["| step | sizes, px | slope of extra memory | slope of extra CPU time |", "|---|---|---|---|"]
@@ -173,15 +191,18 @@ def sections() -> dict[Path, str]:
         f"## Growth with the tokens\n\n{slope_table()}\n\n{scaling}\n\n"
         f"## Class maps, ViT-S at 384 px, an image and its flip\n\n{cam_table()}\n\n"
         f"## The capture alone, a forward pass\n\n{capture_table()}\n\n"
+        f"## Views of {results('views')[0]['images']} images of {results('views')[0]['size']} px\n\n{view_table()}\n\n"
         f"## mIoU at 100 thresholds\n\n{metrics_table()}\n\n"
         f"## Folders: class maps of a ViT-S at 224 px, and scores of saved maps\n\n{folder_table()}"
     )
-    return {README: short_table(), PAGE: full}
+    return {README: short_table(), PAGE: full, GPU_PAGE: section(HERE / "gpu.json")}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cost page", description="The measured costs as Markdown.")
-    parser.add_argument("--write", action="store_true", help="write them into README.md and docs/explanation/cost.md")
+    parser.add_argument(
+        "--write", action="store_true", help="write them into README.md, docs/explanation/cost.md and gpu_cost.md"
+    )
     args = parser.parse_args(arguments)
     for path, table in sections().items():
         print(table)

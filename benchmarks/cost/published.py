@@ -34,7 +34,8 @@ class ExplicitMaps:
 
 def published_consistency(maps_a: list[Tensor], maps_b: list[Tensor], weight: float = 100.0) -> Tensor:
     """weight * 1/(B L N) sum |A1[0,1:] - A2[0,1:] P|  +  weight * 1/(B L N^2) sum |A1[1:,1:] - P^T A2[1:,1:] P|."""
-    a, b = (torch.stack([each.mean(1) for each in maps], 1) for maps in (maps_a, maps_b))
+    # Autocast leaves softmax in half precision on a CPU, in float32 on CUDA.
+    a, b = (torch.stack([each.float().mean(1) for each in maps], 1) for maps in (maps_a, maps_b))
     row, affinity = b[:, :, 0, 1:].clone(), b[:, :, 1:, 1:].clone()
     side = math.isqrt(row.shape[-1])
     slices = [slice(y * side, (y + 1) * side) for y in range(side)]
@@ -72,6 +73,24 @@ def published_cam(
                 rows = [gradients[layer][0, :, 0, 1:].relu().mean(0) for layer in range(len(maps))[-last:]]
                 cam = (affinity @ torch.stack(rows).sum(0)).reshape(side, side)
                 found[number, label] += cam.flip(-1) if flipped else cam
+    return found
+
+
+def hooked_cam(
+    model: VisionTransformer, explicit: ExplicitMaps, images: Tensor, labels: Tensor, last: int = 2
+) -> Tensor:
+    """The same maps before that multiplication, as one writes them by hand: the whole batch at once, and for each class
+    a backward pass that ends at the maps of the last layers."""
+    side = math.isqrt(model.patch_embed.num_patches)
+    found = images.new_zeros(*labels.shape, side, side)
+    for flipped in (False, True):
+        logits = model(images.flip(-1) if flipped else images)
+        maps = explicit.take()[-last:]
+        for label in labels.any(0).nonzero()[:, 0].tolist():
+            gradients = torch.autograd.grad(logits[:, label].sum(), maps, retain_graph=True)
+            rows = torch.stack([each[:, :, 0, 1:].relu().mean(1) for each in gradients]).sum(0)
+            cam = rows.unflatten(1, (side, side)) * labels[:, label, None, None]
+            found[:, label] += cam.flip(-1) if flipped else cam
     return found
 
 

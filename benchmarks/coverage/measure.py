@@ -77,7 +77,7 @@ def measure(candidate: Candidate) -> Row:
             # Zeros (last scales, heads) would hide every gradient; some parameters start as unwritten memory.
             if not 0 < parameter.abs().max() < 1e4 and not name.endswith("bias"):
                 parameter.normal_(std=0.02)
-        _settle_batch_norms(model, inputs)
+        settle_batch_norms(model, inputs)
     # torch annotates no __init__ of its modes.
     with torch.no_grad(), _Kernels() as kernels:  # type: ignore[no-untyped-call]
         _run(model, inputs)
@@ -124,8 +124,9 @@ def measure(candidate: Candidate) -> Row:
     return Row(**row, verdict=verdict, reason=reason)
 
 
-def _settle_batch_norms(model: nn.Module, inputs: Any) -> None:
-    """Give BatchNorm the statistics of the input; otherwise the signals of a deep random network fade to nothing."""
+def settle_batch_norms(model: nn.Module, inputs: Any) -> None:
+    """Give BatchNorm the statistics of the input; otherwise the signals of a deep random network fade to nothing, or
+    grow until softmax picks one key and shows the rounding of its logits."""
     norms = batch_norms(model)
     for norm in norms:
         norm.train()

@@ -23,14 +23,32 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
+from acr_reg.metrics import as_array
+
 Format = Literal["psa", "psa_crf", "irn", "clip_es", "npz", "puzzle"]
 IGNORED = 255  # the id of unknown pixels in masks and label maps, so that no class may have it
 
 FORMATS: tuple[Format, ...] = get_args(Format)
 Maps = dict[int, npt.NDArray[np.float32]]
+Arrays = dict[int, npt.NDArray[Any]]
 
 CAM_SUFFIXES = (".npy", ".npz")
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".jp2")  # in any case
+
+
+class FileError(ValueError):
+    """A file that is not read. The message says why."""
+
+
+class DamagedFile(FileError):
+    """A file that was whole once."""
+
+
+def unreadable(data: bytes, magic: bytes) -> type[FileError]:
+    """The error for content that should begin with ``magic``. A disk that lost power, or a copy that was broken off,
+    leaves a beginning or zeros; anything else is a file of another kind, which nobody replaces."""
+    is_rest = data.startswith(magic) or magic.startswith(data) or not data.strip(b"\0")
+    return DamagedFile if is_rest else FileError
 
 
 def check_format(format: str | None) -> None:
@@ -41,19 +59,24 @@ def check_format(format: str | None) -> None:
 
 def checked_maps(cams: Mapping[Any, Any]) -> Maps:
     """Converts ``cams`` to float32 (H, W) maps of one size. Raises ValueError if that is impossible."""
+    return {number: values.astype(np.float32) for number, values in checked_arrays(cams).items()}
+
+
+def checked_arrays(cams: Mapping[Any, Any]) -> Arrays:
+    """``cams`` as arrays that :func:`checked_maps` can convert; what a file holds is not copied."""
     if not isinstance(cams, Mapping):
         raise ValueError(f"Class maps come as {{class: (H, W) map}}, not as {kind_of(cams)}. Make such a dict.")
-    maps: Maps = {}
+    maps: Arrays = {}
     for number, values in cams.items():
         if isinstance(number, (bool, np.bool_)) or not isinstance(number, (int, np.integer)) or number < 0:
             raise ValueError(
                 f"The keys are {list(cams)[:5]}, not 0-based class numbers. IRN dicts have keys and high_res, CLIP-ES "
                 "dicts keys and attn_highres."
             )
-        array = np.asarray(values)
+        array = as_array(values)
         if array.ndim != 2 or not array.size or array.dtype.kind not in "fiub":
             raise ValueError(f"Class {number} holds {kind_of(array)}. Give each class one (H, W) map of numbers.")
-        maps[int(number)] = array.astype(np.float32)
+        maps[int(number)] = array
     sizes = {number: array.shape for number, array in maps.items()}
     if len(set(sizes.values())) > 1:
         raise ValueError(f"The maps differ in size: {sizes}. Resize them all to the size of the image.")

@@ -5,21 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
 
+from acr_reg.errors import some
 from acr_reg.integrations.formats.files import kind_of
-from acr_reg.integrations.formats.unpickle import read_npy
+from acr_reg.integrations.formats.numpy_files import read_file, read_npy
+from acr_reg.metrics import as_array
 
 # Names that end in a number: VOC's 2007_000032, COCO's COCO_train2014_000000000139 and 000000000139.
 _VOC = re.compile(r"((?:19|20)[0-9]{2})_?([0-9]{6})")
 _COCO = re.compile(r"(?:COCO_[a-z]+[0-9]{4}_)?([0-9]{1,12})")
-_SHOWN = 3
+MOST_LABELS = 500_000_000  # classes times images of a .json file, whose few bytes become as many numbers
 _COCO_2014 = ("COCO_train2014_", "COCO_val2014_")
 
 
@@ -45,19 +47,24 @@ def load_image_labels(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any
     [0.0, 1.0, 0.0]
     """
     path = Path(path)
-    try:
-        if path.suffix == ".npy":
-            with open(path, "rb") as file:
-                content = read_npy(file)
-        elif path.suffix == ".json":
-            content = _one_hot(json.loads(path.read_text(encoding="utf-8")))
-        else:
-            raise ValueError(f"The name ends in {path.suffix!r}. Image labels are .npy or .json files: give one.")
-        return _named(content)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or hostile file may fail anywhere in the decoding
-        raise ValueError(f"{path}: {error}") from error
+    if path.suffix not in (".npy", ".json"):
+        raise ValueError(f"{path}: The name ends in {path.suffix!r}. Image labels are .npy or .json files: give one.")
+    return read_file(path, _from_npy if path.suffix == ".npy" else _from_json)
+
+
+def _from_npy(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    return _named(read_npy(data))
+
+
+def _from_json(data: bytes) -> dict[str, npt.NDArray[Any]]:
+    return _named(_one_hot(json.loads(data.decode("utf-8"), object_pairs_hook=_each_once)))
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    if twice:
+        raise ValueError(f"The file has {some(twice)} more than once. Keep one of each.")
+    return dict(pairs)
 
 
 def labels_of(labels: Mapping[Any, npt.ArrayLike], name: str) -> npt.NDArray[Any]:
@@ -130,6 +137,8 @@ def _one_hot(content: Any) -> dict[str, npt.NDArray[Any]]:
     """``{"classes": [names], "labels": {ID: [class numbers]}}`` as (C,) labels, without the background."""
     if not isinstance(content, dict) or not {"classes", "labels"} <= content.keys():
         raise ValueError('The file does not hold {"classes": [names], "labels": {ID: [class numbers]}}. Write it so.')
+    if len(content["classes"]) * len(content["labels"]) > MOST_LABELS:
+        raise ValueError(f"The file has more than {MOST_LABELS:,} classes times images. Save .npy labels by parts.")
     first = int(content["classes"][:1] == ["background"])
     found = {}
     for name, numbers in content["labels"].items():
@@ -143,7 +152,7 @@ def _one_hot(content: Any) -> dict[str, npt.NDArray[Any]]:
 
 
 def _checked(values: Any, name: str) -> npt.NDArray[Any]:
-    array = values.detach().cpu().double().numpy() if isinstance(values, Tensor) else np.asarray(values)
+    array = as_array(values)
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1 or array.dtype.kind not in "fiub":
         raise ValueError(f"The labels of image {name} are {kind_of(array)}. Give each image (C,) numbers.")

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from acr_reg.integrations.formats.files import IGNORED, checked_maps
 from acr_reg.integrations.formats.save import ROUNDING, check_alphas
+from acr_reg.metrics import as_array
 
 
 def pseudo_labels(
@@ -142,7 +143,7 @@ def _by_class(
                 "There are no maps to take the size from. Pass size=(H, W), or images= (--images) to convert a folder."
             )
         return np.zeros(0, np.int64), np.zeros((0, *size), np.float32)
-    maps = np.stack([np.asarray(cams[number]) for number in numbers])
+    maps = np.stack([as_array(cams[number]) for number in numbers])
     maps = maps.astype(np.result_type(maps.dtype, np.float32), copy=False)
     if size is not None and maps.shape[1:] != tuple(size):
         raise ValueError(f"The maps are {maps.shape[1:]} (H, W) and size={tuple(size)}. Resize the maps first.")

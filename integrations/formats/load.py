@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any
-from zipfile import is_zipfile
 
 import numpy as np
 
-from acr_reg.integrations.formats.files import Format, Maps, check_format, checked_maps, kind_of
+from acr_reg.integrations.formats.files import CAM_SUFFIXES, Arrays, Format, Maps, check_format, checked_arrays, kind_of
+from acr_reg.integrations.formats.numpy_files import read_file, read_npy, read_npz
 from acr_reg.integrations.formats.recognize import MAPS_OF, format_of
-from acr_reg.integrations.formats.unpickle import read_npy
+
+_NUMBER = re.compile(r"0|[1-9][0-9]*")
 
 
 def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Maps:
@@ -37,7 +40,7 @@ def load_cams(path: str | os.PathLike[str], format: Format | None = None) -> Map
     >>> load_cams("image.npz")[14].tolist()
     [[1.0, 0.0], [0.0, 1.0]]
     """
-    return _load(Path(path), format)[1]
+    return {number: values.astype(np.float32) for number, values in _load(Path(path), format)[1].items()}
 
 
 def cam_format(path: str | os.PathLike[str]) -> Format:
@@ -52,35 +55,40 @@ def cam_format(path: str | os.PathLike[str]) -> Format:
     return _load(Path(path), None)[0]
 
 
-def _load(path: Path, format: Format | None) -> tuple[Format, Maps]:
+def map_size(path: str | os.PathLike[str], format: Format) -> tuple[int, int] | None:
+    """The (H, W) of the maps in a whole file of this format; None if it holds no map. Raises DamagedFile if the file is
+    not whole, and otherwise as :func:`load_cams` does."""
+    maps = _load(Path(path), format)[1]
+    return next((values.shape for values in maps.values()), None)
+
+
+def _load(path: Path, format: Format | None) -> tuple[Format, Arrays]:
     check_format(format)
-    try:
-        if path.suffix == ".npz":
-            if path.is_file() and not is_zipfile(path):
-                raise ValueError("The file is cut off, or no .npz file. Make it again.")
-            with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-                content: Any = {int(name) if name.isdecimal() else name: archive[name] for name in archive.files}
-            found: Format = "npz"
-        elif path.suffix == ".npy":
-            with open(path, "rb") as file:
-                content = read_npy(file)
-            found = format_of(content, format)
-        else:
-            raise ValueError(f"The name ends in {path.suffix!r}. Class maps are .npy or .npz files: give one of these.")
-        if format is not None and found != format:
-            raise ValueError(f"The file is in the format {found}, not {format}. Say {found}, or leave the format out.")
-        return found, _maps_of(content, found)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or hostile file may fail anywhere in the decoding
-        raise ValueError(f"{path}: {error}") from error
+    if path.suffix not in CAM_SUFFIXES:
+        raise ValueError(
+            f"{path}: The name ends in {path.suffix!r}. Class maps are .npy or .npz files: give one of these."
+        )
+    return read_file(path, partial(_decoded, format, path.suffix == ".npz"))
 
 
-def _maps_of(content: Any, format: Format) -> Maps:
+def _decoded(format: Format | None, zipped: bool, data: bytes) -> tuple[Format, Arrays]:
+    content = _by_class(read_npz(data)) if zipped else read_npy(data)
+    found = "npz" if zipped else format_of(content, format)
+    if format is not None and found != format:
+        raise ValueError(f"The file is in the format {found}, not {format}. Say {found}, or leave the format out.")
+    return found, _maps_of(content, found)
+
+
+def _by_class(arrays: dict[str, Any]) -> dict[Any, Any]:
+    """By number, where the name is one as save_cams writes it: 14, but not 014 or +14, which mean the same to int()."""
+    return {int(name) if _NUMBER.fullmatch(name) else name: values for name, values in arrays.items()}
+
+
+def _maps_of(content: Any, format: Format) -> Arrays:
     if format in MAPS_OF:
-        maps = checked_maps(_keyed(content, format))
+        maps = checked_arrays(_keyed(content, format))
     else:
-        maps = checked_maps(content)
+        maps = checked_arrays(content)
     return {number - 1: values for number, values in maps.items() if number} if format == "psa_crf" else maps
 
 

@@ -14,6 +14,7 @@ from PIL import Image, PngImagePlugin
 
 from acr_reg.integrations.formats.photos import bits_of_tiff, is_inverted_tiff, opened, upright
 from acr_reg.integrations.formats.write import replacing
+from acr_reg.metrics import as_array
 
 _EXACT = ("PNG", "BMP", "DIB", "TIFF", "PPM")  # not GIF: those who write it number the palette anew
 _LOSSY_TIFF = ("jpeg", "tiff_jpeg", "webp", "tiff_sgilog", "tiff_sgilog24")
@@ -74,7 +75,7 @@ def save_mask(
     ``text`` is kept beside the pixels: Pillow has it in ``Image.open(path).info``. Raises ValueError for other shapes,
     types or ids.
     """
-    values = np.asarray(ids)
+    values = as_array(ids)
     if values.ndim != 2 or values.dtype.kind not in "iub" or not values.size:
         raise ValueError(f"{path}: a {values.dtype} array {values.shape} is no label map. Pass integer ids (H, W).")
     if not 0 <= values.min() <= values.max() < 256:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from acr_reg.integrations.formats.files import Format, Maps, checked_maps
+from acr_reg.integrations.formats.files import Arrays, Format, checked_arrays
 
 # The names under which the dicts with "keys" hold their maps. Where a file has two, its own evaluation reads the first.
 MAPS_OF: dict[Format, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ def format_of(content: Any, format: Format | None) -> Format:
         for named, names in MAPS_OF.items():
             if content.keys() & set(names):
                 return named
-    maps = checked_maps(content)
+    maps = checked_arrays(content)
     if format == "psa_crf" and 0 not in maps:
         raise ValueError(f"The keys are {list(maps)[:5]}, without the 0 of a CRF pair's background. Read it as psa.")
     if format in ("psa", "psa_crf"):
@@ -38,7 +38,7 @@ def format_of(content: Any, format: Format | None) -> Format:
     return "psa"
 
 
-def _may_be_of_a_crf_pair(maps: Maps) -> bool:
+def _may_be_of_a_crf_pair(maps: Arrays) -> bool:
     """Whether key 0 holds 1 minus the sum of the others (after a CRF), or a power of 1 minus their maximum."""
     if 0 not in maps or not maps[0].size:
         return False

@@ -176,7 +176,7 @@ def _stacked(maps: Maps, size: tuple[int, int] | None) -> torch.Tensor:
             "There are no maps to take the size from. Pass size=(H, W), or images= (--images) to convert a folder."
         )
     if not maps:
-        return torch.zeros(0, *size)  # type: ignore[misc]
+        return torch.zeros(0, *size, device="cpu")  # type: ignore[misc]
     return torch.from_numpy(np.stack(list(maps.values())))
 
 

@@ -32,9 +32,11 @@ def write_object(file: BinaryIO, content: dict[Any, Any]) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``, which replaces it at the end: an old file stays until the new one is
     whole. On an error no new file stays. The folder must exist."""
-    unfinished = path.with_name(f".{path.name[:40]}.{uuid4().hex}")  # names are limited to 255 bytes
+    unfinished = path.with_name(f".{path.name[:20]}.{uuid4().hex}")  # names are limited to 255 bytes, on some disks 143
     try:
         yield unfinished
+        with open(unfinished, "rb+") as file:  # else a machine that loses power may keep the name without the content
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except OSError as error:
         error.filename = error.filename or os.fspath(path)  # a full disk does not say where

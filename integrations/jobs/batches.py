@@ -104,7 +104,7 @@ class BatchedCams:
                 # Of a worker: while it waits it would hold an open file and a part of /dev/shm, which are scarce.
                 photo = photo._replace(image=photo.image.clone())
             image = photo.image
-            labels = torch.tensor(self.labels[name])  # a copy: numpy may forbid writing
+            labels = torch.tensor(self.labels[name], device="cpu")  # a copy: numpy may forbid writing
             key = image.shape, image.dtype, image.device, labels.shape, labels.dtype
             batch = waiting.setdefault(key, [])
             batch.append(_Waiting(name, photo, labels))
@@ -143,7 +143,8 @@ class BatchedCams:
     def _run(self, batch: list[_Waiting]) -> list[Maps]:
         images = torch.stack([one.photo.image for one in batch])
         images = images if self.device is None else images.to(self.device)
-        labels = torch.stack([one.labels for one in batch]).to(images.device)
+        labels = torch.stack([one.labels for one in batch])
+        labels = (labels.float() if labels.dtype == torch.float64 else labels).to(images.device)  # MPS has no float64
         found = [self._checked(self.cam(view(images), labels), labels) for view in self.views]
         return [self._merged(found, images[i : i + 1], i, one) for i, one in enumerate(batch)]
 

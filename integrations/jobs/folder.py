@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +13,9 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from acr_reg.integrations.formats import Format, check_format, load_cams, save_cams, save_crf_pair
+from acr_reg.integrations.formats import Format, check_format, save_cams, save_crf_pair
+from acr_reg.integrations.formats.files import DamagedFile
+from acr_reg.integrations.formats.load import map_size
 from acr_reg.integrations.formats.save import ALPHAS, check_alphas
 from acr_reg.integrations.formats.write import remove_unfinished
 from acr_reg.integrations.jobs.progress import show_progress
@@ -21,6 +24,7 @@ from acr_reg.integrations.jobs.saving import saving
 from acr_reg.integrations.jobs.shares import Share, share_of_run
 
 _SHOWN = 5
+_OF_THE_NAME = (errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL, errno.EISDIR)  # one image's errors, not the disk's
 
 # What a target saves of an image: its maps, as save_cams takes them, and the (H, W) of the image (None: the maps have
 # that size).
@@ -38,8 +42,10 @@ class Target(Protocol):
     def save(self, name: str, maps: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> None:
         """Files appear whole or not at all. Raises ValueError for an error of this image alone."""
 
-    def check(self, name: str) -> None:
-        """Raises ValueError if the files of an earlier run cannot stand beside those of this one."""
+    def check(self, name: str) -> tuple[int, int] | None:
+        """The (H, W) of what the files of an earlier run hold, if they hold any.
+
+        Raises DamagedFile if they are not whole, and ValueError if they cannot stand beside those of this run."""
 
 
 @dataclass(frozen=True)
@@ -94,26 +100,27 @@ class CamFolder:
         else:
             save_cams(files[0], maps, self.format, size)
 
-    def check(self, name: str) -> None:
-        """Raises ValueError if the file of an earlier run is in another format: the folder would mix formats."""
-        file = self.files(name)[0]
-        try:
-            load_cams(file, self.format)
-        except ValueError as error:
-            raise ValueError(
-                f"{file} of an earlier run is not in the format {self.format}. Choose another folder, or overwrite the "
-                f"files. ({error})"
-            ) from error
-
-    def size(self, name: str) -> tuple[int, int] | None:
-        """The (H, W) of the maps in a file; None if it holds no map."""
-        maps = load_cams(self.files(name)[0], self.format)
-        return next(((values.shape[0], values.shape[1]) for values in maps.values()), None)
+    def check(self, name: str) -> tuple[int, int] | None:
+        """Raises ValueError if a file of an earlier run is in another format: the folder would mix formats."""
+        for file in self.files(name):
+            try:
+                size = map_size(file, self.format)
+            except DamagedFile:
+                raise
+            except ValueError as error:
+                raise ValueError(
+                    f"{file} of an earlier run is not in the format {self.format}. Choose another folder, or overwrite "
+                    f"the files. ({error})"
+                ) from error
+        return size
 
 
 def is_made(file: Path) -> bool:
-    """Whether a file of an earlier run counts as finished. A machine that lost power leaves empty files."""
-    return file.is_file() and file.stat().st_size > 0
+    """Whether an earlier run made this file. A machine that lost power leaves empty files."""
+    try:
+        return file.is_file() and file.stat().st_size > 0
+    except OSError:  # a name that the disk does not take
+        return False
 
 
 def fill(
@@ -127,12 +134,14 @@ def fill(
     *,
     workers: int = 0,
     share: bool = True,
+    size_of: Callable[[str], tuple[int, int] | None] | None = None,
 ) -> FolderReport:
-    """Makes and saves the maps of every ID whose files are incomplete.
+    """Makes and saves the maps of every ID whose files are missing or not whole.
 
     ``read`` takes an ID, in a worker process if there are any. ``make`` takes what was read and gives the maps, in any
     order; without it, ``read`` returns them. They are saved in a thread beside it. If ``read`` raises, or maps cannot
-    be saved as they are, that ID alone fails. An error of the disk ends the run, and so does a :class:`StopRun`.
+    be saved as they are, that ID alone fails. An error of the disk ends the run, with the report so far as its
+    ``report``, and so does a :class:`StopRun`. ``size_of`` an ID is the (H, W) that files of an earlier run must have.
 
     The processes of torchrun or of an array divide the IDs, unless ``share`` is False; the report is of all processes
     that hear of each other. Failures and the summary are written to standard error.
@@ -145,13 +154,16 @@ def fill(
             if part.speaks:
                 remove_unfinished(folder)
         own = _own(part, names)
-        finished = [] if overwrite else [name for name in own if all(map(is_made, target.files(name)))]
-        for name in _first(part.gather(finished[:1])):  # in every process the same, so that all end if one does
-            target.check(name)
-        report = FolderReport(existing=finished)
-        known = set(finished)
+        made = [] if overwrite else [name for name in own if all(map(is_made, target.files(name)))]
+        earlier = _checked(target, made, size_of, progress and part.speaks)
+        for refusal in filter(None, part.gather(earlier.refusal)):  # of any process, so that all end if one does
+            raise ValueError(refusal)
+        report = FolderReport(existing=earlier.whole)
+        known = set(earlier.whole)
         waiting = [name for name in own if name not in known]
         with reading(waiting, read, workers) as items, show_progress(progress and part.speaks) as bar:
+            for name, reason in earlier.damaged.items():
+                bar.note(f"{name} is made anew: {reason}")
             step = bar.begin(what if part.world == 1 else f"{what}, {part}", len(waiting))
 
             def end(name: str, error: ValueError | Failure | None) -> None:
@@ -162,19 +174,70 @@ def fill(
                     bar.note(f"{name} skipped: {report.failed[name]}")
                 step()
 
-            with saving() as saver:
-                for name, made in items if make is None else make(items):
-                    if isinstance(made, Failure):
-                        end(name, made)
-                    else:
-                        saver.save(partial(target.save, name, *made), partial(end, name))
+            folders = ", ".join(map(os.fspath, target.folders))
+            try:
+                with saving() as saver:
+                    for name, maps in items if make is None else make(items):
+                        if isinstance(maps, Failure):
+                            end(name, maps)
+                        else:
+                            saver.save(partial(_save, target, name, *maps), partial(end, name))
+            except OSError as error:  # of the disk
+                report = error.report = _merged([report], names)  # type: ignore[attr-defined]
+                bar.note(f"{folders}: {'' if part.world == 1 else f'{part}: '}ended early. {report}")
+                raise
             if part.world > 1 and not part.is_apart:
                 bar.begin("Waiting for the other processes", None)
             report = _merged(part.gather(report), names)
             if part.speaks and (progress or report.failed):
                 whose = f"{part}: " if part.is_apart else ""
-                bar.note(f"{', '.join(map(os.fspath, target.folders))}: {whose}{report}")
+                bar.note(f"{folders}: {whose}{report}")
         return report
+
+
+@dataclass
+class _Earlier:
+    """What an earlier run left: IDs whose files are whole, why others are not, and why this run cannot go on."""
+
+    whole: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
+    refusal: str | None = None
+
+
+def _checked(
+    target: Target, names: Sequence[str], size_of: Callable[[str], tuple[int, int] | None] | None, progress: bool
+) -> _Earlier:
+    found = _Earlier()
+    with show_progress(progress and len(names) > 0) as bar:
+        step = bar.begin("Checking files of an earlier run", len(names))
+        for name in names:
+            try:
+                size = target.check(name)
+                wanted = None if size is None or size_of is None else size_of(name)
+            except DamagedFile as error:
+                found.damaged[name] = str(error)
+            except (OSError, ValueError) as error:
+                found.refusal = str(error)
+                break
+            else:
+                if size is not None and wanted is not None and size != wanted:
+                    found.refusal = (
+                        f"{target.files(name)[0]} of an earlier run is {size[0]}x{size[1]} and its photo "
+                        f"{wanted[0]}x{wanted[1]} (HxW). Choose another folder, or overwrite its files (--overwrite)."
+                    )
+                    break
+                found.whole.append(name)
+            step()
+    return found
+
+
+def _save(target: Target, name: str, maps: Mapping[int, npt.ArrayLike], size: tuple[int, int] | None) -> None:
+    try:
+        target.save(name, maps, size)
+    except OSError as error:
+        if error.errno not in _OF_THE_NAME:
+            raise
+        raise ValueError(f"{error.strerror}: the disk takes no file of this name. Rename the image.") from error
 
 
 def _own(part: Share, names: Sequence[str]) -> list[str]:
@@ -189,10 +252,6 @@ def _own(part: Share, names: Sequence[str]) -> list[str]:
         )
     mine = set(part.of(ordered))
     return [name for name in names if name in mine]
-
-
-def _first(found: list[list[str]]) -> list[str]:
-    return [name for each in found for name in each][:1]
 
 
 def _merged(reports: list[FolderReport], names: Sequence[str]) -> FolderReport:

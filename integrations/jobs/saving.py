@@ -38,6 +38,12 @@ class Saver:
         self.waiting.popleft()
         then(error)
 
+    def end_saved(self) -> None:
+        """Ends those that were saved behind the one that failed."""
+        for future, then in self.waiting:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                then(None)
+
 
 @contextmanager
 def saving() -> Iterator[Saver]:
@@ -49,6 +55,8 @@ def saving() -> Iterator[Saver]:
         saver.finish()
     except BaseException:
         thread.shutdown(cancel_futures=saver.failed)
+        if saver.failed:
+            saver.end_saved()
         raise
     finally:
         thread.shutdown()

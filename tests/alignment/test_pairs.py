@@ -19,9 +19,10 @@ from acr_reg import (
     VerticalFlip,
     align_attention,
 )
+from acr_reg.alignment.pairs import AlignedPair, plan_of
 from tests.support.alignment import BATCH, cases
 from tests.support.attention import explicit, generator, numbers_in, random_attention
-from tests.support.pairs import aligned_rows, refused
+from tests.support.pairs import carried_rows, refused
 
 
 @given(data=st.data())
@@ -30,13 +31,17 @@ def test_aligned_rows_are_align_attention_of_the_heads(data):
     view, source, target, maps = data.draw(cases(True).filter(lambda case: case[1].query == case[1].key))
     prefix = source.num_prefix_tokens
     one = torch.randn(BATCH, 2, target.num_queries, target.num_keys, generator=generator(1)).double().softmax(-1)
-    _, patches = aligned_rows(explicit(one, target), explicit(maps, source), view)
-    aligned = align_attention(maps, view, source, target)
+    layers = explicit(one, target), explicit(maps, source)
+    plan = plan_of(*layers, view, blur_alike=False)
+    patches = AlignedPair(*layers, plan).affinity(plan.blocks[0])
+    found_a, found_b = carried_rows(patches)
+    whole = align_attention(maps, view, source, target)[:, :, prefix:, prefix:]
     shown = patches.shown[:, None, :, None]
-    expected = aligned[:, :, prefix:, prefix:]
-    assert torch.equal(patches.b.where(shown, 0), expected)
+    torch.testing.assert_close(found_b.where(shown, 0), whole[:, :, plan.tokens], rtol=1e-12, atol=1e-15)
     keys = patches.keys_valid[:, None, None, :]
-    assert torch.equal(patches.a, one[:, :, prefix:, prefix:].where(keys, 0))
+    assert torch.equal(found_a, one[:, :, prefix:, prefix:].where(keys, 0)[:, :, plan.tokens])
+    left_out = torch.ones(len(target.query), dtype=torch.bool).index_fill(0, plan.tokens, False)
+    assert not whole[:, :, left_out].any()
 
 
 @pytest.mark.parametrize("view", [Rotate90(1), Compose([Rotate90(3), HorizontalFlip()])], ids=repr)

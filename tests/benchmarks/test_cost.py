@@ -10,7 +10,7 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
-from benchmarks.cost import cam, folders, gpu, metrics, page, scaling, step
+from benchmarks.cost import cam, folders, metrics, page, scaling, step, views
 from benchmarks.cost.models import Setting, build_model
 from benchmarks.cost.process import in_turns, merge, peak_megabytes, quartiles, run_fresh
 from benchmarks.cost.variants import STEPS, difference, make_cam, make_step
@@ -134,23 +134,6 @@ def test_slopes_and_plot(tmp_path):
     assert (tmp_path / "docs" / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_gpu_command_runs_and_refuses_where_there_is_none(monkeypatch):
-    config = gpu.Config(("tiny",), (32,), (1,), (2,), rounds=1, device="cpu")
-    results = gpu.measure(config)
-    assert [r.what for r in results] == ["step"] * 5 + ["class maps"] * 3
-    assert all(r.milliseconds > 0 for r in results)
-    assert gpu.table(results).count("\n") == 9
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(gpu.NoGpu, match=r"no CUDA device.*benchmarks\.cost step"):
-        gpu.measure(gpu.Config())
-
-
-def test_the_gpu_page_has_its_table():
-    text = gpu.PAGE.read_text(encoding="utf-8")
-    said = "Unmeasured: there was no GPU. `tests/benchmarks/test_cost.py` runs the command's code on the CPU."
-    assert filled(text, gpu.BEGIN, f"{said}\n\n{gpu.table([])}") == text
-
-
 def test_jobs_over_a_folder_are_timed_and_compute_the_same_in_every_variant():
     # 26 files are scored twice, since two workers would not start for fewer than 50.
     config = folders.Config("vit_tiny_patch16_224", 32, 3, 26, 2, 20, 30, batches=(1, 2), rounds=1)
@@ -167,6 +150,12 @@ def test_jobs_over_a_folder_are_timed_and_compute_the_same_in_every_variant():
     assert all(r.wall_seconds[0] > 0 and r.cpu_seconds[0] > 0 for r in results)
     assert all(r.difference < 1e-3 for r in results[:4]) and all(r.difference == 0 for r in results[4:])
     assert results[0].wall_ratio == results[4].cpu_ratio == (1, 1, 1)
+
+
+def test_views_are_timed_beside_what_gives_the_same_images():
+    results = views.measure(views.Config(images=3, size=72, crop=40, rounds=1))
+    assert len(results) == 12
+    assert all(r.difference < 1e-4 and r.cpu_seconds[0] > 0 and r.over_torchvision[0] > 0 for r in results)
 
 
 def test_turns_begin_with_another_each_round():
@@ -186,7 +175,7 @@ def test_merge_replaces_rows_of_the_same_case(tmp_path):
     assert record["threads"] >= 1
 
 
-@pytest.mark.parametrize("path", [page.README, page.PAGE], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [page.README, page.PAGE, page.GPU_PAGE], ids=lambda path: path.name)
 def test_pages_show_what_was_measured(path):
     text = path.read_text(encoding="utf-8")
     assert filled(text, page.BEGIN, page.sections()[path]) == text, "run benchmarks.cost page --write"

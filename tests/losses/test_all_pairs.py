@@ -22,7 +22,7 @@ from acr_reg import (
     VerticalFlip,
     normalize_cam,
 )
-from acr_reg.alignment.pairs import row_entropy
+from acr_reg.alignment.pairs import plan_of, row_entropy
 from acr_reg.alignment.token_maps import valid_tokens
 from acr_reg.losses.all_pairs import DEFAULT_WEIGHT
 from acr_reg.losses.terms import sample_rows
@@ -47,7 +47,7 @@ from tests.support.attention import (
     transposes,
     wrap,
 )
-from tests.support.pairs import aligned_rows, random_cams
+from tests.support.pairs import aligned_rows, carried_rows, random_cams
 
 # Oracles
 
@@ -298,8 +298,8 @@ def test_mixed_maps_of_either_sign_are_resampled_by_area():
         b[:, :, 0, 1:].unflatten(-1, (4, 6)), (2, 3), mode="bilinear", antialias=True, align_corners=False
     )
     scale = literal_scale(a, b)[:, None, None]
-    torch.testing.assert_close(class_rows.b[:, :, 0], 4 * rows.flatten(-2) / scale)
-    assert patch_rows.b.abs().max() < 10
+    torch.testing.assert_close(carried_rows(class_rows)[1][:, :, 0], 4 * rows.flatten(-2) / scale)
+    assert carried_rows(patch_rows)[1].abs().max() < 10
 
 
 # Factors: what a fused kernel leaves behind
@@ -507,16 +507,15 @@ def test_sampled_rows_are_rows_of_the_whole(name, share, count):
     view = Scale(0.5) if name == "scale" else Rotate90()
     grid_b = view.output_size((4, 6))
     a, b = random_attention((4, 6), layers=1, seed=1)[0], random_attention(grid_b, layers=1, seed=2)[0]
-    (whole_class, whole), (some_class, some) = (
-        aligned_rows(a, b, view, tokens=sample_rows(24, each, "cpu")) for each in (1.0, share)
-    )
-    assert some.a.shape == some.b.shape == (2, 3, count, 24)
-    assert some.shown.shape[-1] == count
-    picked = (whole.a[0, 0][:, None] - some.a[0, 0][None]).abs().sum(-1).argmin(0)
+    ((_, picked),), found_share = sample_rows(plan_of(a, b, view), share)
+    assert found_share == count / 24
     assert len(picked.unique()) == count
-    torch.testing.assert_close(some.a, whole.a[:, :, picked], rtol=1e-12, atol=0)
-    torch.testing.assert_close(some.b, whole.b[:, :, picked], rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(some_class.b, whole_class.b, rtol=1e-12, atol=0)
+    (whole_class, whole), (some_class, some) = (aligned_rows(a, b, view, picked=rows) for rows in (None, picked))
+    assert some.shown.shape[-1] == count
+    for of_some, of_whole in zip(carried_rows(some), carried_rows(whole), strict=True):
+        torch.testing.assert_close(of_some, of_whole[:, :, picked], rtol=1e-12, atol=1e-15)
+    for of_some, of_whole in zip(carried_rows(some_class), carried_rows(whole_class), strict=True):
+        torch.testing.assert_close(of_some, of_whole, rtol=1e-12, atol=0)
 
 
 def test_sampled_rows_respect_valid():

@@ -342,7 +342,8 @@ def test_no_map_of_all_rows_is_ever_held(name):
         largest[blockwise] = watch.largest
     patches = grid[0] * grid[1]
     assert largest[False] >= 2 * 3 * patches * patches
-    assert largest[True] < 2 * 3 * patches * patches / 6
+    # A block is a row of the grid. Where a view resamples, it also reads the rows beside it.
+    assert largest[True] < 2 * 3 * patches * patches / (12 if name == "flip" else 3)
 
 
 def test_an_image_takes_no_more_work_in_a_large_batch():
@@ -374,14 +375,16 @@ def test_what_needs_maps_is_evaluated_dense():
     loss = acr(*attention)
     assert "Blockwise" not in graph_of(loss)
     factors = pair_of_factors(HorizontalFlip())[1]
-    assert "Blockwise" in graph_of(acr(*factors))  # what names the function does find it
+    assert "Blockwise" in graph_of(
+        AllPairsConsistencyLoss(HorizontalFlip(), blockwise=True)(*factors)
+    )  # what names the function does find it
     (first,) = torch.autograd.grad(loss, weights[0], create_graph=True)
     assert first.isfinite().all()
 
 
 def test_a_second_derivative_is_refused_by_name():
     inputs, attention = pair_of_factors(HorizontalFlip())
-    acr = AllPairsConsistencyLoss(HorizontalFlip(), distance="l2")
+    acr = AllPairsConsistencyLoss(HorizontalFlip(), distance="l2", blockwise=True)
     with pytest.raises(RuntimeError, match="second derivative") as error:
         torch.autograd.grad(acr(*attention), inputs, create_graph=True)
     assert says(error, "create_graph=True", "blockwise=False")

@@ -144,7 +144,7 @@ def agreement(a: AttentionMaps, b: AttentionMaps, view: View, valid: Tensor | No
     for one, other in zip(a, b, strict=True):
         for rows in aligned_rows(one, other, view, valid):
             row_a, row_b, weight = rows.comparable("each")
-            apart = (row_a - row_b).abs().amax(-1)
+            apart = (row_a - row_b).masked_fill(~rows.keys_valid[:, None, None], 0).abs().amax(-1)
             compared = rows.shown[:, None] & rows.counted[:, None]
             if weight is not None:
                 compared = compared & (weight > 1e-12)

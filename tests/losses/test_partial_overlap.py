@@ -276,8 +276,8 @@ def test_conditional_rows_are_a_softmax_over_masked_logits(away, form):
     wanted = masked_softmax(logits, [0, *inside])[..., 1:, 1:]
     shown = [i - 1 for i in inside]
     if away < 75:
-        torch.testing.assert_close(rows[:, :, shown].double(), wanted[:, :, shown], rtol=1e-5, atol=1e-6)
-    assert (weight[:, :, shown] < 20 * math.exp(-away)).all()
+        torch.testing.assert_close(rows[..., shown].double(), wanted[:, :, shown][..., shown], rtol=1e-5, atol=1e-6)
+    assert (weight < 20 * math.exp(-away)).all()
     loss = AllPairsConsistencyLoss(box(2, 1, 3, 4), 1.0, 1.0)(AttentionMaps([a]), AttentionMaps([b]))
     gradients = torch.autograd.grad(loss, (query, key))
     assert loss.isfinite()
@@ -496,7 +496,7 @@ def test_sampled_rows_are_close_to_unbiased():
     both = attention(maps, grids)
     values = torch.tensor([terms_of(acr, *both, view_a=view_a)[1]["affinity"] for _ in range(300)], dtype=torch.float64)
     error = values.std() / math.sqrt(len(values))
-    assert len(values.unique()) > 100
+    assert len(values.unique()) == 36  # two of the four tokens in each of two rows
     assert abs(values.mean() - exact) < 0.05 * exact + 4 * error
     assert error < 0.05 * exact
 

@@ -20,7 +20,7 @@ CORE_DEPENDENCIES = {"torch", "einops", "numpy"}
 # on lower floors. "" is acr_reg itself, the face: what stands above it imports public names from there.
 FLOORS = [
     {"_versions", "_torch_private", "_tensors", "errors", "metrics"},
-    {"tokens", "processes"},
+    {"tokens", "processes", "random_numbers"},
     {"attention"},
     {"views"},
     {"alignment", "placement"},

@@ -1,4 +1,4 @@
-"""Devices that are not there: tensors that say they lie on ``cuda:0`` or ``cuda:1``, while their data lies on the CPU.
+"""Devices that are not there: tensors that say they lie on ``cuda:0``, ``cuda:1`` or ``mps``, with data on the CPU.
 
 torch's FakeTensorMode has no data, so code that reads a value stops there. These tensors can be read, and
 :class:`Traffic` counts how often that happens: on a GPU each read waits for everything queued before it.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
+from typing import Any, ClassVar
 from unittest.mock import patch
 
 import torch
@@ -49,6 +50,8 @@ class DeviceTensor(Tensor):
 
     @staticmethod
     def __new__(cls, inner: Tensor, device: torch.device | None) -> DeviceTensor:
+        if device is not None and device.type == "mps" and inner.dtype in (torch.float64, torch.complex128):
+            raise TypeError(f"MPS has no {inner.dtype}. Use float32 instead.")
         made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             inner.shape,
@@ -65,7 +68,8 @@ class DeviceTensor(Tensor):
     def device(self) -> torch.device:  # type: ignore[override]
         return self.claimed if self.claimed is not None else torch.device("cuda", 0)
 
-    is_cuda = property(lambda self: True)
+    is_cuda = property(lambda self: self.device.type == "cuda")
+    is_mps = property(lambda self: self.device.type == "mps")
     is_cpu = property(lambda self: False)
 
     def get_device(self) -> int:
@@ -118,7 +122,7 @@ class Traffic:
     """What crossed the bus while this was entered: ``reads`` from a device and ``copies`` to it, each as the line of
     code that caused it. ``print(traffic)`` lists them."""
 
-    _open: list[Traffic] = []
+    _open: ClassVar[list[Traffic]] = []
 
     def __init__(self) -> None:
         self.reads: list[str] = []
@@ -159,30 +163,68 @@ def _line() -> str:
 def placed(device: Any) -> torch.device:
     """``cuda`` is ``cuda:0``, as where no other device was set."""
     device = torch.device(device)
-    return torch.device("cuda", 0) if device.type == "cuda" and device.index is None else device
+    return CPU if device.type == "cpu" else torch.device(device.type, device.index or 0)
+
+
+@cache
+def _traits(func: Any) -> tuple[str, bool, bool]:
+    """Its name, whether it takes numbers that are tensors of the CPU, and whether it draws random numbers."""
+    name, tags = func.overloadpacket.__name__, func.tags
+    return name, torch.Tag.pointwise in tags or name in _TAKE_NUMBERS, torch.Tag.nondeterministic_seeded in tags
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name = func.overloadpacket.__name__
-    tensors = [*_tensors(args), *_tensors(kwargs.values())]
-    device = _device_of(func, name, tensors, args, kwargs)
+    name, _, draws = _traits(func)
+    tensors = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+    device = _device_of(func, tensors, args, kwargs)
     if device is not None and device != CPU:
         _note_operation(name, args)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
-    result = func(*(_inner(value) for value in args), **{key: _inner(value) for key, value in kwargs.items()})
-    if device == CPU or result is None:
-        return result
-    wrappers = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
-    return _outer(result, device, wrappers)
+    # In torch 2.1 a mode for functions, such as that of a capture, would see this operation.
+    with torch._C.DisableTorchFunction(), _Generators.drawing_on(device) if draws else nullcontext():
+        result = func(*map(_inner, args), **{key: _inner(value) for key, value in kwargs.items()})
+    return result if device == CPU or result is None else _outer(result, device, tensors)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+class _Generators:
+    """The random numbers of each device, which has a generator of its own."""
+
+    states: ClassVar[dict[int, Tensor]] = {}
+
+    @classmethod
+    def get(cls, device: Any = 0) -> Tensor:
+        return cls.states[device if isinstance(device, int) else torch.device(device).index or 0].clone()
+
+    @classmethod
+    def set(cls, state: Tensor, device: Any = 0) -> None:
+        cls.states[device if isinstance(device, int) else torch.device(device).index or 0] = state.clone()
+
+    @classmethod
+    def seed_all(cls, seed: int) -> None:
+        cls.states = {index: torch.Generator().manual_seed(seed).get_state() for index in range(2)}
+
+    @classmethod
+    @contextmanager
+    def drawing_on(cls, device: torch.device | None) -> Iterator[None]:
+        if device is None or device == CPU:
+            yield
+            return
+        of_cpu = torch.get_rng_state()
+        torch.set_rng_state(cls.get(device))
+        yield
+        cls.set(torch.get_rng_state(), device)
+        torch.set_rng_state(of_cpu)
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
 def _inner(value: Any) -> Any:
@@ -191,15 +233,18 @@ def _inner(value: Any) -> Any:
     return [_inner(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _outer(value: Any, device: torch.device | None, wrappers: dict[int, DeviceTensor]) -> Any:
+def _outer(value: Any, device: torch.device | None, given: list[Tensor]) -> Any:
     """``value`` with its tensors on ``device``. What an operation returns of its arguments, as in place, stays that."""
     if isinstance(value, Tensor):
-        return wrappers[id(value)] if id(value) in wrappers else DeviceTensor(value, device)
-    return type(value)(_outer(each, device, wrappers) for each in value) if isinstance(value, (list, tuple)) else value
+        same = (tensor for tensor in given if isinstance(tensor, DeviceTensor) and tensor.inner is value)
+        found = next(same, None)
+        return DeviceTensor(value, device) if found is None else found
+    return type(value)(_outer(each, device, given) for each in value) if isinstance(value, (list, tuple)) else value
 
 
-def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
+def _device_of(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
     """Where the result of an operation lies, None if wherever it is used. Raises for tensors of several devices."""
+    name, takes_numbers, _ = _traits(func)
     if name == "copy_":
         return _claim(args[0])
     asked = kwargs.get("device")
@@ -210,16 +255,15 @@ def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: A
     if name in _INDEX:
         of_cpu = {id(index) for index in args[1] if index is not None and _claim(index) == CPU}
         tensors = [tensor for tensor in tensors if id(tensor) not in of_cpu]
-    claims = {_claim(tensor): tensor for tensor in tensors} if tensors else {}
-    if (torch.Tag.pointwise in func.tags or name in _TAKE_NUMBERS) and len(claims) > 1:
-        claims = {_claim(tensor): tensor for tensor in tensors if tensor.ndim or _claim(tensor) != CPU}
-    claims.pop(None, None)
+    claims = {_claim(tensor) for tensor in tensors}
+    if len(claims) > 1:
+        if takes_numbers:
+            claims = {_claim(tensor) for tensor in tensors if tensor.ndim or _claim(tensor) != CPU}
+        claims.discard(None)
     if len(claims) > 1:
         raise RuntimeError(f"{func} got tensors on {' and '.join(sorted(map(str, claims)))}")
-    if claims:
-        return next(iter(claims))
-    if tensors:
-        return _claim(tensors[0])
+    if claims or tensors:
+        return next(iter(claims), None)
     return None if _Functions.inside_operation() or _in_engine() else CPU
 
 
@@ -261,16 +305,19 @@ class _Operations(TorchDispatchMode):
 class _Functions(TorchFunctionMode):
     """Sends tensors of the CPU to devices, and remembers which function of torch was called."""
 
-    _running: list[bool] = []  # for each function that runs: whether what it makes lies where it is used
+    _running: ClassVar[list[tuple[Any, Any, Any]]] = []
 
     @staticmethod
     def inside_operation() -> bool:
-        return bool(_Functions._running) and _Functions._running[-1]
+        """Whether what is made now is made by an operation on a device for itself, and lies where it is used."""
+        func, args, kwargs = _Functions._running[-1] if _Functions._running else (torch.empty, (), {})
+        given = _tensors((*args, *kwargs.values()))
+        return func not in _CONSTRUCTORS and any(isinstance(each, DeviceTensor) for each in given)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if kwargs.get("device") is not None:
-            kwargs["device"] = placed(kwargs["device"])
+            kwargs = {**kwargs, "device": placed(kwargs["device"])}
         if func is Tensor.cuda:
             return DeviceTensor.cuda(*args, **kwargs)
         if func is Tensor.to:
@@ -282,8 +329,7 @@ class _Functions(TorchFunctionMode):
         if func in _BACKWARD:
             with self:
                 return body_of(func)(*args, **kwargs)
-        given = (*_tensors(args), *_tensors(kwargs.values()))
-        self._running.append(func not in _CONSTRUCTORS and any(isinstance(each, DeviceTensor) for each in given))
+        self._running.append((func, args, kwargs))
         try:
             return func(*args, **kwargs)
         finally:
@@ -303,7 +349,7 @@ def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor
 
 def _from_values(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     data = args[0] if args else kwargs.get("data")
-    device = kwargs.pop("device", None)
+    device, kwargs = kwargs.get("device"), {name: value for name, value in kwargs.items() if name != "device"}
     if isinstance(data, DeviceTensor):
         made: Tensor = data.detach() if func is torch.tensor else data
         return made.to(device=device or data.device, dtype=kwargs.get("dtype") or data.dtype, copy=func is torch.tensor)
@@ -313,22 +359,25 @@ def _from_values(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
 
 def _autocast_of(init: Callable[..., None]) -> Callable[..., None]:
     def of_cpu(self: Any, device_type: str, *args: Any, **kwargs: Any) -> None:
-        init(self, "cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+        init(self, "cpu" if device_type in ("cuda", "mps") else device_type, *args, **kwargs)
 
     return of_cpu
 
 
 @contextmanager
 def stand_in_devices() -> Iterator[torch.device]:
-    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, ``torch.autocast`` and random states, which
-    are those of the CPU. Yields ``cuda:0``."""
+    """While entered, ``cuda:0`` and ``cuda:1`` serve for tensors, modules, autocast and random states. ``mps`` serves
+    for tensors, except those of float64, which it refuses. Yields ``cuda:0``."""
     make_parameters_anew = torch.__future__.set_overwrite_module_params_on_conversion
+    _Generators.seed_all(0)
     with ExitStack() as stack:
         for name, stand_in in {
             "torch.cuda._lazy_init": lambda *_: None,
-            "torch.cuda.get_rng_state": lambda *_, **__: torch.get_rng_state(),
-            "torch.cuda.set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+            "torch.cuda.is_initialized": lambda: True,
             "torch.cuda.device_count": lambda: 2,
+            "torch.cuda.get_rng_state": _Generators.get,
+            "torch.cuda.set_rng_state": _Generators.set,
+            "torch.cuda.manual_seed_all": _Generators.seed_all,
             "torch.autocast.__init__": _autocast_of(torch.autocast.__init__),
         }.items():
             stack.enter_context(patch(name, stand_in))

@@ -55,7 +55,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         y, weights = self.attn(self.norm(x))
-        keep = (torch.rand(len(x), 1, 1) > self.drop) / (1 - self.drop) if self.training else 1.0
+        keep = (torch.rand(len(x), 1, 1, device=x.device) > self.drop) / (1 - self.drop) if self.training else 1.0
         return x + keep * y, weights
 
 

@@ -4,14 +4,24 @@ import pytest
 import torch
 
 from acr_reg import AllPairsConsistencyLoss
-from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.alignment.pairs import AlignedPair, plan_of
 from tests.support.attention import generator, says
 
 
-def aligned_rows(a, b, view, valid=None, tokens=None):
-    """The class-token rows and the patch rows, all or those of ``tokens``, of layer ``a`` and its view ``b``."""
-    pair = AlignedPair(a, b, view, valid)
-    return pair.activation(), pair.affinity(torch.arange(len(a.layout.query)) if tokens is None else tokens)
+def aligned_rows(a, b, view, valid=None, picked=None):
+    """The class-token rows and the patch rows that both show, or of these those ``picked``, of layer ``a`` and its view
+    ``b``."""
+    plan = plan_of(a, b, view, valid)
+    pair = AlignedPair(a, b, plan)
+    return pair.activation(), pair.affinity(plan.blocks[0], picked)
+
+
+def carried_rows(rows):
+    """Both sides' rows of each head over the image's keys, with their own masses; 0 where a key is not valid."""
+    hidden = ~rows.keys_valid[:, None, None]
+    carried = [side.onto_image("each", side.masses()[0]) for side in (rows.of_image, rows.of_view)]
+    scaled = carried if rows.scale is None else [each / rows.scale for each in carried]
+    return [each.masked_fill(hidden, 0) for each in scaled]
 
 
 def random_cams(grid, grid_b, batch=2, seed=0):

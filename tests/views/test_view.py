@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torchvision.transforms.v2.functional as TF
+from torch.utils.flop_counter import FlopCounterMode
 
 from acr_reg import (
     AllPairsConsistencyLoss,
@@ -24,8 +25,11 @@ from acr_reg import (
     View,
     align_attention,
 )
+from acr_reg.views import resampling
+from acr_reg.views.resampling import LatticeMap
 from acr_reg.views.view import map_between
 from tests.support.attention import explicit, says
+from tests.support.tensor_watch import TensorWatch
 from tests.support.views import (
     BEYOND,
     BOXES,
@@ -229,7 +233,7 @@ def test_no_images_give_no_views(view):
     assert view(torch.zeros(2, 0, 12, 16)).shape == (2, 0, *view.output_size((12, 16)))
 
 
-@pytest.mark.parametrize("name", ["crop", "padded", "each exact"])
+@pytest.mark.parametrize("name", ["crop", "resized", "padded", "each", "each exact"])
 def test_shapes_alone_are_viewed_on_the_meta_device(name):
     view = VIEWS[name]
     assert view(torch.zeros(3, 2, 12, 16, device="meta")).shape == (3, 2, *view.output_size((12, 16)))
@@ -254,6 +258,98 @@ def test_a_view_first_used_in_inference_mode_serves_training(view, dtype):
     view(images).sum().backward()
     assert torch.equal(view(images).detach(), evaluated)
     assert (images.grad > 0).all()
+
+
+# The work: exact views copy once, and resampling reads a band of pixels
+
+LARGE = (150, 201)
+LARGE_VIEWS = {
+    "crops": PerImage([Crop(*box, size=(70, 129), image_size=LARGE) for box in ((9, 3, 141, 198), (80, 99, 20, 90))]),
+    "padded and turned": Compose([Crop(-40, 20, 200, 200, 96, image_size=LARGE, pad=True), Rotate90()]),
+    "shrunk": Compose([HorizontalFlip(), Scale(0.4)]),
+    "enlarged along one axis": Scale((1, 1.7)),
+    "in place, each": PerImage([Scale(0.6, keep_size=True), Compose([Scale(1.8, keep_size=True), VerticalFlip()])]),
+}
+any_large = pytest.mark.parametrize("view", LARGE_VIEWS.values(), ids=LARGE_VIEWS)
+
+
+@any_large
+def test_large_images_are_read_in_blocks_and_give_what_whole_products_give(view, monkeypatch):
+    images = noise(2, 2, *LARGE, dtype=torch.float64).requires_grad_()
+    found, back = view(images), view.align(view(images), (75, 201))
+    (gradient,) = torch.autograd.grad(found.square().sum() + back.square().sum(), images)
+    monkeypatch.setattr(resampling, "_BLOCK", 10**6)
+    whole, whole_back = view(images), view.align(view(images), (75, 201))
+    (expected,) = torch.autograd.grad(whole.square().sum() + whole_back.square().sum(), images)
+    for one, other in ((found, whole), (back, whole_back), (gradient, expected)):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(100, 90), (3, 100, 90), (1, 3, 100, 90), (0, 3, 100, 90), (2, 0, 100, 90)], ids=str)
+def test_large_images_may_come_in_any_shape(shape):
+    images = noise(*shape)
+    found = Scale(0.5)(images)
+    assert found.shape == (*shape[:-2], 50, 45)
+    assert found.numel() == 0 or torch.equal(found, Scale(0.5)(images.reshape(-1, 100, 90)).reshape(found.shape))
+
+
+@any_large
+def test_large_images_may_lie_in_any_order(view):
+    images = noise(2, 2, *LARGE, dtype=torch.float64)
+    expected = view(images)
+    orders = (
+        images.to(memory_format=torch.channels_last),
+        images.mT.contiguous().mT,
+        images.repeat_interleave(2, -1)[..., ::2],
+        images[:, :1].expand(-1, 2, -1, -1),
+    )
+    for given in orders[:-1]:
+        torch.testing.assert_close(view(given), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(view(orders[-1])[:, 1], expected[:, 0], rtol=1e-12, atol=1e-12)
+    half = view(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, view(images.bfloat16().float()).bfloat16())
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.5])
+def test_the_products_of_an_image_grow_with_its_pixels(factor):
+    """A product with all pixels of a row for each output pixel would grow with their cube: eightfold."""
+    counted = []
+    for size in (256, 512):
+        with FlopCounterMode(display=False) as counter:
+            Scale(factor)(torch.zeros(1, 1, size, size))
+        counted.append(counter.get_total_flops())
+    assert 3.5 * counted[0] < counted[1] < 4.5 * counted[0]
+
+
+@pytest.mark.parametrize("view", [HorizontalFlip(), Rotate90(2), Crop(1, 2, 6, 9, image_size=(12, 16)), Identity()])
+def test_an_exact_view_is_one_copy(view):
+    images = torch.zeros(3, 64, 12, 16)
+    with TensorWatch() as made:
+        moved = view(images)
+    assert moved.numel() <= made.written < 1.1 * moved.numel()
+
+
+def test_a_flip_of_one_size_is_planned_once_and_a_crop_is_not_kept(monkeypatch):
+    made, between = [], LatticeMap.between
+    monkeypatch.setattr(LatticeMap, "between", lambda *given: made.append(given) or between(*given))
+    for _ in range(3):
+        images = noise(2, 3, 23, 29)
+        assert torch.equal(HorizontalFlip()(images), images.flip(-1))
+    assert len(made) == 1
+    for view in (Crop(1, 2, 6, 9, size=6, image_size=(23, 29)), Scale(0.7, keep_size=True), Scale(2)):
+        made.clear()
+        view(images)
+        view(images)
+        assert len(made) == 2
+
+
+@pytest.mark.parametrize("view", [PerImage([HorizontalFlip(), Rotate90(2)]), PerImage([Rotate90(), HorizontalFlip()])])
+def test_views_of_each_image_are_joined_under_autocast_in_any_precision(view):
+    images = noise(2, 3, 8, 8, dtype=torch.float64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = view(images)
+    assert torch.equal(cast, view(images))
 
 
 # What a view shows, and where it leads back

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from acr_reg import AttentionMaps, TokenLayout, View, align_attention
-from acr_reg.alignment.pairs import AlignedPair
+from acr_reg.alignment.pairs import AlignedPair, plan_of
 from acr_reg.attention.layer import RecordedTensors
-from acr_reg.losses.functional import row_consistency
 from acr_reg.losses.terms import LayerTerms
 
 
@@ -27,12 +26,18 @@ def distances(
     first: AttentionMaps, second: AttentionMaps, view: View, *, blur_alike: bool = False, tokens: Tensor | None = None
 ) -> Distances:
     """Of maps of images and of ``view`` of them; ``tokens`` are the patches of the images whose rows count."""
-    rows = torch.arange(len(first[0].layout.query)) if tokens is None else tokens
     found = []
     for a, b in zip(first, second, strict=True):
-        pair = AlignedPair(a, b, view, with_entropy=False, blur_alike=blur_alike)
-        terms = LayerTerms(pair, {}, rows, None, "l1", "row", "mean")
-        found.append([terms.compare(name, rows, row_consistency)[0] for name in ("activation", "affinity")])
+        plan = plan_of(a, b, view, blur_alike=blur_alike)
+        (block,), picked, left_out = plan.blocks, None, plan.num_left_out
+        if tokens is not None:
+            picked = torch.isin(plan.tokens, tokens).nonzero()[:, 0]
+            left_out = len(tokens) - len(picked)
+        pair, share = AlignedPair(a, b, plan, with_entropy=False), left_out / max(plan.num_left_out, 1)
+        terms = LayerTerms(pair, {}, [(block, picked)], None, "l1", "row", "mean", share)
+        found.append(
+            [terms.closed(term, terms.compare(term, terms.blocks[0])[0]).mean() for term in ("activation", "affinity")]
+        )
     activation, affinity = torch.tensor(found).mean(0).tolist()
     return Distances(activation, affinity)
 

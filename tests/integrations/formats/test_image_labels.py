@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from acr_reg.integrations.formats import image_labels
 from acr_reg.integrations.formats.image_labels import labels_of, load_image_labels
 from tests.support.class_maps import Call, write_npy
 
@@ -92,12 +93,22 @@ def test_other_contents_are_refused_with_the_path(tmp_path, content, message):
         ('{"classes": ["cat"], "labels": {"a": [true]}}', r"Image a has the class True"),
         ('{"classes": ["cat"], "labels": {"a": 0}}', "int"),
         ('{"classes": ["cat"], "labels": {}}', "Save a dict"),
+        ('{"classes": ["cat"], "labels": {"a": [0], "b": [], "a": []}}', "has a more than once"),
+        ("[" * 100_000, "damaged: RecursionError"),
     ],
 )
 def test_other_lists_are_refused_with_the_path(tmp_path, text, message):
     (tmp_path / "labels.json").write_text(text)
     with pytest.raises(ValueError, match=rf"labels\.json: .*{message}"):
         load_image_labels(tmp_path / "labels.json")
+
+
+def test_a_list_whose_numbers_would_not_fit_the_memory_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_labels, "MOST_LABELS", 7)
+    path = tmp_path / "labels.json"
+    path.write_text(json.dumps({"classes": ["cat", "dog"], "labels": {name: [] for name in "abcd"}}))
+    with pytest.raises(ValueError, match=r"labels\.json: The file has more than 7 classes times images"):
+        load_image_labels(path)
 
 
 def test_missing_files_and_other_endings_are_named(tmp_path):

@@ -1,14 +1,18 @@
 """What other codebases and numpy versions wrote is read; damaged files and other contents are named."""
 
+import io
 import os
 import pickle
+import re
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from acr_reg.integrations.formats import cam_format, load_cams, save_cams
+from acr_reg.integrations.formats import Maps, cam_format, load_cams, numpy_files, save_cams
 from tests.support.class_maps import Call, assert_same_maps, write_npy
 
 
@@ -138,7 +142,7 @@ def test_damaged_files(tmp_path, maps):
 def test_npz_with_a_pickle_inside_is_refused(tmp_path):
     mark = tmp_path / "mark"
     np.savez(tmp_path / "image.npz", **{"0": np.array([Call(os.system, f"touch {mark}"), None], dtype=object)})
-    with pytest.raises(ValueError, match="allow_pickle"):
+    with pytest.raises(ValueError, match=r"image\.npz: .*object array, and no pickle in it is read"):
         load_cams(tmp_path / "image.npz")
     assert not mark.exists()
 
@@ -165,3 +169,99 @@ def test_a_map_without_a_pixel_is_refused(tmp_path: Path, shape: tuple[int, int]
     np.savez(tmp_path / "empty.npz", **{"14": np.ones(shape)})
     with pytest.raises(ValueError, match=r"empty\.npz: Class 14 holds .*one \(H, W\) map"):
         load_cams(tmp_path / "empty.npz")
+
+
+# ---------------------------------------------------------------- archives
+
+
+def archive(path: Path, entries: list[tuple[str, bytes]], compression: int = zipfile.ZIP_DEFLATED) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as file:
+        warnings.simplefilter("ignore")  # of the same name twice
+        for name, data in entries:
+            file.writestr(name, data)
+    return path
+
+
+def npy(shape: tuple[int, ...], data: bytes, descr: str = "<f4") -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+    return file.getvalue() + data
+
+
+ONE = npy((1, 1), b"\0\0\x80\x3f")
+
+
+@pytest.mark.parametrize("other", ["014", "+14", "1_4", " 14", "\u0661\u0664", "-0", "14.0"])
+def test_names_that_mean_the_same_number_do_not_replace_one_another(tmp_path: Path, other: str) -> None:
+    for names in ([other], ["14", other]):
+        path = archive(tmp_path / "image.npz", [(f"{name}.npy", ONE) for name in names])
+        with pytest.raises(ValueError, match=rf"image\.npz: The keys are .*{re.escape(repr(other))}.*0-based"):
+            load_cams(path)
+
+
+def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
+    for names in (["14.npy", "14.npy"], ["14.npy", "14"]):
+        with pytest.raises(ValueError, match=r"image\.npz: The file has the array '14' twice"):
+            load_cams(archive(tmp_path / "image.npz", [(name, ONE) for name in names]))
+
+
+@pytest.mark.parametrize("shape", [(2, 2), (10**6, 10**6), (0, 10**12), (2**62, 8), (-1, 1)])
+def test_a_shape_that_the_archive_does_not_fill_is_not_believed(tmp_path: Path, shape: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=r"image\.npz: The file (is cut off|is damaged|holds an array whose)|\.npz: Class 0"
+    ):
+        load_cams(archive(tmp_path / "image.npz", [("0.npy", npy(shape, b"\0\0\x80\x3f"))]))
+
+
+def test_what_an_archive_expands_to_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = npy((1000, 1000), bytes(4_000_000))
+    path = archive(tmp_path / "image.npz", [("0.npy", zeros), ("1.npy", zeros)])
+    assert path.stat().st_size < 10_000
+    assert len(load_cams(path)) == 2
+    monkeypatch.setattr(numpy_files, "MOST_BYTES", 8_000_000)
+    with pytest.raises(ValueError, match=r"image\.npz: The file expands to 8,000,256 bytes.*8,000,000"):
+        load_cams(path)
+
+
+def test_an_entry_that_expands_to_more_than_it_says_is_refused(tmp_path: Path) -> None:
+    path = archive(tmp_path / "image.npz", [("0.npy", npy((1000, 1000), bytes(4_000_000)))])
+    said = (len(npy((1000, 1000), b"")) + 4_000_000).to_bytes(4, "little")
+    path.write_bytes(path.read_bytes().replace(said, (200).to_bytes(4, "little")))
+    with pytest.raises(ValueError, match=r"image\.npz: The file is cut off"):
+        load_cams(path)
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compression_that_numpy_does_not_write_is_refused(tmp_path: Path, compression: int) -> None:
+    """Python expands these whole, whatever size they say."""
+    with pytest.raises(ValueError, match=r"image\.npz: The array '0' is encrypted, or compressed"):
+        load_cams(archive(tmp_path / "image.npz", [("0.npy", ONE)], compression))
+
+
+def test_damage_anywhere_in_an_archive_is_named_or_changes_nothing(tmp_path: Path) -> None:
+    maps = {14: np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)}
+    save_cams(tmp_path / "image.npz", maps)
+    data = (tmp_path / "image.npz").read_bytes()
+    for at in range(len(data)):
+        (tmp_path / "image.npz").write_bytes(data[:at] + bytes([data[at] ^ 0xFF]) + data[at + 1 :])
+        found = maps_or_message(tmp_path / "image.npz")
+        if isinstance(found, str):
+            assert "image.npz: " in found
+        else:  # a field that says nothing of the content, such as a date
+            assert_same_maps(found, maps)
+
+
+def maps_or_message(path: Path) -> Maps | str:
+    try:
+        return load_cams(path)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", ["image.npy", "image.npz"])
+def test_a_header_of_another_length_is_not_parsed(tmp_path: Path, name: str) -> None:
+    header = b"\x93NUMPY\x02\x00" + (2**20).to_bytes(4, "little") + b"(" * 2**20
+    path = tmp_path / name
+    path.write_bytes(header) if name == "image.npy" else archive(path, [("0.npy", header)])
+    with pytest.raises(ValueError, match=rf"{name}: The file is cut off, or no \.npy file"):
+        load_cams(path)
