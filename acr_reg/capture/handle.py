@@ -17,7 +17,7 @@ from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
+from acr_reg.capture.refusals import one_of, refuse_empty, refuse_no_images, refuse_partial, refuse_split
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError, listed
 from acr_reg.placement.grids import LayoutHints
@@ -192,6 +192,7 @@ class AttentionCapture(Removable):
     ) -> AttentionMaps | None:
         index = recorder.index
         refuse_partial(index, run)
+        refuse_no_images(run)
         refuse_split(index, run, recorder.split)
         layers: list[LayerAttention] = []
         cross: list[str] = []

@@ -95,6 +95,12 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
         )
 
 
+def refuse_no_images(run: Run) -> None:
+    """Raises for a batch of no images: a mean over it would be NaN, and no ratio tells images from heads."""
+    if run.shapes and not any(shape[0] for shape in run.shapes):
+        raise CaptureError("The model ran on a batch of 0 images. Skip such batches, or clear() their runs.")
+
+
 def refuse_split(index: ModuleIndex, run: Run, split: set[nn.Module]) -> None:
     """Raises where this rank ran a part of the attention: its loss and its gradient would be of that part alone.
 
