@@ -89,13 +89,6 @@ def keep_modes(kept: Sequence[bool]) -> None:
     deque(chain(pops, pushes), 0)  # one step of C code, which no interruption divides
 
 
-def remove_mode(mode: TorchFunctionMode) -> None:
-    """Removes a mode from this thread's stack, wherever and however often it stands there."""
-    modes = function_modes()
-    if mode in modes:
-        keep_modes([other is not mode for other in modes])
-
-
 @contextmanager
 def entered(mode: TorchFunctionMode) -> Iterator[None]:
     """Enters a mode for a block. The end takes off no other mode, as torch's own does once an interruption took off

@@ -280,10 +280,13 @@ class AlignedPair:
         self.with_entropy = with_entropy and self.stochastic
         self.scale = None if self.stochastic else _row_scale(a, b)
 
-    def of(self, a: RowSource, b: RowSource) -> AlignedPair:
-        """This alignment applied to other row sources with the same layout."""
+    def of(self, a: RowSource, b: RowSource, images: slice | None = None) -> AlignedPair:
+        """This alignment applied to other row sources with the same layout, of all images or a part of them."""
         pair = copy(self)
         pair.a, pair.b = a, b
+        if images is not None:
+            pair.plan = self.plan.of_images(images)
+            pair.scale = None if self.scale is None else self.scale[images]
         return pair
 
     def activation(self) -> AlignedRows:

@@ -147,6 +147,13 @@ class Plan:
         tokens = self.tokens[slice(*block.tokens)]
         return torch.ones_like(block.shown[:1]) if self.unpadded is None else self.unpadded[0][:, tokens]
 
+    def of_images(self, images: slice) -> Plan:
+        """The plan for a part of the batch."""
+        part: Plan = _mapped(
+            replace(self, tokens=self.tokens[None]), lambda each: each[images] if len(each) > 1 else each
+        )
+        return replace(part, tokens=self.tokens)
+
     def left_out(self, batch: int) -> Tensor | int:
         """The number of rows, of all images, that are not padding and not among ``tokens``."""
         if self.unpadded is None:

@@ -14,7 +14,7 @@ from acr_reg.alignment.pairs import AlignedPair, plan_of
 from acr_reg.alignment.plan import Plan
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.errors import listed
-from acr_reg.losses.blockwise import are_small, can_be_blockwise, evaluate_blockwise, rows_of_plan
+from acr_reg.losses.blockwise import are_small, can_be_blockwise, evaluate_blockwise, size_of_block
 from acr_reg.losses.functional import Distance, Normalize, cam_consistency
 from acr_reg.losses.inputs import LossInputs, check_choice, check_finite, check_inputs
 from acr_reg.losses.terms import LayerTerms, Term, evaluate_dense, sample_rows
@@ -62,7 +62,8 @@ class AllPairsConsistencyLoss(nn.Module):
             the backward pass, which second derivatives need. None forms them if all, of both views, take at most 128
             MB; it is faster where maps are small. Explicit maps are compared at once.
         block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 4 MB of maps
-            per block, at least 64 rows, or 4 rows of the grid where a view resamples. Blocks are whole rows of it.
+            per block, 64 MB on a GPU, of whole images or of at least 64 rows of one, or 4 rows of the grid where a view
+            resamples. Blocks are whole rows of the grid.
 
     A term without inputs (no class token, no class maps) raises if you set its weight; otherwise it is skipped, with
     one warning for the class token.
@@ -215,7 +216,7 @@ class AllPairsConsistencyLoss(nn.Module):
                 blockwise = self.blockwise
                 if blockwise is None:
                     blockwise = not small and can_be_blockwise(a, b)
-                rows = rows_of_plan(a, b, self.rows, self.block_rows) if blockwise else None
+                images, rows = size_of_block(a, b, self.rows, self.block_rows) if blockwise else (0, None)
                 plan = plan_of(a, b, given.view, given.valid, blur_alike=self.blur_alike, rows=rows, known=plans)
                 blocks, share = sample_rows(plan, self.rows)
                 layer = LayerTerms(
@@ -228,7 +229,7 @@ class AllPairsConsistencyLoss(nn.Module):
                     self.heads,
                     share,
                 )
-                value, report = evaluate_blockwise(layer) if blockwise else evaluate_dense(layer)
+                value, report = evaluate_blockwise(layer, images) if blockwise else evaluate_dense(layer)
                 weighted.append(value.to(device))  # layers may lie on several devices
                 reports.append({name: term.to(device) for name, term in report.items()})
         reported = dict.fromkeys(name for report in reports for name in report)

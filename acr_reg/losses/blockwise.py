@@ -17,12 +17,19 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.attention.layer import LayerAttention, RecordedTensors, rows_of_block
+from acr_reg.attention.layer import LayerAttention, RecordedTensors
 from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
 
 # Up to this size, forming all maps at once is faster: blocks of small maps take as many calls for less work.
 SMALL_MEGABYTES = 128
+
+# Of the maps of both views in a block, which holds a few times as many. Other devices than a CPU have no cache of this
+# size to profit from, and each block costs them calls.
+BLOCK_MEGABYTES, DEVICE_BLOCK_MEGABYTES = 4, 64
+
+# At least: each block forms a gradient to all keys, as large as d rows of the maps (64 in most models).
+LEAST_ROWS = 64
 
 # Of the grid, in a block of resampled rows: each block also forms the rows beside it that it reads.
 RESAMPLED_ROWS = 4
@@ -39,31 +46,42 @@ def are_small(pairs: Iterable[tuple[LayerAttention, LayerAttention]], share: flo
     return share * elements * 4 <= SMALL_MEGABYTES * 2**20
 
 
-def rows_of_plan(a: LayerAttention, b: LayerAttention, share: float, block_rows: int | None) -> tuple[int, int]:
-    """The tokens of a block, of which a share is compared, where rows are permuted and where they are resampled."""
-    rows = block_rows or rows_of_block((a, b))
-    return math.ceil(rows / share), block_rows or max(rows, RESAMPLED_ROWS * a.layout.query.width)
+def size_of_block(
+    a: LayerAttention, b: LayerAttention, share: float, block_rows: int | None
+) -> tuple[int, tuple[int, int]]:
+    """The images of a block; and its tokens, of which a share is compared, where rows are permuted and where they are
+    resampled. Whole images come first: the gradient to all keys is formed once for each block of their rows."""
+    batch, heads, queries, keys = (max(sizes) for sizes in zip(a.shape, b.shape, strict=True))
+    if block_rows is not None:
+        return batch, (math.ceil(block_rows / share), block_rows)
+    room = (BLOCK_MEGABYTES if a.device.type == "cpu" else DEVICE_BLOCK_MEGABYTES) * 2**20 // 4 // 2
+    rows = max(LEAST_ROWS, room // (heads * keys))
+    images = min(batch, max(1, rows // queries))
+    return images, (math.ceil(rows / share), max(rows, RESAMPLED_ROWS * a.layout.query.width))
 
 
 class BlockedLayer:
-    """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does.
+    """A layer that gives its rows block by block, as :class:`~acr_reg.LayerAttention` does, for part of its ``images``.
 
     ``inputs`` make its map, on the graph: query, key and an additive bias; or the map itself. A block copies the rows
     it needs into ``leaves``, in float32 at least. :meth:`add` adds the gradients of the leaves in the right places.
+    ``order`` is that of all keys; every block needs them, so they are put in order once, and their gradient back once.
     """
 
-    def __init__(self, layer: LayerAttention) -> None:
-        self.layer = layer
+    def __init__(self, layer: LayerAttention, order: Tensor | None) -> None:
+        self.layer, self._order = layer, order
         mask = layer.batched_mask() if layer.is_factored else None
         parts = (layer.explicit,) if not layer.is_factored else (layer.query, layer.key, mask)
         self.inputs: list[Tensor] = [part for part in parts if part is not None]
         with torch.no_grad():
             self._held = [at_least_float32(part.detach()) if part.is_floating_point() else part for part in self.inputs]
+            if layer.is_factored:
+                self._held[1] = select(self._held[1], 2, order)
         self._learning = [torch.is_grad_enabled() and part.requires_grad for part in self.inputs]
         self._weighted: list[Tensor | None] = [None] * len(self.inputs)
         self._found: list[Tensor | None] = [None] * len(self.inputs)  # of the current term
-        self._key: tuple[Tensor | None, Tensor] | None = None  # its order, and the leaf
-        self._rows: Tensor | None = None
+        self.images = slice(0, layer.shape[0])
+        self._index: tuple[Tensor | None, Tensor | None] = None, None  # of the block's queries and keys
         self.leaves: list[Tensor] = []
         self._leaf_of: list[int] = []  # which input each leaf was taken from
 
@@ -77,11 +95,13 @@ class BlockedLayer:
 
     def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
         """The rows of a block, on leaves of their own; ``queries`` is (R,), or (B, R) for each image."""
-        self._rows, self.leaves, self._leaf_of = queries, [], []
-        rows = self._leaf(0, select(self._held[0], 2, queries))
+        self._index, self.leaves, self._leaf_of = (queries, keys), [], []
+        rows = self._leaf(0, select(self._held[0][self.images], 2, queries))
         if not self.layer.is_factored:
             return select(rows, -1, keys)
-        tensors = RecordedTensors(query=rows, key=self._key_leaf(keys), scale=self.layer.recorded.scale)
+        tensors = RecordedTensors(
+            query=rows, key=self._leaf(1, self._held[1][self.images]), scale=self.layer.recorded.scale
+        )
         if len(self.inputs) > 2:
             tensors = replace(tensors, mask=self._mask_leaf(queries, keys))
         return _Softmax.apply(replace(self.layer, recorded=tensors, images=slice(None)).logits())
@@ -93,20 +113,16 @@ class BlockedLayer:
             self._leaf_of.append(number)
         return tensor
 
-    def _key_leaf(self, order: Tensor | None) -> Tensor:
-        """Every block needs all keys, so they are put in order once, and their gradient is put back once."""
-        if self._key is None:
-            self._key = (order, select(self._held[1], 2, order))
-        assert self._key[0] is order
-        return self._leaf(1, self._key[1])
-
     def _mask_leaf(self, queries: Tensor, keys: Tensor | None) -> Tensor:
-        mask = self._held[2]
+        mask = self._of_images(self._held[2])
         batch, heads, _, _ = mask.shape
         if queries.ndim == 2 or (keys is not None and keys.ndim == 2):
-            batch = self.layer.shape[0]
+            batch = self.images.stop - self.images.start
         mask = mask.expand(batch, heads, *self.layer.shape[2:])
         return self._leaf(2, select(select(mask, 2, queries), 3, keys))
+
+    def _of_images(self, tensor: Tensor) -> Tensor:
+        return tensor if len(tensor) == 1 else tensor[self.images]
 
     def add(self, gradients: Iterator[Tensor | None]) -> None:
         """Adds the gradients of this block's leaves, in their order."""
@@ -114,18 +130,20 @@ class BlockedLayer:
             gradient, found = next(gradients), self._found[number]
             if gradient is None:
                 continue
-            if number == 1:  # stays in the order of the leaf until the end
-                self._found[1] = gradient if found is None else found.add_(gradient)
-                continue
             if found is None:
+                if number == 1 and gradient.shape == self._held[1].shape:
+                    self._found[1] = gradient
+                    continue
                 found = self._found[number] = gradient.new_zeros(self.inputs[number].shape)
-            if number == 2:
-                assert self._key is not None
-                gradient = _put_back(gradient, 3, self._key[0], self.layer.shape[3])
-                gradient = _put_back(gradient, 2, self._rows, self.layer.shape[2])
-                found.add_(gradient.sum_to_size(found.shape))
+            found = self._of_images(found)
+            if number == 0:
+                _add_rows(found, self._index[0], gradient)
+            elif number == 1:  # stays in order until the end
+                found.add_(gradient)
             else:
-                _add_rows(found, self._rows, gradient)
+                gradient = _put_back(gradient, 3, self._index[1], self.layer.shape[3])
+                gradient = _put_back(gradient, 2, self._index[0], self.layer.shape[2])
+                found.add_(gradient.sum_to_size(found.shape))
 
     def scale(self, factor: Tensor) -> None:
         """Closes a term: adds ``factor`` times its gradient to the gradient of the terms so far."""
@@ -137,8 +155,8 @@ class BlockedLayer:
 
     def gradients(self) -> list[Tensor | None]:
         """The gradients of the inputs, over all terms."""
-        if self._key is not None and (of_keys := self._weighted[1]) is not None:
-            self._weighted[1] = _put_back(of_keys, 2, self._key[0], self.layer.shape[3])
+        if self.layer.is_factored and (of_keys := self._weighted[1]) is not None:
+            self._weighted[1] = _put_back(of_keys, 2, self._order, self.layer.shape[3])
         return self._weighted
 
 
@@ -183,36 +201,45 @@ def _add_rows(whole: Tensor, index: Tensor | None, rows: Tensor) -> None:
     whole.movedim(2, 1).index_put_((images, index), rows.movedim(2, 1), accumulate=True)
 
 
-def evaluate_blockwise(terms: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
-    """:func:`~acr_reg.losses.terms.evaluate_dense`, block by block. The first derivative is exact; a second one is
-    refused."""
-    layers = BlockedLayer(terms.pair.layers[0]), BlockedLayer(terms.pair.layers[1])
+def evaluate_blockwise(terms: LayerTerms, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """:func:`~acr_reg.losses.terms.evaluate_dense`, block by block of at most so many ``images``. The first derivative
+    is exact; a second one is refused."""
+    (a, b), plan = terms.pair.layers, terms.pair.plan
+    layers = BlockedLayer(a, plan.of_image.order), BlockedLayer(b, plan.of_view.order)
     report: dict[str, Tensor] = {}
-    run = partial(_in_blocks, terms, layers, report)
+    run = partial(_in_blocks, terms, layers, images, report)
     inputs = [tensor for layer in layers for tensor in layer.inputs]
     learns = any(layer.learns for layer in layers)
     return _Blockwise.apply(run, layers, *inputs) if learns else run(), report
 
 
-def _in_blocks(terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], report: dict[str, Tensor]) -> Tensor:
+def _in_blocks(
+    terms: LayerTerms, layers: tuple[BlockedLayer, BlockedLayer], images: int, report: dict[str, Tensor]
+) -> Tensor:
     """The weighted sum of the terms; their gradients are added up in the layers, and each term goes to the report."""
-    terms = replace(terms, pair=terms.pair.of(*layers))
+    batch = layers[0].layer.shape[0]
+    everything = [(slice(0, batch), replace(terms, pair=terms.pair.of(*layers)))]
+    parts = [slice(first, min(first + images, batch)) for first in range(0, batch, images)]
+    divided = everything if len(parts) == 1 else [(part, terms.of_images(part, *layers)) for part in parts]
     entropies: list[Tensor | None] = []
     weighted: list[Tensor] = []
     for term, weight in terms.weights.items():
         whole: RowSum | None = None
         learns = weight != 0 and any(layer.learns for layer in layers)
-        for rows in terms.blocks if term == "affinity" else terms.blocks[:1]:
-            with torch.set_grad_enabled(learns):
-                block, entropy = terms.compare(term, rows)
-            if learns:
-                leaves = [leaf for layer in layers for leaf in layer.leaves]
-                found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
-                for layer in layers:
-                    layer.add(found)
-            entropies.append(entropy)
-            block = RowSum(block.total.detach(), block.weight, block.count)
-            whole = block if whole is None else whole + block
+        for part, of_part in divided if term == "affinity" else everything:
+            for layer in layers:
+                layer.images = part
+            for rows in of_part.blocks if term == "affinity" else of_part.blocks[:1]:
+                with torch.set_grad_enabled(learns):
+                    block, entropy = of_part.compare(term, rows)
+                if learns:
+                    leaves = [leaf for layer in layers for leaf in layer.leaves]
+                    found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))
+                    for layer in layers:
+                        layer.add(found)
+                entropies.append(entropy)
+                block = RowSum(block.total.detach(), block.weight, block.count)
+                whole = block if whole is None else whole + block
         assert whole is not None
         whole = terms.closed(term, whole)
         for layer in layers:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from acr_reg.alignment.pairs import AlignedPair, Heads
+from acr_reg.alignment.pairs import AlignedPair, Heads, RowSource
 from acr_reg.alignment.plan import Block, Plan
 from acr_reg.attention.layer import LayerAttention
 from acr_reg.losses.functional import Distance, Normalize, RowSum, sum_rows
@@ -36,6 +36,15 @@ class LayerTerms:
     normalize: Normalize
     heads: Heads
     share: float = 1.0
+
+    def of_images(self, images: slice, a: RowSource, b: RowSource) -> LayerTerms:
+        """The terms of a part of the batch, of rows that come from other sources."""
+        labels = None if self.labels is None else self.labels[images]
+        blocks = self.pair.plan.blocks
+        pair = self.pair.of(a, b, images)
+        of_part = dict(zip(blocks, pair.plan.blocks, strict=True))
+        rows = [(of_part[block], picked) for block, picked in self.blocks]
+        return replace(self, pair=pair, blocks=rows, labels=labels)
 
     def compare(self, term: Term, rows: Rows) -> tuple[RowSum, Tensor | None]:
         """The sums over a term's rows, and their entropy. ``rows`` are those of the affinity term."""

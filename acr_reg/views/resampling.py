@@ -68,8 +68,12 @@ class AxisMap:
             images, targets, _ = self.index.shape
             # Training uses them too, and cannot use tensors made in inference_mode.
             with torch.inference_mode(False), torch.no_grad():
+                whole = torch.promote_types(
+                    dtype, torch.float32
+                )  # holds every index exactly, so that one copy is enough
+                index, weights = torch.stack([self.index.to(whole), self.weights.to(whole)]).to(device)
                 empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
-                made = empty.scatter_add_(2, self.index.to(device), self.weights.to(dtype).to(device))
+                made = empty.scatter_add_(2, index.long(), weights.to(dtype))
             self._dense[dtype, device] = made
         return made
 

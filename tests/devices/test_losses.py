@@ -63,8 +63,8 @@ STEPS = {
 # Copies where each step draws another view: its tables are packed into one, but not yet those of class maps and valid.
 COPIES = {
     **dict.fromkeys(("two crops", "two crops, sharp"), 1),
-    "two crops, class maps, valid": 21,
-    "crops for each image": 13,
+    "two crops, class maps, valid": 15,
+    "crops for each image": 11,
 }
 MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 CASES = [("fused", name) for name in STEPS] + [("explicit", name) for name in ("flip", "flip, valid", "two crops")]

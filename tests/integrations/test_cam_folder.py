@@ -18,7 +18,7 @@ from torch.nn import functional
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
 from acr_reg.integrations.cam_folder import write_cams
 from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
-from acr_reg.integrations.jobs import progress
+from acr_reg.integrations.jobs import progress, saving
 
 SIZES = {"2007_000032": (30, 44), "2007_000039": (51, 33), "2007_000063": (16, 16)}
 LABELS = {"2007_000032": [1, 0, 0, 1], "2007_000039": [0, 1, 0, 0], "2007_000063": [0, 0, 1, 0]}
@@ -323,6 +323,7 @@ def test_a_full_disk_ends_the_run_and_keeps_the_report(tmp_path, photos, monkeyp
     photos[1].rename(photos[3])
     labels = {**LABELS, "more": [1, 0, 0, 0]}
     monkeypatch.setattr(place, attribute, full)
+    monkeypatch.setattr(saving, "THREADS", 1)
     with pytest.raises(OSError, match=r"No space left on device: .*more\.npy'") as caught:
         write_cams(cam, photos, labels, tmp_path / "cams", transform, progress=False)
     assert caught.value.report.written == ["2007_000063"]
