@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch_private import remove_mode, shards_parameters
+from acr_reg._torch_private import entered, function_modes, keep_modes, shards_parameters
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.class_rows import ClassRows, same_gradients
 from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
@@ -133,8 +133,9 @@ class GradientCam(Removable):
     def _end_capture(self) -> None:
         if self._attention is not None:
             self._attention.remove()
-        if self._rows is not None:
-            remove_mode(self._rows)
+        modes = function_modes()
+        if self._rows in modes:  # an interruption left it
+            keep_modes([mode is not self._rows for mode in modes])
         self._attention, self._rows, self._whole_graph = None, None, False
 
     def _running(self) -> AttentionCapture:
@@ -237,7 +238,7 @@ class GradientCam(Removable):
         return same_gradients(ours, ordinary)
 
     def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
-        with alone(attention), nullcontext() if self._rows is None else self._rows.of_batch(len(images)):
+        with alone(attention), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
             return self.forward(images)
 
     def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:

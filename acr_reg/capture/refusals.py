@@ -178,6 +178,11 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 
 def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:
     """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
+    if log.runs and not skipped:
+        raise CaptureError(
+            f"Only other threads ran {type(index.model).__name__} since the last take(). A thread takes the runs it "
+            "made: call take() where the model runs."
+        )
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
     if log.taken and not reasons and not log.without_grad:
         raise CaptureError(
