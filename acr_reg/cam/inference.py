@@ -21,7 +21,7 @@ from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_a
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
@@ -218,24 +218,18 @@ class GradientCam(Removable):
         self._rows = None if self._whole_graph else ClassRows.of(used, self.query)
         if self._rows is None:
             return
-        # A score of all classes, none of which cancels another.
+        # Whether it fits shows in the gradients of a score of all classes, none of which cancels another.
         weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
         layouts = [layer.layout for layer in used]
-        ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
-        del logits, runs, maps, used  # before another graph takes memory
-        if not self._fits(image, weights, layouts, ordinary):
-            self._rows = None
-
-    def _fits(self, image: Tensor, weights: Tensor, layouts: list[TokenLayout], ordinary: list[Tensor | None]) -> bool:
-        """Whether a forward that computes gradients at the class token alone gives the ``ordinary`` ones."""
-        assert self._attention is not None
         try:
+            ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
+            del logits, runs, maps, used  # before another graph takes memory
             logits = _logits_of(self._forward(self._attention, image), 1)
-            layers = [*self._attention.take()][-len(layouts) :]
-            ours = class_rows_of(layouts, gradients((logits * weights).sum(), layers))
+            used = [*self._attention.take()][-len(layouts) :]
+            fits = same_gradients(class_rows_of(layouts, gradients((logits * weights).sum(), used)), ordinary)
         except Exception:  # such as that of a checkpointed layer, which must run alike a second time
-            return False
-        return same_gradients(ours, ordinary)
+            fits = False
+        self._rows = self._rows if fits else None
 
     def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
         with alone(attention), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
