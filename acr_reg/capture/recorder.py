@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -227,8 +226,6 @@ class Recorder:
             run.windows.note_attention(module)
         if run.kept:
             entry.keep(call, self.index.names[module])
-            if shards_parameters(module):
-                call.recorded = replace(call.recorded, sharded=True)
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:

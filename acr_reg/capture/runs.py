@@ -7,14 +7,14 @@ import weakref
 from collections import Counter
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import FrameType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from acr_reg._torch_private import is_faked, tensors_of
+from acr_reg._torch_private import is_faked, shards_parameters, tensors_of
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.mode import AttentionMode, clear_modes
 from acr_reg.capture.stacks import RunningForwards, is_running, is_running_on
@@ -219,6 +219,8 @@ class Entry:
         call.name, call.module = name, self.module
         call.cross = call.cross or is_cross_attention(self.args, self.kwargs)
         call.input_shape = None if given is None else given.shape
+        if shards_parameters(self.module):
+            call.recorded = replace(call.recorded, sharded=True)
         self.calls = [call] if self.calls is None else [*self.calls, call]
 
     def note_output(self, result: Any) -> None:
