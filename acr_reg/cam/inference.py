@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch_private import function_modes, keep_modes, shards_parameters
+from acr_reg._torch_private import entered, function_modes, keep_modes, shards_parameters
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.class_rows import ClassRows, same_gradients
 from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
@@ -21,7 +21,7 @@ from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_a
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
@@ -134,7 +134,7 @@ class GradientCam(Removable):
         if self._attention is not None:
             self._attention.remove()
         modes = function_modes()
-        if self._rows in modes:  # after an interruption
+        if self._rows in modes:  # an interruption left it
             keep_modes([mode is not self._rows for mode in modes])
         self._attention, self._rows, self._whole_graph = None, None, False
 
@@ -218,27 +218,21 @@ class GradientCam(Removable):
         self._rows = None if self._whole_graph else ClassRows.of(used, self.query)
         if self._rows is None:
             return
-        # A score of all classes, none of which cancels another.
+        # Whether it fits shows in the gradients of a score of all classes, none of which cancels another.
         weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
         layouts = [layer.layout for layer in used]
-        ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
-        del logits, runs, maps, used  # before another graph takes memory
-        if not self._fits(image, weights, layouts, ordinary):
-            self._rows = None
-
-    def _fits(self, image: Tensor, weights: Tensor, layouts: list[TokenLayout], ordinary: list[Tensor | None]) -> bool:
-        """Whether a forward that computes gradients at the class token alone gives the ``ordinary`` ones."""
-        assert self._attention is not None
         try:
+            ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
+            del logits, runs, maps, used  # before another graph takes memory
             logits = _logits_of(self._forward(self._attention, image), 1)
-            layers = [*self._attention.take()][-len(layouts) :]
-            ours = class_rows_of(layouts, gradients((logits * weights).sum(), layers))
+            used = [*self._attention.take()][-len(layouts) :]
+            fits = same_gradients(class_rows_of(layouts, gradients((logits * weights).sum(), used)), ordinary)
         except Exception:  # such as that of a checkpointed layer, which must run alike a second time
-            return False
-        return same_gradients(ours, ordinary)
+            fits = False
+        self._rows = self._rows if fits else None
 
     def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
-        with alone(attention), nullcontext() if self._rows is None else self._rows.of_batch(len(images)):
+        with alone(attention), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
             return self.forward(images)
 
     def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:

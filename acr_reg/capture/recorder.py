@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -127,9 +126,7 @@ class Recorder:
             if len(state.entries) > 1:
                 state.entries[-2].reported = True
         else:
-            state.current.silent.add(module)
-            if state.sources is not None:
-                state.sources.lose(result, type(module).__name__, (*entry.args, *entry.kwargs.values()))
+            state.note_silent(entry, result)
             if not self._narrowed and isinstance(module, WINDOWED):
                 given = first_tensor(entry.args, entry.kwargs)
                 state.current.windows.note(self.index.names[module], module, given, result)
@@ -155,45 +152,33 @@ class Recorder:
             entry.set_aside = state.leave_mode()
             self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
-            sources = None if entry.recomputes else state.sources
-            mode = state.spare_mode if sources is None and state.spare_mode is not None else self._new_mode(sources)
-            state.enter(mode)
-            mode.watch_functions()
+            state.open_mode(self._new_mode, None if entry.recomputes else state.sources)
 
-    def _close(self, state: ThreadState, entry: Entry) -> None:
-        """Undoes what the entry did to the thread. May be called again, after an interruption."""
+    def _drop(self, state: ThreadState) -> None:
+        """Undoes what the last entry did to the thread. May be called again, after an interruption."""
+        entry = state.entries[-1]
         if entry.opened_mode:
-            state.images.seen = None
-            mode = state.mode
-            unmet = [] if mode is None else mode.forget()
+            unmet = state.close_mode()
             if not entry.recomputes:
                 name = self.index.names[entry.module]
                 state.current.skipped += [(name, what) for what in unmet]
                 if state.current is state.coming:
                     self.log.outside += [f"{name}: {what}" for what in unmet]
-            state.leave_mode()
-            if mode is not None and mode.sources is None:
-                state.spare_mode = mode  # made once: attention begins in every layer
         if entry.visit is not None:
             entry.visit.frame = None
         if entry.set_aside is not None:
             state.enter(entry.set_aside)
             entry.set_aside = None
+        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
 
     def _drop_interrupted(self, state: ThreadState) -> None:
         """Closes entries that a KeyboardInterrupt or SystemExit left behind, or a take() of another thread that removed
         their hooks: their forward is off the stack."""
-        if not state.entries or is_running(state.entries[-1].frame):
-            return
         while state.entries and not is_running(state.entries[-1].frame):
             if self.hooks.is_watched(state.entries[-1].module):
                 state.fail()
             self._drop(state)
-        clear_modes()
-
-    def _drop(self, state: ThreadState) -> None:
-        self._close(state, state.entries[-1])
-        state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
+            clear_modes()
 
     # ---- called by the mode
 
@@ -227,8 +212,6 @@ class Recorder:
             run.windows.note_attention(module)
         if run.kept:
             entry.keep(call, self.index.names[module])
-            if shards_parameters(module):
-                call.recorded = replace(call.recorded, sharded=True)
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:

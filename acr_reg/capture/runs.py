@@ -5,16 +5,16 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from types import FrameType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from acr_reg._torch_private import is_faked, tensors_of
+from acr_reg._torch_private import is_faked, shards_parameters, tensors_of
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.mode import AttentionMode, clear_modes
 from acr_reg.capture.stacks import RunningForwards, is_running, is_running_on
@@ -219,6 +219,8 @@ class Entry:
         call.name, call.module = name, self.module
         call.cross = call.cross or is_cross_attention(self.args, self.kwargs)
         call.input_shape = None if given is None else given.shape
+        if shards_parameters(self.module):
+            call.recorded = replace(call.recorded, sharded=True)
         self.calls = [call] if self.calls is None else [*self.calls, call]
 
     def note_output(self, result: Any) -> None:
@@ -255,7 +257,7 @@ class ThreadState:
         self.entries: list[Entry] = []
         self.sources: Sources | None = None  # while all modules are watched
         self.modes = modes  # by thread
-        self.spare_mode: AttentionMode | None = None
+        self._spare_mode: AttentionMode | None = None
         modes.pop(threading.get_ident(), None)  # of a thread that had this number before
         self._watch = watch
         self.runner = Runner()
@@ -272,6 +274,21 @@ class ThreadState:
         clear_modes()
         self.modes[threading.get_ident()] = mode  # first: an interruption must leave no mode that nobody knows
         mode.__enter__()  # type: ignore[no-untyped-call]
+
+    def open_mode(self, make: Callable[[Sources | None], AttentionMode], sources: Sources | None) -> None:
+        """Enters a mode, which is made once if it follows no sources: attention begins in every layer."""
+        if sources is None and self._spare_mode is None:
+            self._spare_mode = make(None)
+        mode = make(sources) if sources is not None or self._spare_mode is None else self._spare_mode
+        self.enter(mode)
+        mode.watch_functions()
+
+    def close_mode(self) -> list[str]:
+        """Leaves the mode of this thread for good. Returns descriptions of the softmaxes that met no V."""
+        self.images.seen = None
+        unmet = [] if self.mode is None else self.mode.forget()
+        self.leave_mode()
+        return unmet
 
     def leave_mode(self) -> AttentionMode | None:
         """Leaves the mode of this thread, and returns it."""
@@ -346,6 +363,12 @@ class ThreadState:
             self.sources.hold(tensors_of(module))
             if outermost:
                 self.sources.lose(given, "code outside the captured model")
+
+    def note_silent(self, entry: Entry, result: Any) -> None:
+        """Notes a module that ran without attention, and what it returned."""
+        self.current.silent.add(entry.module)
+        if self.sources is not None:
+            self.sources.lose(result, type(entry.module).__name__, (*entry.args, *entry.kwargs.values()))
 
     def keep_sources(self, made: Any, is_root: bool) -> None:
         """Goes on following what the outermost module made, unless that was the whole model."""

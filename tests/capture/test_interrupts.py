@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acr_reg import AttentionCapture, capture_attention
+from acr_reg._torch_private import function_modes
 from acr_reg.capture.handle import alone
 from acr_reg.capture.mode import AttentionMode
 from acr_reg.capture.scores import inside_multi_head
@@ -209,6 +210,29 @@ def test_an_old_mode_reports_to_nobody_and_is_off_with_the_next_forward(copies: 
         for mode in reversed(others):
             mode.__exit__(None, None, None)
     assert modes() == 0
+
+
+def test_a_mode_on_another_threads_stack_follows_nothing_once_the_capture_is_removed() -> None:
+    model, x = tiny()
+    model.encoder[0].drop = middle = Calling()
+    found: list[AttentionMode] = []
+    reached, removed = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        found.extend(mode for mode in function_modes() if isinstance(mode, AttentionMode))
+        reached.set()
+        assert removed.wait(20)
+
+    attention = capture_attention(model)
+    middle.call = wait
+    worker = threading.Thread(target=model, args=(x,))
+    worker.start()
+    assert reached.wait(20)
+    attention.remove()
+    removed.set()
+    worker.join()
+    assert len(found) == 1
+    assert not found[0]._scores.followed
 
 
 def test_an_interruption_within_multi_head_attention_is_forgotten_with_the_next_forward() -> None:
