@@ -228,14 +228,14 @@ def shards_parameters(model: nn.Module) -> bool:
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    todo: list[nn.Module | None] = [model] if known else []
-    while todo:  # nn.Module.modules() is far slower, and this runs in each step
-        module = todo.pop()
+    found: list[nn.Module | None] = [model] if known else []
+    for module in found:  # it grows; nn.Module.modules() is far slower, and this runs in each step
         if module is None:
             continue
         if isinstance(module, known) or "_is_fsdp_managed_module" in vars(module):
             return True
-        todo += children_of(module)
+        if module._modules:
+            found += module._modules.values()
     return False
 
 
