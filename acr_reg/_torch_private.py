@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from itertools import chain, islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn, overrides
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _python_dispatch, checkpoint
 
@@ -73,16 +75,49 @@ def in_reentrant_checkpoint() -> bool:
     return frame is not None
 
 
-def remove_mode(mode: TorchFunctionMode) -> None:
-    """Removes a mode from this thread's stack, if it is there; after an interruption others may lie above it."""
-    taken: list[TorchFunctionMode] = []
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes of this thread's stack, innermost last."""
+    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+
+
+def keep_modes(kept: Sequence[bool]) -> None:
+    """Removes modes from this thread's stack, wherever they stand: ``kept`` says for each of them whether it stays."""
+    modes = function_modes()
+    above = [mode for mode, keep in list(zip(modes, kept, strict=True))[kept.index(False) :] if keep]
+    pops = islice(iter(torch._C._pop_torch_function_stack, None), len(modes) - kept.index(False))
+    pushes = map(torch._C._push_on_torch_function_stack, above)
+    deque(chain(pops, pushes), 0)  # one step of C code, which no interruption divides
+
+
+@contextmanager
+def entered(mode: TorchFunctionMode) -> Iterator[None]:
+    """Enters a mode for a block. The end takes off no other mode, as torch's own does once an interruption took off
+    this one."""
+    torch._C._push_on_torch_function_stack(mode)
     try:
-        while mode not in taken and overrides._len_torch_function_stack() > 0:  # type: ignore[attr-defined]
-            taken.append(overrides._pop_mode())
+        yield
     finally:
-        for other in reversed(taken):
-            if other is not mode:
-                overrides._push_mode(other)
+        modes = function_modes()
+        if mode in modes:
+            last = len(modes) - 1 - modes[::-1].index(mode)
+            keep_modes([place != last for place in range(len(modes))])
+
+
+def remove_hooks(module: nn.Module, is_own: Callable[[Any], bool]) -> None:
+    """Removes the module's own forward hooks. Their handles could be lost in an interruption."""
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for number in [number for number, hook in list(hooks.items()) if is_own(hook)]:
+            for marks in _hook_marks(module):
+                marks.pop(number, None)
+            hooks.pop(number, None)  # last: by it an interrupted removal is found again
+
+
+def _hook_marks(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
 
 
 def math_kernel() -> AbstractContextManager[Any]:
@@ -186,18 +221,25 @@ def _dtensor() -> type | None:
 
 
 def shards_parameters(model: nn.Module) -> bool:
-    """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs."""
+    """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs, or while a module
+    runs that holds it."""
     kinds = (
         _distributed("FullyShardedDataParallel", "fsdp"),
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    return bool(known) and any(isinstance(module, known) for module in model.modules())
+    todo: list[nn.Module | None] = [model] if known else []
+    while todo:  # nn.Module.modules() is far slower, and this runs in each step
+        module = todo.pop()
+        if isinstance(module, known) or (module is not None and "_is_fsdp_managed_module" in vars(module)):
+            return True
+        todo += [] if module is None else children_of(module)
+    return False
 
 
 def has_dtensors() -> bool:
     """Whether there may be DTensors in this process."""
-    return _dtensor() is not None and dist.is_available() and dist.is_initialized()
+    return dist.is_available() and dist.is_initialized() and _dtensor() is not None
 
 
 def is_dtensor(tensor: Any) -> bool:

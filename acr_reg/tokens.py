@@ -26,7 +26,7 @@ class Lattice:
     ``offset`` (y, x) the distance of the first centre from half a stride, and ``extent`` (height, width) the size of
     the image. The centre of token (i, j) is at ``offset + (i + 1/2, j + 1/2) * stride``. By default a token is one unit
     and the grid covers the image. ``offset_known`` is False if windows overlap and the centres are unknown; the loss
-    then warns.
+    then warns. ``is_unit`` is True if all is measured in tokens, because the size in pixels is unknown.
 
     >>> Lattice(2, 3, stride=(16.0, 16.0)).extent
     (32.0, 48.0)
@@ -38,6 +38,7 @@ class Lattice:
     offset: tuple[float, float] = (0.0, 0.0)
     extent: tuple[float, float] = (0.0, 0.0)
     offset_known: bool = field(default=True, compare=False, repr=False)
+    is_unit: bool = field(default=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.height < 1 or self.width < 1:
@@ -46,14 +47,11 @@ class Lattice:
             )
         if self.extent == (0.0, 0.0):
             object.__setattr__(self, "extent", (self.height * self.stride[0], self.width * self.stride[1]))
+        if self.stride == (1.0, 1.0):  # a lattice made of this one, such as that of reduced keys, has other strides
+            object.__setattr__(self, "is_unit", True)
 
     def __len__(self) -> int:
         return self.height * self.width
-
-    @property
-    def is_unit(self) -> bool:
-        """Whether it is measured in tokens, because the size in pixels is unknown."""
-        return self.stride == (1.0, 1.0)
 
     def __str__(self) -> str:
         return f"{self.height} x {self.width}"

@@ -47,7 +47,7 @@ def write_cams(
     """Write the class maps of many images: one file ``folder/ID.npy`` per image, at the photo's own size and in [0, 1].
     ID is the image's file name without its ending.
 
-    You can restart an interrupted run: it skips images whose files exist. A file is always complete. An image that
+    You can restart an interrupted run: it skips images whose files are whole. A file is always complete. An image that
     cannot be read, or whose maps fail or hold NaN, is skipped and named on standard error; the report lists all of
     them. Progress is a bar if standard error is a terminal and rich is installed, else a line every ten seconds.
 
@@ -91,6 +91,7 @@ def write_cams(
     Raises:
         ValueError: an image has no labels, two images have the same ID, the folder holds files of another format, RANK
             and WORLD_SIZE do not fit, or processes got different images.
+        OSError: a file cannot be written, as on a full disk. Its ``report`` says what was done until then.
         RuntimeError: ``cam`` or ``transform`` fails for each of the first images while the folder is empty, ``cam``
             cannot take batches, a worker cannot go on, or other processes did not start or ended early.
 

@@ -41,7 +41,7 @@ def convert_cams(
 ) -> FolderReport:
     """Convert a folder of class maps into ``format``. Each .npy or .npz file keeps its name in another folder.
 
-    You can restart an interrupted run: it skips files that exist in the target. A file is always complete. A file that
+    You can restart an interrupted run: it skips whole files in the target. A file is always complete. A file that
     cannot be read or written is skipped and named on standard error and in the report. Maps keep their values, with
     the exceptions that :func:`~acr_reg.integrations.formats.save_cams` lists for each format. Maps from ``psa_crf``
     lose their background.
@@ -65,7 +65,8 @@ def convert_cams(
 
     Raises:
         ValueError: the source has no such files or holds an image twice, source and target are the same folder, or the
-            target holds files of another format.
+            target holds files of another format, or of another size than their photos.
+        OSError: a file cannot be written, as on a full disk. Its ``report`` says what was done until then.
         RuntimeError: other processes of the run did not call this or ended with an error.
 
     >>> import os, numpy as np
@@ -209,11 +210,13 @@ class LabelFolder:
 
         (file,) = self.files(name)
         try:
-            with opened(file) as image:
+            with opened(file, decode=False) as image:  # the text comes before the pixels
                 found, size = image.info.get(SETTINGS), (image.height, image.width)
-        except OSError as error:
-            kind = ValueError if error.errno else unreadable(file.read_bytes(), b"\x89PNG\r\n\x1a\n")
-            raise kind(f"{error} Or choose another folder than {self.path}.") from error
+                image.verify()  # to the end, which decoding need not reach
+        except Exception as error:
+            kind = unreadable(file.read_bytes(), b"\x89PNG\r\n\x1a\n")
+            reason = str(error).rstrip(".")
+            raise kind(f"{file} is damaged, or no label map: {reason}. Remove it, or choose another folder.") from error
         if found is None:
             raise ValueError(
                 f"{file} was not made by this conversion. Choose another folder, or overwrite its files (--overwrite)."

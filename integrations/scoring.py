@@ -195,6 +195,10 @@ class _Runs(Generic[Metric]):
                 self.count(counter, sample)
             except (OSError, ValueError) as error:  # they name the file
                 raise ValueError(str(error)) from error
+            except MemoryError as error:
+                raise ValueError(
+                    f"{sample.prediction} with {sample.mask}: The memory is too small. Use fewer workers."
+                ) from error
             except Exception as error:  # a damaged file may fail anywhere
                 raise ValueError(
                     f"{sample.prediction} with {sample.mask}: {type(error).__name__}: {error}. Make the files again."

@@ -28,7 +28,7 @@ def grid_layout(
     key = query if key_grid is None else _lattice(key_grid, "key_grid")
     if key_grid is not None and not isinstance(key_grid, Lattice):  # over the same image
         stride = (query.extent[0] / key.height, query.extent[1] / key.width)
-        key = replace(key, stride=stride, extent=query.extent)
+        key = replace(key, stride=stride, extent=query.extent, is_unit=query.is_unit)
     layout = TokenLayout(query, key, num_prefix_tokens, num_suffix_tokens=num_suffix_tokens)
     return with_class_tokens(layout, class_tokens)
 

@@ -24,7 +24,7 @@ from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import refuse_infinite
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.tokens import class_token_index, patch_index
+from acr_reg.tokens import TokenLayout, class_token_index, patch_index
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -71,9 +71,6 @@ def class_token_gradient_cam(
     >>> class_token_gradient_cam(logits, maps, labels=torch.tensor([[1, 0, 0, 1]]), start_layer=0).shape
     torch.Size([1, 4, 2, 3])
     """
-    require_tensor(logits, "logits", "(B, C)")
-    if not isinstance(attention, AttentionMaps):
-        raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = used_layers(logits, attention, labels, start_layer, method, query, create_graph)
     turns = Turns.of(labels, logits)
     maps, contributed = gradient_maps(logits, layers, turns, method, query, create_graph)
@@ -102,6 +99,11 @@ class Turns:
             counts, wanted = (labels > 0).sum(1).tolist(), labels.to(logits.device) > 0
         images = wanted.sum(1).argsort(descending=True, stable=True)
         return cls(counts, images, (~wanted).byte().argsort(dim=1, stable=True))
+
+    @property
+    def wanted(self) -> Tensor:
+        """(B, K): the wanted classes of each image, and others where it has fewer than the most-labelled image."""
+        return self.classes[:, : max([1, *self.counts])]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The images (n,) of each turn and the class (n,) of each."""
@@ -147,14 +149,14 @@ def gradient_maps(
     contributed = [torch.zeros((), dtype=torch.bool, device=maps.device)] * len(layers)
     with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
         for images, classes in turns:
-            gradients = _gradients(logits[images, classes].sum(), layers, create_graph)
+            found = gradients(logits[images, classes].sum(), layers, create_graph)
             total = torch.zeros_like(maps[: len(images), 0])
-            for i, (layer, gradient) in enumerate(zip(layers, gradients, strict=True)):
+            for i, (layer, gradient) in enumerate(zip(layers, found, strict=True)):
                 if gradient is not None:
                     there = gradient.device
-                    found = _contribution(layer, gradient, images.to(there), classes.to(there), method, query)
-                    total = total + found.to(maps)
-                    contributed[i] = contributed[i] | (found.detach() != 0).any().to(maps.device)
+                    part = _contribution(layer, gradient, images.to(there), classes.to(there), method, query)
+                    total = total + part.to(maps)
+                    contributed[i] = contributed[i] | (part.detach() != 0).any().to(maps.device)
             maps = maps.index_put((images, classes), total)
     maps = maps if create_graph else maps.detach()
     return rearrange(maps, "b c (h w) -> b c h w", h=grid.height), contributed
@@ -179,7 +181,7 @@ def settle(
         moves = len(silent) < len(layers) or any(
             gradient is not None and bool(gradient.any())
             for images, classes in turns
-            for gradient in _gradients(logits[images, classes].sum(), layers, create_graph=False)
+            for gradient in gradients(logits[images, classes].sum(), layers)
         )
         _warn_silent(silent, query, moves)
 
@@ -289,7 +291,8 @@ def _target(layer: LayerAttention) -> Tensor:
     return target
 
 
-def _gradients(score: Tensor, layers: Sequence[LayerAttention], create_graph: bool) -> list[Tensor | None]:
+def gradients(score: Tensor, layers: Sequence[LayerAttention], create_graph: bool = False) -> list[Tensor | None]:
+    """The gradient with respect to each layer's output (fused) or map: (B, H, N, ...), or None without any."""
     targets = [_target(layer) for layer in layers]
     try:
         found = torch.autograd.grad(score, targets, retain_graph=True, create_graph=create_graph, allow_unused=True)
@@ -303,6 +306,14 @@ def _gradients(score: Tensor, layers: Sequence[LayerAttention], create_graph: bo
     if all(gradient is None for gradient in found):
         raise ValueError("The logits do not depend on these maps. Logits and maps must come from the same forward.")
     return [layer.batched_output(gradient) for layer, gradient in zip(layers, found, strict=True)]
+
+
+def class_rows_of(layouts: Sequence[TokenLayout], found: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The rows of the class tokens of what :func:`gradients` found."""
+    return [
+        None if gradient is None else select(gradient, 2, class_token_index(layout, str(gradient.device)))
+        for layout, gradient in zip(layouts, found, strict=True)
+    ]
 
 
 def _contribution(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch_private import shards_parameters
+from acr_reg._torch_private import function_modes, keep_modes, shards_parameters
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.gradient import Method, Turns, gradient_maps, has_graph, settle, used_layers
+from acr_reg.cam.class_rows import ClassRows, same_gradients
+from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
 from acr_reg.cam.refinement import multi_view_cam, propagated_maps
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode
@@ -19,7 +21,7 @@ from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_a
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
-from acr_reg.tokens import Lattice
+from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
@@ -34,7 +36,7 @@ class GradientCam(Removable):
     The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
     model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
-    call runs one more image to see the layers. A training capture of the same model does not record these runs.
+    call runs one image twice more to see the layers. A training capture of the same model does not record these runs.
 
     Args:
         model: any module that :func:`~acr_reg.capture_attention` can capture.
@@ -119,6 +121,7 @@ class GradientCam(Removable):
             "class_tokens": class_tokens,
         }
         self._attention: AttentionCapture | None = None
+        self._rows: ClassRows | None = None  # of which alone the gradient is computed
         self._whole_graph = False  # the model needs a graph below start_layer too
         self._removed = False
 
@@ -130,7 +133,10 @@ class GradientCam(Removable):
     def _end_capture(self) -> None:
         if self._attention is not None:
             self._attention.remove()
-        self._attention, self._whole_graph = None, False
+        modes = function_modes()
+        if self._rows in modes:  # after an interruption
+            keep_modes([mode is not self._rows for mode in modes])
+        self._attention, self._rows, self._whole_graph = None, None, False
 
     def _running(self) -> AttentionCapture:
         if self._attention is None:
@@ -167,8 +173,10 @@ class GradientCam(Removable):
             cam, contributed = gradient_maps(logits, layers, turns[0], self.method, self.query)
             made = {"The class maps": cam}
             if self.steps:
+                wanted = turns[0].wanted[:, :, None, None].expand(-1, -1, *cam.shape[-2:])  # the others' maps are 0
                 with torch.no_grad():
-                    cam = propagated_maps(cam, maps, self.propagation_layers, self.steps)
+                    spread = propagated_maps(cam.gather(1, wanted), maps, self.propagation_layers, self.steps)
+                    cam = torch.zeros_like(cam).scatter(1, wanted, spread)
                 made["The propagated maps"] = cam
             settle(logits, layers, turns[0], self.query, contributed, made)
             grid = maps[-1].layout.key
@@ -206,24 +214,48 @@ class GradientCam(Removable):
         self._attention = capture_attention(
             self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
         )
+        used = [layer for layer in maps if self.no_grad or has_graph(layer)][first:]
+        self._rows = None if self._whole_graph else ClassRows.of(used, self.query)
+        if self._rows is None:
+            return
+        # A score of all classes, none of which cancels another.
+        weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
+        layouts = [layer.layout for layer in used]
+        ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
+        del logits, runs, maps, used  # before another graph takes memory
+        if not self._fits(image, weights, layouts, ordinary):
+            self._rows = None
+
+    def _fits(self, image: Tensor, weights: Tensor, layouts: list[TokenLayout], ordinary: list[Tensor | None]) -> bool:
+        """Whether a forward that computes gradients at the class token alone gives the ``ordinary`` ones."""
+        assert self._attention is not None
+        try:
+            logits = _logits_of(self._forward(self._attention, image), 1)
+            layers = [*self._attention.take()][-len(layouts) :]
+            ours = class_rows_of(layouts, gradients((logits * weights).sum(), layers))
+        except Exception:  # such as that of a checkpointed layer, which must run alike a second time
+            return False
+        return same_gradients(ours, ordinary)
+
+    def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
+        with alone(attention), nullcontext() if self._rows is None else self._rows.of_batch(len(images)):
+            return self.forward(images)
 
     def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:
         """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
         attention.clear()
         if not self._whole_graph:
             try:
-                with alone(attention):
-                    found = self.forward(images)
+                found = self._forward(attention, images)
             except CaptureError:
                 raise
             except Exception:  # the model may need a graph below start_layer, as to hook its tensors
-                self._whole_graph = True
+                self._whole_graph, self._rows = True, None
                 attention.clear()
         if self._whole_graph:
             changed.unfreeze()
             images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
-            with alone(attention):
-                found = self.forward(images.requires_grad_() if images.is_floating_point() else images)
+            found = self._forward(attention, images.requires_grad_() if images.is_floating_point() else images)
         return _logits_of(found, len(images))
 
     def _placed(self, maps: AttentionMaps, size: tuple[int, int], image_size: tuple[int, int]) -> AttentionMaps:

@@ -44,10 +44,9 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
 def _kernels() -> dict[CodeType, str]:
     """The name of each kernel that was imported, by its code."""
     found: dict[CodeType, str] = {}
-    for package, names in _PACKAGES.items():
-        module = sys.modules.get(package)
-        for name in names if module is not None else ():
-            function = vars(module).get(name)
+    for package in [package for package in _PACKAGES if package in sys.modules]:
+        for name in _PACKAGES[package]:
+            function = vars(sys.modules[package]).get(name)
             code = None if function is None else _code_of(function)
             if code is not None:
                 found.setdefault(code, getattr(function, "__name__", name))

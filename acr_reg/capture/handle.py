@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -17,11 +18,11 @@ from acr_reg.attention.layer import LayerAttention
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.capture.hooks import Alone
 from acr_reg.capture.recorder import Recorder
-from acr_reg.capture.refusals import one_of, refuse_empty, refuse_partial, refuse_split
+from acr_reg.capture.refusals import one_of, refuse_empty, refuse_no_images, refuse_partial, refuse_split
 from acr_reg.capture.runs import Keep, Run
 from acr_reg.errors import CaptureError, listed
 from acr_reg.placement.grids import LayoutHints
-from acr_reg.placement.kinds import explain_windows, is_pyramid
+from acr_reg.placement.kinds import explain_windows
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.placer import Placer
 
@@ -68,10 +69,11 @@ def capture_attention(
             :func:`~acr_reg.check`.
 
     Copies and pickles of the model that are made meanwhile, such as an EMA, are not captured and load without this
-    package. Call ``remove()`` before you copy a model for ``torch.jit.script``.
+    package. Call ``remove()`` before you script a model by ``torch.jit``, or pickle one for that.
 
-    Threads, generators and asyncio tasks that run the model in turns make runs of their own. Forwards that
-    :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
+    Threads, generators and asyncio tasks that run the model in turns make runs of their own. A thread takes the runs
+    that it made; those of threads that never call ``take()``, such as workers, go to the thread that does. Forwards
+    that :class:`~acr_reg.GradientCam` and :func:`~acr_reg.check` make are not recorded.
 
     Returns an :class:`~acr_reg.AttentionCapture`. Call ``take()`` after each forward, and ``remove()`` when done (or
     leave its ``with`` block, or drop it). Raises :class:`~acr_reg.CaptureError` for modules that are compiled,
@@ -117,8 +119,13 @@ class AttentionCapture(Removable):
         self._recorder: Recorder | None = recorder
         self._layers = layers
         self._warned: set[str] = set()
-        self.skipped: tuple[tuple[str, str], ...] = ()
-        """(module name, reason) for everything in the runs last taken that is not token-to-token self-attention."""
+        self._taken = threading.local()
+
+    @property
+    def skipped(self) -> tuple[tuple[str, str], ...]:
+        """(module name, reason) for everything in the runs that this thread took last that is not token-to-token
+        self-attention."""
+        return getattr(self._taken, "skipped", ())
 
     def remove(self) -> None:
         """Removes every hook and forgets every run; maps already taken stay valid. May be called again."""
@@ -131,7 +138,7 @@ class AttentionCapture(Removable):
         :class:`~acr_reg.CaptureError` inside a forward of the model, as ``take()`` does."""
         recorder = self._running()
         recorder.refuse_inside("clear()")
-        recorder.log.clear()
+        recorder.clear()
 
     def take(self, run: int | None = None) -> AttentionMaps:
         """The maps of the encoder run since the last take. They hold the graph: delete them after ``backward``.
@@ -142,10 +149,9 @@ class AttentionCapture(Removable):
         """
         recorder = self._running()
         recorder.refuse_inside("take()")
-        position = recorder.log.started - 1
         runs = self._finished(recorder)
         chosen = one_of(runs, recorder.log.keep, run)
-        maps = self._maps(recorder, chosen, {"last": position, "all": None}.get(recorder.log.keep, 0))
+        maps = self._maps(recorder, chosen, {"last": chosen.position, "all": None}.get(recorder.log.keep, 0))
         assert maps is not None
         return maps
 
@@ -163,7 +169,7 @@ class AttentionCapture(Removable):
             maps = self._maps(recorder, run, may_be_empty=left > 0 or bool(found))
             found += [] if maps is None else [maps]
             skipped += self.skipped
-        self.skipped = tuple(dict.fromkeys(skipped))
+        self._taken.skipped = tuple(dict.fromkeys(skipped))
         return found
 
     def _alone(self) -> Alone:
@@ -192,20 +198,20 @@ class AttentionCapture(Removable):
     ) -> AttentionMaps | None:
         index = recorder.index
         refuse_partial(index, run)
+        refuse_no_images(run)
         refuse_split(index, run, recorder.split)
         layers: list[LayerAttention] = []
         cross: list[str] = []
         beside = "no attention was seen in it; it may have none, or a kernel that cannot be captured"
         skipped = [*run.skipped, *((name, beside) for name in index.beside(run.silent, run.fired))]
-        pyramid = is_pyramid(run.calls)
-        for call in run.calls:
-            placement = recorder.placer.placement(call, run.images, pyramid)
+        placements = recorder.placer.placements(run.calls, run.images)
+        for call, placement in zip(run.calls, placements, strict=True):
             if placement.refusal is None:
                 layers.append(placement.layer(len(layers), call))
             else:
                 skipped.append((call.name, placement.refusal))
                 cross += [call.name] if placement.may_be_self else []
-        self.skipped = tuple(dict.fromkeys(skipped))
+        self._taken.skipped = tuple(dict.fromkeys(skipped))
         if not layers and may_be_empty:
             return None
         if not layers:

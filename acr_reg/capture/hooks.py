@@ -1,7 +1,7 @@
 """Hooks that tell a watcher which module of a model is running, on any thread.
 
-A hook holds only a number, so a deleted watcher is never called. In a copy or pickle of the model a function of the
-standard library that does nothing stands in its place: the copy runs, and loads, without this package.
+A hook holds only a number, so a deleted watcher is never called. A copy of the model has no hooks. In a pickle a
+function of the standard library that does nothing stands in their place: it runs, and loads, without this package.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from acr_reg._torch_private import break_graph, in_backward, is_compiling
+from acr_reg._torch_private import break_graph, in_backward, is_compiling, remove_hooks
 from acr_reg.capture.stacks import is_running
 from acr_reg.errors import CaptureError
 
@@ -49,8 +49,9 @@ class _ScriptingError(CaptureError, AttributeError):
 class _Hook:
     """Holds its watcher's number, which copies and pickles do not inherit."""
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, module: nn.Module) -> None:
         self.number = number
+        self._module = weakref.ref(module)
 
     @property
     def __name__(self) -> str:  # only torch.jit.script reads it
@@ -59,15 +60,33 @@ class _Hook:
     def __reduce__(self) -> tuple[Any, ...]:
         return getattr, (nullcontext(), "__exit__")  # takes anything and returns None, as a hook that does nothing
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._module()))  # while its attributes are copied
+        if copied is not None:
+            memo.setdefault(id(_Copies), _Copies()).modules.append(copied)
+        return nullcontext().__exit__
+
+
+class _Copies:
+    """Copies of hooked modules. They lose what stands in the place of hooks once the whole model is copied: then the
+    memo of the copying, and this with it, is dropped."""
+
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+
+    def __del__(self) -> None:
+        for module in self.modules:
+            remove_hooks(module, lambda hook: getattr(hook, "__func__", None) is nullcontext.__exit__)
+
 
 class _EnterHook(_Hook):
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
         if is_compiling():  # before anything that tracing cannot follow
             message = _TRACED.format("torch.compile or torch.export")
             break_graph(message)
             raise CaptureError(message)
         watcher = _watcher(self.number)
-        if watcher is None:
+        if watcher is None or kwargs is None:  # while another thread removes this hook, torch passes no kwargs
             return
         if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             raise CaptureError(_TRACED.format("torch.jit.trace"))
@@ -87,9 +106,9 @@ class HookSet:
 
     def __init__(self, watcher: Watcher) -> None:
         self.number = next(_NUMBERS)
-        self._handles: dict[nn.Module, list[Any]] = {}
+        self._hooked: dict[nn.Module, None] = {}
         # The finalizer must not hold the watcher, which holds this set.
-        self._finalizer = weakref.finalize(watcher, _remove_all, self._handles, self.number)
+        self._finalizer = weakref.finalize(watcher, _remove_all, self._hooked, self.number)
         _WATCHERS[self.number] = weakref.ref(watcher)
 
     @property
@@ -97,34 +116,35 @@ class HookSet:
         """Whether the watcher hears what now runs on this thread: not once removed, nor while another runs alone."""
         return _watcher(self.number) is not None
 
+    def is_watched(self, module: nn.Module) -> bool:
+        return module in self._hooked
+
     def watch_only(self, modules: Iterable[nn.Module]) -> None:
         """Hooks these modules and no others."""
         wanted = dict.fromkeys(modules)
-        # One line each, so that no interruption comes between hooks and the handles that remove them.
-        for module in [m for m in self._handles if m not in wanted]:
-            for handle in self._handles[module]:
-                handle.remove()
-            del self._handles[module]
-        enter, leave = _EnterHook(self.number), _LeaveHook(self.number)
+        _remove_from([module for module in list(self._hooked) if module not in wanted], self._hooked, self.number)
         for module in wanted:
-            if module not in self._handles:
-                handles = self._handles[module] = []
-                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            if module not in self._hooked:
+                self._hooked[module] = None  # first: an interruption must leave no hook that nobody knows
+                module.register_forward_pre_hook(_EnterHook(self.number, module), with_kwargs=True)
                 # Prepended, so that of two captures the one entered last leaves first.
-                handles.append(module.register_forward_hook(leave, prepend=True, always_call=True))
+                module.register_forward_hook(_LeaveHook(self.number, module), prepend=True, always_call=True)
 
     def remove(self) -> None:
         """Removes every hook. May be called again, also after an interruption."""
-        _remove_all(self._handles, self.number)
+        _remove_all(self._hooked, self.number)
         self._finalizer.detach()
 
 
-def _remove_all(handles: dict[nn.Module, list[Any]], number: int) -> None:
+def _remove_all(hooked: dict[nn.Module, None], number: int) -> None:
     _WATCHERS.pop(number, None)
-    for module_handles in handles.values():
-        for handle in module_handles:
-            handle.remove()
-    handles.clear()
+    _remove_from(list(hooked), hooked, number)
+
+
+def _remove_from(modules: Iterable[nn.Module], hooked: dict[nn.Module, None], number: int) -> None:
+    for module in modules:
+        remove_hooks(module, lambda hook: isinstance(hook, _Hook) and hook.number == number)
+        hooked.pop(module, None)
 
 
 class _Solo(threading.local):

@@ -6,6 +6,7 @@ nothing twice, replaces nothing and stores nothing on modules.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from types import FunctionType
 from typing import Any
@@ -15,8 +16,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._torch_private import (
+    entered,
     flex_attention_operator,
+    function_modes,
     is_compiling,
+    keep_modes,
     math_kernel,
     never_compiled,
     never_traced,
@@ -36,22 +40,30 @@ class AttentionMode(TorchFunctionMode):
 
     ``math_kernel`` runs fused attention by the kernel that can be differentiated twice. ``record_products`` also keeps
     query, key and A V of unfused layers, which only a check needs. ``sources`` follows the tokens of a first run.
+
+    ``current`` has the mode that a capture has entered on each thread. An interruption may leave others on the stack:
+    they only hand calls on.
     """
 
     def __init__(
         self,
         listener: Listener,
+        current: dict[int, AttentionMode],
         math_kernel: bool = False,
         record_products: bool = False,
         sources: Sources | None = None,
     ) -> None:
         super().__init__()
         self._listener = listener
+        self._current, self._thread = current, threading.get_ident()
         self._math_kernel = math_kernel
-        self._sources = sources
+        self.sources = sources
         self._functions = FunctionWatch()
         self._scores = ScoreFollower(listener, record_products, sources)
-        self._ended = False
+
+    @property
+    def is_current(self) -> bool:
+        return self._current.get(self._thread) is self
 
     def watch_functions(self) -> None:
         """Also reports kernels that no mode sees, until :meth:`forget`. torch must be able to trace ``__enter__``."""
@@ -61,11 +73,6 @@ class AttentionMode(TorchFunctionMode):
         """Stops watching and following, and returns descriptions of the softmaxes that met no V."""
         self._functions.stop()
         return self._scores.forget()
-
-    def end(self) -> None:
-        """From now on only hands calls on: no thread can take a mode off another's stack."""
-        self._ended = True
-        self.forget()
 
     @never_compiled
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -80,7 +87,9 @@ class AttentionMode(TorchFunctionMode):
         if self._functions.inside:
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
-        if self._ended or (role is Role.OTHER and not self._scores.followed and self._sources is None):
+        if self._current.get(self._thread) is not self or (
+            role is Role.OTHER and not self._scores.followed and self.sources is None
+        ):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
@@ -88,8 +97,8 @@ class AttentionMode(TorchFunctionMode):
         if role is Role.MULTI_HEAD:
             return self._multi_head(func, args, kwargs)
         result = func(*args, **kwargs)
-        if self._sources is not None:
-            self._sources.follow(func, args, kwargs, result)
+        if self.sources is not None:
+            self.sources.follow(func, args, kwargs, result)
         if role is Role.SOFTMAX:
             self._scores.softmax(result, *args, **kwargs)
         elif role is Role.UNKNOWN_KERNEL:
@@ -107,8 +116,8 @@ class AttentionMode(TorchFunctionMode):
         query, key, value, mask, dropout, causal, scale = kernels.sdpa_arguments(*args, **kwargs)
         if self._listener.is_refused("scaled_dot_product_attention", query, key, value):
             return output
-        if self._sources is not None:
-            self._sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
+        if self.sources is not None:
+            self.sources.follow(F.scaled_dot_product_attention, (query, key, value), {}, output)
         self._listener.start_graph(output)
         recorded = RecordedTensors(
             query, key, value, output, None, mask, causal, scale, inside_multi_head.heads if query.ndim == 3 else None
@@ -118,29 +127,31 @@ class AttentionMode(TorchFunctionMode):
             *kernels.laid_out(value),
             dropout,
             cross=inside_multi_head.cross,
-            observed=observe(self._sources, query, key),
+            observed=observe(self.sources, query, key),
         )
         self._listener.report(call, self._listener.running() or ())
         return output
 
     def _external(self, kernel: str, arguments: Mapping[str, Any], result: Any) -> None:
         """Reports a kernel of xformers or flash_attn. It has a result and no way to its inside."""
+        if not self.is_current:
+            return
         output = result[0] if isinstance(result, tuple) else result
         if self._math_kernel:
             self._listener.report_unknown(f"{kernel}, which has no second derivative,")
             return
         try:
-            with self:  # so that the views of query, key and value are followed
+            with entered(self):  # so that the views of query, key and value are followed
                 call = kernels.external_call(kernel, arguments, output)
         except kernels.Unrecordable as error:
             self._listener.report_unknown(f"{kernel} {error}")
             return
         query, key = call.recorded.query, call.recorded.key
-        if self._sources is not None and query is not None and key is not None:
-            call.observed = observe(self._sources, query, key)
-            with self:
+        if self.sources is not None and query is not None and key is not None:
+            call.observed = observe(self.sources, query, key)
+            with entered(self):
                 as_output = query.transpose(1, 2) if query.ndim == output.ndim == 4 else query  # (B, N, H, d)
-            self._sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
+            self.sources.follow(F.scaled_dot_product_attention, (as_output, key), {}, output)
         self._listener.start_graph(output)
         self._listener.report(call, self._listener.running() or ())
 
@@ -155,7 +166,24 @@ class AttentionMode(TorchFunctionMode):
         before = inside_multi_head.heads, inside_multi_head.cross
         inside_multi_head.heads, inside_multi_head.cross = heads, not kernels.is_same(query, key)
         try:
-            with self:
+            with entered(self):
                 return kernels.body(func)(*args, **kwargs)
         finally:
             inside_multi_head.heads, inside_multi_head.cross = before
+
+
+def clear_modes() -> None:
+    """Removes from this thread's stack the modes that an interruption left there."""
+    modes = function_modes()
+    if not modes:
+        inside_multi_head.leave()
+        return
+    watching = [mode for mode in modes if isinstance(mode, AttentionMode) and mode.is_current]
+    kept = [
+        not isinstance(mode, AttentionMode) or (mode.is_current and mode not in modes[:place])
+        for place, mode in enumerate(modes)
+    ]
+    if not all(kept):
+        keep_modes(kept)
+    if not watching:
+        inside_multi_head.leave()

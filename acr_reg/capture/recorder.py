@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import Any
@@ -17,14 +17,13 @@ from acr_reg._torch_private import (
     in_reentrant_checkpoint,
     is_faked,
     is_split,
-    remove_mode,
     shards_parameters,
 )
 from acr_reg.attention.call import AttentionCall
 from acr_reg.capture.hooks import HookSet
-from acr_reg.capture.mode import AttentionMode
+from acr_reg.capture.mode import AttentionMode, clear_modes
 from acr_reg.capture.refusals import insist_on_output, refuse_elsewhere, refuse_inside, refuse_unknown_module
-from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState
+from acr_reg.capture.runs import Entry, Keep, Run, RunLog, ThreadState, ThreadStates
 from acr_reg.capture.scores import Listener
 from acr_reg.capture.stacks import RunningForwards, is_running, suspendable_callers
 from acr_reg.capture.starts import GraphStarts
@@ -49,7 +48,8 @@ class Recorder:
         self, placer: Placer, keep: Keep, no_grad: bool, double_backward: bool, graph_from: int | None, products: bool
     ) -> None:
         self.placer, self.index = placer, placer.index
-        self.log = RunLog(keep)
+        self._running = RunningForwards(self.index.names)
+        self.log = RunLog(keep, self._running)
         self.images = ImageWatch(placer.image_channels)
         self._no_grad = no_grad
         self._double_backward = double_backward
@@ -59,18 +59,21 @@ class Recorder:
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
         modes: dict[int, AttentionMode] = {}  # by thread
-        self._state = ThreadState(modes, self.images)
+        self._states = ThreadStates(modes, self.images)
         weakref.finalize(self, _remove_modes, modes)
         graph = None if graph_from is None else _weakly(self._starts_graph)
-        running = _weakly(self._state.running)
+        running = _weakly(self._entries)
         listener = Listener(_weakly(self._report), running, _weakly(self._report_unknown), graph)
-        self._new_mode = partial(AttentionMode, listener, double_backward, products)
-        self._running = RunningForwards(self.index.names)
+        self._new_mode = partial(AttentionMode, listener, modes, double_backward, products)
         if (inside := self._running.here(self.index.counts)) is not None:
             refuse_inside(inside, "A capture begun")
         self.hooks = HookSet(self)
         # Every module, until the first run is taken and shows which ones matter.
         self.hooks.watch_only(self.index.names)
+
+    @property
+    def _state(self) -> ThreadState:
+        return self._states.here()
 
     # ---- called by the hooks
 
@@ -149,26 +152,28 @@ class Recorder:
         entry.opened_mode = with_mode and not nested and state.mode is None
         state.entries.append(entry)
         if nested:
-            entry.set_aside = state.set_aside()
+            entry.set_aside = state.leave_mode()
             self._report_unknown("multi_head_attention_forward of nested tensors")
         if entry.opened_mode:
-            mode = self._new_mode(None if entry.recomputes else state.sources)
+            sources = None if entry.recomputes else state.sources
+            mode = state.spare_mode if sources is None and state.spare_mode is not None else self._new_mode(sources)
             state.enter(mode)
             mode.watch_functions()
 
     def _close(self, state: ThreadState, entry: Entry) -> None:
         """Undoes what the entry did to the thread. May be called again, after an interruption."""
-        mode = state.mode
-        if entry.opened_mode and mode is not None:
-            remove_mode(mode)
+        if entry.opened_mode:
             state.images.seen = None
-            unmet = mode.forget()
+            mode = state.mode
+            unmet = [] if mode is None else mode.forget()
             if not entry.recomputes:
                 name = self.index.names[entry.module]
                 state.current.skipped += [(name, what) for what in unmet]
                 if state.current is state.coming:
                     self.log.outside += [f"{name}: {what}" for what in unmet]
-            del state.modes[threading.get_ident()]
+            state.leave_mode()
+            if mode is not None and mode.sources is None:
+                state.spare_mode = mode  # made once: attention begins in every layer
         if entry.visit is not None:
             entry.visit.frame = None
         if entry.set_aside is not None:
@@ -176,16 +181,26 @@ class Recorder:
             entry.set_aside = None
 
     def _drop_interrupted(self, state: ThreadState) -> None:
-        """Closes entries that a KeyboardInterrupt or SystemExit left behind: their forward is off the stack."""
+        """Closes entries that a KeyboardInterrupt or SystemExit left behind, or a take() of another thread that removed
+        their hooks: their forward is off the stack."""
+        if not state.entries or is_running(state.entries[-1].frame):
+            return
         while state.entries and not is_running(state.entries[-1].frame):
-            state.fail()
+            if self.hooks.is_watched(state.entries[-1].module):
+                state.fail()
             self._drop(state)
+        clear_modes()
 
     def _drop(self, state: ThreadState) -> None:
         self._close(state, state.entries[-1])
         state.entries.pop()  # last: an interruption before leaves the entry, which the next call then drops
 
     # ---- called by the mode
+
+    def _entries(self) -> Sequence[Entry]:
+        """The modules that run on this thread, outermost first."""
+        self._drop_interrupted(self._state)
+        return self._state.entries
 
     def _report(self, call: AttentionCall, within: Sequence[Entry]) -> None:
         """Notes a call under the innermost module that holds all of it."""
@@ -204,7 +219,7 @@ class Recorder:
             run = entry.run = state.run_of(module, self.index.registered[module])
             run.fired[module] += 1
         self.placer.remember(call, module, run.reports[module])
-        self.log.add(run, call.observed is None or call.observed.is_of_image)
+        self.log.add(run, call.observed is None or call.observed.is_of_image, state.runner)
         run.reports[module] += 1
         run.shapes.append(call.recorded.seen.shape)
         entry.reported = True
@@ -212,6 +227,8 @@ class Recorder:
             run.windows.note_attention(module)
         if run.kept:
             entry.keep(call, self.index.names[module])
+            if shards_parameters(module):
+                call.recorded = replace(call.recorded, sharded=True)
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:
@@ -238,11 +255,13 @@ class Recorder:
 
     def finish(self) -> list[Run]:
         """The runs since the last call; from then on only attention modules are watched."""
-        self._drop_interrupted(self._state)
-        if self.log.keep != "all" and any(run.is_elsewhere for run in self.log.runs):
+        state = self._state
+        self._drop_interrupted(state)
+        if self.log.keep != "all" and self.log.has_unfinished(state.runner):
             refuse_elsewhere(self.index.model)
-        runs = self.log.take()
-        self._state.forget()
+        runs = self.log.take(state.runner)
+        state.runner.takes = True
+        state.forget()
         if not self._narrowed:
             for run in runs:
                 self.placer.trace(run.windows, run.images)
@@ -270,6 +289,10 @@ class Recorder:
         if module is not None and (module is not self.index.model or self._state.is_inside(module)):
             refuse_inside(module, action)
 
+    def clear(self) -> None:
+        """Forgets the runs that this thread may take."""
+        self.log.remove(self._state.runner)
+
     def stop(self) -> None:
         state = self._state
         while state.entries:  # interrupted, or in the middle of a forward
@@ -292,8 +315,8 @@ def _weakly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _remove_modes(modes: dict[int, AttentionMode]) -> None:
     """Removes the mode that is left on this thread. Those of forwards on other threads only fall silent."""
-    here = modes.pop(threading.get_ident(), None)
-    if here is not None:
-        remove_mode(here)
-    for mode in list(modes.values()):
-        mode.end()
+    left = list(modes.values())
+    modes.clear()
+    clear_modes()
+    for mode in left:
+        mode.forget()

@@ -95,6 +95,12 @@ def refuse_partial(index: ModuleIndex, run: Run) -> None:
         )
 
 
+def refuse_no_images(run: Run) -> None:
+    """Raises for a batch of no images: a mean over it would be NaN, and no ratio tells images from heads."""
+    if run.shapes and not any(shape[0] for shape in run.shapes):
+        raise CaptureError("The model ran on a batch of 0 images. Skip such batches, or clear() their runs.")
+
+
 def refuse_split(index: ModuleIndex, run: Run, split: set[nn.Module]) -> None:
     """Raises where this rank ran a part of the attention: its loss and its gradient would be of that part alone.
 
@@ -178,6 +184,11 @@ def _tensors_in(output: Any) -> Iterator[Tensor]:
 
 def refuse_empty(index: ModuleIndex, log: RunLog, skipped: Iterable[tuple[str, str]] = ()) -> NoReturn:
     """Raises if no layer was captured, and lists everything that was seen instead, which the log then forgets."""
+    if log.runs and not skipped:
+        raise CaptureError(
+            f"Only other threads ran {type(index.model).__name__} since the last take(). A thread takes the runs it "
+            "made: call take() where the model runs."
+        )
     reasons = [*(f"{name}: {reason}" for name, reason in skipped), *dict.fromkeys(log.outside)]
     if log.taken and not reasons and not log.without_grad:
         raise CaptureError(

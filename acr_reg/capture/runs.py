@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from copy import copy
+from dataclasses import dataclass, field
+from itertools import count
 from types import FrameType
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from acr_reg._torch_private import is_faked, remove_mode, tensors_of
+from acr_reg._torch_private import is_faked, tensors_of
 from acr_reg.attention.call import AttentionCall
-from acr_reg.capture.mode import AttentionMode
-from acr_reg.capture.stacks import is_running, is_running_on
+from acr_reg.capture.mode import AttentionMode, clear_modes
+from acr_reg.capture.stacks import RunningForwards, is_running, is_running_on
 from acr_reg.placement.grids import class_token_parameters
 from acr_reg.placement.images import ImageState, ImageWatch
 from acr_reg.placement.kinds import first_tensor, is_cross_attention
@@ -26,6 +29,21 @@ Keep = Literal["only", "first", "last", "all"]
 
 REMEMBERED = 8  # runs not yet taken: an error lists this many
 _STRANDS = 64  # pieces of code that run a model in turns; more may be abandoned ones
+
+
+class Runner:
+    """A thread that runs the model."""
+
+    def __init__(self) -> None:
+        self._thread = weakref.ref(threading.current_thread())  # a thread may hold the capture
+        self.ident = threading.get_ident()
+        self.takes = False  # whether it ever took what it ran: then nobody else does
+        self.started = 0  # runs since they were last taken
+
+    @property
+    def has_ended(self) -> bool:
+        thread = self._thread()
+        return thread is None or not thread.is_alive()
 
 
 @dataclass(eq=False)
@@ -59,16 +77,13 @@ class Run:
     kept: bool = True
     failed: bool = False
     closed: bool = False
+    position: int = 0  # among those that its thread started since the last take
+    number: int | None = None  # in the log
+    runner: Runner = field(init=False)
 
     @property
     def is_whole(self) -> bool:
         return not self.failed and (self.visit is None or self.visit.frame is None or self.visit.is_running)
-
-    @property
-    def is_elsewhere(self) -> bool:
-        """Whether another thread is still in the call of the model that this run belongs to."""
-        visit = None if self.failed else self.visit
-        return visit is not None and visit.thread != threading.get_ident() and visit.is_running
 
     def release(self) -> None:
         self.kept = False
@@ -76,59 +91,109 @@ class Run:
 
 
 class RunLog:
-    """The runs since the last take; only those that ``keep`` asks for hold tensors."""
+    """The runs since the last take; only those that ``keep`` asks for hold tensors.
 
-    def __init__(self, keep: Keep) -> None:
+    A thread takes what it ran, and what threads ran that never take: once they have ended, or if it ran nothing itself.
+    Threads share the log without a lock, which an interruption could leave locked: a run joins and leaves in one step.
+    """
+
+    def __init__(self, keep: Keep, forwards: RunningForwards) -> None:
         self.keep = keep
-        self.runs: list[Run] = []
-        self.started = 0
+        self._forwards = forwards
+        self._runs: dict[int, Run] = {}
+        self._numbers = count()
         self.taken = False  # whether any run was ever taken
         self.outside: list[str] = []  # softmaxes of passes without attention, in words
         self.without_grad = 0  # module calls under torch.no_grad that were not recorded
 
-    def add(self, run: Run, of_image: bool) -> None:
+    @property
+    def runs(self) -> list[Run]:
+        """The runs of all threads, in the order in which they began."""
+        return list(self._runs.values())
+
+    def add(self, run: Run, of_image: bool, runner: Runner) -> None:
         """Adds a run at its first call, or at its first call of an image: those of text alone give way to it."""
         if run.reports and of_image <= run.of_image:
             return
-        run.of_image = of_image
-        if of_image:
-            apart = [r for r in self.runs if not r.of_image]
-            for other in apart:
-                other.release()
-            self.runs = [r for r in self.runs if r.of_image]
-            self.started -= len(apart)
-        elif any(r.of_image for r in self.runs):
+        run.of_image, run.runner = of_image, runner
+        others = [r for r in self.runs if r is not run and (r.runner is runner or r.runner.has_ended)]
+        if not of_image and any(r.of_image for r in others):
             return
-        if run in self.runs:
+        for text in [r for r in others if r.of_image < of_image]:
+            text.runner.started -= self._forget(text)
+        if run.number is not None:
             return
-        self.started += 1
-        finished = [r for r in self.runs if not r.failed]
+        runner.started += 1
+        finished = [r for r in others if not r.failed and r.of_image == of_image]
         if self.keep in ("only", "last"):
             for earlier in finished:
                 earlier.release()
-            finished = finished[-(REMEMBERED - 1) :]  # warm-up steps that nobody takes must not pile up
+            finished = finished[1 - REMEMBERED :]  # warm-up steps that nobody takes must not pile up
+        for other in others:
+            if other not in finished:
+                self._forget(other)
         if self.keep == "first" and finished:
             run.release()
         else:
-            self.runs = [*finished, run]
+            run.number = next(self._numbers)
+            self._runs[run.number] = run
 
-    def take(self) -> list[Run]:
-        """Returns the complete runs and forgets them."""
-        # Copies, because a thread still refers to its last run but must not keep the tensors.
-        runs = [replace(run, calls=list(run.calls)) for run in self.runs if run.is_whole and not run.is_elsewhere]
-        self.taken = self.taken or bool(runs)
-        self.clear()
-        return runs
+    def waiting_for(self, runner: Runner) -> list[Run]:
+        """The runs that this thread may take, complete or not."""
+        runs = self.runs
+        has_own = any(run.runner is runner for run in runs)
+        return [
+            run
+            for run in runs
+            if run.runner is runner or not (run.runner.takes or (has_own and not run.runner.has_ended))
+        ]
+
+    def is_elsewhere(self, run: Run, runner: Runner) -> bool:
+        """Whether another thread than this one may go on with the run."""
+        if run.failed or run.runner is runner or run.runner.has_ended:
+            return False
+        return run.visit.is_running if run.visit is not None else self._forwards.is_inside(run.runner.ident)
+
+    def has_unfinished(self, runner: Runner) -> bool:
+        """Whether another thread is in the middle of a run that this one may take."""
+        return any(self.is_elsewhere(run, runner) for run in self.waiting_for(runner))
+
+    def take(self, runner: Runner) -> list[Run]:
+        """Forgets the runs that this thread may take, and returns the complete ones."""
+        taken = self.remove(runner)
+        self.taken = self.taken or bool(taken)
+        return taken
+
+    def remove(self, runner: Runner) -> list[Run]:
+        """Forgets the runs that this thread may take, but for those that another thread is still in the middle of.
+        Returns the complete ones."""
+        waiting, taken = self.waiting_for(runner), []
+        for run in waiting:
+            if self.is_elsewhere(run, runner):
+                continue
+            # A copy, because a thread still refers to its last run but must not keep the tensors.
+            whole = copy(run)
+            whole.calls, whole.position = list(run.calls), run.runner.started - 1
+            if self._forget(run) and whole.is_whole:  # of two threads only one forgets it
+                taken.append(whole)
+        for run in self.runs:
+            if run.runner.takes and run.runner.has_ended:  # it would have taken them
+                self._forget(run)
+        for each in {runner, *(run.runner for run in waiting)}:
+            each.started = sum(run.runner is each for run in self.runs)
+        return taken
 
     def clear(self) -> None:
-        """Forgets the runs, but for those that another thread is still in the middle of."""
-        elsewhere = [run for run in self.runs if run.is_elsewhere]
+        """Forgets the runs of all threads."""
         for run in self.runs:
-            if run not in elsewhere:
-                run.closed = True
-                run.release()
-        self.runs = elsewhere
-        self.started = len(elsewhere)
+            self._forget(run)
+
+    def _forget(self, run: Run) -> bool:
+        """Forgets a run, and returns whether it was there. Nothing joins it any more."""
+        was_there = run.number is not None and self._runs.pop(run.number, None) is not None
+        run.closed = True
+        run.release()
+        return was_there
 
 
 @dataclass(eq=False, slots=True)
@@ -146,6 +211,7 @@ class Entry:
     run: Run | None = None
     reported: bool = False
     calls: list[AttentionCall] | None = None
+    number: int = field(default_factory=count().__next__)
 
     def keep(self, call: AttentionCall, name: str) -> None:
         """Notes in a call within this module, called ``name``, what the module was given."""
@@ -182,14 +248,17 @@ class Strand:
         return self.run is not None and not self.run.closed
 
 
-class ThreadState(threading.local):
-    """The hooked modules running on this thread, innermost last, and their run."""
+class ThreadState:
+    """The hooked modules running on one thread, innermost last, and their run."""
 
     def __init__(self, modes: dict[int, AttentionMode], watch: ImageWatch) -> None:
         self.entries: list[Entry] = []
         self.sources: Sources | None = None  # while all modules are watched
         self.modes = modes  # by thread
+        self.spare_mode: AttentionMode | None = None
+        modes.pop(threading.get_ident(), None)  # of a thread that had this number before
         self._watch = watch
+        self.runner = Runner()
         self._callers: tuple[FrameType, ...] = ()
         self._strands = [Strand()]
         self.strand = self._strands[0]
@@ -200,18 +269,15 @@ class ThreadState(threading.local):
         return self.modes.get(threading.get_ident())
 
     def enter(self, mode: AttentionMode) -> None:
+        clear_modes()
         self.modes[threading.get_ident()] = mode  # first: an interruption must leave no mode that nobody knows
         mode.__enter__()  # type: ignore[no-untyped-call]
 
-    def set_aside(self) -> AttentionMode | None:
-        """Leaves the mode of this thread for a while, and returns it."""
+    def leave_mode(self) -> AttentionMode | None:
+        """Leaves the mode of this thread, and returns it."""
         mode = self.modes.pop(threading.get_ident(), None)
-        if mode is not None:
-            remove_mode(mode)
+        clear_modes()
         return mode
-
-    def running(self) -> Sequence[Entry]:
-        return self.entries
 
     @property
     def run(self) -> Run | None:
@@ -341,6 +407,31 @@ class ThreadState(threading.local):
         self._strands = [strand for strand in self._strands if strand.is_open or strand is self.strand]
         if not self.strand.is_open:
             self.strand.callers = ()
+
+
+class ThreadStates:
+    """The state of each thread. No thread holds it: the frames in it may hold the capture, which could then never be
+    freed after an interruption."""
+
+    def __init__(self, modes: dict[int, AttentionMode], watch: ImageWatch) -> None:
+        self._modes, self._watch = modes, watch
+        self._states: dict[int, ThreadState] = {}
+        self._numbers = count()
+        self._here = threading.local()
+        self._begin()
+
+    def here(self) -> ThreadState:
+        """The state of this thread."""
+        state = self._states.get(getattr(self._here, "number", -1))
+        return self._begin() if state is None else state
+
+    def _begin(self) -> ThreadState:
+        for number, state in list(self._states.items()):
+            if state.runner.has_ended:
+                self._states.pop(number, None)
+        self._here.number = next(self._numbers)
+        state = self._states[self._here.number] = ThreadState(self._modes, self._watch)
+        return state
 
 
 def _shared(some: tuple[FrameType, ...], others: tuple[FrameType, ...]) -> int:

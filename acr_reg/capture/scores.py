@@ -55,6 +55,10 @@ class _MultiHead(threading.local):
     heads: int | None = None
     cross: bool = False  # query and key are two tensors
 
+    def leave(self) -> None:
+        """Forgets a call that an interruption ended."""
+        self.heads, self.cross = None, False
+
 
 inside_multi_head = _MultiHead()
 
@@ -76,7 +80,7 @@ class _Followed:
     dropout: float = 0.0
     refusal: str | None = None
     observed: Observed | None = None
-    running: tuple[Any, ...] = ()  # the modules that were running at the product of queries and keys
+    running: tuple[int, ...] = ()  # numbers of the modules that were running at the product of queries and keys
 
 
 class ScoreFollower:
@@ -191,7 +195,7 @@ class ScoreFollower:
             weakref.ref(result),
             kernels.score_factors(equation, operands) if self._record_products else None,
             observed=observe_views(self._sources, operands[-2:], partial(kernels.score_views, equation)),
-            running=tuple(self._listener.running() or ()),
+            running=tuple(entry.number for entry in self._listener.running() or ()),
         )
 
     def _met_values(self, equation: str | None, operands: list[Tensor], followed: list[Any], output: Tensor) -> None:
@@ -229,5 +233,5 @@ class ScoreFollower:
             observed=known.observed,
         )
         now = self._listener.running() or ()
-        both = [entry for entry, before in zip(now, known.running, strict=False) if entry is before]
+        both = [entry for entry, before in zip(now, known.running, strict=False) if entry.number == before]
         self._listener.report(call, both or now)

@@ -61,6 +61,16 @@ class RunningForwards:
         """Whether another thread is in a forward."""
         return bool(self._elsewhere())
 
+    def is_inside(self, thread: int) -> bool:
+        """Whether that thread is in a method of one of the modules, as in one that runs blocks one by one."""
+        frame = sys._current_frames().get(thread)
+        while frame is not None:
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module) and owner in self._modules:
+                return True
+            frame = frame.f_back
+        return False
+
     def began_before(self) -> bool:
         """Whether this thread is still in a forward that had begun before."""
         if not self._begun_before:

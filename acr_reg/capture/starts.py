@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from itertools import count
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,8 @@ class GraphStarts:
     def __init__(self, graph_from: int | None) -> None:
         self.graph_from = graph_from
         self.last_count = 0  # layers of the last run taken, for a negative graph_from
-        self._known: list[tuple[weakref.ref[Tensor], frozenset[nn.Module]]] = []
+        self._known: dict[int, tuple[weakref.ref[Tensor], frozenset[nn.Module]]] = {}
+        self._numbers = count()
 
     def begin(self, tensor: Tensor, layer: int, around: Iterable[nn.Module]) -> bool:
         """Whether the graph starts at this tensor of a layer, the first at ``graph_from`` or above. Remembers the
@@ -27,13 +29,13 @@ class GraphStarts:
         first = self.graph_from
         if first is None or layer < (first if first >= 0 else self.last_count + first):
             return False
-        self._known = [known for known in self._known if known[0]() is not None]
-        self._known.append((weakref.ref(tensor), frozenset(around)))
+        known, number = self._known, next(self._numbers)
+        known[number] = weakref.ref(tensor, lambda _: known.pop(number, None)), frozenset(around)
         return True
 
     def has(self, tensor: Tensor, module: nn.Module) -> bool:
         """Whether ``tensor``, computed in ``module``, repeats one of them."""
-        started = [known() for known, around in self._known if module in around]
+        started = [known() for known, around in list(self._known.values()) if module in around]
         return any(other is not None and _is_copy(other.detach(), tensor) for other in started)
 
 

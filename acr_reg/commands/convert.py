@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(H, W)} in two folders TARGET_LOW and TARGET_HIGH (to train PSA's AffinityNet; no CRF is run); irn, keys, cam "
         "and high_res (IRN, ToCo); clip_es, keys and attn_highres; puzzle, keys, cam and hr_cam (Puzzle-CAM); npz, "
         "without a pickle; labels, ID.png in VOC's colours, 0 for background, k + 1 for class k, 255 for ignored "
-        "pixels. k is a 0-based class. Files that exist are passed over. Exit code 1: files were skipped, and named on "
+        "pixels. k is a 0-based class. Whole files are passed over. Exit code 1: files were skipped, and named on "
         "standard error."
     )
     parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of .npy or .npz files")

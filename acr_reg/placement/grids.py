@@ -313,7 +313,7 @@ def _in_proportion(lattice: Lattice, count: int) -> Lattice:
     by = min(fits, key=lambda r: (height % r + width % r, r), default=None)
     step = (float(by), float(by)) if by is not None else (height / rows, width / columns)
     stride = (lattice.stride[0] * step[0], lattice.stride[1] * step[1])
-    return Lattice(rows, columns, stride, lattice.offset, lattice.extent)
+    return Lattice(rows, columns, stride, lattice.offset, lattice.extent, is_unit=lattice.is_unit)
 
 
 def _misfit(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -66,7 +67,7 @@ class ModuleIndex:
         self._batch_norms = batch_norms(model)
         self._alike: set[nn.Module] | None = None
         self._children = {module: children_of(module) for module in self.names}
-        self._attending_before, self._parents = 0, set[nn.Module]()  # how many attended, and what holds them
+        self._parents = 0, set[nn.Module]()  # how many attended, and what holds them
 
     def counts(self, module: nn.Module) -> bool:
         """Whether attention in this module was asked for."""
@@ -78,8 +79,9 @@ class ModuleIndex:
     def alike(self) -> set[nn.Module]:
         """The modules that resemble an attending one: same class, or same name in another block."""
         if self._alike is None or not self.attending <= self._alike:
-            kinds = {type(m) for m in self.attending}
-            places = {_name_pattern(self.names[m]) for m in self.attending}
+            attending = list(self.attending)  # at once, because other threads add to it
+            kinds = {type(m) for m in attending}
+            places = {_name_pattern(self.names[m]) for m in attending}
             self._alike = {
                 module
                 for module, name in self.names.items()
@@ -91,12 +93,14 @@ class ModuleIndex:
     def joined(self) -> list[str]:
         """Modules that may be attention and joined after the capture began, so without hooks. Only the children of the
         modules that hold attention are searched."""
-        if len(self.attending) != self._attending_before:
-            self._attending_before = len(self.attending)
-            self._parents = {self.model, *(above for m in self.attending for above in self.lineage(m)[1:])}
-        if all(children_of(parent) == self._children[parent] for parent in self._parents):
+        attending = list(self.attending)  # at once, because other threads add to it
+        count, parents = self._parents
+        if len(attending) != count:
+            parents = {self.model, *(above for m in attending for above in self.lineage(m)[1:])}
+            self._parents = len(attending), parents
+        if all(children_of(parent) == self._children[parent] for parent in parents):
             return []
-        kinds = {type(m) for m in self.attending}
+        kinds = {type(m) for m in attending}
         return [
             name
             for name, module in self.model.named_modules()
@@ -133,6 +137,7 @@ class ModuleIndex:
         return [self._modules[name] for name in names if name in self._modules]
 
 
+@lru_cache(maxsize=4096)  # asked for each attention call that the first run told nothing of
 def _name_pattern(name: str) -> str:
     """A module's name without its block number, so that blocks.3.attn equals blocks.0.attn."""
     head, number, tail = re.match(r"(.*?)(\d*)(\D*)$", name, re.DOTALL).groups()  # type: ignore[union-attr]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -13,7 +14,7 @@ from acr_reg.attention.observed import Observed
 from acr_reg.errors import LayoutError
 from acr_reg.placement.arrangement import arrange
 from acr_reg.placement.grids import LayoutHints, ModelFields, read_fields
-from acr_reg.placement.kinds import Images, Placement, place, unordered_tokens
+from acr_reg.placement.kinds import Images, Placement, is_pyramid, place, unordered_tokens
 from acr_reg.placement.modules import ModuleIndex
 from acr_reg.placement.windows import Spot, WindowsSeen, WindowTrace
 from acr_reg.tokens import Lattice, TokenLayout
@@ -31,6 +32,7 @@ class Placer:
         self._unordered = unordered_tokens(index.model)
         self._trace = WindowTrace()
         self._placements: dict[Any, Placement] = {}
+        self._plans: dict[Images | None, tuple[list[Any], list[Placement]]] = {}  # the last run on images of each size
         self.needs_more_images: set[tuple[nn.Module, int]] = set()
         """Calls with images and heads in one axis: a single image does not show which comes first."""
         self._observed: dict[tuple[nn.Module, int], Observed] = {}
@@ -40,7 +42,18 @@ class Placer:
     def _fields(self) -> ModelFields:
         return read_fields(self.index.model, self.image_channels)
 
-    def placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
+    def placements(self, calls: Sequence[AttentionCall], images: Images | None) -> list[Placement]:
+        """The placement of each call of a run: those of the last run on as many images of the same size, if that made
+        the same sorts of calls."""
+        sorts = [call.sort for call in calls]
+        planned, found = self._plans.get(images, ([], []))
+        if sorts != planned:
+            pyramid = is_pyramid(calls)
+            found = [self._placement(call, images, pyramid) for call in calls]
+            self._plans[images] = sorts, found
+        return found
+
+    def _placement(self, call: AttentionCall, images: Images | None, is_pyramid: bool) -> Placement:
         """The placement of a call, computed once for each sort of call."""
         known = (call.sort, images, is_pyramid)
         if known not in self._placements:
@@ -62,9 +75,13 @@ class Placer:
     def remember(self, call: AttentionCall, module: nn.Module, number: int) -> None:
         """Remembers what a run shows of a module's attention call ``number``. If it shows nothing, the call gets what
         an earlier run showed of this call, or of the same call in another block."""
-        now, here, alike = call.observed, (module, number), (self.index.pattern(module), number)
+        now, here = call.observed, (module, number)
+        if now is None and here in self._observed:
+            call.observed = self._observed[here]
+            return
+        alike = self.index.pattern(module), number
         if now is None:
-            call.observed = self._observed.get(here, self._observed_alike.get(alike))
+            call.observed = self._observed_alike.get(alike)
             return
         self._observed[here] = self._observed_alike[alike] = now
         heads_are_flat = call.recorded.heads is None and call.recorded.seen.ndim == 3
@@ -80,7 +97,10 @@ class Placer:
             for module, (first, last) in seen.preceded.items():
                 known = calls.get(self.index.part(module), (first, last))
                 calls[self.index.part(module)] = min(first, known[0]), max(last, known[1])
-            self._trace = WindowTrace(tuple(seen.ops.values()), images, calls, self.image_channels)
+            before, self._trace = self._trace, WindowTrace(tuple(seen.ops.values()), images, calls, self.image_channels)
+            if self._trace != before:
+                self._placements.clear()
+                self._plans.clear()
 
     def _centred(self, layout: TokenLayout, call: AttentionCall, size: tuple[int, int]) -> TokenLayout:
         """The layout with its lattices moved to where the model's windows put the tokens, on images of ``size``. Only

@@ -51,7 +51,7 @@ class AxisMap:
     weights: Tensor | None
     valid: Tensor
     step: Tensor
-    runs: Sequence[_Run] = ()
+    runs: list[_Run] = field(default_factory=list)
     _dense: dict[tuple[torch.dtype, torch.device], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -68,8 +68,12 @@ class AxisMap:
             images, targets, _ = self.index.shape
             # Training uses them too, and cannot use tensors made in inference_mode.
             with torch.inference_mode(False), torch.no_grad():
+                whole = torch.promote_types(
+                    dtype, torch.float32
+                )  # holds every index exactly, so that one copy is enough
+                index, weights = torch.stack([self.index.to(whole), self.weights.to(whole)]).to(device)
                 empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
-                made = empty.scatter_add_(2, self.index.to(device), self.weights.to(dtype).to(device))
+                made = empty.scatter_add_(2, index.long(), weights.to(dtype))
             self._dense[dtype, device] = made
         return made
 
@@ -127,7 +131,10 @@ class _Part:
     def _resampled(self, maps: Tensor) -> Tensor:
         y, x = (axis.dense(maps.dtype, maps.device) for axis in (self.y, self.x))
         if maps.device.type == "cpu" and max(maps.shape[-2:]) > _BLOCK:
-            return _for_each(_banded, maps, self.y.bands(y), self.x.bands(x))
+            along_y, along_x = self.y.bands(y), self.x.bands(x)
+            if len(y) == 1 and maps.ndim > 3:  # each by itself: a block's backward pass writes all that it was cut from
+                along_y, along_x = along_y * max(len(maps), 1), along_x * max(len(maps), 1)
+            return _for_each(_banded, maps, along_y, along_x)
         return _product(_product(maps.mT, y).mT, x)
 
     def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
@@ -264,8 +271,10 @@ def _for_each(read: Callable[[Tensor, _T, _T], Tensor], maps: Tensor, along_y: l
 
 def _moved(maps: Tensor, y: _Run, x: _Run) -> Tensor:
     """Exact maps; 0 where nothing is shown. Always a copy."""
-    window = maps.narrow(-2, y.start, y.length).narrow(-1, x.start, x.length)
-    moved = window.flip([dim for dim, run in ((-2, y), (-1, x)) if run.mirrored])
+    for dim, run in ((-2, y), (-1, x)):
+        if run.length < maps.shape[dim]:  # else its backward pass would copy the whole gradient
+            maps = maps.narrow(dim, run.start, run.length)
+    moved = maps.flip([dim for dim, run in ((-2, y), (-1, x)) if run.mirrored])
     hidden = (x.before, x.after, y.before, y.after)
     return F.pad(moved, hidden) if any(hidden) else moved
 

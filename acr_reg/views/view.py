@@ -183,9 +183,13 @@ class View:
             size = self.output_size(source)
         else:
             self._check_size("input", self.input_size, source, source)
-        # Not cached: random views are new each time, and maps of pixels are large. Made on the CPU: a flip needs
-        # nothing of it on the device of the images.
-        return LatticeMap.between(self.affines, Lattice(source[0], source[1]), Lattice(size[0], size[1]), "cpu")
+        # Made on the CPU: a flip needs nothing of it on the device of the images.
+        lattices = Lattice(source[0], source[1]), Lattice(size[0], size[1])
+        first = self.affines[0]
+        if self.num_images == 1 and not self.scales and abs(first.y.slope) == abs(first.x.slope) == 1:
+            return map_between(self, *lattices, "cpu")  # a flip or a turn, the same at every step
+        # Not kept: random views are new each time, and their maps of pixels are large.
+        return LatticeMap.between(self.affines, *lattices, "cpu")
 
 
 def _is_reduction(full: Size, found: Size, rounding: Size) -> bool:

@@ -13,6 +13,7 @@ COMMANDS = {
     "cam": "time and memory of class maps",
     "metrics": "time and memory of scoring class maps",
     "folders": "time of class maps and scores of a whole folder",
+    "views": "time of views of images, compared with torchvision",
     "capture": "time that the capture adds to a forward pass",
     "gpu": "steps and class maps on CUDA",
     "page": "put the results into README.md and docs/explanation/cost.md",

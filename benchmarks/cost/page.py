@@ -158,6 +158,22 @@ def metrics_table() -> str:
     return "\n".join(lines)
 
 
+def view_table() -> str:
+    lines = [
+        "| view | CPU ms | of torchvision (quartiles) | with backward: CPU ms | of torchvision |",
+        "|" + "---|" * 5,
+    ]
+    rows = {(r["view"], r["backward"]): r for r in results("views")}
+    for name in dict.fromkeys(view for view, _ in rows):
+        alone, both = rows[name, False], rows[name, True]
+        low, ratio, high = alone["over_torchvision"]
+        lines.append(
+            f"| {name} | {1000 * alone['cpu_seconds'][1]:.0f} | {ratio:.2f} ({low:.2f} to {high:.2f}) "
+            f"| {1000 * both['cpu_seconds'][1]:.0f} | {both['over_torchvision'][1]:.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def slope_table() -> str:
     about = json.loads((HERE / "scaling.json").read_text(encoding="utf-8"))
     lines = ["| step | sizes, px | slope of extra memory | slope of extra CPU time |", "|---|---|---|---|"]
@@ -175,6 +191,7 @@ def sections() -> dict[Path, str]:
         f"## Growth with the tokens\n\n{slope_table()}\n\n{scaling}\n\n"
         f"## Class maps, ViT-S at 384 px, an image and its flip\n\n{cam_table()}\n\n"
         f"## The capture alone, a forward pass\n\n{capture_table()}\n\n"
+        f"## Views of {results('views')[0]['images']} images of {results('views')[0]['size']} px\n\n{view_table()}\n\n"
         f"## mIoU at 100 thresholds\n\n{metrics_table()}\n\n"
         f"## Folders: class maps of a ViT-S at 224 px, and scores of saved maps\n\n{folder_table()}"
     )

@@ -156,6 +156,8 @@ def _checked(values: Any, name: str) -> npt.NDArray[Any]:
     array = array[0] if array.ndim == 2 and len(array) == 1 else array
     if array.ndim != 1 or array.dtype.kind not in "fiub":
         raise ValueError(f"The labels of image {name} are {kind_of(array)}. Give each image (C,) numbers.")
-    if np.isnan(array).any():
-        raise ValueError(f"The labels of image {name} hold NaN. Write 1 for each class present and 0 for the others.")
+    if not np.isfinite(array).all():
+        raise ValueError(
+            f"The labels of image {name} hold NaN or infinity. Write 1 for each class present and 0 for the others."
+        )
     return array

@@ -14,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Callable
+from pickletools import opcodes
 from typing import Any
 
 import numpy as np
@@ -90,7 +91,8 @@ class _Machine:
                 return self.stack.pop()
             step = _STEPS.get(code)
             if step is None:
-                raise FileError(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
+                kind = FileError if code in _OF_PICKLES else DamagedFile  # of another file, or of none
+                raise kind(f"The file holds the instruction {code:#04x}, which arrays do not need: not read.")
             step(self)
         raise FileError(f"The file holds more than {MOST_INSTRUCTIONS:,} pickle instructions. Split it.")
 
@@ -179,6 +181,7 @@ class _Machine:
 
 _CUT_OFF = "The file is cut off: its pickle has no end. Make it again."
 _STOP = ord(".")
+_OF_PICKLES = {ord(opcode.code) for opcode in opcodes}
 _STEPS: dict[int, Callable[[_Machine], Any]] = {
     0x80: lambda m: m.take(1),  # the protocol
     0x95: lambda m: m.take(8),  # the length of what follows

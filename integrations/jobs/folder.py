@@ -139,7 +139,7 @@ def fill(
     """Makes and saves the maps of every ID whose files are missing or not whole.
 
     ``read`` takes an ID, in a worker process if there are any. ``make`` takes what was read and gives the maps, in any
-    order; without it, ``read`` returns them. They are saved in a thread beside it. If ``read`` raises, or maps cannot
+    order; without it, ``read`` returns them. They are saved in threads beside it. If ``read`` raises, or maps cannot
     be saved as they are, that ID alone fails. An error of the disk ends the run, with the report so far as its
     ``report``, and so does a :class:`StopRun`. ``size_of`` an ID is the (H, W) that files of an earlier run must have.
 

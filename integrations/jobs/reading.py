@@ -26,7 +26,10 @@ class Failure:
 
 
 def failure_of(error: Exception, blame: str = "") -> Failure:
-    return Failure(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}", blame)
+    reason = str(error)
+    if isinstance(error, MemoryError) and not reason:
+        reason = "The memory is too small for this image. Use fewer workers, or make the image smaller."
+    return Failure(reason if isinstance(error, ValueError) else f"{type(error).__name__}: {reason}", blame)
 
 
 @contextmanager

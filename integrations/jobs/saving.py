@@ -8,20 +8,21 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 WAITING_AT_MOST = 4  # results in memory that are not saved yet
+THREADS = 4  # a disk takes as long to keep several files for good as to keep one
 
 
 class Saver:
-    """Runs one save after another in a thread. Each ends by a call of its ``then`` in the caller's thread, with the
-    ValueError that it raised, or None; any other error is raised there and ends the run."""
+    """Runs saves in threads. Each ends, in the order they came, by a call of its ``then`` in the caller's thread, with
+    the ValueError that it raised, or None; any other error is raised there and ends the run."""
 
-    def __init__(self, thread: ThreadPoolExecutor) -> None:
-        self.thread = thread
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.threads = threads
         self.failed = False
         self.waiting: deque[tuple[Future[None], Callable[[ValueError | None], None]]] = deque()
 
     def save(self, write: Callable[[], None], then: Callable[[ValueError | None], None]) -> None:
         """Returns before the file is written, unless too many wait."""
-        self.waiting.append((self.thread.submit(write), then))
+        self.waiting.append((self.threads.submit(write), then))
         while len(self.waiting) > WAITING_AT_MOST or (self.waiting and self.waiting[0][0].done()):
             self._end_first()
 
@@ -39,7 +40,7 @@ class Saver:
         then(error)
 
     def end_saved(self) -> None:
-        """Ends those that were saved behind the one that failed."""
+        """Ends those that were saved beside the one that failed."""
         for future, then in self.waiting:
             if future.done() and not future.cancelled() and future.exception() is None:
                 then(None)
@@ -48,15 +49,15 @@ class Saver:
 @contextmanager
 def saving() -> Iterator[Saver]:
     """On an interruption, what is made is still saved. On an error of a save, the saves after it are given up."""
-    thread = ThreadPoolExecutor(1, "saving")
-    saver = Saver(thread)
+    threads = ThreadPoolExecutor(THREADS, "saving")
+    saver = Saver(threads)
     try:
         yield saver
         saver.finish()
     except BaseException:
-        thread.shutdown(cancel_futures=saver.failed)
+        threads.shutdown(cancel_futures=saver.failed)
         if saver.failed:
             saver.end_saved()
         raise
     finally:
-        thread.shutdown()
+        threads.shutdown()

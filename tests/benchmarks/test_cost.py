@@ -10,7 +10,7 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
-from benchmarks.cost import cam, folders, metrics, page, scaling, step
+from benchmarks.cost import cam, folders, metrics, page, scaling, step, views
 from benchmarks.cost.models import Setting, build_model
 from benchmarks.cost.process import in_turns, merge, peak_megabytes, quartiles, run_fresh
 from benchmarks.cost.variants import STEPS, difference, make_cam, make_step
@@ -150,6 +150,12 @@ def test_jobs_over_a_folder_are_timed_and_compute_the_same_in_every_variant():
     assert all(r.wall_seconds[0] > 0 and r.cpu_seconds[0] > 0 for r in results)
     assert all(r.difference < 1e-3 for r in results[:4]) and all(r.difference == 0 for r in results[4:])
     assert results[0].wall_ratio == results[4].cpu_ratio == (1, 1, 1)
+
+
+def test_views_are_timed_beside_what_gives_the_same_images():
+    results = views.measure(views.Config(images=3, size=72, crop=40, rounds=1))
+    assert len(results) == 12
+    assert all(r.difference < 1e-4 and r.cpu_seconds[0] > 0 and r.over_torchvision[0] > 0 for r in results)
 
 
 def test_turns_begin_with_another_each_round():

@@ -9,6 +9,8 @@ import pytest
 import timm  # noqa: F401  # this file is left out where the extras are not installed
 import torch
 
+from acr_reg.placement.modules import batch_norms
+from benchmarks.coverage import batches
 from benchmarks.coverage.__main__ import PAGE, RESULTS, recorded_page
 from benchmarks.coverage.candidate import Candidate
 from benchmarks.coverage.measure import measure
@@ -99,3 +101,13 @@ def test_a_layer_that_is_not_seen_makes_the_row_wrong() -> None:
     assert "2 kernels ran" in row.reason, "counted beneath the capture"
     assert "kernels ran" in measure(silent(1)).reason, "even where the count by hand was wrong too"
     assert "0.0 %" in summary([row]) and "**1 of 2**" in table([row])
+
+
+def test_batches_are_compared_where_batch_norms_know_their_inputs(monkeypatch):
+    """Otherwise the logits of a random network grow until softmax shows their rounding, which depends on the batch."""
+    seen = []
+    monkeypatch.setattr(batches, "_describe", lambda model, inputs: seen.append(model) or ((), []))
+    batches.differing(next(candidate for candidate in CANDIDATES if candidate.name == "visformer_tiny"))
+    norms = batch_norms(seen[0])
+    assert len(norms) > 10
+    assert all(norm.running_mean.any() and not norm.training for norm in norms)

@@ -15,7 +15,8 @@ from benchmarks.cost.gpu import cases, command, measure, page
 from benchmarks.cost.gpu.cases import BRAIN, CLASS_MAPS, FULL, HALF, KEYS, LARGEST, PROFILE, STEP, Case
 from benchmarks.cost.gpu.command import STAND_IN, run
 from benchmarks.cost.models import Setting
-from benchmarks.cost.variants import GRAD_CAM, STEPS
+from benchmarks.cost.variants import GRAD_CAM
+from tests.support.devices import stand_in_devices
 
 SMALL = Setting("tiny", 32, 2, 2)
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -37,14 +38,13 @@ def rows(request, tmp_path_factory):
 
 def test_every_variant_in_every_precision_is_as_the_published_procedure(rows):
     found = {tuple(row[name] for name in ("what", "precision", "variant")): row for row in rows[0]}
-    for precision, loss, gradient in ((FULL, 1e-6, 1e-4), (BRAIN, 1e-2, 0.1), (HALF, 1e-3, 1e-2)):
-        for variant in STEPS[1:]:
-            errors = found[STEP, precision, variant]["errors"]
-            assert errors[0] < loss and errors[1] < gradient, (precision, variant, errors)
-    for precision, most in ((FULL, 1e-5), (BRAIN, 0.03)):
-        for variant in cases.ALL_CAMS[1:-1]:
-            (error,) = found[CLASS_MAPS, precision, variant]["errors"]
-            assert error < most, (precision, variant, error)
+    allowed = {(STEP, FULL): (1e-6, 1e-4), (STEP, BRAIN): (1e-2, 0.1), (STEP, HALF): (1e-3, 1e-2)}
+    allowed |= {(CLASS_MAPS, FULL): (1e-5,), (CLASS_MAPS, BRAIN): (0.03,)}
+    compared = [key for key in found if key[:2] in allowed and key[2] not in ("plain", "forward", GRAD_CAM)]
+    assert len(compared) == 4 + 4 + 2 + 4 + 2
+    for key in compared:
+        errors = found[key]["errors"]
+        assert all(error < most for error, most in zip(errors, allowed[key[:2]], strict=True)), (key, errors)
     assert all(row["milliseconds"][1] > 0 for row in rows[0] if row["variant"] != GRAD_CAM)
     assert not [row for row in rows[0] if row["right"] is False]
 
@@ -75,7 +75,7 @@ def test_each_row_is_in_the_file_and_a_second_call_goes_on(rows, tmp_path):
 
 def test_the_page_shows_every_row(rows):
     text = page.section(rows[1])
-    assert "None of 29 rows is wrong" in text
+    assert "None of 22 rows is wrong" in text
     assert text.count("| tiny | 32 ") == 3 + 1 + 2
     assert "| float16 | " in text and "4 (" in text and "aten::" in text
     assert "Unmeasured" in page.section(rows[1].parent / "none.json")
@@ -151,6 +151,20 @@ def test_the_largest_batch_is_the_last_that_fitted(monkeypatch):
 
     monkeypatch.setattr(measure, "make_step", limited)
     assert measure.measure(Case(LARGEST, SMALL, FULL, "plain"), replace(STAND_IN, most=64)).fits == 8
+
+
+def test_on_a_device_nothing_of_a_case_is_left_on_the_cpu(monkeypatch):
+    cuda = {"max_memory_allocated": 2**20, "reset_peak_memory_stats": None, "set_per_process_memory_fraction": None}
+    for name, answer in cuda.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, answer=answer: answer)
+    monkeypatch.setattr(measure, "_cuda_time", measure._cpu_time)
+    monkeypatch.setattr(measure, "_free", lambda device: None)
+    monkeypatch.setattr(measure, "device_memory", lambda: 48 * 2**30)
+    tiny, limits = replace(SMALL, batch=1), replace(STAND_IN, device="cuda", most=1)
+    with stand_in_devices():
+        for what, variant in ((STEP, "rows"), (CLASS_MAPS, "library"), (LARGEST, "plain")):
+            row = measure.measure(Case(what, tiny, BRAIN, variant), limits)
+            assert row.note is None and row.peak_mb == 1, (what, variant, row.note)
 
 
 def test_the_first_cases_are_one_setting_in_every_precision_and_none_comes_twice():

@@ -343,6 +343,20 @@ def test_a_captured_model_is_not_traced_scripted_or_exported(
     torch.testing.assert_close(make(model, x)(x), output)
 
 
+@torch_jit
+@cold_and_warm
+def test_a_deep_copy_of_a_captured_model_is_scripted(warm: bool) -> None:
+    model, x = ScriptableVit().eval(), images()
+    output = model(x)
+    with capture_attention(model) as attention:
+        if warm:
+            model(x), attention.take()
+        copied = copy.deepcopy(model)
+        assert torch.equal(_scripted(copied, x)(x), output)
+        with pytest.raises(CaptureError, match="captured model"):
+            _scripted(model, x)
+
+
 def test_a_symbolically_traced_model_is_captured_right() -> None:
     """Its kernels are torch's functions still, called by the one module that it became."""
     import timm

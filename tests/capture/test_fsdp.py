@@ -168,6 +168,34 @@ def alone(criterion: Tensor, consistency: Tensor) -> None:
     consistency.backward()
 
 
+class Holding(nn.Module):
+    """Runs the model that it holds, by ``model(x)`` or a method of the model."""
+
+    def __init__(self, model: nn.Module, method: str) -> None:
+        super().__init__()
+        self.model, self.method = model, method
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = getattr(self.model, self.method)(x)
+        return logits
+
+
+def refusals_within(model: nn.Module, part: slice, flat: bool, method: str) -> dict[str, Tensor]:
+    """Refused: class maps of a model that is not wrapped itself, but within what is. The whole trains right afterwards:
+    it used to crash with an access to freed parameters."""
+    x, labels = (each[part] for each in batch())
+    whole = FullyShardedDataParallel(Holding(model, method), device_id=torch.device("cpu"), use_orig_params=not flat)
+    with GradientCam(model, forward=whole) as cam, pytest.raises(CaptureError, match="FSDP"):
+        cam(x)
+    with capture_attention(model) as attention:
+        logits = whole(x)
+        with pytest.raises(CaptureError, match="FSDP"):
+            class_token_gradient_cam(logits, attention.take(), labels)
+    whole.module.method = "__call__"
+    changes = train(whole, part)
+    return {name.removeprefix("model."): change for name, change in changes.items()}
+
+
 def refusals(model: nn.Module, part: slice) -> dict[str, Tensor]:
     """Refused: what takes several backwards. The model trains right afterwards."""
     x, labels = (each[part] for each in batch())
@@ -198,6 +226,9 @@ def cases() -> dict[tuple[str, str, str], Work]:
         wrap = WRAPPINGS[name]
         found[name, "fused", "alone"] = partial(spoiled, wrap=wrap, spoil=alone)
         found[name, "fused", "refused"] = lambda model, part, wrap=wrap: refusals(wrap(model), part)
+    for flat, method in ((False, "forward"), (True, "__call__")):
+        kind = "FSDP, flat parameters" if flat else "FSDP"
+        found[kind, "fused", "refused within"] = partial(refusals_within, flat=flat, method=method)
     for name in ("FSDP", "fully_shard"):
         found[name, "fused", "captured before"] = partial(train, wrap=WRAPPINGS[name])
         found[name, "fused", "apart"] = partial(spoiled, wrap=WRAPPINGS[name], spoil=one_after_the_other)

@@ -3,79 +3,26 @@
 from __future__ import annotations
 
 import gc
-import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-import acr_reg.capture
 from acr_reg import AttentionCapture, capture_attention
 from acr_reg.capture.handle import alone
+from acr_reg.capture.mode import AttentionMode
+from acr_reg.capture.scores import inside_multi_head
 from tests.support.capturing import hooks, modes
+from tests.support.interrupts import each_interrupt, files_of
 from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder
+from tests.support.models.plain import Calling
 
-ROOM = Path(acr_reg.capture.__file__).parent
-FILES = {str(ROOM / f"{name}.py") for name in ("hooks", "stacks", "recorder", "runs", "handle")}
-Line = tuple[str, int]
-
-
-def is_final(frame: FrameType) -> bool:
-    """Whether a finalizer that a lost reference started runs this frame."""
-    above = frame.f_back
-    if above is None or above.f_code is not weakref.finalize.__call__.__code__:
-        return False
-    return above.f_locals["_"] is not None  # the reference; None where code calls a finalizer itself
-
-
-@contextmanager
-def at_each_line(act: Callable[[Line], None]) -> Iterator[None]:
-    """Calls ``act`` before each line of ``FILES`` that this thread reaches, but for those of finalizers: Python itself
-    swallows what is raised in them."""
-
-    def local(frame: FrameType, event: str, _: Any) -> Any:
-        if event == "line":
-            act((frame.f_code.co_filename, frame.f_lineno))
-        return local
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, *_: local if frame.f_code.co_filename in FILES and not is_final(frame) else None)
-    try:
-        yield
-    finally:
-        sys.settrace(before)
-
-
-def moments(scenario: Callable[[], object], last: bool = True) -> list[int]:
-    """When to interrupt, in lines: where each line is reached for the first time, and for the ``last``."""
-    reached: list[Line] = []
-    with at_each_line(reached.append):
-        scenario()
-    first_times = {line: i for i, line in reversed(list(enumerate(reached)))}
-    last_times = {line: i for i, line in enumerate(reached)} if last else {}
-    return sorted({*first_times.values(), *last_times.values()})
-
-
-def interrupted(moment: int, scenario: Callable[[], None]) -> str:
-    """Runs the scenario with an interrupt at this moment, and returns the line."""
-    count, where = 0, ""
-
-    def stop(line: Line) -> None:
-        nonlocal count, where
-        count += 1
-        if count == moment + 1:
-            where = f"{Path(line[0]).name}:{line[1]}"
-            raise KeyboardInterrupt
-
-    with at_each_line(stop), pytest.raises(KeyboardInterrupt):
-        scenario()
-    return where
+FILES = files_of("capture", "_torch_private.py")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -87,9 +34,8 @@ def _quick_collections() -> Iterator[None]:
 
 def tiny() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return PlainEncoder(nn.Sequential(ExplicitBlock(8, 2), MultiheadBlock(False, 8, 2)), width=8), torch.randn(
-        2, 3, 32, 48
-    )
+    blocks = nn.Sequential(ExplicitBlock(8, 2), MultiheadBlock(False, 8, 2))
+    return PlainEncoder(blocks, width=8), torch.randn(2, 3, 32, 48)
 
 
 def assert_restored(model: nn.Module, x: Tensor, output: Tensor, where: str) -> None:
@@ -112,53 +58,54 @@ def test_a_capture_from_its_beginning_to_its_end() -> None:
     model, x = tiny()
     output = model(x)
 
-    def scenario() -> None:
+    def scenario(_: object) -> None:
         with capture_attention(model) as attention:
             for _ in range(2):
                 model(x)
                 attention.take()
 
-    every = moments(scenario, last=False)
-    assert len(every) > 250
-    for moment in every:
-        where = interrupted(moment, scenario)
+    for _, where in each_interrupt(lambda: None, scenario, FILES, step=23, holds=False):
         assert_restored(model, x, output, where)
+
+
+CALLS: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "whole": lambda model, x: model(x),
+    "blocks": lambda model, _: model.encoder(torch.randn(2, 25, 8)),
+}
+every_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+
+
+@every_call
+def test_a_forward_after_which_the_capture_goes_on(call: Callable[[nn.Module, Tensor], object]) -> None:
+    model, x = tiny()
+    output = model(x)
     with capture_attention(model) as attention:
         assert_captures(attention, model, x, output, "")
+        for _, where in each_interrupt(attention.clear, lambda _: call(model, x), FILES, step=3):
+            # An interrupt between two blocks, or after the last, cannot be told from a pause: the run waits for take().
+            attention.clear()
+            assert_captures(attention, model, x, output, where)
 
 
 @pytest.mark.parametrize("warm", [False, True], ids=["cold", "warm"])
-@pytest.mark.parametrize("call", ["whole", "blocks"])
-def test_a_forward_after_which_the_capture_goes_on_or_is_removed_or_dropped(call: str, warm: bool) -> None:
+@every_call
+def test_a_forward_after_which_the_capture_is_removed_or_dropped(
+    call: Callable[[nn.Module, Tensor], object], warm: bool
+) -> None:
     model, x = tiny()
-    output, tokens = model(x), torch.randn(2, 25, 8)
+    output = model(x)
 
-    def begun() -> AttentionCapture:
+    def begun() -> list[AttentionCapture]:
         attention = capture_attention(model)
         if warm:
             model(x), attention.take()
-        return attention
+        return [attention]
 
-    def forward() -> None:
-        if call == "whole":
-            model(x)
-        else:
-            model.encoder(tokens)
-
-    attention = begun()
-    every = moments(forward)
-    assert len(every) > 100
-    del attention
-    for moment in every[::2]:
-        attention = begun()
-        where = interrupted(moment, forward)
-        if moment % 3 == 0:
-            if call == "blocks":  # an interrupt between two of them cannot be told from a pause
-                attention.clear()
-            assert_captures(attention, model, x, output, where)
-        if moment % 3 < 2:
-            attention.remove()
-        del attention
+    interrupts = each_interrupt(begun, lambda _: call(model, x), FILES, step=11, holds=False)
+    for number, (held, where) in enumerate(interrupts):
+        if number % 2:
+            held[0].remove()
+        held.clear()
         assert_restored(model, x, output, where)
 
 
@@ -167,22 +114,17 @@ def test_a_take_a_clear_and_a_removal(action: str) -> None:
     model, x = tiny()
     output = model(x)
 
-    def begun() -> Callable[[], object]:
+    def begun() -> AttentionCapture:
         attention = capture_attention(model)
         model(x)
-        return getattr(attention, action)
+        return attention
 
-    every = moments(begun())
-    assert len(every) > 10
-    for moment in every:
-        act = begun()
-        attention = act.__self__
-        where = interrupted(moment, act)
+    interrupts = each_interrupt(begun, lambda held: getattr(held, action)(), FILES, step=7)
+    for attention, where in interrupts:
         if action != "remove":
             attention.clear()
             assert_captures(attention, model, x, output, where)
         attention.remove()
-        del act, attention
         assert_restored(model, x, output, where)
 
 
@@ -191,34 +133,112 @@ def test_a_block_in_which_one_capture_alone_hears() -> None:
     output = model(x)
     with capture_attention(model) as other, capture_attention(model) as own:
 
-        def scenario() -> None:
+        def scenario(_: object) -> None:
             with alone(own):
                 model(x)
 
-        scenario(), own.take()
+        scenario(None), own.take()
         assert_captures(other, model, x, output, "")
         own.clear()
-        every = moments(scenario, last=False)
-        assert len(every) > 100
-        for moment in every:
-            where = interrupted(moment, scenario)
+        for _, where in each_interrupt(own.clear, scenario, FILES, step=7):
             own.clear()
             assert_captures(other, model, x, output, where)
-            own.clear()
     assert_restored(model, x, output, "")
 
 
 def test_two_captures_of_which_either_is_dropped() -> None:
     model, x = tiny()
     output = model(x)
-    captures = [capture_attention(model), capture_attention(model)]
-    every = moments(lambda: model(x), last=False)[::3]  # the last times are interrupted above
-    captures.clear()
-    for moment in every:
-        captures = [capture_attention(model), capture_attention(model)]
-        where = interrupted(moment, lambda: model(x))
-        del captures[moment % 2]
-        captures[0].clear()
-        assert_captures(captures[0], model, x, output, where)
-        captures.clear()
+
+    def begun() -> list[AttentionCapture]:
+        return [capture_attention(model), capture_attention(model)]
+
+    for number, (held, where) in enumerate(each_interrupt(begun, lambda _: model(x), FILES, step=101, holds=False)):
+        del held[number % 2]
+        held[0].clear()
+        assert_captures(held[0], model, x, output, where)
+        held.clear()
         assert_restored(model, x, output, where)
+
+
+# ---- what an interruption may leave behind, wherever it hit
+
+
+class Other(TorchFunctionMode):
+    """A mode of the user's own."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
+def left_behind(model: nn.Module, x: Tensor, attention: AttentionCapture, copies: int = 1) -> AttentionMode:
+    """The mode of an interrupted forward, as it is where an interruption skipped all that takes it off."""
+    found: list[AttentionMode] = []
+
+    def stop() -> None:
+        state = attention._recorder._state  # type: ignore[union-attr]
+        found.append(state.mode)
+        raise KeyboardInterrupt
+
+    model.encoder[0].drop.call = stop
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    model.encoder[0].drop.call = None
+    for _ in range(copies):
+        found[0].__enter__()
+    return found[0]
+
+
+@pytest.mark.parametrize("above", [0, 2], ids=["alone", "below other modes"])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_an_old_mode_reports_to_nobody_and_is_off_with_the_next_forward(copies: int, above: int) -> None:
+    model, x = tiny()
+    model.encoder[0].drop = Calling()
+    output = model(x)
+    with capture_attention(model) as attention:
+        model(x), attention.take()
+        left_behind(model, x, attention, copies)
+        others = [Other() for _ in range(above)]
+        for mode in others:
+            mode.__enter__()
+        assert modes() >= copies + above
+        for _ in range(2):
+            assert torch.equal(model(x), output)
+            assert [layer.name for layer in attention.take()] == ["encoder.0", "encoder.1.attention"]
+            assert modes() == above
+        for mode in reversed(others):
+            mode.__exit__(None, None, None)
+    assert modes() == 0
+
+
+def test_an_interruption_within_multi_head_attention_is_forgotten_with_the_next_forward() -> None:
+    model, x = tiny()
+    with capture_attention(model) as attention:
+        model(x), attention.take()
+        inside_multi_head.heads, inside_multi_head.cross = 7, True  # as where its finally block was interrupted
+        model(x)
+        maps = attention.take()
+        assert [layer.shape[1] for layer in maps] == [2, 2]
+        assert (inside_multi_head.heads, inside_multi_head.cross) == (None, False)
+
+
+@pytest.mark.parametrize("worker", [False, True], ids=["here", "on another thread"])
+def test_a_capture_dropped_after_an_interruption_is_freed_though_frames_hold_it(worker: bool) -> None:
+    model, x = tiny()
+    model.encoder[0].drop = Calling()
+    freed: list[Callable[[], object]] = []
+
+    def step() -> None:
+        attention = capture_attention(model)  # a local of a frame below the interrupted forward
+        freed.append(weakref.ref(attention._recorder))
+        left_behind(model, x, attention)
+
+    if worker:
+        thread = threading.Thread(target=step)
+        thread.start(), thread.join()
+    else:
+        step()
+    gc.collect()
+    assert freed[0]() is None
+    assert hooks(model) == 0
+    assert modes() == 0

@@ -378,6 +378,39 @@ def test_copies_and_pickles_of_a_captured_model_are_not_captured() -> None:
         assert len(attention.take()) == 2
 
 
+def test_a_deep_copy_has_the_users_hooks_and_no_others_whatever_holds_the_model() -> None:
+    model, x, heard = explicit_vit(), images(), []
+    model.encoder[0].register_forward_hook(lambda *_: heard.append("own"))
+    before = state_of(model)
+
+    class Holder:
+        def __init__(self) -> None:
+            self.modules = [model, {"again": model, "part": model.encoder}]
+
+    with capture_attention(model) as first, capture_attention(model) as second:
+        model(x), first.take(), second.take()
+        memo: dict[int, Any] = {}
+        copies = {
+            "itself": copy.deepcopy(model),
+            "in an object": copy.deepcopy(Holder()).modules[0],
+            "of a copy": copy.deepcopy(copy.deepcopy(model)),
+            "in a wrapper": copy.deepcopy(nn.Sequential(model))[0],
+            "average": torch.optim.swa_utils.AveragedModel(model).module,
+            "by a memo": copy.deepcopy(model, memo),
+        }
+        part = copy.deepcopy(model.encoder[0])
+        memo.clear()
+        for name, other in copies.items():
+            assert {key: entry[1] for key, entry in state_of(other).items()} == {
+                key: entry[1] for key, entry in before.items()
+            }, name
+        assert hooks(part) == 1
+        heard.clear()
+        assert torch.equal(copies["of a copy"](x), model(x))
+        assert heard == ["own", "own"]
+        assert len(first.take()) == len(second.take()) == 2
+
+
 _LOADED_ALONE = """
 import sys
 sys.modules["acr_reg"] = None  # import acr_reg now fails

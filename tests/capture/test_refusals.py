@@ -326,3 +326,23 @@ def test_layers_that_do_not_correspond_are_refused(block: Callable[[], nn.Module
         with pytest.raises(ValueError, match=r"layers \(0, 1, 2\).*\(0, 1, 2, 3\)"):
             acr(maps, take(x.flip(-1)))
         assert acr(maps, take(x.flip(-1), 1)) > 0
+
+
+# ---- batches without an image
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+@cold_and_warm
+def test_a_batch_of_no_images_is_refused_and_the_next_one_captured(need_weights: bool, warm: bool) -> None:
+    model, x = multihead_vit(need_weights=need_weights), images()
+    output, maps = plain_pass(model, x)
+    with capture_attention(model) as attention:
+        if warm:
+            model(x)
+            attention.take()
+        assert model(x[:0]).shape[0] == 0
+        with pytest.raises(CaptureError) as error:
+            attention.take()
+        assert says(error, "0 images", "clear()")
+        assert torch.equal(model(x), output)
+        assert all(torch.equal(a, b) for a, b in zip(attention.take().weights(), maps.weights(), strict=True))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -153,3 +154,235 @@ def test_worker_threads_are_captured() -> None:
         worker.start()
         worker.join()
         assert attention.take().batch_size == 3
+
+
+# ---- one capture, several threads: whose run is it?
+
+
+def parts(model: nn.Module, x: Tensor) -> None:
+    """A forward of the model's parts one by one, which is no call of the model."""
+    patches = model.proj(x).flatten(2).transpose(1, 2)
+    tokens = torch.cat([model.cls_token.expand(len(patches), -1, -1), patches], 1) + model.pos_embed
+    for block in model.encoder:
+        tokens = block(tokens)
+
+
+def small_vit() -> nn.Module:
+    return PlainEncoder(nn.Sequential(ExplicitBlock(8, 2), MultiheadBlock(False, 8, 2)), width=8)
+
+
+@contextlib.contextmanager
+def living(*targets: Callable[[], None]) -> Iterator[None]:
+    """Threads that have done this live on until the end of the block."""
+    done, over = threading.Barrier(len(targets) + 1), threading.Event()
+
+    def act(target: Callable[[], None]) -> None:
+        target()
+        done.wait(20)
+        assert over.wait(20)
+
+    threads = [threading.Thread(target=act, args=(target,)) for target in targets]
+    for thread in threads:
+        thread.start()
+    done.wait(20)
+    yield
+    over.set()
+    for thread in threads:
+        thread.join()
+
+
+@pytest.mark.parametrize("keep", ["only", "first", "last", "all"])
+@pytest.mark.parametrize("forward", [nn.Module.__call__, parts], ids=["whole", "parts"])
+def test_each_thread_takes_the_maps_of_its_own_images(forward: Callable[..., Any], keep: Any) -> None:
+    model, batches = small_vit(), [images(size) for size in (1, 2, 3, 4)]
+    expected = []
+    for x in batches:
+        with capture_attention(model) as attention:
+            model(x)
+            expected.append(attention.take())
+    before_take, after_take = threading.Barrier(4), threading.Barrier(4)
+
+    def work(number: int) -> None:
+        for step in range(3):
+            forward(model, batches[number])
+            if step != 1:  # once by turns, and once however the threads run
+                before_take.wait(20)
+            maps = attention.take()
+            if step != 1:
+                after_take.wait(20)
+            assert [layer.name for layer in maps] == [layer.name for layer in expected[number]]
+            assert maps.run in (0, None)
+            for found, wanted in zip(maps, expected[number], strict=True):
+                assert torch.equal(found.weights(), wanted.weights())
+
+    with capture_attention(model, num_prefix_tokens=1, keep=keep) as attention:
+        run_together(*(lambda number=number: work(number) for number in range(4)))
+        assert attention._recorder.log.runs == []
+
+
+def test_a_run_of_a_living_thread_that_never_takes_is_for_one_that_ran_nothing() -> None:
+    model = small_vit()
+    with capture_attention(model) as attention:
+        for size in (2, 3):
+            with living(lambda: model(images(size))):  # noqa: B023  # it has run by the end of the block
+                assert attention.take().batch_size == size
+        with living(lambda: model(images(3))):
+            model(images(2))
+            assert attention.take().batch_size == 2
+            assert attention.take().batch_size == 3
+        with living(lambda: model(images(3))):
+            model(images(2))
+            attention.clear()
+            assert attention.take().batch_size == 3
+
+
+def test_a_run_of_a_thread_that_takes_is_for_no_other() -> None:
+    model = small_vit()
+
+    def runs_again() -> None:
+        model(images(4))
+        assert attention.take().batch_size == 4
+        model(images(3))
+
+    with capture_attention(model) as attention:
+        with living(runs_again):
+            with pytest.raises(CaptureError, match="Only other threads ran PlainEncoder"):
+                attention.take()
+            attention.clear()
+            assert len(attention._recorder.log.runs) == 1
+            model(images(2))
+            assert attention.take().batch_size == 2
+        model(images(2))  # the thread has ended and left its run
+        assert attention.take().batch_size == 2
+        assert attention._recorder.log.runs == []
+
+
+def test_runs_of_ended_threads_and_of_this_one_are_too_many_for_one_take() -> None:
+    model = small_vit()
+    with capture_attention(model) as attention:
+        for last in (2, 3):
+            run_together(lambda: model(images(3)))
+            model(images(2))
+            with pytest.raises(CaptureError, match="2 encoder runs wait"):
+                attention.take()
+            model(images(last))
+            assert attention.take().batch_size == last
+
+
+def test_a_living_thread_between_two_blocks_has_not_finished_its_run() -> None:
+    model, first, resumed = explicit_vit(2), threading.Event(), threading.Event()
+
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.vit = model
+
+        def features(self, tokens: Tensor) -> None:
+            tokens = self.vit.encoder[0](tokens)
+            first.set()
+            assert resumed.wait(20)
+            self.vit.encoder[1](tokens)
+
+    backbone = Backbone()
+    with capture_attention(backbone, num_prefix_tokens=1) as attention:
+        worker = threading.Thread(target=backbone.features, args=(torch.randn(2, 25, 32),))
+        worker.start()
+        assert first.wait(20)
+        with pytest.raises(CaptureError, match="Another thread is inside the forward of Backbone"):
+            attention.take()
+        resumed.set()
+        worker.join()
+        assert len(attention.take()) == 2
+
+
+def test_a_first_take_while_another_thread_begins_a_forward_cuts_no_layer_from_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, middle, entered, resumed = explicit_vit(2), Calling(), threading.Event(), threading.Event()
+    model.encoder[0].drop = nn.Sequential(middle)
+
+    def wait() -> None:
+        if threading.current_thread() is worker:
+            entered.set()
+            assert resumed.wait(20)
+
+    def run_and_take() -> None:
+        model(images(3))
+        taken.append(attention.take())
+
+    taken: list[Any] = []
+    worker = threading.Thread(target=run_and_take)
+    middle.call = wait
+    with capture_attention(model) as attention:
+        # As if the other thread had begun just after the look: then this thread removes hooks that it is within.
+        monkeypatch.setattr("acr_reg.capture.stacks.RunningForwards.is_elsewhere", lambda _: False)
+        model(images(2))
+        worker.start()
+        assert entered.wait(20)
+        assert attention.take().batch_size == 2
+        assert not middle._forward_hooks
+        resumed.set()
+        worker.join()
+        assert [(maps.batch_size, len(maps)) for maps in taken] == [(3, 2)]
+
+
+def test_hooks_that_another_thread_is_removing_are_passed_over() -> None:
+    model = small_vit()
+    with capture_attention(model) as attention:
+        model._forward_pre_hooks_with_kwargs.clear()  # torch then passes no kwargs
+        model(images(2))
+        assert len(attention.take()) == 2
+
+
+def test_a_thread_with_the_number_of_an_interrupted_one_is_captured() -> None:
+    model, numbers = small_vit(), []
+
+    def interrupted() -> None:
+        numbers.append(threading.get_ident())
+        model.encoder[0].drop.call = stop
+        with pytest.raises(KeyboardInterrupt):
+            model(images(3))
+        model.encoder[0].drop.call = None
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    def takes() -> None:
+        numbers.append(threading.get_ident())
+        model(images(2))
+        assert attention.take().batch_size == 2
+
+    model.encoder[0].drop = Calling()
+    with capture_attention(model) as attention:
+        model(images(2)), attention.take()
+        run_together(interrupted)
+        for _ in range(20):
+            run_together(takes)
+            if numbers[-1] == numbers[0]:
+                break
+        else:
+            pytest.skip("the system gave no number twice")
+
+
+def test_what_was_skipped_is_told_to_the_thread_that_took_it() -> None:
+    model = nn.ModuleList([nn.MultiheadAttention(8, 2, batch_first=True) for _ in range(2)])
+    tokens, others = torch.randn(2, 2, 12, 8)
+
+    def crosses() -> None:
+        model[0](tokens, tokens, tokens)
+        model[1](tokens, others[:, :5], others[:, :5])
+        assert len(attention.take()) == 1
+        taken.wait(20)
+        resumed.wait(20)
+        assert [name for name, _ in attention.skipped] == ["1"]
+
+    def attends() -> None:
+        taken.wait(20)
+        model[0](tokens, tokens, tokens)
+        attention.take()
+        assert attention.skipped == ()
+        resumed.wait(20)
+
+    taken, resumed = threading.Barrier(2), threading.Barrier(2)
+    with capture_attention(model, num_prefix_tokens=0) as attention:
+        run_together(crosses, attends)

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg import AllPairsConsistencyLoss, AttentionMaps, CamMeanIoU, HorizontalFlip, capture_attention, check
-from acr_reg.integrations import mctformer
-from acr_reg.integrations.formats import labels_of, load_cams, pseudo_labels, read_mask, save_cams, save_mask
+from acr_reg.integrations import formats, mctformer
 from acr_reg.integrations.host import inside
 from acr_reg.random_numbers import own_random_numbers
 from tests.integrations.hosts.test_families import MODELS as FAMILIES
@@ -162,9 +161,9 @@ def test_scores_and_files_take_maps_of_a_device(gpu: torch.device, tmp_path: Pat
     other.update(maps.cpu().numpy(), np.ones((4, 6), np.int64))
     assert np.array_equal(meter.compute().miou, other.compute().miou)
     for number, values in enumerate((maps[0], maps[0].bfloat16(), maps[0].cpu().requires_grad_())):
-        save_cams(tmp_path / "a.npy", {number: values})
-        assert np.allclose(load_cams(tmp_path / "a.npy")[number], maps[0].cpu(), atol=1e-2)
-        assert pseudo_labels({number: values}, 0.5).shape == (4, 6)
-    save_mask(tmp_path / "a.png", torch.ones(4, 6, dtype=torch.uint8, device=gpu))
-    assert read_mask(tmp_path / "a.png").tolist() == [[1] * 6] * 4
-    assert labels_of({"a": torch.ones(3, device=gpu, dtype=torch.bfloat16)}, "a").tolist() == [1, 1, 1]
+        formats.save_cams(tmp_path / "a.npy", {number: values})
+        assert np.allclose(formats.load_cams(tmp_path / "a.npy")[number], maps[0].cpu(), atol=1e-2)
+        assert formats.pseudo_labels({number: values}, 0.5).shape == (4, 6)
+    formats.save_mask(tmp_path / "a.png", torch.ones(4, 6, dtype=torch.uint8, device=gpu))
+    assert formats.read_mask(tmp_path / "a.png").tolist() == [[1] * 6] * 4
+    assert formats.labels_of({"a": torch.ones(3, device=gpu, dtype=torch.bfloat16)}, "a").tolist() == [1, 1, 1]

@@ -48,28 +48,23 @@ STEPS = {
     "flip, dense": Step({"blockwise": False}),
     "flip, small blocks": Step({"blockwise": True, "block_rows": 5}),
     "flip, rows": Step({"rows": 0.25}),
-    "flip, valid": Step(valid=True),
-    "flip, each head, l2": Step({"heads": "each", "distance": "l2"}),
-    "flip, js": Step({"distance": "js"}),
+    "flip, valid": Step({"heads": "each", "distance": "l2"}, valid=True),
     "flip, class maps, labels": Step(labels=True, cams=True),
-    "flip, class maps, valid": Step({"cam_normalize": "minmax"}, valid=True, cams=True),
     "half a turn, mean": Step({"normalize": "mean", "layers": [-1]}, Rotate90(2)),
     "whole tokens": Step(view=Crop(-8, 8, 32, 48, image_size=SIZE, pad=True), valid=True),
-    "scale": Step(view=Scale(0.75, keep_size=True)),
-    "scale, rows, valid": Step({"rows": 0.25}, Scale(1.5, keep_size=True), valid=True),
-    "scale, class maps": Step(view=Scale(0.75, keep_size=True), cams=True, labels=True),
+    "scale, rows, valid": Step({"rows": 0.25, "distance": "js"}, Scale(1.5, keep_size=True), valid=True),
+    "scale, class maps": Step({"cam_normalize": "minmax"}, Scale(0.75, keep_size=True), cams=True, labels=True),
     "two crops": Step(view=CROPS, view_a=CROPS),
     "two crops, sharp": Step({"blur_alike": False}, CROPS, CROPS),
     "two crops, class maps, valid": Step(view=CROPS, view_a=CROPS, cams=True, valid=True),
     "flip for each image": Step(view=PerImage([FLIP, Identity()]), valid=True),
-    "crop for each image": Step(view=CROPS, per_image=True),
     "crops for each image": Step(view=CROPS, view_a=CROPS, per_image=True, cams=True),
 }
 # Copies where each step draws another view: its tables are packed into one, but not yet those of class maps and valid.
 COPIES = {
-    **dict.fromkeys(("two crops", "two crops, sharp", "crop for each image"), 1),
-    "two crops, class maps, valid": 21,
-    "crops for each image": 13,
+    **dict.fromkeys(("two crops", "two crops, sharp"), 1),
+    "two crops, class maps, valid": 15,
+    "crops for each image": 11,
 }
 MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 CASES = [("fused", name) for name in STEPS] + [("explicit", name) for name in ("flip", "flip, valid", "two crops")]

@@ -1,4 +1,4 @@
-"""Models that lie on several devices: split, offloaded, a teacher on another one, and what the caller leaves on the CPU."""
+"""Models on several devices: split, offloaded, with a teacher on another one; and what the caller leaves on the CPU."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ VIEWS = {
 }
 MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 SECOND = torch.device("cuda", 1)
-either_kind = pytest.mark.parametrize("kind", MODELS)
 
 
 @pytest.fixture
@@ -71,13 +70,12 @@ def trained(model: Any, images: Tensor, view: Any, valid: Tensor, labels: Tensor
     return [each.detach().cpu() for each in found]
 
 
-@either_kind
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
-def test_model_on_two_devices_gives_what_it_gives_on_one(gpu: torch.device, kind: str, view: Any) -> None:
+@pytest.mark.parametrize(("kind", "of"), [("fused", "crops"), ("explicit", "flip")])
+def test_model_on_two_devices_gives_what_it_gives_on_one(gpu: torch.device, kind: str, of: str) -> None:
     model, images = model_and_images(kind)
     valid = (torch.arange(48) < 40).expand(2, *SIZE)
-    expected = trained(copy.deepcopy(model), images, view, valid, LABELS)
-    found = trained(split(model, gpu, SECOND), images.to(gpu), view, valid, LABELS)
+    expected = trained(copy.deepcopy(model), images, VIEWS[of], valid, LABELS)
+    found = trained(split(model, gpu, SECOND), images.to(gpu), VIEWS[of], valid, LABELS)
     assert len(found) == len(expected)
     for ours, theirs in zip(expected, found, strict=True):
         torch.testing.assert_close(theirs, ours)
@@ -90,12 +88,11 @@ def test_check_of_a_model_on_two_devices_reports_what_it_reports_on_one(gpu: tor
     assert there.terms == pytest.approx(here.terms, rel=1e-4)
 
 
-@either_kind
-@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize(("kind", "of"), [("fused", "crops"), ("explicit", "flip")])
 def test_student_and_teacher_on_two_devices_are_compared_where_the_first_maps_lie(
-    gpu: torch.device, kind: str, view: Any
+    gpu: torch.device, kind: str, of: str
 ) -> None:
-    student, images = model_and_images(kind)
+    (student, images), view = model_and_images(kind), VIEWS[of]
     teacher = copy.deepcopy(student)
     acr = AllPairsConsistencyLoss(view)
     losses, gradients = [], []
@@ -107,10 +104,10 @@ def test_student_and_teacher_on_two_devices_are_compared_where_the_first_maps_li
             with torch.no_grad():
                 teacher(images.to(there))
             own, others = of_student.take(), of_teacher.take().detach()
-            losses += [acr(own, others, view=view.inverse) if view == VIEWS["flip"] else acr(others, own)]
+            losses += [acr(own, others, view=view.inverse) if of == "flip" else acr(others, own)]
             losses[-1].backward()
         gradients.append([p.grad.cpu() for p in student.parameters() if p.grad is not None])
-        assert losses[-1].device == (here if view == VIEWS["flip"] else there)
+        assert losses[-1].device == (here if of == "flip" else there)
     torch.testing.assert_close(losses[1].detach().cpu(), losses[0].detach())
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(theirs, ours)
@@ -126,7 +123,11 @@ def test_labels_valid_and_class_maps_may_lie_elsewhere_for_every_term(gpu: torch
             each.clone().to(device) for each, device in zip((*rows, *cams, labels, valid), devices, strict=True)
         )
         leaves = [each.requires_grad_() for each in (a, b, cam_a, cam_b)]
-        first, second = (AttentionMaps.from_tensors([each.softmax(-1)], 3, (4, 6), class_tokens=3) for each in (a, b))
+        last = SECOND if devices[0] == gpu else CPU  # where the second layer lies
+        first, second = (
+            AttentionMaps.from_tensors([each.softmax(-1), each.to(last).softmax(-1)], 3, (4, 6), class_tokens=3)
+            for each in (a, b)
+        )
         for view in VIEWS.values():
             loss, terms = AllPairsConsistencyLoss(view)(
                 first, second, cam_a, cam_b, labels=known, valid=inside, return_terms=True

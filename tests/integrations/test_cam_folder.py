@@ -3,9 +3,11 @@
 import errno
 import io
 import os
+import pickle
 import re
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from torch.nn import functional
 from acr_reg import GradientCam, HorizontalFlip, Identity, Lattice, multi_view_cam, normalize_cam
 from acr_reg.integrations.cam_folder import write_cams
 from acr_reg.integrations.formats import FORMATS, load_cams, save_cams
-from acr_reg.integrations.jobs import progress
+from acr_reg.integrations.jobs import progress, saving
 
 SIZES = {"2007_000032": (30, 44), "2007_000039": (51, 33), "2007_000063": (16, 16)}
 LABELS = {"2007_000032": [1, 0, 0, 1], "2007_000039": [0, 1, 0, 0], "2007_000063": [0, 0, 1, 0]}
@@ -169,17 +171,34 @@ def test_a_second_run_makes_what_is_missing_only(tmp_path, photos, format):
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize("empty", [0, 2])
-def test_empty_files_of_a_crash_are_made_anew(tmp_path, photos, empty):
-    """A disk that lost power keeps the name of a file and not its content."""
-    names = list(SIZES)
-    for format in ("psa", "psa_crf"):
-        write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format)
-        file = tmp_path / ("cams" if format == "psa" else "cams_32") / f"{names[empty]}.npy"
-        content = file.read_bytes()
-        file.write_bytes(b"")
-        assert write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format).written == [names[empty]]
-        assert file.read_bytes() == content
+@pytest.mark.parametrize("number", [0, 2])
+@pytest.mark.parametrize("format", ["psa", "psa_crf", "irn", "npz"])
+def test_files_that_are_not_whole_are_made_anew(tmp_path, photos, format, number, capsys):
+    """A disk that lost power keeps the name of a file, or its size too, and a copy may have been broken off."""
+    name = list(SIZES)[number]
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format)
+    (file,) = tmp_path.glob("cams_32/*" + name + "*" if format == "psa_crf" else "cams/*" + name + "*")
+    content, before = file.read_bytes(), contents(file.parent, format)
+    for rest in (b"", content[:3], content[:100], content[:-1], content[:-300] + bytes(300), bytes(len(content))):
+        file.write_bytes(rest)
+        capsys.readouterr()
+        report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format)
+        assert (report.written, len(report.existing)) == ([name], 2)
+        if rest:
+            assert re.search(rf"{name} is made anew: .*{name}\.np[yz]: The file (is|holds)", capsys.readouterr().err)
+        assert contents(file.parent, format) == before
+
+
+@pytest.mark.parametrize("content", [b"my notes", b"PK and my notes", pickle.dumps([1]), b"\x93NUMPY"])
+def test_a_file_of_another_kind_is_not_replaced(tmp_path, photos, content):
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    file = tmp_path / "cams" / "2007_000063.npy"
+    np.save(file, {0: {1, 2}} if content == b"\x93NUMPY" else {})
+    file.write_bytes(file.read_bytes() if content == b"\x93NUMPY" else content)
+    before = file.read_bytes()
+    with pytest.raises(ValueError, match=r"2007_000063\.npy .* not in the format psa\. Choose another folder"):
+        write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    assert file.read_bytes() == before
 
 
 def test_names_are_any_that_a_file_may_have(tmp_path):
@@ -196,6 +215,27 @@ def test_names_are_any_that_a_file_may_have(tmp_path):
         assert (report.existing or report.written, list(report.failed)) == (names, ["bad\n"])
         assert report.existing == found
         assert sorted(os.listdir(tmp_path / "cams")) == sorted(f"{name}.npy" for name in names)
+
+
+def test_a_name_that_no_file_can_have_fails_its_image_alone(tmp_path, photos):
+    """Maps of an image without an ending in its name need four bytes more."""
+    (tmp_path / "cams" / "2007_000063.npy").mkdir(parents=True)
+    for name in ("a" * 251, "a" * 252, "\u00e9" * 127, "a" * 5000):
+        labels = {**LABELS, name: [1, 0, 0, 0]}
+        report = write_cams(
+            lambda images, labels: images[:, :1].expand(-1, 4, -1, -1),
+            [*photos, name],
+            labels,
+            tmp_path / "cams",
+            lambda path: torch.eye(4)[None],
+            transform_takes="path",
+            overwrite=True,
+        )
+        assert [*report.written, *report.failed] == [*SIZES][:2] + ([name] if len(name) == 251 else []) + [
+            "2007_000063"
+        ] + ([name] if len(name) != 251 else [])
+        assert "disk takes no file of this name" in report.failed["2007_000063"]
+        assert len(name) == 251 or "File name too long: the disk takes no file" in report.failed[name]
 
 
 def test_a_run_that_is_broken_off_leaves_whole_files(tmp_path, photos):
@@ -266,14 +306,30 @@ def test_a_cam_that_never_works_ends_the_run(tmp_path, photos):
     assert len(write_cams(broken, photos, LABELS, tmp_path / "cams", transform).failed) == 3
 
 
-def test_a_full_disk_ends_the_run(tmp_path, photos, monkeypatch):
-    def full(source, target):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("step", ["write", "fsync", "rename"])
+def test_a_full_disk_ends_the_run_and_keeps_the_report(tmp_path, photos, monkeypatch, capsys, step):
+    calls = []
+    place, attribute = {"write": (Path, "write_bytes"), "fsync": (os, "fsync"), "rename": (os, "replace")}[step]
+    real = getattr(place, attribute)
 
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*2007_000032\.npy'"):
-        write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
-    assert os.listdir(tmp_path / "cams") == []
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    photos[0].unlink()
+    photos.append(photos[1].with_name("more.png"))
+    photos[1].rename(photos[3])
+    labels = {**LABELS, "more": [1, 0, 0, 0]}
+    monkeypatch.setattr(place, attribute, full)
+    monkeypatch.setattr(saving, "THREADS", 1)
+    with pytest.raises(OSError, match=r"No space left on device: .*more\.npy'") as caught:
+        write_cams(cam, photos, labels, tmp_path / "cams", transform, progress=False)
+    assert caught.value.report.written == ["2007_000063"]
+    assert list(caught.value.report.failed) == ["2007_000032", "2007_000039"]
+    assert os.listdir(tmp_path / "cams") == ["2007_000063.npy"]
+    assert "cams: ended early. 1 written, 0 already there, 2 failed\n  2007_000032: " in capsys.readouterr().err
 
 
 def test_a_folder_holds_one_format(tmp_path, photos):
@@ -281,6 +337,13 @@ def test_a_folder_holds_one_format(tmp_path, photos):
     with pytest.raises(ValueError, match=r"2007_000032\.npy .*\bpsa\. .*another folder.*\birn\b"):
         write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
     assert os.listdir(tmp_path / "cams") == ["2007_000032.npy"]
+
+
+def test_the_last_file_may_be_the_one_in_another_format(tmp_path, photos):
+    write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
+    save_cams(tmp_path / "cams" / "2007_000063.npy", {2: np.eye(16)}, "irn")
+    with pytest.raises(ValueError, match=r"2007_000063\.npy .*\bpsa\. .*another folder.*\birn\b"):
+        write_cams(cam, photos, LABELS, tmp_path / "cams", transform)
 
 
 def test_mistakes_are_told_before_any_work(tmp_path, photos):

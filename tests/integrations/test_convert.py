@@ -148,10 +148,20 @@ def test_an_interrupted_run_is_taken_up_again(tmp_path, cams):
     assert (tmp_path / "labels" / f"{NAMES[0]}.png").stat().st_mtime_ns == before
 
 
-def test_empty_labels_of_a_crash_are_made_anew(tmp_path, cams):
+def test_labels_that_are_not_whole_are_made_anew(tmp_path, cams):
     quiet(cams, tmp_path / "labels", threshold=0.4)
-    (tmp_path / "labels" / f"{NAMES[1]}.png").write_bytes(b"")
-    assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
+    file = tmp_path / "labels" / f"{NAMES[1]}.png"
+    content = file.read_bytes()
+    for rest in (b"", content[:5], content[:60], content[:-16], bytes(len(content)), content[:-40] + bytes(40)):
+        file.write_bytes(rest)
+        assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
+        assert file.read_bytes() == content
+    file.write_bytes(b"my notes")
+    with pytest.raises(
+        ValueError, match=rf"{NAMES[1]}\.png is damaged, or no label map: .* is in no format .*another folder"
+    ):
+        quiet(cams, tmp_path / "labels", threshold=0.4)
+    assert file.read_bytes() == b"my notes"
 
 
 @pytest.mark.parametrize(
@@ -205,8 +215,9 @@ def test_label_images_of_another_program_are_not_passed_over(tmp_path, cams, mas
     with pytest.raises(ValueError, match=rf"{NAMES[0]}\.png was not made by this conversion.*another folder"):
         quiet(cams, masks, threshold=0.4)
     (masks / f"{NAMES[0]}.png").write_bytes(before[:20])
-    with pytest.raises(ValueError, match=rf"{NAMES[0]}\.png .*another folder"):
+    with pytest.raises(ValueError, match=rf"{NAMES[1]}\.png .*another folder"):
         quiet(cams, masks, threshold=0.4)
+    assert (masks / f"{NAMES[0]}.png").read_bytes() == before[:20]
 
 
 # ---------------------------------------------------------------- photos
@@ -246,6 +257,11 @@ def test_files_at_the_maps_size_are_not_taken_for_those_at_the_photos(tmp_path, 
     with pytest.raises(ValueError, match=r"9x14 and its photo 18x28 .*overwrite"):
         convert(images=photos)
     assert convert(images=photos, overwrite=True).written == NAMES
+    assert convert(images=photos).existing == NAMES
+    Image.new("RGB", (5, 4)).save(photos / f"{NAMES[2]}.jpg")
+    with pytest.raises(ValueError, match=rf"{NAMES[2]}\.\w+ of an earlier run is .* and its photo 4x5 .*overwrite"):
+        convert(images=photos)
+    (photos / f"{NAMES[2]}.jpg").write_bytes(b"no photo")  # not needed for a file that exists
     assert convert(images=photos).existing == NAMES
 
 

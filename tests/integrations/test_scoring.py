@@ -166,12 +166,16 @@ def test_a_bad_label_map_or_mask_is_named(folder, file, damage):
         score_labels(folder.of_labels, LabelMeanIoU(4), progress=False)
 
 
-def test_an_unforeseen_error_names_the_files(folder, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(SyntaxError("broken PNG file"), "SyntaxError: broken PNG file"), (MemoryError(), "The memory is too small")],
+)
+def test_an_unforeseen_error_names_the_files(folder, monkeypatch, error, message):
     def broken(path):
-        raise SyntaxError("broken PNG file")
+        raise error
 
     monkeypatch.setattr(scoring, "read_mask", broken)
-    with pytest.raises(ValueError, match=r"image_0\.npy with .*image_0\.png: SyntaxError: broken PNG file"):
+    with pytest.raises(ValueError, match=rf"image_0\.npy with .*image_0\.png: {message}"):
         score_cams(folder.of_cams, CamMeanIoU(4), progress=False)
 
 

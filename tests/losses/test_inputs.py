@@ -9,7 +9,9 @@ from acr_reg import (
     AllPairsConsistencyLoss,
     AttentionMaps,
     Compose,
+    Crop,
     HorizontalFlip,
+    Lattice,
     Rotate90,
     Scale,
     VerticalFlip,
@@ -248,3 +250,22 @@ def test_a_failed_call_leaves_nothing_behind():
         with pytest.raises((TypeError, ValueError)):
             bad(acr)
     assert acr(a, b).item() == before
+
+
+@pytest.mark.parametrize("key_grid", [(2, 3), (4, 3), (8, 12), (3, 5)])
+def test_a_key_grid_in_tokens_is_compared_with_no_image_size(key_grid):
+    """Its cells are not of one token, and are of no pixels either."""
+    view = Crop(16, 0, 32, 48, (64, 96), image_size=(64, 96))
+    in_pixels = Lattice(4, 6, (16.0, 16.0)), Lattice(*key_grid, (64 / key_grid[0], 96 / key_grid[1]))
+    maps = [torch.rand(2, 3, 24, key_grid[0] * key_grid[1], generator=generator(seed)).softmax(-1) for seed in (0, 1)]
+    acr = AllPairsConsistencyLoss(view, activation_weight=0)
+    with torch.no_grad():
+        found, expected = (
+            acr(*(AttentionMaps.from_tensors([each], 0, grid, key_grid=keys) for each in maps))
+            for grid, keys in (((4, 6), key_grid), in_pixels)
+        )
+        mixed = acr(*(AttentionMaps.from_tensors([each], 0, in_pixels[0], key_grid=key_grid) for each in maps))
+    assert found == expected == mixed > 0
+    small = AttentionMaps.from_tensors(maps[:1], 0, Lattice(4, 6, (8.0, 8.0)), key_grid=key_grid)
+    with torch.no_grad(), pytest.raises(ValueError, match="32 x 48 px, but Crop"):
+        acr(small, small)

@@ -153,13 +153,13 @@ def test_in_reentrant_checkpoint() -> None:
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
-def test_remove_mode_takes_one_off_wherever_it_stands(place: int) -> None:
-    note = changed("torch.overrides._pop_mode and _push_mode", "TorchFunctionMode.__enter__ and __exit__")
+def test_keep_modes_takes_one_off_wherever_it_stands(place: int) -> None:
+    note = changed("the stack of function modes", "TorchFunctionMode.__enter__ and __exit__")
     modes = [Seen() for _ in range(3)]
     for mode in modes:
         mode.__enter__()
-    private.remove_mode(modes[place])
-    assert _len_torch_function_stack() == 2, note
+    assert private.function_modes() == modes, note
+    private.keep_modes([i != place for i in range(3)])
     torch.ones(1).exp()
     assert ["exp" in mode.names for mode in modes] == [i != place for i in range(3)], note
     left = [mode for mode in modes if mode is not modes[place]]
@@ -168,20 +168,50 @@ def test_remove_mode_takes_one_off_wherever_it_stands(place: int) -> None:
     assert _len_torch_function_stack() == 0, note
 
 
-def test_remove_mode_leaves_others_alone() -> None:
-    note = changed("torch.overrides._pop_mode and _push_mode", "TorchFunctionMode.__enter__ and __exit__")
-    entered, other = Seen(), Seen()
-    with entered:
-        private.remove_mode(other)
-        assert _len_torch_function_stack() == 1, note
-        torch.ones(1).exp()
-    assert "exp" in entered.names, note
-    depth: list[int] = []
-    with entered:
-        thread = threading.Thread(target=lambda: depth.append(_len_torch_function_stack()))
+def test_a_thread_has_its_own_stack_of_modes() -> None:
+    found: list[Any] = []
+    with Seen():
+        thread = threading.Thread(target=lambda: found.append(private.function_modes()))
         thread.start()
         thread.join()
-    assert depth == [0], changed("the stack of function modes", "whether it is still one for each thread")
+    assert found == [[]], changed("the stack of function modes", "whether it is still one for each thread")
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_entered_leaves_other_modes_alone_also_where_torch_lost_the_mode(lost: bool) -> None:
+    below, mode, above = Seen(), Seen(), Seen()
+    with below:
+        with private.entered(mode), private.entered(mode):
+            assert private.function_modes() == [below, mode, mode]
+            if lost:  # as where an interruption comes between pop and push
+                _pop_mode()
+        assert private.function_modes() == [below]
+        with private.entered(mode):
+            above.__enter__()
+        assert private.function_modes() == [below, above]
+        _pop_mode()
+
+
+# ---- hooks of modules
+
+
+def test_remove_hooks_removes_whichever_are_ones_own_without_their_handles() -> None:
+    note = changed("the dicts of a module's hooks", "Module.register_forward_hook")
+    module, heard = nn.Identity(), []
+
+    def hook(name: str) -> Any:
+        return lambda *_, **__: heard.append(name)
+
+    own = [hook("own"), hook("own")]
+    for pre, after in (own, [hook("other"), hook("other")]):
+        module.register_forward_pre_hook(pre, with_kwargs=True)
+        module.register_forward_hook(after, prepend=True, always_call=True, with_kwargs=True)
+    before = {name: len(held) for name, held in vars(module).items() if "_hooks" in name}
+    private.remove_hooks(module, lambda hook: hook in own)
+    after = {name: len(held) for name, held in vars(module).items() if "_hooks" in name}
+    assert after == {name: count // 2 for name, count in before.items()}, note
+    module(torch.ones(1))
+    assert heard == ["other", "other"], note
 
 
 def test_math_kernel_has_a_second_derivative_and_the_default_kernel_a_name() -> None:
@@ -526,6 +556,14 @@ def test_models_whose_parameters_are_sharded_are_known(mesh: Any) -> None:
     assert private.shards_parameters(model), note
     wrapped = nn.Sequential(fsdp.FullyShardedDataParallel(nn.Linear(4, 4), device_id=torch.device("cpu")))
     assert private.shards_parameters(wrapped), note
+    note = changed("FullyShardedDataParallel and fully_shard", "_is_fsdp_managed_module, on each module within")
+    for wrap in (
+        lambda module: fsdp.fully_shard(module, mesh=mesh),
+        lambda module: fsdp.FullyShardedDataParallel(module, device_id=torch.device("cpu")),
+    ):
+        inner = nn.Linear(4, 4)
+        wrap(nn.Sequential(inner))
+        assert private.shards_parameters(inner), note
 
 
 def test_each_backward_has_a_number_of_its_own() -> None:
@@ -600,8 +638,8 @@ def test_the_reader_sees_every_way_to_what_is_private() -> None:
     for expected in (
         "nn.modules.batchnorm._BatchNorm",
         "torch._C",
-        "overrides._pop_mode",
-        "overrides._len_torch_function_stack",
+        "torch._C._get_function_stack_at",
+        "module._forward_hooks",
         "torch._dynamo",
         "torch._ops",
     ):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import cache
 from typing import Any, ClassVar
 from unittest.mock import patch
 
@@ -162,29 +163,28 @@ def _line() -> str:
 def placed(device: Any) -> torch.device:
     """``cuda`` is ``cuda:0``, as where no other device was set."""
     device = torch.device(device)
-    return (
-        torch.device(device.type, 0)
-        if device.type != "cpu" and device.index is None
-        else CPU
-        if device.type == "cpu"
-        else device
-    )
+    return CPU if device.type == "cpu" else torch.device(device.type, device.index or 0)
+
+
+@cache
+def _traits(func: Any) -> tuple[str, bool, bool]:
+    """Its name, whether it takes numbers that are tensors of the CPU, and whether it draws random numbers."""
+    name, tags = func.overloadpacket.__name__, func.tags
+    return name, torch.Tag.pointwise in tags or name in _TAKE_NUMBERS, torch.Tag.nondeterministic_seeded in tags
 
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    name = func.overloadpacket.__name__
-    tensors = [*_tensors(args), *_tensors(kwargs.values())]
-    device = _device_of(func, name, tensors, args, kwargs)
+    name, _, draws = _traits(func)
+    tensors = _tensors(args) if not kwargs else _tensors((*args, *kwargs.values()))
+    device = _device_of(func, tensors, args, kwargs)
     if device is not None and device != CPU:
         _note_operation(name, args)
     if kwargs.get("device") is not None:
         kwargs = {**kwargs, "device": CPU, "pin_memory": False} if "pin_memory" in kwargs else {**kwargs, "device": CPU}
-    with _Generators.drawing_on(device) if torch.Tag.nondeterministic_seeded in func.tags else nullcontext():
-        result = func(*(_inner(value) for value in args), **{key: _inner(value) for key, value in kwargs.items()})
-    if device == CPU or result is None:
-        return result
-    wrappers = {id(tensor.inner): tensor for tensor in tensors if isinstance(tensor, DeviceTensor)}
-    return _outer(result, device, wrappers)
+    # In torch 2.1 a mode for functions, such as that of a capture, would see this operation.
+    with torch._C.DisableTorchFunction(), _Generators.drawing_on(device) if draws else nullcontext():
+        result = func(*map(_inner, args), **{key: _inner(value) for key, value in kwargs.items()})
+    return result if device == CPU or result is None else _outer(result, device, tensors)
 
 
 class _Generators:
@@ -217,12 +217,14 @@ class _Generators:
         torch.set_rng_state(of_cpu)
 
 
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
     for value in values:
         if isinstance(value, Tensor):
-            yield value
+            found.append(value)
         elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
+            found += _tensors(value)
+    return found
 
 
 def _inner(value: Any) -> Any:
@@ -231,15 +233,18 @@ def _inner(value: Any) -> Any:
     return [_inner(each) for each in value] if isinstance(value, (list, tuple)) else value
 
 
-def _outer(value: Any, device: torch.device | None, wrappers: dict[int, DeviceTensor]) -> Any:
+def _outer(value: Any, device: torch.device | None, given: list[Tensor]) -> Any:
     """``value`` with its tensors on ``device``. What an operation returns of its arguments, as in place, stays that."""
     if isinstance(value, Tensor):
-        return wrappers[id(value)] if id(value) in wrappers else DeviceTensor(value, device)
-    return type(value)(_outer(each, device, wrappers) for each in value) if isinstance(value, (list, tuple)) else value
+        same = (tensor for tensor in given if isinstance(tensor, DeviceTensor) and tensor.inner is value)
+        found = next(same, None)
+        return DeviceTensor(value, device) if found is None else found
+    return type(value)(_outer(each, device, given) for each in value) if isinstance(value, (list, tuple)) else value
 
 
-def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
+def _device_of(func: Any, tensors: list[Tensor], args: Any, kwargs: Any) -> torch.device | None:
     """Where the result of an operation lies, None if wherever it is used. Raises for tensors of several devices."""
+    name, takes_numbers, _ = _traits(func)
     if name == "copy_":
         return _claim(args[0])
     asked = kwargs.get("device")
@@ -250,16 +255,15 @@ def _device_of(func: Any, name: str, tensors: list[Tensor], args: Any, kwargs: A
     if name in _INDEX:
         of_cpu = {id(index) for index in args[1] if index is not None and _claim(index) == CPU}
         tensors = [tensor for tensor in tensors if id(tensor) not in of_cpu]
-    claims = {_claim(tensor): tensor for tensor in tensors} if tensors else {}
-    if (torch.Tag.pointwise in func.tags or name in _TAKE_NUMBERS) and len(claims) > 1:
-        claims = {_claim(tensor): tensor for tensor in tensors if tensor.ndim or _claim(tensor) != CPU}
-    claims.pop(None, None)
+    claims = {_claim(tensor) for tensor in tensors}
+    if len(claims) > 1:
+        if takes_numbers:
+            claims = {_claim(tensor) for tensor in tensors if tensor.ndim or _claim(tensor) != CPU}
+        claims.discard(None)
     if len(claims) > 1:
         raise RuntimeError(f"{func} got tensors on {' and '.join(sorted(map(str, claims)))}")
-    if claims:
-        return next(iter(claims))
-    if tensors:
-        return _claim(tensors[0])
+    if claims or tensors:
+        return next(iter(claims), None)
     return None if _Functions.inside_operation() or _in_engine() else CPU
 
 
@@ -301,17 +305,19 @@ class _Operations(TorchDispatchMode):
 class _Functions(TorchFunctionMode):
     """Sends tensors of the CPU to devices, and remembers which function of torch was called."""
 
-    # For each function that runs: whether what it makes lies where it is used.
-    _running: ClassVar[list[bool]] = []
+    _running: ClassVar[list[tuple[Any, Any, Any]]] = []
 
     @staticmethod
     def inside_operation() -> bool:
-        return bool(_Functions._running) and _Functions._running[-1]
+        """Whether what is made now is made by an operation on a device for itself, and lies where it is used."""
+        func, args, kwargs = _Functions._running[-1] if _Functions._running else (torch.empty, (), {})
+        given = _tensors((*args, *kwargs.values()))
+        return func not in _CONSTRUCTORS and any(isinstance(each, DeviceTensor) for each in given)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
         if kwargs.get("device") is not None:
-            kwargs["device"] = placed(kwargs["device"])
+            kwargs = {**kwargs, "device": placed(kwargs["device"])}
         if func is Tensor.cuda:
             return DeviceTensor.cuda(*args, **kwargs)
         if func is Tensor.to:
@@ -323,8 +329,7 @@ class _Functions(TorchFunctionMode):
         if func in _BACKWARD:
             with self:
                 return body_of(func)(*args, **kwargs)
-        given = (*_tensors(args), *_tensors(kwargs.values()))
-        self._running.append(func not in _CONSTRUCTORS and any(isinstance(each, DeviceTensor) for each in given))
+        self._running.append((func, args, kwargs))
         try:
             return func(*args, **kwargs)
         finally:
@@ -344,7 +349,7 @@ def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor
 
 def _from_values(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     data = args[0] if args else kwargs.get("data")
-    device = kwargs.pop("device", None)
+    device, kwargs = kwargs.get("device"), {name: value for name, value in kwargs.items() if name != "device"}
     if isinstance(data, DeviceTensor):
         made: Tensor = data.detach() if func is torch.tensor else data
         return made.to(device=device or data.device, dtype=kwargs.get("dtype") or data.dtype, copy=func is torch.tensor)

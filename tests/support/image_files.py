@@ -9,6 +9,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+# Which pixels (y, x) each pass of an interlaced PNG holds.
+ADAM7 = [
+    (slice(y, None, down), slice(x, None, right))
+    for y, x, down, right in (
+        (0, 0, 8, 8),
+        (0, 4, 8, 8),
+        (4, 0, 8, 4),
+        (0, 2, 4, 4),
+        (2, 0, 4, 2),
+        (0, 1, 2, 2),
+        (1, 0, 2, 1),
+    )
+]
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6  # PNG's colour types
 
 
@@ -23,11 +36,13 @@ def write_png(
     colour_type: int,
     before: bytes = b"",
     after: bytes = b"",
+    interlaced: bool = False,
 ) -> Path:
     """Values (H, W) or (H, W, bands) of ``depth`` bits; chunks ``before`` and ``after`` the pixels."""
     height, width = values.shape[:2]
-    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
-    rows = b"".join(b"\0" + _packed(row.reshape(-1), depth) for row in values)
+    header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, int(interlaced))
+    passes = [values[part] for part in ADAM7] if interlaced else [values]
+    rows = b"".join(b"\0" + _packed(row.reshape(-1), depth) for each in passes if each.size for row in each)
     chunks = png_chunk(b"IHDR", header) + before + png_chunk(b"IDAT", zlib.compress(rows)) + after
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunks + png_chunk(b"IEND", b""))
     return path

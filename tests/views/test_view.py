@@ -26,6 +26,7 @@ from acr_reg import (
     align_attention,
 )
 from acr_reg.views import resampling
+from acr_reg.views.resampling import LatticeMap
 from acr_reg.views.view import map_between
 from tests.support.attention import explicit, says
 from tests.support.tensor_watch import TensorWatch
@@ -284,6 +285,32 @@ def test_large_images_are_read_in_blocks_and_give_what_whole_products_give(view,
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(100, 90), (3, 100, 90), (1, 3, 100, 90), (0, 3, 100, 90), (2, 0, 100, 90)], ids=str)
+def test_large_images_may_come_in_any_shape(shape):
+    images = noise(*shape)
+    found = Scale(0.5)(images)
+    assert found.shape == (*shape[:-2], 50, 45)
+    assert found.numel() == 0 or torch.equal(found, Scale(0.5)(images.reshape(-1, 100, 90)).reshape(found.shape))
+
+
+@any_large
+def test_large_images_may_lie_in_any_order(view):
+    images = noise(2, 2, *LARGE, dtype=torch.float64)
+    expected = view(images)
+    orders = (
+        images.to(memory_format=torch.channels_last),
+        images.mT.contiguous().mT,
+        images.repeat_interleave(2, -1)[..., ::2],
+        images[:, :1].expand(-1, 2, -1, -1),
+    )
+    for given in orders[:-1]:
+        torch.testing.assert_close(view(given), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(view(orders[-1])[:, 1], expected[:, 0], rtol=1e-12, atol=1e-12)
+    half = view(images.bfloat16())
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, view(images.bfloat16().float()).bfloat16())
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.5])
 def test_the_products_of_an_image_grow_with_its_pixels(factor):
     """A product with all pixels of a row for each output pixel would grow with their cube: eightfold."""
@@ -301,6 +328,20 @@ def test_an_exact_view_is_one_copy(view):
     with TensorWatch() as made:
         moved = view(images)
     assert moved.numel() <= made.written < 1.1 * moved.numel()
+
+
+def test_a_flip_of_one_size_is_planned_once_and_a_crop_is_not_kept(monkeypatch):
+    made, between = [], LatticeMap.between
+    monkeypatch.setattr(LatticeMap, "between", lambda *given: made.append(given) or between(*given))
+    for _ in range(3):
+        images = noise(2, 3, 23, 29)
+        assert torch.equal(HorizontalFlip()(images), images.flip(-1))
+    assert len(made) == 1
+    for view in (Crop(1, 2, 6, 9, size=6, image_size=(23, 29)), Scale(0.7, keep_size=True), Scale(2)):
+        made.clear()
+        view(images)
+        view(images)
+        assert len(made) == 2
 
 
 @pytest.mark.parametrize("view", [PerImage([HorizontalFlip(), Rotate90(2)]), PerImage([Rotate90(), HorizontalFlip()])])

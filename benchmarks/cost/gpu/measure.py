@@ -86,10 +86,15 @@ def measure(case: Case, limits: Limits, published: tuple[float, ...] | None = No
         row = Row(note=f"{error.name} is not installed")
     except Exception as error:  # the other cases still count
         row = Row(right=False, note=f"{type(error).__name__}: {error}"[:300])
-    if limits.device == "cuda":
-        gc.collect()  # the models of this case
-        torch.cuda.empty_cache()
+    _free(limits.device)
     return row if row.errors is None else replace(row, right=_right(case, row.errors, published))
+
+
+def _free(device: str) -> None:
+    """What no case uses any more; models and their captures hold each other."""
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def _right(case: Case, errors: tuple[float, ...], published: tuple[float, ...] | None) -> bool:
@@ -123,6 +128,7 @@ def _consistency(setting: Setting, device: str, rows: float | None) -> tuple[tup
         lambda variant: consistency_of(*make_step(variant, setting, device, rows), setting),
         "published" if rows is None else "dense",
         "blockwise",
+        device,
     )
 
 
@@ -142,15 +148,15 @@ def _class_maps(case: Case, limits: Limits) -> Row:
 @lru_cache(maxsize=2)
 def _published_maps(setting: Setting, device: str, unpropagated: bool) -> tuple[Tensor, str | None]:
     first, second = (HOOKS, UNPROPAGATED) if unpropagated else ("published", "library")
-    return _reference(lambda variant: make_cam(variant, setting, device)(), first, second)
+    return _reference(lambda variant: make_cam(variant, setting, device)(), first, second, device)
 
 
-def _reference(compute: Callable[[str], _T], first: str, second: str) -> tuple[_T, str | None]:
+def _reference(compute: Callable[[str], _T], first: str, second: str, device: str) -> tuple[_T, str | None]:
     """In float32, by the ``first`` variant, or by the ``second`` and a note if there is not enough memory."""
     with _exact():
         with suppress(torch.cuda.OutOfMemoryError):
             return compute(first), None
-        gc.collect()
+        _free(device)
         return compute(second), f"compared with {second} in float32"
 
 
@@ -174,10 +180,9 @@ def _largest(case: Case, limits: Limits) -> Row:
     with _memory_of(limits):
         row, batch = Row(note="out of memory"), case.setting.batch
         while batch <= limits.most:
-            setting = replace(case.setting, batch=batch)
+            _free(limits.device)
             try:
-                _, step = make_step(case.variant, setting, limits.device, dtype=getattr(torch, case.precision))
-                row = replace(_timed(step, replace(limits, rounds=2)), fits=batch)
+                row = replace(_step_of(replace(case.setting, batch=batch), case, limits), fits=batch)
             except torch.cuda.OutOfMemoryError:
                 break
             batch *= 2
@@ -188,14 +193,19 @@ def device_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
+def _step_of(setting: Setting, case: Case, limits: Limits) -> Row:
+    _, step = make_step(case.variant, setting, limits.device, dtype=getattr(torch, case.precision))
+    return _timed(step, replace(limits, rounds=2))
+
+
 @contextmanager
 def _memory_of(limits: Limits) -> Iterator[None]:
     """As much memory as a common card has."""
     if limits.device != "cuda":
         yield
         return
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(limits.gibibytes * 2**30 / device_memory())
+    _free(limits.device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limits.gibibytes * 2**30 / device_memory()))
     try:
         yield
     finally:
@@ -224,8 +234,8 @@ def _timed(run: Callable[[], Any], limits: Limits) -> Row:
     """Time by CUDA events and the peak of the allocator, after one more call to warm up."""
     on_gpu = limits.device == "cuda"
     run()
+    _free(limits.device)  # the models that were compared with
     if on_gpu:
-        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
     spent: list[float] = []
     while len(spent) < limits.rounds and (not spent or sum(spent) < 1000 * limits.seconds):

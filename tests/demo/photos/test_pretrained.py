@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -49,6 +50,17 @@ def test_weights_that_cannot_be_read_are_refused(tmp_path: Path, suffix: str, co
     with pytest.raises(CommandError) as error:
         load_weights(path)
     assert says(error, f"--weights {path} cannot be read", ".npz or torch file")
+
+
+def test_weights_that_are_damaged_inside_an_archive_are_refused(tmp_path: Path) -> None:
+    """What zlib says is no error of zipfile."""
+    path = tmp_path / "weights.npz"
+    np.savez_compressed(path, a=np.arange(1000.0))
+    content = path.read_bytes()
+    for at in range(60, 400, 7):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0xFF]) + content[at + 1 :])
+        with pytest.raises(CommandError, match=r"weights\.npz cannot be read"):
+            load_weights(path)
 
 
 def test_the_origin_of_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ def test_the_librarys_own_lists_are_read_without_the_background(tmp_path):
         (PERSON, r"float32 array of shape \(20,\), not a dict"),
         ({"a": PERSON, "b": DOG[:5]}, r"differ in length.*20.*5"),
         ({"a": PERSON * np.nan}, r"image a hold NaN"),
+        ({"a": PERSON, "b": np.array([np.inf, *PERSON[1:]])}, r"image b hold NaN or infinity"),
         ({"a": np.zeros((2, 20))}, r"image a are a float64 array of shape \(2, 20\)"),
         ({"a": "person"}, r"image a are"),
         ({2007000032: PERSON, "2007_000032": DOG}, r"Two keys mean image 2007_000032.*Keep one"),

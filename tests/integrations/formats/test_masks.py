@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.formats.masks import read_mask, save_mask, voc_palette
+from acr_reg.integrations.scoring import find_samples, score_cams
+from acr_reg.metrics import CamMeanIoU
 from tests.support.image_files import (
     GREY,
     GREY_ALPHA,
@@ -48,6 +51,41 @@ def test_pngs_of_every_depth_hold_the_ids_that_were_written(tmp_path, depth, pal
     before = png_chunk(b"PLTE", voc_palette()[: 2**depth].tobytes()) if palette else b""
     path = write_png(tmp_path / "mask.png", ids, depth, PALETTE if palette else GREY, before)
     assert read(path) == ids.tolist()
+
+
+@pytest.mark.parametrize(
+    ("colour_type", "depth"),
+    [
+        *((GREY, depth) for depth in (1, 2, 4, 8, 16)),
+        *((PALETTE, depth) for depth in (1, 2, 4, 8)),
+        (GREY_ALPHA, 8),
+        (RGB, 8),
+    ],
+)
+def test_interlaced_pngs_hold_the_ids_that_were_written(tmp_path, depth, colour_type):
+    ids = np.random.default_rng(depth).integers(0, 2**depth, (11, 13))
+    values = {GREY_ALPHA: np.dstack([ids, ids // 2]), RGB: voc_palette()[ids % 256]}.get(colour_type, ids)
+    before = png_chunk(b"PLTE", voc_palette()[: 2**depth].tobytes()) if colour_type == PALETTE else b""
+    path = write_png(tmp_path / "mask.png", values, depth, colour_type, before, interlaced=True)
+    assert read(path) == ids.tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_other_chunks_of_a_small_grey_png_change_nothing(tmp_path, depth):
+    """Transparency, significant bits, gamma, a background; and pixels in many chunks."""
+    ids = np.minimum(IDS, 2**depth - 1)
+    chunks = [(b"sBIT", b"\1"), (b"gAMA", struct.pack(">I", 45455)), (b"tRNS", b"\0\1"), (b"bKGD", b"\0\1")]
+    for kind, data in chunks:
+        assert read(write_png(tmp_path / "mask.png", ids, depth, GREY, png_chunk(kind, data))) == ids.tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_perfect_map_of_small_grey_masks_scores_1(tmp_path, depth):
+    ids = np.minimum(IDS, 2**depth - 1) % 3
+    write_png(tmp_path / "a.png", ids, depth, GREY)
+    save_cams(tmp_path / "a.npy", {number - 1: ids == number for number in range(1, ids.max() + 1)})
+    found = score_cams(find_samples([("a", "a.png")], tmp_path, tmp_path), CamMeanIoU(4), progress=False)
+    assert found.compute().best_miou == 1
 
 
 def test_ids_of_16_bits_are_read_in_both_byte_orders(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from acr_reg.integrations.formats import FORMATS, load_cams, resize_map, save_cams, save_crf_pair
+from acr_reg.integrations.formats import FORMATS, load_cams, resize_map, save_cams, save_crf_pair, save_mask
 from tests.support.class_maps import assert_same_maps, in_every_format
 
 
@@ -135,6 +135,17 @@ def test_save_refuses_bad_maps_and_leaves_nothing(tmp_path, cams, message, suffi
 def test_save_refuses_other_endings(tmp_path, maps):
     with pytest.raises(ValueError, match=r"ends in '\.png'.*\.npy or \.npz"):
         save_cams(tmp_path / "image.png", maps)
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, maps, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda *names: done.append(names[1].name) or replace(*names))
+    save_cams(tmp_path / "image.npy", maps)
+    save_mask(tmp_path / "image.png", np.eye(3, dtype=int))
+    assert done == [
+        (tmp_path / name).stat().st_size if size else name for name in ("image.npy", "image.png") for size in (1, 0)
+    ]
 
 
 @pytest.mark.parametrize("step", ["write", "rename"])

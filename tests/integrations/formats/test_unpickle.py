@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from acr_reg.integrations.formats import FORMATS, load_cams, save_cams, unpickle
+from acr_reg.integrations.formats import FORMATS, image_labels, load_cams, numpy_files, save_cams, unpickle
 from tests.support.class_maps import Call, write_npy
+from tests.support.paths import ROOT
 
 
 def hostile_files(mark):
@@ -234,3 +235,16 @@ def test_a_memory_that_is_too_small_is_said(tmp_path, monkeypatch):
     for name in ("image.npy", "image.npz"):
         with pytest.raises(ValueError, match=rf"{name}: The memory is too small"):
             load_cams(tmp_path / name)
+
+
+def test_the_page_states_the_limits():
+    page = (ROOT / "docs" / "reference" / "formats.md").read_text()
+    assert unpickle.MOST_BYTES == numpy_files.MOST_BYTES == 2 * 2**30
+    for value in (
+        f"{unpickle.MOST_INSTRUCTIONS // 10**6} million",
+        f"{unpickle.DEEPEST} levels",
+        f"{unpickle.LONGEST_TEXT:,}",
+        f"{image_labels.MOST_LABELS // 10**6} million",
+        "2 GiB",
+    ):
+        assert f" {value}" in page

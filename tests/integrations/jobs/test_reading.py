@@ -24,6 +24,8 @@ def read(name):
         raise ValueError("a bad value")
     if name == "05":
         raise OSError("no such file")
+    if name == "06":
+        raise MemoryError
     return torch.full((2,), float(name)), np.full(2, int(name)), name
 
 
@@ -34,6 +36,7 @@ def test_results_come_in_order_and_failures_as_results(workers):
     assert list(found) == NAMES
     assert found.pop("03") == Failure("a bad value")
     assert found.pop("05") == Failure("OSError: no such file")
+    assert found.pop("06").text.startswith("MemoryError: The memory is too small for this image. Use fewer workers")
     for name, (tensor, array, text) in found.items():
         assert tensor.tolist() == array.tolist() == [float(name)] * 2
         assert isinstance(array, np.ndarray)  # DataLoader would make it a tensor

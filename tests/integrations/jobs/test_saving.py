@@ -1,4 +1,4 @@
-"""Saving beside the work: one after another, with nothing lost that was made."""
+"""Saving beside the work, with nothing lost that was made."""
 
 import threading
 
@@ -43,8 +43,18 @@ def test_few_results_wait_and_each_is_told_in_the_thread_of_the_caller():
         for number in range(50):
             saver.save(lambda number=number: written.append(number), lambda e: told.append(threading.current_thread()))
             assert len(saver.waiting) <= module.WAITING_AT_MOST
-    assert written == list(range(50))
+    assert sorted(written) == list(range(50))
     assert told == [threading.main_thread()] * 50
+
+
+def test_results_are_told_in_their_order_and_saved_side_by_side():
+    gates, told = [threading.Event() for _ in range(module.THREADS)], []
+    with saving() as saver:
+        for number, gate in enumerate(gates):
+            saver.save(lambda gate=gate: gate.wait(20), lambda error, number=number: told.append(number))
+        for gate in reversed(gates):
+            gate.set()
+    assert told == list(range(module.THREADS))
 
 
 def test_a_value_error_is_the_result_of_its_save_alone():
@@ -74,7 +84,7 @@ def test_an_interruption_saves_what_is_made():
 
     with pytest.raises(KeyboardInterrupt):
         interrupt()
-    assert written == [0, 1, 2]
+    assert sorted(written) == [0, 1, 2]
 
 
 def test_an_error_of_the_disk_ends_the_run_and_gives_up_the_saves_behind_it():
@@ -94,6 +104,25 @@ def test_an_error_of_the_disk_ends_the_run_and_gives_up_the_saves_behind_it():
     with pytest.raises(OSError, match="No space left"):
         run()
     assert threading.active_count() == 1 or not any(t.name.startswith("saving") for t in threading.enumerate())
+
+
+def test_what_was_saved_behind_an_error_of_the_disk_is_told():
+    gate, told = threading.Event(), []
+
+    def full():
+        raise OSError("No space left on device")
+
+    def run():
+        with saving() as saver:
+            saver.save(lambda: gate.wait(20), told.append)
+            saver.save(full, told.append)
+            saver.save(lambda: None, lambda error: told.append("behind"))
+            gate.set()
+            saver.waiting[2][0].result(20)
+
+    with pytest.raises(OSError, match="No space left"):
+        run()
+    assert told == [None, "behind"]
 
 
 def test_a_map_that_cannot_be_saved_fails_its_image_alone(tmp_path):
