@@ -379,9 +379,8 @@ def test_blocks_of_a_part_of_the_images_equal_the_dense_evaluation(name, heads, 
         grids = GRID, VIEWS[name].output_size(GRID)
         recorded = [{} if mask is None else MASKS[mask](2 + h * w) for h, w in grids]
         factors = [random_factors(grid, 2, seed) for seed, grid in enumerate(grids)]
-        attention = [
-            attention_of(pair, grid, 2, (0, 1), **more) for pair, grid, more in zip(factors, grids, recorded, strict=True)
-        ]
+        sides = zip(factors, grids, recorded, strict=True)
+        attention = [attention_of(pair, grid, 2, (0, 1), **more) for pair, grid, more in sides]
         acr = AllPairsConsistencyLoss(VIEWS[name], heads=heads, distance="l2", rows=0.6)
         assert_same(acr, attention, [tensor for pair in factors for tensor in pair], None, **given)
 
