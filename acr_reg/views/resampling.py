@@ -137,12 +137,6 @@ class _Part:
             return _for_each(_banded, maps, along_y, along_x)
         return _product(_product(maps.mT, y).mT, x)
 
-    def weights(self, rows: Tensor, columns: Tensor, dtype: torch.dtype) -> Tensor:
-        """(S, R, source tokens): the weights of the target tokens at these ``rows`` and ``columns`` (R,)."""
-        along_y, along_x = (columns, rows) if self.transposed else (rows, columns)
-        y, x = (axis.dense(dtype, rows.device) for axis in (self.y, self.x))
-        return (y[:, along_y, :, None] * x[:, along_x, None, :]).flatten(2)
-
 
 @dataclass(frozen=True, eq=False)
 class LatticeMap:
@@ -210,16 +204,6 @@ class LatticeMap:
         width = self.source.width
         found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
         return self._gathered(found)
-
-    def sources(self, tokens: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The source tokens (1 or B, U) that the target ``tokens`` (R,) read, and their weights (1 or B, R, U). Only
-        for maps that are not exact. If an image reads fewer than U tokens, the others have weight 0."""
-        rows, columns = tokens // self.target.width, tokens % self.target.width
-        weights = self._gathered([part.weights(rows, columns, dtype) for part in self.parts])
-        read = (weights > 0).any(1)
-        sources = read.long().argsort(dim=1, descending=True, stable=True)[:, : int(read.sum(1).max())]
-        weights = weights.gather(2, sources[:, None].expand(-1, weights.shape[1], -1))
-        return sources, weights
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.

@@ -518,6 +518,24 @@ def test_sampled_rows_are_rows_of_the_whole(name, share, count):
         torch.testing.assert_close(of_some, of_whole, rtol=1e-12, atol=0)
 
 
+def test_every_row_is_sampled_equally_often_whatever_the_blocks():
+    a, b = random_attention((4, 6), layers=1, seed=1)[0], random_attention((4, 6), layers=1, seed=2)[0]
+    torch.manual_seed(0)
+    drawn = {}
+    for rows in (24, 6):
+        torch.manual_seed(0)
+        plan, counts = plan_of(a, b, HorizontalFlip(), rows=(rows, rows)), torch.zeros(24)
+        for _ in range(1500):
+            blocks, share = sample_rows(plan, 0.3)
+            picked = torch.cat([block.tokens[0] + tokens for block, tokens in blocks])
+            assert len(picked.unique()) == 7 == round(24 * share)
+            counts[picked] += 1
+        drawn[rows] = counts
+    assert torch.equal(drawn[24], drawn[6])
+    expected = 1500 * 7 / 24
+    assert ((drawn[24] - expected).abs() < 4.5 * math.sqrt(expected)).all()
+
+
 def test_sampled_rows_respect_valid():
     """Whichever rows are drawn, padding is left out: the mean over draws stays between the rows' own distances."""
     tensors_a, tensors_b, a, b = pair_of("horizontal", (3, 5), batch=1, layers=1)

@@ -368,6 +368,47 @@ def graph_of(loss):
     return " ".join(names)
 
 
+@pytest.mark.parametrize("name", ["flip", "half as large", "crop, resized", "another resized crop for each image"])
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_blocks_of_a_part_of_the_images_equal_the_dense_evaluation(name, heads, monkeypatch):
+    monkeypatch.setattr("acr_reg.losses.blockwise.BLOCK_MEGABYTES", 1e-3)
+    monkeypatch.setattr("acr_reg.losses.blockwise.LEAST_ROWS", 5)
+    valid = torch.rand(2, *GRID, generator=generator(3)) > 0.3
+    labels = torch.tensor([[1, 0], [1, 1]])
+    for mask, given in itertools.product((None, "bias of every image"), ({}, {"valid": valid}, {"labels": labels})):
+        grids = GRID, VIEWS[name].output_size(GRID)
+        recorded = [{} if mask is None else MASKS[mask](2 + h * w) for h, w in grids]
+        factors = [random_factors(grid, 2, seed) for seed, grid in enumerate(grids)]
+        sides = zip(factors, grids, recorded, strict=True)
+        attention = [attention_of(pair, grid, 2, (0, 1), **more) for pair, grid, more in sides]
+        acr = AllPairsConsistencyLoss(VIEWS[name], heads=heads, distance="l2", rows=0.6)
+        assert_same(acr, attention, [tensor for pair in factors for tensor in pair], None, **given)
+
+
+def test_the_default_forms_maps_where_they_are_small(monkeypatch):
+    _, attention = pair_of_factors(HorizontalFlip())
+    assert "Blockwise" not in graph_of(AllPairsConsistencyLoss(HorizontalFlip())(*attention))
+    elements = 2 * attention[0][0].weights().numel()  # of one layer in both views
+    for room, rows, blockwise in ((elements, 1.0, False), (elements - 1, 1.0, True), (elements / 2, 0.5, False)):
+        monkeypatch.setattr("acr_reg.losses.blockwise.SMALL_MEGABYTES", room * 4 / 2**20)
+        loss = AllPairsConsistencyLoss(HorizontalFlip(), rows=rows)(*attention)
+        assert ("Blockwise" in graph_of(loss)) == blockwise
+
+
+@pytest.mark.parametrize("blockwise", [False, True])
+def test_rows_and_keys_that_one_view_does_not_show_take_little_work(blockwise):
+    grid, work = (16, 16), {}
+    for apart in (1, 6):
+        views = [Crop(at, at, 10, 10, size=grid, image_size=grid) for at in (0, apart)]
+        factors = [random_factors(grid, 1, seed, heads=4) for seed in (1, 2)]
+        attention = [attention_of(pair, grid, 1) for pair in factors]
+        with TensorWatch() as watch:
+            acr = AllPairsConsistencyLoss(views[1], blockwise=blockwise)
+            torch.autograd.grad(acr(*attention, view_a=views[0]), [tensor for pair in factors for tensor in pair])
+        work[apart] = watch.written
+    assert work[6] < 0.5 * work[1]
+
+
 def test_what_needs_maps_is_evaluated_dense():
     weights = [torch.randn(2, 2, 26, 26, generator=generator(s)).softmax(-1).requires_grad_() for s in (1, 2)]
     attention = [AttentionMaps([explicit(w, layout_of(GRID, 2))]) for w in weights]
