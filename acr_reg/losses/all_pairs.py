@@ -59,8 +59,9 @@ class AllPairsConsistencyLoss(nn.Module):
             compared.
         cam_normalize: as you score class maps: "max" (relu over the maximum per image and class), "minmax", or None.
         blockwise: True never forms an N x N map of fused layers. False forms the maps of all layers and keeps them for
-            the backward pass, which second derivatives need. None forms them if all, of both views, take at most 256
-            MB; it is faster where maps are small. Explicit maps are compared at once.
+            the backward pass, which second derivatives need. None forms them if all, of both views, take at most 128
+            MB; it is faster where maps are small, and holds twice that where a view resamples. Explicit maps are
+            compared at once.
         block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 4 MB of maps
             per block, 64 MB on a GPU, of whole images or of at least 64 rows of one, or 4 rows of the grid where a view
             resamples. Blocks are whole rows of the grid.

@@ -22,7 +22,7 @@ from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
 
 # Up to this size, all maps are formed at once: blocks of small maps take up to 1.4 times as long.
-SMALL_MEGABYTES = 256
+SMALL_MEGABYTES = 128
 
 # Of the maps of both views in a block, which holds a few times as many. Other devices than a CPU have no cache of this
 # size to profit from, and each block costs them calls.
