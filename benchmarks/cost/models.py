@@ -11,6 +11,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from acr_reg.losses.blockwise import SMALL_MEGABYTES
+
 PATCH = 16
 HEADS = {"tiny": 3, "small": 6, "base": 12, "large": 16}
 
@@ -36,6 +38,11 @@ class Setting:
     def map_megabytes(self) -> float:
         """The size of all attention maps of both views in float32."""
         return 2 * self.depth * self.batch * HEADS[self.model] * (self.tokens + 1) ** 2 * 4 / 2**20
+
+    @property
+    def default(self) -> str:
+        """The variant that the loss chooses by itself."""
+        return "dense" if self.map_megabytes <= SMALL_MEGABYTES else "blockwise"
 
     def __str__(self) -> str:
         return f"ViT-{self.model[0].upper()} {self.size} px, batch {self.batch}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost.gpu.page import section
+from benchmarks.cost.models import Setting
 from benchmarks.marked_page import begin, fill
 
 HERE = Path(__file__).resolve().parent / "results"
@@ -26,8 +27,8 @@ BEGIN = begin("cost page --write")
 ORDER = ("tiny", "small", "base")
 NAMES = {
     "published": "published procedure",
-    "dense": "dense (`blockwise=False`)",
-    "blockwise": "blockwise (default)",
+    "dense": "dense",
+    "blockwise": "blockwise",
     "rows": "blockwise, `rows=0.25`",
 }
 FOLDERS = (
@@ -55,7 +56,7 @@ def short_table() -> str:
         "|---|---|---|---|---|",
     ]
     for case in SHORT:
-        published, ours = (steps[(*case, variant)] for variant in ("published", "blockwise"))
+        published, ours = (steps[(*case, variant)] for variant in ("published", Setting(*case).default))
         model, size, batch = case
         lines.append(
             f"| ViT-{model[0].upper()}, {size} px, batch of {batch} | {_seconds(published)} | {_seconds(ours)} "
@@ -84,7 +85,9 @@ def step_table(rows: Iterable[Row]) -> str:
     for r in ordered:
         if r["variant"] == "plain":
             continue
-        head = f"| {r['model'][0].upper()} | {r['size']} | {r['tokens']} | {r['batch']} | {NAMES[r['variant']]} |"
+        chosen = Setting(r["model"], r["size"], r["batch"], r["depth"]).default
+        name = f"{NAMES[r['variant']]}{' (default)' * (r['variant'] == chosen)}"
+        head = f"| {r['model'][0].upper()} | {r['size']} | {r['tokens']} | {r['batch']} | {name} |"
         if r["skipped"] is not None:
             lines.append(f"{head} | not run: {r['skipped']} | | | |")
             continue

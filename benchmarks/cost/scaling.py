@@ -86,7 +86,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     styles = {
         "published": ("published procedure", "#b2182b", "o"),
         "dense": ("this library, dense", "#ef8a62", "s"),
-        "blockwise": ("blockwise (default)", "#2166ac", "o"),
+        "blockwise": ("blockwise", "#2166ac", "o"),
         "rows": ("blockwise, rows=0.25", "#67a9cf", "s"),
     }
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
