@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from typing import Any, Literal
 
@@ -28,15 +29,15 @@ LAYERS = {"all": None, "lower": (0, 1, 2), "upper": (3, 4, 5)}
 class Network:
     """A kind of network and the class maps read off it.
 
-    ``starts`` are the first layers that may count (negative, counted from the end). ``maps`` names what a cell scores:
-    "raw" is the map that the primary contrast compares, "propagated" is that map spread over the affinity. ``spread``
-    names the :data:`PROPAGATIONS` to choose from.
+    ``starts`` are the first layers that may count (negative, counted from the end). ``maps`` are what a cell scores,
+    and how pages name them: "raw" is the map that the primary contrast compares, "propagated" is that map spread over
+    the affinity. ``spread`` names the :data:`PROPAGATIONS` to choose from.
     """
 
     title: str
     starts: tuple[int, ...]
     spread: tuple[str, ...]
-    maps: tuple[str, ...]
+    maps: Mapping[str, str]
     folder: str = ""  # of its results
 
 
@@ -45,13 +46,19 @@ NETWORKS = {
         "one class token",
         (-1, -2, -3, -4),
         ("all", "first", "last"),
-        ("raw", "propagated"),
+        {"raw": "raw CAM", "propagated": "propagated"},
     ),
     "class_tokens": Network(
         "class tokens and patch head",
         (-1, -3, -6),
         ("all", "last"),
-        ("raw", "propagated", "patch", "attention", "gradient"),
+        {
+            "raw": "fused",
+            "propagated": "fused, spread",
+            "patch": "patch",
+            "attention": "attention",
+            "gradient": "gradient",
+        },
         "class_tokens",
     ),
 }

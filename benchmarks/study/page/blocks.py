@@ -120,7 +120,8 @@ def _contrast(results: Path, photos: str, own: dict[str, Group]) -> str:
         figures = [number(mean(mean_ap_of)[0]), spread(mean(raw_of)), spread(mean(propagated_of))]
         rows.append([title, *figures, number(mean(cpu_of)[0], 0)])
     about = f"{_about(setting)}; test photos, {SEEDS[len(own['both'].records)]}"
-    return _compact(table([about, "mAP", "raw CAM mIoU", "propagated", "CPU s"], rows))
+    maps = NETWORKS[setting.network].maps
+    return _compact(table([about, "mAP", f"{maps['raw']} mIoU", maps["propagated"], "CPU s"], rows))
 
 
 def _class_tokens(results: Path) -> dict[str, str]:

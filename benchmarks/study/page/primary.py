@@ -23,7 +23,7 @@ from benchmarks.study.page.tables import (
     spread,
     table,
 )
-from benchmarks.study.settings import CONDITIONS, SEEDS
+from benchmarks.study.settings import CONDITIONS, NETWORKS, SEEDS
 from benchmarks.study.store import read_json
 
 FILE = "primary.json"
@@ -31,7 +31,6 @@ MOVED = {"benchmarks/study_choice.py": "benchmarks/study/choice.py"}  # primary.
 EXCLUDING = 3  # so many of the seeds' intervals must exclude zero
 TRADED = 0.01  # mAP that a gain may lose
 STUDENT = 2.776  # the 97.5 % point of Student's t with four degrees of freedom (five seeds)
-VERDICT = ["from", "to", "change of raw mIoU", "95 % over seeds", "seeds above 0", "intervals without 0", "verdict"]
 HELPS, HARMS, UNCLEAR = "a gain", "a loss", "no clear difference"
 
 
@@ -109,8 +108,14 @@ def judged(found: Sequence[Difference]) -> str:
 
 def by_seed(contrasts: Sequence[Contrast]) -> str:
     """A table for each contrast, with a row for each seed that both conditions have."""
-    header = ["seed", "mAP", "raw CAM mIoU", "difference", "propagated", "difference"]
+    maps = maps_of(contrasts)
+    header = ["seed", "mAP", f"{maps['raw']} mIoU", "difference", maps["propagated"], "difference"]
     return "\n\n".join(f"{contrast.title}:\n\n{table(header, contrast.rows())}" for contrast in contrasts)
+
+
+def maps_of(contrasts: Sequence[Contrast]) -> Mapping[str, str]:
+    """How pages name the class maps of the network that is compared."""
+    return NETWORKS[contrasts[0].first.setting.network].maps
 
 
 def rule(results: Path) -> str:
@@ -154,7 +159,9 @@ def verdicts(results: Path, found: Sequence[Group], photos: str) -> str:
     if not made:
         return "Not scored yet."
     baselines = baseline_rows(results, photos, "test")
-    said = [table(VERDICT, [contrast.verdict() for contrast in made])]
+    change = f"change of {maps_of(made)['raw']} mIoU"
+    header = ["from", "to", change, "95 % over seeds", "seeds above 0", "intervals without 0", "verdict"]
+    said = [table(header, [contrast.verdict() for contrast in made])]
     said += [_against(made[0].second, baselines)] if baselines else []
     return "\n\n".join(said)
 
@@ -171,7 +178,8 @@ def best_of(baselines: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
 def _against(group: Group, baselines: Sequence[Mapping[str, Any]]) -> str:
     best = best_of(baselines)
     said = "above it" if useful(group, baselines) else "below it: **not yet useful**"
+    maps = NETWORKS[group.setting.network].maps["raw"]
     return (
-        f"The best row without training, {best['name']}, scores {number(best['miou'])}. Raw maps of "
-        f"{CONDITIONS[group.setting.condition].title}, {spread(group.mean(raw_of))}, are {said}."
+        f"The best row without training, {best['name']}, scores {number(best['miou'])}. The {maps} mIoU of "
+        f"{CONDITIONS[group.setting.condition].title}, {spread(group.mean(raw_of))}, is {said}."
     )

@@ -193,7 +193,8 @@ def _read(members: Sequence[Group]) -> str:
 
 def _scores(baselines: Sequence[Record], members: Sequence[Group]) -> str:
     """The baselines without training, then every condition with its paired difference to the reference."""
-    header = ["", "seeds", "mAP", "raw CAM mIoU", "to reference", "propagated", "to reference"]
+    maps = NETWORKS[members[0].setting.network].maps
+    header = ["", "seeds", "mAP", f"{maps['raw']} mIoU", "to reference", maps["propagated"], "to reference"]
     rows = [[row["name"], "", "", number(row["miou"]), "", "", ""] for row in baselines]
     for group in members:
         reference = reference_of(group, members)
@@ -235,7 +236,6 @@ def kinds_of_maps(members: Sequence[Group]) -> str | None:
     names = NETWORKS[members[0].setting.network].maps
     if members[0].setting.network == ONE_TOKEN:
         return None
-    shown = {"raw": "fused", "propagated": "fused, spread"}
     rows = []
     for group in members:
         found = (
@@ -243,7 +243,7 @@ def kinds_of_maps(members: Sequence[Group]) -> str | None:
             for name in names
         )
         rows.append([group.title, *(", ".join(pair) for pair in found)])
-    return table(["mIoU, agreement", *(shown.get(name, name) for name in names)], rows)
+    return table(["mIoU, agreement", *names.values()], rows)
 
 
 def _others(members: Sequence[Group]) -> list[Contrast]:
