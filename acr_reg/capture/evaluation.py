@@ -31,7 +31,7 @@ class _Changed(ABC):
     function that entered it no longer runs.
     """
 
-    _modules: frozenset[nn.Module] = frozenset()  # while they are changed
+    _held: frozenset[nn.Module] = frozenset()  # while they are changed
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -45,7 +45,7 @@ class _Changed(ABC):
 
     def __enter__(self: Self) -> Self:
         self._thread, self._frame = threading.get_ident(), id(sys._getframe(1))  # the frame itself would hold the block
-        self._modules = frozenset(self.model.modules())
+        self._held = frozenset(self.model.modules())
         _BLOCKS[next(_ARRIVALS)] = self
         before = list(takewhile(lambda block: block is not self, _blocks()))
         nested = any(block._thread == self._thread and block._is_running for block in before)
@@ -53,7 +53,7 @@ class _Changed(ABC):
         for block in reversed(before):
             if nested and (block._is_running or block._thread != self._thread):
                 continue  # to wait while other threads wait for the outer block might be for ever
-            while block._modules & self._modules:
+            while block._held & self._held:
                 if not block._is_running:
                     block.restore()
                 else:
@@ -63,7 +63,7 @@ class _Changed(ABC):
 
     @property
     def _is_running(self) -> bool:
-        here = sys._current_frames().get(self._thread) if self._modules else None
+        here = sys._current_frames().get(self._thread) if self._held else None
         while here is not None and id(here) != self._frame:
             here = here.f_back
         return here is not None
@@ -76,7 +76,7 @@ class _Changed(ABC):
             self._undo()
             raise
         finally:
-            self._modules = frozenset()
+            self._held = frozenset()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,7 +84,7 @@ class _Changed(ABC):
         self.restore()
 
     def __del__(self) -> None:
-        if self._modules:
+        if self._held:
             self.restore()
 
 

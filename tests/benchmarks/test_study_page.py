@@ -128,7 +128,7 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
     interval = np.mean(gains) + np.array((-1, 1)) * 2.776 * np.std(gains, ddof=1) / 5**0.5
     assert "| {:+.3f} to {:+.3f} |".format(*interval) in whole
     above = made_counts(0, quality).miou() > 0.3
-    assert ("are above it" if above else "**not yet useful**") in whole
+    assert ("is above it" if above else "**not yet useful**") in whole
 
 
 @pytest.mark.parametrize("path", [STUDY, PROTOCOL, README, GUIDE], ids=lambda path: path.name)

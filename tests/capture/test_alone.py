@@ -92,7 +92,7 @@ def test_a_capture_made_within_the_forward_of_a_cam_hears() -> None:
     with capture_attention(model) as outer, GradientCam(model, forward=forward) as cam:
         model(images(2))
         cam(images(3))
-        assert set(seen[1:]) == {3}
+        assert set(seen[:-2]) == {1} and seen[-2:] == [3, 3]  # the first runs show the layers of one image
         assert outer.take().batch_size == 2
 
 
