@@ -196,7 +196,7 @@ class RunLog:
         return was_there
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False)
 class Entry:
     """A hooked module that is running, with what it was given."""
 

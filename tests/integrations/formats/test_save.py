@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from acr_reg.integrations.formats import FORMATS, load_cams, resize_map, save_cams, save_crf_pair, save_mask
+from acr_reg.integrations.formats import FORMATS, load_cams, resize_map, save_cams, save_crf_pair
 from tests.support.class_maps import assert_same_maps, in_every_format
 
 
@@ -138,6 +138,8 @@ def test_save_refuses_other_endings(tmp_path, maps):
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, maps, monkeypatch):
+    from acr_reg.integrations.formats import save_mask  # needs Pillow
+
     done, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: done.append(os.fstat(file).st_size) or fsync(file))
     monkeypatch.setattr(os, "replace", lambda *names: done.append(names[1].name) or replace(*names))
