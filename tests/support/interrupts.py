@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import sys
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ T = TypeVar("T")
 Line = tuple[str, int]
 
 PACKAGE = Path(acr_reg.__file__).parent
+EVERY_LINE = os.environ.get("ACR_REG_EVERY_LINE") == "1"  # whatever the step of a test
 LIBRARY = frozenset(str(path) for path in PACKAGE.rglob("*.py"))
 
 
@@ -36,13 +38,14 @@ def each_interrupt(
     """Yields (what ``begin`` made, the line) after an interrupt in ``act`` of it: at each line of ``files`` when it is
     first reached, and at each when it is last reached.
 
-    ``step`` tries every so many lines. ``holds``: the traceback, and with it every frame and object of the interrupted
-    call, stays alive until the next interrupt, as in a notebook; else it is dropped first.
+    ``step`` tries every so many lines, unless ACR_REG_EVERY_LINE=1 asks for all. ``holds``: the traceback, and with it
+    every frame and object of the interrupted call, stays alive until the next interrupt, as in a notebook; else it is
+    dropped first.
     """
     act(begin())  # fills caches, so that later calls reach the same lines
     every = moments(partial(act, begin()), files)
     assert every, "no line of the library was reached"
-    for moment in every[::step]:
+    for moment in every[:: 1 if EVERY_LINE else step]:
         made = [begin()]
         where, error = interrupt(moment, partial(act, made[0]), files)
         if not holds:
