@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg._torch_private import replace_buffers
-from acr_reg.capture.stacks import frame_of
 from acr_reg.errors import CaptureError, LayoutError, SizeError
 
 Self = TypeVar("Self", bound="_Changed")
@@ -64,7 +63,7 @@ class _Changed(ABC):
 
     @property
     def _is_running(self) -> bool:
-        here = frame_of(self._thread) if self._held else None
+        here = sys._current_frames().get(self._thread) if self._held else None
         while here is not None and id(here) != self._frame:
             here = here.f_back
         return here is not None

@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container
 from types import FrameType
-from typing import Any
 
 from torch import nn
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
-
-def frame_of(thread: int) -> FrameType | None:
-    """The innermost frame of a thread; None if it has ended."""
-    return sys._getframe(1) if thread == threading.get_ident() else _frames().get(thread)
-
-
-def _frames() -> dict[int, FrameType]:
-    """The innermost frame of each thread.
-
-    A garbage collection within ``sys._current_frames`` waits for ever for a lock that this function holds. So none may
-    begin in it. The three calls are one step of C code, which no interruption and no other thread divides.
-    """
-    if not gc.isenabled():
-        return sys._current_frames()
-    steps: tuple[Iterator[Any], ...] = (iter(gc.disable, 0), iter(sys._current_frames, 0), iter(gc.enable, 0))
-    frames: dict[int, FrameType] = list(map(next, steps))[1]
-    return frames
 
 
 def is_running(frame: FrameType, current: FrameType | None = None) -> bool:
@@ -48,7 +28,7 @@ def is_running(frame: FrameType, current: FrameType | None = None) -> bool:
 
 def is_running_on(thread: int, frame: FrameType) -> bool:
     """Whether the frame is still on that thread's stack."""
-    current = frame_of(thread)
+    current = sys._current_frames().get(thread)
     return current is not None and is_running(frame, current)
 
 
@@ -83,7 +63,7 @@ class RunningForwards:
 
     def is_inside(self, thread: int) -> bool:
         """Whether that thread is in a method of one of the modules, as in one that runs blocks one by one."""
-        frame = frame_of(thread)
+        frame = sys._current_frames().get(thread)
         while frame is not None:
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module) and owner in self._modules:
@@ -101,11 +81,11 @@ class RunningForwards:
         return thread in self._begun_before
 
     def _elsewhere(self) -> dict[int, FrameType]:
-        calls = {thread: self._outermost_call(thread) for thread in _frames()}
+        calls = {thread: self._outermost_call(thread) for thread in sys._current_frames()}
         return {t: call for t, call in calls.items() if call is not None and t != threading.get_ident()}
 
     def _outermost_call(self, thread: int, counts: Callable[[nn.Module], bool] = lambda _: True) -> FrameType | None:
-        found, frame = None, frame_of(thread)
+        found, frame = None, sys._current_frames().get(thread)
         while frame is not None:
             if frame.f_code is nn.Module.__call__.__code__:
                 module = frame.f_locals["self"]
