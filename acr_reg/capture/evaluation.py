@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from acr_reg._torch_private import replace_buffers
+from acr_reg.capture.stacks import stack_of
 from acr_reg.errors import CaptureError, LayoutError, SizeError
 
 Self = TypeVar("Self", bound="_Changed")
@@ -63,10 +64,7 @@ class _Changed(ABC):
 
     @property
     def _is_running(self) -> bool:
-        here = sys._current_frames().get(self._thread) if self._held else None
-        while here is not None and id(here) != self._frame:
-            here = here.f_back
-        return here is not None
+        return bool(self._held) and any(id(frame) == self._frame for frame in stack_of(self._thread))
 
     def restore(self) -> None:
         """Restores the model, which ends the block. May be called again."""

@@ -2,24 +2,44 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
 from types import FrameType
+from typing import Any
 
 from torch import nn
 
 _SUSPENDABLE = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
-def is_running(frame: FrameType, current: FrameType | None = None) -> bool:
-    """Whether the frame is still on this thread's stack, or on that of the frame ``current``.
+def stack_of(thread: int) -> Iterator[FrameType]:
+    """The frames of a thread, innermost first; none once it has ended."""
+    frame = sys._getframe(1) if thread == threading.get_ident() else _innermost_frames().get(thread)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
-    A KeyboardInterrupt skips even always-called hooks.
+
+def _innermost_frames() -> dict[int, FrameType]:
+    """The innermost frame of each thread.
+
+    ``sys._current_frames`` holds a lock that a garbage collection within it waits for, for ever. So none may begin in
+    it. The three calls are one step of C code, which no interruption and no other thread divides. The frames have no
+    name here: this function's own is among them, and would hold itself and all that its callers hold.
     """
-    current = sys._getframe(1) if current is None else current
-    while current is not None:
+    if not gc.isenabled():
+        return sys._current_frames()
+    steps: tuple[Iterator[Any], ...] = (iter(gc.disable, 0), iter(sys._current_frames, 0), iter(gc.enable, 0))
+    return list(map(next, steps))[1]
+
+
+def is_running(frame: FrameType) -> bool:
+    """Whether the frame is still on this thread's stack. A KeyboardInterrupt skips even always-called hooks."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None:  # a loop of its own, because each hook asks
         if current is frame:
             return True
         current = current.f_back
@@ -28,8 +48,7 @@ def is_running(frame: FrameType, current: FrameType | None = None) -> bool:
 
 def is_running_on(thread: int, frame: FrameType) -> bool:
     """Whether the frame is still on that thread's stack."""
-    current = sys._current_frames().get(thread)
-    return current is not None and is_running(frame, current)
+    return any(other is frame for other in stack_of(thread))
 
 
 def suspendable_callers(frame: FrameType) -> tuple[FrameType, ...]:
@@ -63,13 +82,8 @@ class RunningForwards:
 
     def is_inside(self, thread: int) -> bool:
         """Whether that thread is in a method of one of the modules, as in one that runs blocks one by one."""
-        frame = sys._current_frames().get(thread)
-        while frame is not None:
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, nn.Module) and owner in self._modules:
-                return True
-            frame = frame.f_back
-        return False
+        owners = (frame.f_locals.get("self") for frame in stack_of(thread))
+        return any(isinstance(owner, nn.Module) and owner in self._modules for owner in owners)
 
     def began_before(self) -> bool:
         """Whether this thread is still in a forward that had begun before."""
@@ -81,14 +95,13 @@ class RunningForwards:
         return thread in self._begun_before
 
     def _elsewhere(self) -> dict[int, FrameType]:
-        calls = {thread: self._outermost_call(thread) for thread in sys._current_frames()}
+        calls = {thread: self._outermost_call(thread) for thread in _innermost_frames()}
         return {t: call for t, call in calls.items() if call is not None and t != threading.get_ident()}
 
     def _outermost_call(self, thread: int, counts: Callable[[nn.Module], bool] = lambda _: True) -> FrameType | None:
-        found, frame = None, sys._current_frames().get(thread)
-        while frame is not None:
+        found = None
+        for frame in stack_of(thread):
             if frame.f_code is nn.Module.__call__.__code__:
                 module = frame.f_locals["self"]
                 found = frame if module in self._modules and counts(module) else found
-            frame = frame.f_back
         return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import itertools
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from acr_reg import AllPairsConsistencyLoss, CaptureError, HorizontalFlip, capture_attention
+from acr_reg.capture.stacks import stack_of
 from tests.support.capturing import images
 from tests.support.models import ExplicitBlock, MultiheadBlock, PlainEncoder, explicit_vit
 from tests.support.models.plain import BUILDERS, Calling
@@ -386,3 +389,18 @@ def test_what_was_skipped_is_told_to_the_thread_that_took_it() -> None:
     taken, resumed = threading.Barrier(2), threading.Barrier(2)
     with capture_attention(model, num_prefix_tokens=0) as attention:
         run_together(crosses, attends)
+
+
+def test_no_garbage_collection_begins_while_the_frames_of_threads_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would wait for a lock that sys._current_frames holds, for ever: a test of the suite once did."""
+    seen: list[bool] = []
+    monkeypatch.setattr(sys, "_current_frames", lambda: seen.append(gc.isenabled()) or {})
+    assert list(stack_of(-1)) == []
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        assert list(stack_of(-1)) == []
+        assert not gc.isenabled()  # as the caller left it
+    finally:
+        gc.enable()
