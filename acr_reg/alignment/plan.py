@@ -23,7 +23,7 @@ from torch import Tensor
 from acr_reg._tensors import select
 from acr_reg.alignment.token_maps import valid_tokens
 from acr_reg.tokens import TokenLayout, TokenSide
-from acr_reg.views.resampling import AxisMap, LatticeMap
+from acr_reg.views.resampling import LatticeMap, product
 from acr_reg.views.view import View, blur_between, map_between
 
 Range = tuple[int, int]
@@ -39,17 +39,12 @@ class Resampling:
 
     def __call__(self, values: Tensor) -> Tensor:
         """(B, ..., m1 m2) -> (B, ..., n1 n2)."""
-        along = _product(values.unflatten(-1, (self.first.shape[2], self.second.shape[2])), self.second)
-        return _product(along.mT, self.first).mT.flatten(-2)
+        along = product(values.unflatten(-1, (self.first.shape[2], self.second.shape[2])), self.second)
+        return product(along.mT, self.first).mT.flatten(-2)
 
     def backwards(self, values: Tensor) -> Tensor:
         """The transposed product: (B, ..., n1 n2) -> (B, ..., m1 m2)."""
         return Resampling(self.first.mT, self.second.mT)(values)
-
-
-def _product(values: Tensor, weights: Tensor) -> Tensor:
-    """(B, ..., m) -> (B, ..., n), one product for each image."""
-    return (values.flatten(1, -2) @ weights.mT).unflatten(1, values.shape[1:-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,7 +241,8 @@ class _Axes:
         matrices, valid = [], []
         for along in ([pair[0] for pair in axes], [pair[1] for pair in axes]):
             longest = max(axis.count for axis in along)
-            matrices.append(torch.cat([_matrix(axis, longest) for axis in along])[order])
+            dense = [F.pad(axis.dense(torch.float64, axis.index.device), (0, longest - axis.count)) for axis in along]
+            matrices.append(torch.cat(dense)[order])
             valid.append(torch.cat([axis.valid for axis in along])[order])
         steps = torch.tensor([whole.source.width, 1], device="cpu")
         of_images = [(steps.flip(0) if part.transposed else steps).expand(len(part.y.index), 2) for part in whole.parts]
@@ -301,12 +297,6 @@ class _Axes:
         along_first, along_second = first * self.steps[:, :1], second * self.steps[:, 1:]
         tokens = (along_first[:, :, None] + along_second[:, None]).flatten(1)
         return tokens.clamp(max=len(self.whole.source) - 1)  # beyond the shorter axis nothing has a weight
-
-
-def _matrix(axis: AxisMap, longest: int) -> Tensor:
-    weights = torch.ones_like(axis.index, dtype=torch.float64) if axis.weights is None else axis.weights
-    empty = torch.zeros(*axis.valid.shape, longest, dtype=torch.float64, device="cpu")
-    return empty.scatter_add_(2, axis.index, weights)
 
 
 def _hull(valid: Tensor) -> Range:

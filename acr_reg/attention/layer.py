@@ -7,7 +7,6 @@ its output O = A V (Vaswani et al. 2017, eq. 1). A fused kernel leaves Q, K, V a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ _BLOCK_ELEMENTS = 2**20  # of maps: 4 MB in float32; a block holds a few times a
 
 # The minimum: each block forms a gradient with respect to all keys, as large as d rows of the maps (64 in most models).
 # Blocks of 3 rows took six times as long as blocks of 32.
-_BLOCK_ROWS = 64
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -258,8 +257,7 @@ class LayerAttention:
         return mask if mask.shape[0] == 1 else mask[self.images]
 
 
-def rows_of_block(layers: Sequence[LayerAttention]) -> int:
-    """The number of query rows to form at a time, of the layers' maps of all images and heads."""
-    share = _BLOCK_ELEMENTS // len(layers)
-    shapes = [layer.shape for layer in layers]
-    return min(min(n, max(_BLOCK_ROWS, share // (batch * heads * m))) for batch, heads, n, m in shapes)
+def rows_of_block(layer: LayerAttention) -> int:
+    """The number of query rows to form at a time, of the maps of all images and heads."""
+    batch, heads, queries, keys = layer.shape
+    return min(queries, max(LEAST_ROWS, _BLOCK_ELEMENTS // (batch * heads * keys)))

@@ -100,7 +100,7 @@ def attention_rollout(
 def _shares_below(layer: LayerAttention, share: Tensor, tokens: Tensor) -> Tensor:
     """``share`` A', (B, N) -> (B, N), where only ``tokens`` (R,) have a share."""
     below = torch.zeros_like(share)
-    for rows in tokens.split(rows_of_block([layer])):
+    for rows in tokens.split(rows_of_block(layer)):
         attended = layer.weights(rows).mean(1)
         if not layer.stochastic and bool((attended < 0).any()):
             raise ValueError(

@@ -329,7 +329,7 @@ def _contribution(
         rows = rows[classes][:, None] if len(rows) > 1 else rows
         return _row_maps(gradient, value, part, patches, rows, method).mean(1)
     # The gradient with respect to all rows at once would be an N x N map of every head.
-    blocks = torch.arange(gradient.shape[2], device=gradient.device).split(rows_of_block([layer]))
+    blocks = torch.arange(gradient.shape[2], device=gradient.device).split(rows_of_block(layer))
     sums = [_row_maps(gradient, value, part, patches, rows, method).sum(1) for rows in blocks]
     return torch.stack(sums).sum(0) / gradient.shape[2]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
-from acr_reg.attention.layer import LayerAttention, RecordedTensors
+from acr_reg.attention.layer import LEAST_ROWS, LayerAttention, RecordedTensors
 from acr_reg.losses.functional import RowSum
 from acr_reg.losses.terms import LayerTerms, mean_entropy
 
@@ -27,9 +27,6 @@ SMALL_MEGABYTES = 128
 # Of the maps of both views in a block, which holds a few times as many. Other devices than a CPU have no cache of this
 # size to profit from, and each block costs them calls.
 BLOCK_MEGABYTES, DEVICE_BLOCK_MEGABYTES = 4, 64
-
-# At least: each block forms a gradient to all keys, as large as d rows of the maps (64 in most models).
-LEAST_ROWS = 64
 
 # Of the grid, in a block of resampled rows: each block also forms the rows beside it that it reads.
 RESAMPLED_ROWS = 4

@@ -64,14 +64,12 @@ class AxisMap:
         """(S, target, source): the weights as a matrix, made once for each precision and device."""
         made = self._dense.get((dtype, device))
         if made is None:
-            assert self.weights is not None
+            given = torch.ones_like(self.index) if self.weights is None else self.weights
             images, targets, _ = self.index.shape
             # Training uses them too, and cannot use tensors made in inference_mode.
             with torch.inference_mode(False), torch.no_grad():
-                whole = torch.promote_types(
-                    dtype, torch.float32
-                )  # holds every index exactly, so that one copy is enough
-                index, weights = torch.stack([self.index.to(whole), self.weights.to(whole)]).to(device)
+                whole = torch.promote_types(dtype, torch.float32)  # holds every index exactly: one copy is enough
+                index, weights = torch.stack([self.index.to(whole), given.to(whole)]).to(device)
                 empty = torch.zeros(images, targets, self.count, dtype=dtype, device=device)
                 made = empty.scatter_add_(2, index.long(), weights.to(dtype))
             self._dense[dtype, device] = made
@@ -135,7 +133,7 @@ class _Part:
             if len(y) == 1 and maps.ndim > 3:  # each by itself: a block's backward pass writes all that it was cut from
                 along_y, along_x = along_y * max(len(maps), 1), along_x * max(len(maps), 1)
             return _for_each(_banded, maps, along_y, along_x)
-        return _product(_product(maps.mT, y).mT, x)
+        return product(product(maps.mT, y).mT, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -270,8 +268,8 @@ def _banded(maps: Tensor, y: list[_Band], x: list[_Band]) -> Tensor:
     return torch.cat([maps[..., columns.start - left : columns.stop - left] @ weights.mT for columns, weights in x], -1)
 
 
-def _product(maps: Tensor, weights: Tensor) -> Tensor:
-    """Resamples the last axis by (S, target, source)."""
+def product(maps: Tensor, weights: Tensor) -> Tensor:
+    """Resamples the last axis of (..., source), or of (S, ..., source), by (S, target, source)."""
     if len(weights) == 1:
         return maps @ weights[0].mT
     return (maps.flatten(1, -2) @ weights.mT).unflatten(1, maps.shape[1:-1])
