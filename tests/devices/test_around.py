@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,13 @@ from acr_reg.integrations import formats, mctformer
 from acr_reg.integrations.host import inside
 from acr_reg.random_numbers import own_random_numbers
 from tests.integrations.hosts.test_families import MODELS as FAMILIES
-from tests.support.devices import CPU, Traffic, stand_in_devices
+from tests.support.devices import CPU, Traffic
 from tests.support.mctformer import Block, Small
 from tests.support.mctformer import images as host_images
 from tests.support.models.cases import core_cases
 from tests.support.models.windows import windows_and_global
 
 FLIP = HorizontalFlip()
-
-
-@pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    with stand_in_devices() as device:
-        yield device
 
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {case.name: case.build for case in core_cases() if case.grid == (4, 6)}

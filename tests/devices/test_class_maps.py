@@ -21,9 +21,8 @@ from acr_reg import (
     propagate_cam,
 )
 from tests.support.devices import CPU, Traffic, stand_in_devices
-from tests.support.models import explicit_vit, multihead_vit
+from tests.support.models.plain import BUILDERS
 
-MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LABELS = {
     "one class": torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]),
@@ -41,7 +40,7 @@ class Maps(NamedTuple):
 
 def model_on(device: torch.device, kind: str) -> nn.Module:
     torch.manual_seed(0)
-    return MODELS[kind]().eval().to(device)
+    return BUILDERS[kind]().eval().to(device)
 
 
 def by_hand(device: torch.device, kind: str, labels: Tensor | None, steps: int = 1, **options: Any) -> Maps:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -27,11 +26,11 @@ from acr_reg import (
     check,
     class_token_gradient_cam,
 )
-from tests.support.devices import CPU, Traffic, stand_in_devices
+from tests.devices.inputs import SIZE
+from tests.support.devices import CPU, Traffic
 from tests.support.models import explicit_vit, multihead_vit
 from tests.support.paths import ROOT
 
-SIZE = (32, 48)
 SAMPLER = RandomCompose(
     [
         RandomApply(HorizontalFlip()),
@@ -40,12 +39,6 @@ SAMPLER = RandomCompose(
         RandomResizedCrop(SIZE, scale=(0.4, 1)),
     ]
 )
-
-
-@pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    with stand_in_devices() as device:
-        yield device
 
 
 # ---------------------------------------------------------------- what the code says

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 
 import pytest
@@ -10,13 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from tests.support.devices import CPU, DeviceTensor, Traffic, stand_in_devices
-
-
-@pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    with stand_in_devices() as device:
-        yield device
-
 
 MIXES: dict[str, Callable[[Tensor, Tensor], object]] = {
     "sum": torch.add,

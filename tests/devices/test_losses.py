@@ -23,10 +23,10 @@ from acr_reg import (
     capture_attention,
 )
 from acr_reg.views.samplers import Sampler
+from tests.devices.inputs import SIZE
 from tests.support.devices import CPU, Traffic, stand_in_devices
-from tests.support.models import explicit_vit, multihead_vit
+from tests.support.models.plain import BUILDERS
 
-SIZE = (32, 48)
 FLIP = HorizontalFlip()
 CROPS = RandomResizedCrop(SIZE, scale=(0.4, 1))
 
@@ -66,7 +66,6 @@ COPIES = {
     "two crops, class maps, valid": 15,
     "crops for each image": 11,
 }
-MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 CASES = [("fused", name) for name in STEPS] + [("explicit", name) for name in ("flip", "flip, valid", "two crops")]
 every_case = pytest.mark.parametrize(("kind", "name"), CASES)
 
@@ -96,7 +95,7 @@ class Runs:
     def _captured(self, kind: str, device: torch.device) -> tuple[nn.Module, AttentionCapture]:
         if (kind, device) not in self._captures:
             torch.manual_seed(0)
-            model = MODELS[kind]().to(device)
+            model = BUILDERS[kind]().to(device)
             self._captures[kind, device] = model, capture_attention(model)
         return self._captures[kind, device]
 

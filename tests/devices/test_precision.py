@@ -7,14 +7,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from acr_reg import (
     AllPairsConsistencyLoss,
     AttentionMaps,
     GradientCam,
-    HorizontalFlip,
-    RandomResizedCrop,
     View,
     align_attention,
     capture_attention,
@@ -22,21 +20,10 @@ from acr_reg import (
     normalize_cam,
     propagate_cam,
 )
+from tests.devices.inputs import LABELS, SIZE, VIEWS, model_and_images
 from tests.support.devices import CPU, stand_in_devices
-from tests.support.models import explicit_vit, multihead_vit
 
-SIZE = (32, 48)
-LABELS = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
 half_precision = pytest.mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="needs torch 2.3 on the CPU")
-VIEWS = {
-    "flip": HorizontalFlip(),
-    "crops": RandomResizedCrop(SIZE, (0.4, 1)).sample((2, 3, *SIZE)[-2:], generator=torch.Generator().manual_seed(0)),
-}
-
-
-def model_and_images(kind: str) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    return (multihead_vit if kind == "fused" else explicit_vit)(), torch.randn(2, 3, *SIZE)
 
 
 # ---------------------------------------------------------------- half precision
@@ -44,7 +31,7 @@ def model_and_images(kind: str) -> tuple[nn.Module, Tensor]:
 
 def trained(kind: str, view: View, device: torch.device, dtype: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the gradient of all query and key weights, and the class maps, in float32 on the CPU."""
-    model, images = model_and_images(kind)
+    model, images = model_and_images(kind, training=True)
     model, images, labels = model.to(device), images.to(device), LABELS.to(device)
     acr = AllPairsConsistencyLoss(view)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype is torch.float16)
@@ -96,7 +83,7 @@ def test_half_precision_trains_as_float32_does(kind: str, of: str, dtype: torch.
 @half_precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_cam_under_autocast_equals_that_in_float32(dtype: torch.dtype) -> None:
-    model, images = model_and_images("fused")
+    model, images = model_and_images("fused", training=True)
     with GradientCam(model) as cam:
         expected = normalize_cam(cam(images, LABELS))
         with torch.autocast("cpu", dtype):
@@ -147,7 +134,7 @@ def test_inputs_of_any_memory_layout_give_what_contiguous_ones_give(
 def test_model_and_images_in_channels_last_give_what_contiguous_ones_give(kind: str) -> None:
     both = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
-        model, images = model_and_images(kind)
+        model, images = model_and_images(kind, training=True)
         model, images = model.to(memory_format=memory_format), images.contiguous(memory_format=memory_format)
         with capture_attention(model) as attention:
             model(images)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,35 +13,15 @@ from acr_reg import (
     AllPairsConsistencyLoss,
     AttentionMaps,
     GradientCam,
-    HorizontalFlip,
-    RandomResizedCrop,
     capture_attention,
     check,
     class_token_gradient_cam,
     propagate_cam,
 )
-from tests.support.devices import CPU, stand_in_devices
-from tests.support.models import explicit_vit, multihead_vit
+from tests.devices.inputs import LABELS, SIZE, VIEWS, model_and_images
+from tests.support.devices import CPU
 
-SIZE = (32, 48)
-LABELS = torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]])
-VIEWS = {
-    "flip": HorizontalFlip(),
-    "crops": RandomResizedCrop(SIZE, (0.4, 1)).sample(SIZE, generator=torch.Generator().manual_seed(0)),
-}
-MODELS = {"fused": multihead_vit, "explicit": explicit_vit}
 SECOND = torch.device("cuda", 1)
-
-
-@pytest.fixture
-def gpu() -> Iterator[torch.device]:
-    with stand_in_devices() as device:
-        yield device
-
-
-def model_and_images(kind: str) -> tuple[Any, Tensor]:
-    torch.manual_seed(0)
-    return MODELS[kind]().eval(), torch.randn(2, 3, *SIZE)
 
 
 def split(model: Any, first: torch.device, second: torch.device) -> Any:
