@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, refuse_labels, require_tensor, select
+from acr_reg._torch_private import comes_from_shards
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import refuse_infinite
@@ -130,7 +131,7 @@ def used_layers(
     if not isinstance(attention, AttentionMaps):
         raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = _layers_from(attention, start_layer)
-    if any(layer.recorded.sharded for layer in layers):
+    if any(layer.recorded.sharded for layer in layers) or comes_from_shards(logits):
         refuse_sharded()
     for layer in layers:
         _ = layer.layout  # raises for a layer without a grid, before anything counts images
