@@ -3,7 +3,7 @@ ordinary tensors."""
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any, NoReturn, TypeGuard
 
 import torch
 from torch import Tensor
@@ -23,6 +23,11 @@ def require_tensor(given: Any, what: str, shape: str) -> None:
     fits = isinstance(logits, Tensor) and logits.ndim == shape.count(",") + 1
     wanted = "outputs.logits, where outputs is what the model returned" if fits else f"a tensor {shape}"
     raise TypeError(f"{what} has type {type(given).__name__}. Pass {wanted}.")
+
+
+def refuse_labels() -> NoReturn:
+    """Raises for labels with NaN, which would count as absent classes, or infinity."""
+    raise ValueError("labels holds NaN or infinite values. Write 1 for each class present and 0 for the others.")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:

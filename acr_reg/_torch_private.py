@@ -239,6 +239,23 @@ def shards_parameters(model: nn.Module) -> bool:
     return False
 
 
+def comes_from_shards(tensor: Tensor) -> bool:
+    """Whether a module that FSDP shards, and trains, took part in making this tensor."""
+    nodes, seen = [tensor.grad_fn] if dist.is_available() and dist.is_initialized() else [], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        # What fully_shard puts on inputs, and the parameter in which FullyShardedDataParallel keeps all others.
+        if node.name() == "RegisterPostBackwardFunctionBackward" or hasattr(
+            getattr(node, "variable", None), "_is_flat_param"
+        ):
+            return True
+        seen.add(node)
+        nodes += [before for before, _ in node.next_functions]
+    return False
+
+
 def has_dtensors() -> bool:
     """Whether there may be DTensors in this process."""
     return dist.is_available() and dist.is_initialized() and _dtensor() is not None

@@ -16,7 +16,7 @@ from acr_reg.integrations.formats import Format, Maps, check_format, load_cams
 from acr_reg.integrations.formats.files import CAM_SUFFIXES, IMAGE_SUFFIXES, files_by_id, unreadable
 from acr_reg.integrations.formats.labels import LabelRule, pseudo_labels
 from acr_reg.integrations.formats.save import ALPHAS
-from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill, is_made
+from acr_reg.integrations.jobs.folder import CamFolder, FolderReport, fill
 from acr_reg.integrations.jobs.progress import show_progress
 from acr_reg.integrations.jobs.shares import Share, share_of_run
 from acr_reg.metrics import CamMeanIoU, CamScores
@@ -231,7 +231,7 @@ class LabelFolder:
     def check_others(self, names: Mapping[str, Path]) -> None:
         """Checks the files of images that this run does not have. :func:`fill` checks its own."""
         for file in sorted(self.path.glob("*.png")):
-            if file.stem not in names and is_made(file):
+            if file.stem not in names and file.stat().st_size:  # a machine that lost power leaves empty files
                 self.check(file.stem)
 
 

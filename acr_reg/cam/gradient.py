@@ -19,7 +19,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from acr_reg._tensors import at_least_float32, require_tensor, select
+from acr_reg._tensors import at_least_float32, refuse_labels, require_tensor, select
+from acr_reg._torch_private import comes_from_shards
 from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import refuse_infinite
@@ -61,8 +62,9 @@ def class_token_gradient_cam(
     labels. Each pass stops at the first layer used and computes no parameter gradient; ``.grad``, modes and flags do
     not change.
 
-    Raises ValueError for labels or logits of other shapes, attention dropout active in a fused layer (dy/dA is then not
-    dO V^T), BatchNorm in training mode (it couples the images), and maps that are not on the graph of ``logits``.
+    Raises ValueError for labels or logits of other shapes, labels that are NaN or infinite, attention dropout active in
+    a fused layer (dy/dA is then not dO V^T), BatchNorm in training mode (it couples the images), and maps that are not
+    on the graph of ``logits``.
 
     >>> import torch
     >>> A = torch.randn(1, 2, 7, 7, requires_grad=True).softmax(-1)
@@ -96,7 +98,10 @@ class Turns:
         if labels is None:
             counts, wanted = [logits.shape[1]] * len(logits), torch.ones_like(logits, dtype=torch.bool)
         else:
-            counts, wanted = (labels > 0).sum(1).tolist(), labels.to(logits.device) > 0
+            unknown = ~torch.isfinite(labels).all(1)
+            counts, wanted = (labels > 0).sum(1).masked_fill(unknown, -1).tolist(), labels.to(logits.device) > 0
+            if -1 in counts:
+                refuse_labels()
         images = wanted.sum(1).argsort(descending=True, stable=True)
         return cls(counts, images, (~wanted).byte().argsort(dim=1, stable=True))
 
@@ -126,7 +131,7 @@ def used_layers(
     if not isinstance(attention, AttentionMaps):
         raise TypeError(f"attention has type {type(attention).__name__}. Pass what take() of the capture returns.")
     layers = _layers_from(attention, start_layer)
-    if any(layer.recorded.sharded for layer in layers):
+    if any(layer.recorded.sharded for layer in layers) or comes_from_shards(logits):
         refuse_sharded()
     for layer in layers:
         _ = layer.layout  # raises for a layer without a grid, before anything counts images

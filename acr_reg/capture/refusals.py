@@ -56,8 +56,8 @@ def one_of(runs: list[Run], keep: Keep, run: int | None) -> Run:
         listed = "; ".join(dict.fromkeys(map(_summary, runs)))
         more = " or more" if len(runs) >= REMEMBERED else ""  # earlier ones are no longer remembered
         raise CaptureError(
-            f"{len(runs)}{more} encoder runs wait for take(): {listed}. Take each, clear() those of validation, "
-            'or set keep="first", "last" or "all".'
+            f"{len(runs)}{more} encoder runs wait: {listed}. Take each, clear() those of validation or an "
+            'interruption, or set keep="first", "last" or "all".'
         )
     if keep == "all" and run is None and len(runs) > 1:
         raise CaptureError(f"{len(runs)} encoder runs happened. Choose one by take(0) to take({len(runs) - 1}).")

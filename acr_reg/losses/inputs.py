@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from acr_reg._tensors import require_tensor
+from acr_reg._tensors import refuse_labels, require_tensor
 from acr_reg._torch_private import is_freed
 from acr_reg.alignment.token_maps import check_valid, valid_tokens
 from acr_reg.attention.layer import LayerAttention
@@ -266,9 +266,12 @@ def check_choice(name: str, found: object, choices: tuple[object, ...]) -> None:
 
 
 def check_finite(loss: Tensor, inputs: LossInputs) -> None:
-    """Names the layers and class maps that make a loss NaN or infinite."""
-    if torch.isfinite(loss):
+    """Names what makes a loss NaN or infinite, and refuses such labels. It reads the device once."""
+    known = torch.isfinite(loss if inputs.labels is None else inputs.labels).all()
+    if torch.isfinite(loss) & known:
         return
+    if inputs.labels is not None and not known:
+        refuse_labels()
     with torch.no_grad():
         places = ", ".join(_not_finite(inputs)) or "the distance"
     raise ValueError(

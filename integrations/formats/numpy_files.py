@@ -53,9 +53,7 @@ def read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
     try:
         with ZipFile(io.BytesIO(data)) as archive:
             entries = archive.infolist()
-            size = sum(entry.file_size for entry in entries)
-            if size > max(MOST_BYTES, len(data)):
-                raise FileError(f"The file expands to {size:,} bytes. At most {MOST_BYTES:,} are read.")
+            _refuse_more(sum(entry.file_size for entry in entries), data)
             arrays = {}
             for entry in entries:
                 name = entry.filename.removesuffix(".npy")
@@ -65,9 +63,15 @@ def read_npz(data: bytes) -> dict[str, npt.NDArray[Any]]:
                     raise FileError(f"The array {name!r} is encrypted, or compressed as numpy does not. Make it again.")
                 with archive.open(entry) as file:
                     arrays[name] = _array(file.read(entry.file_size))  # no more, whatever the entry expands to
+            _refuse_more(4 * sum(array.size for array in arrays.values()), data)  # maps become float32
             return arrays
     except BadZipFile as error:
         raise unreadable(data, b"PK")(f"The file is cut off, or no .npz file: {error}. Make it again.") from error
+
+
+def _refuse_more(size: int, data: bytes) -> None:
+    if size > max(MOST_BYTES, len(data)):
+        raise FileError(f"The file expands to {size:,} bytes. At most {MOST_BYTES:,} are read.")
 
 
 def _array(data: bytes) -> npt.NDArray[Any]:

@@ -115,10 +115,9 @@ class CamFolder:
         return size
 
 
-def is_made(file: Path) -> bool:
-    """Whether an earlier run made this file. A machine that lost power leaves empty files."""
+def _is_there(file: Path) -> bool:
     try:
-        return file.is_file() and file.stat().st_size > 0
+        return file.is_file()
     except OSError:  # a name that the disk does not take
         return False
 
@@ -154,7 +153,7 @@ def fill(
             if part.speaks:
                 remove_unfinished(folder)
         own = _own(part, names)
-        made = [] if overwrite else [name for name in own if all(map(is_made, target.files(name)))]
+        made = [] if overwrite else [name for name in own if all(map(_is_there, target.files(name)))]
         earlier = _checked(target, made, size_of, progress and part.speaks)
         for refusal in filter(None, part.gather(earlier.refusal)):  # of any process, so that all end if one does
             raise ValueError(refusal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 
 import pytest
@@ -199,6 +200,8 @@ def test_bad_input_is_named() -> None:
         for call, facts in (
             (lambda: cam(logits[:1], maps), ("logits", "(1, 5)", "2 images", "(B, C)")),
             (lambda: cam(logits, maps, torch.ones(2, 4)), ("labels have shape (2, 4)", "(2, 5)")),
+            (lambda: cam(logits, maps, torch.full((2, 5), math.nan)), ("labels", "NaN", "0 for the others")),
+            (lambda: cam(logits, maps, torch.tensor([[1, 0, 0, 0, 0], [1, -math.inf, 0, 0, 0]])), ("labels", "infin")),
             (lambda: cam(logits, maps, method="gradcam"), ("method='gradcam'", "cam_grad_s")),  # type: ignore[arg-type]
             (lambda: cam(logits, maps, query="patch"), ("query='patch'", "class, all")),  # type: ignore[arg-type]
             (lambda: cam(logits.detach(), maps), ("The logits have no graph", "detach")),

@@ -1,6 +1,7 @@
 """GradientCam: the maps that the functions give one by one, from a model that is left as it was."""
 
 import inspect
+import math
 import re
 from contextlib import nullcontext
 
@@ -220,6 +221,7 @@ def other_run(model, batch):
         ({}, other_run, LABELS, ("logits do not depend on these maps",)),
         ({}, lambda model, batch: model(batch)[:1], LABELS, ("(1, 5)", "2 images", "(B, C)")),
         ({}, None, LABELS[:, :3], ("labels", "(2, 3)", "(2, 5)")),
+        ({}, None, LABELS * math.nan, ("labels", "NaN", "0 for the others")),
         ({"class_tokens": 0}, None, LABELS, ("0 class tokens", "class_tokens=", 'query="all"')),
         ({"start_layer": 7}, None, LABELS, ("start_layer=7", "(0, 1)")),
         ({"method": "gradcam"}, None, LABELS, ("method='gradcam'", "cam_grad_s")),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from acr_reg import (
@@ -254,6 +255,38 @@ def test_each_half_of_a_batch_under_fsdp_gives_the_update_of_one_process(tmp_pat
         allowed = 0.03 if "bfloat16" in case[0] else 1e-9
         for rank in ranks:
             assert difference(rank[case], expected[case[1]]) < allowed, case
+
+
+@pytest.fixture
+def alone_in_a_group() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@needs_gloo
+@pytest.mark.usefixtures("alone_in_a_group")
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`", "ignore:.*NO_SHARD.* deprecated")
+def test_class_maps_of_a_part_are_refused_where_another_part_is_sharded() -> None:
+    """FullyShardedDataParallel gave such a part no gradient from then on."""
+    model: Any = BUILDERS["fused"](2)
+    model.head = FullyShardedDataParallel(model.head, device_id=torch.device("cpu"))
+    x = torch.randn(2, 3, 32, 48)
+
+    def gradient() -> Tensor:
+        model.zero_grad()
+        model(x).sum().backward()
+        return torch.cat([whole(parameter.grad).flatten() for parameter in model.head.parameters()])
+
+    before = gradient()
+    cam = GradientCam(model.encoder, forward=model, grid=(4, 6), num_prefix_tokens=1, class_tokens=[0])
+    with pytest.raises(CaptureError, match="FSDP"):
+        cam(x)
+    with capture_attention(model.encoder) as attention:
+        logits, maps = model(x), attention.take().with_layout((4, 6), 1, class_tokens=1)
+        with pytest.raises(CaptureError, match="FSDP"):
+            class_token_gradient_cam(logits, maps)
+    assert torch.allclose(gradient(), before)
 
 
 @dataclass

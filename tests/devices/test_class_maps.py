@@ -25,7 +25,7 @@ from tests.support.models.plain import BUILDERS
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LABELS = {
-    "one class": torch.tensor([[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]),
+    "one class": torch.tensor([[0, 1.0, 0, 0, 0], [1, 0, 0, 0, 0]]),  # floats, which may be NaN
     "two classes": torch.tensor([[0, 1, 0, 1, 0], [1, 0, 0, 0, 0]]),
     "all classes": None,
     "no class": torch.zeros(2, 5),

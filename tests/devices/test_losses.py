@@ -106,7 +106,7 @@ def run(step: Step, model: nn.Module, attention: AttentionCapture, device: torch
     images = torch.randn(2, 3, *SIZE, generator=generator)
     given: dict[str, Any] = {}
     if step.labels:
-        given["labels"] = torch.tensor([[1, 0, 1], [0, 1, 0]]).to(device)
+        given["labels"] = torch.tensor([[1.0, 0, 1], [0, 1, 0]]).to(device)  # floats, which may be NaN
     if step.valid:
         given["valid"] = (torch.arange(48) < 40).expand(2, 32, 48).to(device)
     if step.cams:

@@ -184,8 +184,7 @@ def test_files_that_are_not_whole_are_made_anew(tmp_path, photos, format, number
         capsys.readouterr()
         report = write_cams(cam, photos, LABELS, tmp_path / "cams", transform, format)
         assert (report.written, len(report.existing)) == ([name], 2)
-        if rest:
-            assert re.search(rf"{name} is made anew: .*{name}\.np[yz]: The file (is|holds)", capsys.readouterr().err)
+        assert re.search(rf"{name} is made anew: .*{name}\.np[yz]: The file (is|holds)", capsys.readouterr().err)
         assert contents(file.parent, format) == before
 
 

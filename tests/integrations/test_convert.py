@@ -156,6 +156,8 @@ def test_labels_that_are_not_whole_are_made_anew(tmp_path, cams):
         file.write_bytes(rest)
         assert quiet(cams, tmp_path / "labels", threshold=0.4).written == [NAMES[1]]
         assert file.read_bytes() == content
+    (tmp_path / "labels" / "of_another_image.png").write_bytes(b"")
+    assert quiet(cams, tmp_path / "labels", threshold=0.4).written == []
     file.write_bytes(b"my notes")
     with pytest.raises(
         ValueError, match=rf"{NAMES[1]}\.png is damaged, or no label map: .* is in no format .*another folder"

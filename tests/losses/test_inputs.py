@@ -172,6 +172,24 @@ def test_labels_and_valid_of_another_kind():
     assert says(error, "list", "(B, H, W)")
 
 
+def test_labels_that_are_no_numbers_are_refused_whether_or_not_a_term_reads_them():
+    acr = AllPairsConsistencyLoss(HorizontalFlip())
+    cams = [torch.rand(2, 20, 3, 5, generator=generator(seed)).requires_grad_() for seed in (1, 2)]
+    for attention, given in [
+        (flipped_pair(prefix=20, class_tokens=20), ()),
+        (flipped_pair(), cams),
+        (flipped_pair(), ()),
+    ]:
+        for value in (float("nan"), float("inf"), -float("inf")):
+            for dtype in (torch.float32, torch.float64, torch.float16):
+                labels = torch.eye(2, 20, dtype=dtype)
+                acr(*attention, *given, labels=labels)
+                labels[1, 3] = value
+                with pytest.raises(ValueError, match="labels") as error:
+                    acr(*attention, *given, labels=labels)
+                assert says(error, "NaN", "1 for each class", "0 for the others")
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 6, 10), (6, 10), (3, 6, 10)], ids=str)
 def test_valid_of_the_wrong_shape(shape):
     with pytest.raises(ValueError, match="valid") as error:

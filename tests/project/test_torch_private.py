@@ -562,8 +562,11 @@ def test_models_whose_parameters_are_sharded_are_known(mesh: Any) -> None:
         lambda module: fsdp.FullyShardedDataParallel(module, device_id=torch.device("cpu")),
     ):
         inner = nn.Linear(4, 4)
-        wrap(nn.Sequential(inner))
+        wrapped = wrap(nn.Sequential(inner))
         assert private.shards_parameters(inner), note
+        made = nn.Linear(4, 4)(wrapped(torch.ones(2, 4, requires_grad=True)))
+        assert private.comes_from_shards(made), changed("FullyShardedDataParallel and fully_shard", "their graph")
+    assert not private.comes_from_shards(nn.Linear(4, 4)(torch.ones(2, 4)))
 
 
 def test_each_backward_has_a_number_of_its_own() -> None:

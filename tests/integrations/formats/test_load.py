@@ -221,6 +221,10 @@ def test_what_an_archive_expands_to_is_bounded(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(numpy_files, "MOST_BYTES", 8_000_000)
     with pytest.raises(ValueError, match=r"image\.npz: The file expands to 8,000,256 bytes.*8,000,000"):
         load_cams(path)
+    flags = npy((1000, 1000), bytes(1_000_000), "|b1")
+    assert len(load_cams(archive(path, [("0.npy", flags), ("1.npy", flags)]))) == 2
+    with pytest.raises(ValueError, match=r"image\.npz: The file expands to 12,000,000 bytes.*8,000,000"):
+        load_cams(archive(path, [(f"{number}.npy", flags) for number in range(3)]))
 
 
 def test_an_entry_that_expands_to_more_than_it_says_is_refused(tmp_path: Path) -> None:
