@@ -39,8 +39,9 @@ class Resampling:
 
     def __call__(self, values: Tensor) -> Tensor:
         """(B, ..., m1 m2) -> (B, ..., n1 n2)."""
-        along = product(values.unflatten(-1, (self.first.shape[2], self.second.shape[2])), self.second)
-        return product(along.mT, self.first).mT.flatten(-2)
+        along_x = product(values.unflatten(-1, (self.first.shape[2], self.second.shape[2])), self.second)
+        between = [1] * (along_x.ndim - 3)
+        return (self.first.unflatten(0, (-1, *between)) @ along_x).flatten(-2)
 
     def backwards(self, values: Tensor) -> Tensor:
         """The transposed product: (B, ..., n1 n2) -> (B, ..., m1 m2)."""
