@@ -366,22 +366,18 @@ class _Split(torch.autograd.Function):
     zeros."""
 
     @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading, count: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading, count: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(totals)
         ctx.window = keys.window
         return keys.read(rows[:, :, :count]), keys.read(rows[:, :, count:]), rows @ totals
 
     @staticmethod
-    def backward(
-        ctx: Any, of_first: Tensor, of_others: Tensor, of_sums: Tensor
-    ) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, of_first: Tensor, of_others: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None, None]:
         (totals,) = ctx.saved_tensors
         whole, count = of_sums @ totals.mT, of_first.shape[2]
         for part, found in ((slice(count), of_first), (slice(count, None), of_others)):
             if isinstance(ctx.window, slice):
-                whole[:, :, part, ctx.window] += found
+                whole[:, :, part, ctx.window].add_(found)
             else:
                 whole[:, :, part].scatter_add_(-1, ctx.window[:, None, None].expand_as(found), found)
         return whole, None, None, None

@@ -50,7 +50,8 @@ class LayerTerms:
         block, picked = rows if "affinity" in terms else (None, None)
         aligned = self.pair.rows(block, picked, "activation" in terms)
         a, b, overlap = aligned.comparable(self.heads)
-        keys_valid, counted = (aligned.keys_valid, aligned.counted) if aligned.is_partial else (None, None)
+        plan = self.pair.plan
+        keys_valid = plan.keys_valid if plan.hides_keys or (plan.is_partial and self.normalize == "mean") else None
         distances = row_distances(a, b, self.distance, self.normalize, keys_valid)
         sizes = [aligned.num_classes, distances.shape[2] - aligned.num_classes]
         of_classes, of_patches = distances.split(sizes, 2)
@@ -60,6 +61,7 @@ class LayerTerms:
             present = self.labels.to(a.device) > 0 if self.labels is not None and aligned.num_classes > 1 else None
             found["activation"] = sum_rows(of_classes, present, weights[0])
         if "affinity" in terms:
+            counted = aligned.counted if plan.is_partial else None
             found["affinity"] = sum_rows(of_patches, counted, weights[1])
         return found, aligned.entropy
 
