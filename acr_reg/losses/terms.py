@@ -97,7 +97,7 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
     wanted, height = max(1, round(share * count)), count // width
     start = torch.rand((), dtype=torch.float64, device="cpu").item()
     bounds = [math.floor(start + wanted * y / height) for y in range(height + 1)]
-    order = _scattered(count, plan.tokens.device).view(height, width).argsort(1)
+    order = torch.rand(height, width, device=plan.tokens.device).argsort(1)  # drawn there: none are sent
     rows: list[Rows] = []
     for block in plan.blocks:
         top, bottom = (token // width for token in block.tokens)
@@ -105,15 +105,6 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
         if bounds[bottom] > bounds[top]:
             rows.append((block, torch.cat(picked)))
     return rows, wanted / count
-
-
-def _scattered(count: int, device: torch.device) -> Tensor:
-    """``count`` numbers, all different, by Wellons' 32-bit hash of consecutive ones. They depend on the CPU's generator
-    only, so that every device samples the same rows, and none are sent there."""
-    numbers = torch.arange(count, device=device) + int(torch.randint(2**31, (), device="cpu"))
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
-        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
-    return numbers ^ (numbers >> 15)
 
 
 def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:
