@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from acr_reg._tensors import at_least_float32, select
@@ -75,13 +76,15 @@ def _image_sizes_match(grid_a: Lattice, grid_b: Lattice, view: View) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class ReadRows:
-    """Rows of one layer before they are carried onto the image: (B, H, R', K) over the window of their ``keys``, and
-    their ``sums`` (B, H, R', 4) over all keys, by ``keys.totals``; None where no masses are needed. They are ``mixed``
-    to (B, H, R, ...), unless each is a row of the image, and of these rows only those ``picked`` (P,) are wanted, None
-    if all. ``unpadded`` (B, R') is False for rows of padding, which are not mixed in.
+    """Rows of one layer before they are carried onto the image: those of ``classes`` (B, H, C, K), and ``patches``
+    (B, H, R', K), over the window of their ``keys``; and the ``sums`` (B, H, C + R', 4) over all keys of both, by
+    ``keys.totals``, None where no masses are needed. The patches are ``mixed`` to (B, H, R, ...), unless each is a row
+    of the image, and of these rows only those ``picked`` (P,) are wanted, None if all. ``unpadded`` (B, R') is False
+    for rows of padding, which are not mixed in. What is not mixed stands in ``patches``, and leaves ``classes`` empty.
     """
 
-    rows: Tensor
+    classes: Tensor
+    patches: Tensor
     sums: Tensor | None
     keys: KeyReading
     mixed: Resampling | None
@@ -90,25 +93,33 @@ class ReadRows:
     stochastic: bool
 
     def mix(self, values: Tensor) -> Tensor:
-        """(B, H, R') -> (B, H, R)."""
+        """(B, H, C + R') -> (B, H, C + R)."""
         if self.mixed is None:
             return values
+        of_classes, values = self._parts(values)
         if self.unpadded is None:
             values = self.mixed(values)
         else:
             values = self.mixed(values * self.unpadded[:, None]) / self._share_unpadded(self.mixed)
-        return select(values, 2, self.picked)
+        return torch.cat([of_classes, select(values, 2, self.picked)], 2)
+
+    def _parts(self, values: Tensor) -> list[Tensor]:
+        """Of values (B, H, C + R') or (B, H, C + R), those of class tokens and of patches."""
+        count = self.classes.shape[2]
+        return list(values.split([count, values.shape[2] - count], 2))
 
     def _share_unpadded(self, mixed: Resampling) -> Tensor:
         assert self.unpadded is not None
-        return mixed(self.unpadded[:, None].to(self.rows)).clamp_min(torch.finfo(self.rows.dtype).tiny)
+        return mixed(self.unpadded[:, None].to(self.patches)).clamp_min(torch.finfo(self.patches.dtype).tiny)
 
     def masses(self) -> tuple[Tensor | None, Tensor | None]:
-        """(B, H, R') what to multiply each row over patches by, to keep the mass that it gave to keys visible in both
-        views, None for 1; and (B, H, R) the mass on what both show, valid keys and other tokens."""
+        """(B, H, C + R') what to multiply each row over patches by, to keep the mass that it gave to keys visible in
+        both views, None for 1; and (B, H, C + R) the mass on what both show, valid keys and other tokens."""
         area = self.keys.area
         if not self.stochastic:  # rows of either sign have no mass: they keep their mass per area
-            return None if area is None else area.to(self.rows)[:, None, None].expand(self.rows.shape[:3]), None
+            count = self.classes.shape[2] + self.patches.shape[2]
+            shape = *self.patches.shape[:2], count
+            return None if area is None else area.to(self.patches)[:, None, None].expand(shape), None
         if self.sums is None:
             return None, None
         others, kept, moved, valid = self.sums.unbind(-1)
@@ -118,18 +129,14 @@ class ReadRows:
         return factor, self.mix(others + factor * valid)
 
     def onto_image(self, heads: Heads, factor: Tensor | None, weights: Tensor | None = None) -> Tensor:
-        """(B, H or 1, R, M) rows over the image's patches. ``factor`` (B, H, R') multiplies rows before they are mixed,
-        ``weights`` (B, H, R) after; with heads="mean" these add up over heads, and None is the mean."""
-        if self.mixed is not None:
-            rows = self._mixed_rows(self.mixed, heads, factor, weights)
+        """(B, H or 1, C + R, M) rows over the image's patches. ``factor`` (B, H, C + R') multiplies rows before they
+        are mixed, ``weights`` (B, H, C + R) after; with heads="mean" these add up over heads, and None is the mean."""
+        if self.mixed is None:
+            rows = _weighted(self.patches, heads, factor, weights)
         else:
-            by = factor if weights is None or factor is None else factor * weights
-            by = weights if by is None else by
-            rows = self.rows if by is None else self.rows * by[..., None]
-            if heads == "mean":
-                # The gradient of a sum, unlike that of a mean, is no map of its own for each head.
-                rows = rows.sum(1, keepdim=True)
-                rows = rows / self.rows.shape[1] if weights is None else rows
+            factors, each = ([None, None] if part is None else self._parts(part) for part in (factor, weights))
+            classes = _weighted(self.classes, heads, factors[0], each[0])
+            rows = torch.cat([classes, self._mixed_rows(self.mixed, heads, factors[1], each[1])], 2)
         if self.keys.unpadded is not None:
             rows = rows * self.keys.unpadded[:, None, None]
         return rows if self.keys.resampled is None else self.keys.resampled(rows)
@@ -137,14 +144,14 @@ class ReadRows:
     def _mixed_rows(self, mixed: Resampling, heads: Heads, factor: Tensor | None, weights: Tensor | None) -> Tensor:
         """Mixes rows along x, then along y. The factors join the first product and the weights the second, which also
         adds up the heads."""
-        batch, count, _, _ = self.rows.shape
+        batch, count, _, _ = self.patches.shape
         size, groups = (mixed.first.shape[2], mixed.second.shape[2]), 1 if heads == "mean" else count
         if self.unpadded is not None:
             factor = self.unpadded[:, None] if factor is None else factor * self.unpadded[:, None]
         along_x = mixed.second[:, None, None]
         if factor is not None:
             along_x = along_x * factor.unflatten(2, size)[..., None, :]
-        rows = along_x @ self.rows.unflatten(2, size)  # (B, H, m1, n2, M')
+        rows = along_x @ self.patches.unflatten(2, size)  # (B, H, m1, n2, M')
         if self.picked is not None and weights is not None:
             every = weights.new_zeros(batch, count, mixed.first.shape[1] * mixed.second.shape[1])
             weights = every.index_copy(2, self.picked, weights)
@@ -158,40 +165,54 @@ class ReadRows:
         return select(rows.transpose(2, 3).flatten(2, 3), 2, self.picked)
 
 
+def _weighted(rows: Tensor, heads: Heads, factor: Tensor | None, weights: Tensor | None) -> Tensor:
+    """Rows (B, H, R, K) times both (B, H, R); with heads="mean" these add up over heads, or no weights are the mean."""
+    by = factor if weights is None or factor is None else factor * weights
+    by = weights if by is None else by
+    weighted = rows if by is None else rows * by[..., None]
+    if heads == "each":
+        return weighted
+    # The gradient of a sum, unlike that of a mean, is no map of its own for each head.
+    weighted = weighted.sum(1, keepdim=True)
+    return weighted / rows.shape[1] if weights is None else weighted
+
+
 class _Inverse(torch.autograd.Function):
-    """1 / mass. Torch's gradient of it holds 1 / mass^2, which overflows where a mass is 1e-20. What it multiplies is
-    as small as the mass, so it is multiplied by 1 / mass twice."""
+    """1 / mass, and 1 / NO_MASS for less. Torch's gradient of it holds 1 / mass^2, which overflows where a mass is
+    1e-20. What it multiplies is as small as the mass, so it is multiplied by 1 / mass twice."""
 
     @staticmethod
     def forward(ctx: Any, mass: Tensor) -> Tensor:
-        inverse = mass.reciprocal()
+        inverse = mass.clamp_min(NO_MASS).reciprocal_()
         ctx.save_for_backward(inverse)
         return inverse
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         (inverse,) = ctx.saved_tensors
-        return -(gradient * inverse) * inverse
+        return ((gradient * inverse) * -inverse).masked_fill(inverse >= 1 / NO_MASS, 0)
 
 
 def _inverse(mass: Tensor) -> Tensor:
-    inverse: Tensor = _Inverse.apply(mass.clamp_min(NO_MASS))
+    inverse: Tensor = _Inverse.apply(mass)
     return inverse
 
 
 @dataclass(frozen=True, eq=False)
 class AlignedRows:
-    """Rows of both maps that lie on the same tokens of the image.
+    """Rows of both maps that lie on the same tokens of the image: first those of ``num_classes`` class tokens, C, and
+    then those of patches.
 
     ``keys_valid`` (1 or B, M) is True for keys visible in both views and not padding, ``shown`` (1 or B, R) for rows of
-    tokens visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
+    patches visible in both views, ``counted`` (1 or B, R) for rows that are not padding. ``is_partial`` is False where
     all of these are known to be True. ``scale`` (B, 1, 1, 1) divides rows that are no probabilities. ``entropy``
-    (B, H, R), detached, is the mean over both views of each row's entropy over its maximum ln M; None if not asked for
-    or not stochastic.
+    (B, H, C + R), detached, is the mean over both views of each row's entropy over its maximum ln M; None if not asked
+    for or not stochastic.
     """
 
     of_image: ReadRows
     of_view: ReadRows
+    num_classes: int
     keys_valid: Tensor
     shown: Tensor
     counted: Tensor
@@ -200,11 +221,11 @@ class AlignedRows:
     entropy: Tensor | None
 
     def comparable(self, heads: Heads) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The rows to compare, (B, H or 1, R, M), averaged over heads or not, and the weight in [0, 1] of each,
-        (B, H or 1, R); None if all count alike. Only valid keys mean anything.
+        """The rows to compare, (B, H or 1, C + R, M), averaged over heads or not, and the weight in [0, 1] of each,
+        (B, H or 1, C + R); None if all count alike. Only valid keys mean anything.
 
         Full overlap leaves rows as they are, with the mass they give to patches (the paper). Partial overlap makes
-        rows conditional: each head's row is divided by its own mass on what both views show, valid keys and the other
+        rows conditional: each head's row is divided by its own mass on what both show, valid keys and the other
         tokens, which equals a softmax over logits with the other keys masked. Only conditional rows are invariant: a
         softmax over a crop does not know the keys beyond it, and the share of attention beyond it differs by head.
         Rows, and heads in their mean, are weighted by the smaller mass of both views: rows that look elsewhere count
@@ -214,15 +235,15 @@ class AlignedRows:
         (factor_a, mass_a), (factor_b, mass_b) = (side.masses() for side in sides)
         weight = by_a = by_b = None
         if self.is_partial:
-            weight = self.shown[:, None].to(self.of_image.rows)
+            patches = self.of_image.patches
+            weight = F.pad(self.shown[:, None].to(patches), (self.num_classes, 0), value=1.0)
             if mass_a is not None and mass_b is not None:
                 weight = torch.minimum(mass_a, mass_b).detach().clamp(max=1) * weight
                 of_heads = weight.sum(1, keepdim=True).clamp_min(NO_MASS)
                 share = weight / of_heads if heads == "mean" else (weight > 0).to(weight)
                 by_a, by_b = share * _inverse(mass_a), share * _inverse(mass_b)
-            count = self.of_image.rows.shape[:2]
             weight = weight.mean(1, keepdim=True) if heads == "mean" else weight
-            weight = weight.expand(count[0], 1 if heads == "mean" else count[1], -1)
+            weight = weight.expand(len(patches), 1 if heads == "mean" else patches.shape[1], -1)
         a, b = self.of_image.onto_image(heads, factor_a, by_a), self.of_view.onto_image(heads, factor_b, by_b)
         return (a, b, weight) if self.scale is None else (a / self.scale, b / self.scale, weight)
 
@@ -289,64 +310,77 @@ class AlignedPair:
             pair.scale = None if self.scale is None else self.scale[images]
         return pair
 
-    def activation(self) -> AlignedRows:
-        """The aligned rows of the class tokens; none if there is no class token."""
-        of_image, of_view = (RowReading(classes, classes, None) for classes in self.plan.classes)
-        always = torch.ones_like(of_image.index, dtype=torch.bool)
-        return self._aligned(of_image, of_view, always, always, None)
-
-    def affinity(self, block: Block, picked: Tensor | None = None) -> AlignedRows:
-        """The aligned rows of a block of the plan's tokens, or only those ``picked`` (R,) among them."""
-        shown, counted = (select(each, 1, picked) for each in (block.shown, self.plan.counted(block)))
-        return self._aligned(block.of_image, block.of_view, shown, counted, picked)
-
-    def _aligned(
-        self, of_image: RowReading, of_view: RowReading, shown: Tensor, counted: Tensor, picked: Tensor | None
-    ) -> AlignedRows:
-        plan, unpadded = self.plan, self.plan.unpadded or (None, None)
-        a, entropy_a = self._read(self.a, of_image, plan.of_image, unpadded[0], picked)
-        b, entropy_b = self._read(self.b, of_view, plan.of_view, unpadded[1], picked)
+    def rows(self, block: Block | None, picked: Tensor | None = None, with_classes: bool = False) -> AlignedRows:
+        """The aligned rows of a block of the plan's tokens, or only those ``picked`` (R,) among them; ``with_classes``
+        those of the class tokens before them."""
+        plan = self.plan
+        if block is None:
+            none = plan.keys_valid.new_ones(1, 0)
+            shown, counted, readings = none, none, (None, None)
+        else:
+            shown, counted = (select(each, 1, picked) for each in (block.shown, plan.counted(block)))
+            readings = block.of_image, block.of_view
+        classes = plan.classes if with_classes else [tokens[:, :0] for tokens in plan.classes]
+        unpadded = plan.unpadded or (None, None)
+        a, entropy_a = self._read(self.a, classes[0], readings[0], plan.of_image, unpadded[0], picked)
+        b, entropy_b = self._read(self.b, classes[1], readings[1], plan.of_view, unpadded[1], picked)
         entropy = None if entropy_a is None or entropy_b is None else (entropy_a + entropy_b) / 2
-        return AlignedRows(a, b, plan.keys_valid, shown, counted, plan.is_partial, self.scale, entropy)
+        count = classes[0].shape[1]
+        return AlignedRows(a, b, count, plan.keys_valid, shown, counted, plan.is_partial, self.scale, entropy)
 
     def _read(
-        self, source: RowSource, reading: RowReading, keys: KeyReading, unpadded: Tensor | None, picked: Tensor | None
+        self,
+        source: RowSource,
+        classes: Tensor,
+        reading: RowReading | None,
+        keys: KeyReading,
+        unpadded: Tensor | None,
+        picked: Tensor | None,
     ) -> tuple[ReadRows, Tensor | None]:
         """The rows, and the entropy of what they are mixed to."""
-        if reading.mixed is None:  # no other rows than those picked are formed
-            index, unpadded, picked = select(reading.index, 1, picked), None, None
+        mixed, index, count = None, classes, 0
+        if reading is not None:
+            mixed, index = reading.mixed, reading.index
+            if mixed is None:  # no other rows than those picked are formed
+                index = select(index, 1, picked)
+            elif unpadded is not None:
+                unpadded = unpadded.gather(1, reading.patches.expand(len(unpadded), -1))
+            index = torch.cat([classes.expand(len(index), -1), index], 1)
+        if mixed is None:
+            unpadded = picked = None
         else:
-            index = reading.index
-            unpadded = None if unpadded is None else unpadded.gather(1, reading.patches.expand(len(unpadded), -1))
+            count = classes.shape[1]
         whole, sums = source.weights(index, keys.order), None
         if source.stochastic and (self.plan.is_partial or keys.area is not None):
             totals = keys.totals[0] if len(keys.totals) == 1 else keys.totals[:, None]
-            rows, sums = _Split.apply(whole, totals, keys)
+            of_classes, patches, sums = _Split.apply(whole, totals, keys, count)
         else:
-            rows = keys.read(whole)
-        read = ReadRows(rows, sums, keys, reading.mixed, unpadded, picked, source.stochastic)
+            of_classes, patches = (keys.read(part) for part in whole.tensor_split((count,), 2))
+        read = ReadRows(of_classes, patches, sums, keys, mixed, unpadded, picked, source.stochastic)
         return read, read.mix(row_entropy(whole)) if self.with_entropy else None
 
 
 class _Split(torch.autograd.Function):
-    """Rows over the window of their keys, and their products with ``totals``. Both gradients are added in one tensor;
-    autograd would make one for each, and fill up that of the window with zeros."""
+    """Rows over the window of their keys, the first ``count`` and the others, and the products of all with ``totals``.
+    The gradients are added in one tensor; autograd would make one for each, and fill up those of the windows with
+    zeros."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, rows: Tensor, totals: Tensor, keys: KeyReading, count: int) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(totals)
         ctx.window = keys.window
-        return keys.read(rows), rows @ totals
+        return keys.read(rows[:, :, :count]), keys.read(rows[:, :, count:]), rows @ totals
 
     @staticmethod
-    def backward(ctx: Any, of_window: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, of_first: Tensor, of_others: Tensor, of_sums: Tensor) -> tuple[Tensor, None, None, None]:
         (totals,) = ctx.saved_tensors
-        whole = of_sums @ totals.mT
-        if isinstance(ctx.window, slice):
-            whole[..., ctx.window] += of_window
-        else:
-            whole = whole.scatter_add(-1, ctx.window[:, None, None].expand_as(of_window), of_window)
-        return whole, None, None
+        whole, count = of_sums @ totals.mT, of_first.shape[2]
+        for part, found in ((slice(count), of_first), (slice(count, None), of_others)):
+            if isinstance(ctx.window, slice):
+                whole[:, :, part, ctx.window].add_(found)
+            else:
+                whole[:, :, part].scatter_add_(-1, ctx.window[:, None, None].expand_as(found), found)
+        return whole, None, None, None
 
 
 def _row_scale(a: LayerAttention, b: LayerAttention) -> Tensor:

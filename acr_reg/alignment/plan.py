@@ -23,7 +23,7 @@ from torch import Tensor
 from acr_reg._tensors import select
 from acr_reg.alignment.token_maps import valid_tokens
 from acr_reg.tokens import TokenLayout, TokenSide
-from acr_reg.views.resampling import LatticeMap, product
+from acr_reg.views.resampling import LatticeMap
 from acr_reg.views.view import View, blur_between, map_between
 
 Range = tuple[int, int]
@@ -39,8 +39,10 @@ class Resampling:
 
     def __call__(self, values: Tensor) -> Tensor:
         """(B, ..., m1 m2) -> (B, ..., n1 n2)."""
-        along = product(values.unflatten(-1, (self.first.shape[2], self.second.shape[2])), self.second)
-        return product(along.mT, self.first).mT.flatten(-2)
+        shape = values.shape[:-1]
+        along_x = values.reshape(len(self.second), -1, self.second.shape[2]).bmm(self.second.mT)
+        each = self.first[:, None].expand(-1, shape.numel() // len(self.first), -1, -1).flatten(0, 1)
+        return each.bmm(along_x.view(len(each), each.shape[2], -1)).view(*shape, -1)
 
     def backwards(self, values: Tensor) -> Tensor:
         """The transposed product: (B, ..., n1 n2) -> (B, ..., m1 m2)."""
@@ -136,6 +138,12 @@ class Plan:
     is_partial: bool
     classes: tuple[Tensor, Tensor]
     unpadded: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def hides_keys(self) -> bool:
+        """Whether rows hold values at keys that are not valid; resampled ones are 0 where a view shows nothing."""
+        is_resampled = self.of_image.resampled is not None and self.of_view.resampled is not None
+        return self.is_partial and (self.unpadded is not None or not is_resampled)
 
     def counted(self, block: Block) -> Tensor:
         """(1 or B, R): which of a block's tokens are not padding."""

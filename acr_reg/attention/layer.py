@@ -224,17 +224,6 @@ class LayerAttention:
                 scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask.to(scores)
             return scores
 
-    def with_keys(self, order: Tensor | None) -> LayerAttention:
-        """This fused layer with its keys in this order, (M,) or (B, M), once for all rows."""
-        query, key, mask = self.query, self.key, self.batched_mask()
-        if order is None or query is None or key is None:
-            return self
-        if mask is not None:
-            images = len(query) if order.ndim == 2 and len(order) > 1 else -1
-            mask = select(mask.expand(images, -1, -1, key.shape[2]), 3, order)
-        recorded = RecordedTensors(query=query, key=select(key, 2, order), mask=mask, scale=self.recorded.scale)
-        return replace(self, recorded=recorded, images=slice(None))
-
     def batched_mask(self) -> Tensor | None:
         """The kernel's mask for this part of the batch, of four axes that broadcast to (B, H, N, M), or None."""
         mask = self.recorded.mask

@@ -228,7 +228,8 @@ def _in_blocks(
                 layer.images = part
             for rows in of_part.blocks if term == "affinity" else of_part.blocks[:1]:
                 with torch.set_grad_enabled(learns):
-                    block, entropy = of_part.compare(term, rows)
+                    found_of, entropy = of_part.compare((term,), rows)
+                block = found_of[term]
                 if learns:
                     leaves = [leaf for layer in layers for leaf in layer.leaves]
                     found = iter(torch.autograd.grad(block.total, leaves, allow_unused=True))

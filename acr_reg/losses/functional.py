@@ -88,25 +88,29 @@ class RowSum:
         return self.total / self.norm()
 
 
-def sum_rows(
+def row_distances(
     a: Tensor,
     b: Tensor,
     distance: Distance = "l1",
     normalize: Normalize = "row",
     keys_valid: Tensor | None = None,
-    rows_valid: Tensor | None = None,
-    overlap: Tensor | None = None,
-) -> RowSum:
-    """:func:`row_consistency` before it is divided, so that blocks of rows can be added."""
+) -> Tensor:
+    """:func:`row_distance` over valid keys, (B, H, R), or its mean over these keys."""
     keys: Tensor | int = a.shape[-1]
     if keys_valid is not None:
-        a, b = (rows.masked_fill(~keys_valid[:, None, None, :], 0) for rows in (a, b))
+        hidden = ~keys_valid[:, None, None, :]
+        a, b = a.masked_fill(hidden, 0), b.masked_fill(hidden, 0)
         keys = keys_valid.sum(-1).clamp_min(1)[:, None, None]
     distances = row_distance(a, b, distance)
     if normalize == "mean":
-        distances = distances / keys
-    elif normalize != "row":
+        return distances / keys
+    if normalize != "row":
         raise ValueError(f'normalize={normalize!r} is unknown. Choose "row" (per row) or "mean" (the paper\'s).')
+    return distances
+
+
+def sum_rows(distances: Tensor, rows_valid: Tensor | None = None, overlap: Tensor | None = None) -> RowSum:
+    """:func:`row_consistency` of these distances before it is divided, so that blocks of rows can be added."""
     if rows_valid is None and overlap is None:
         rows = distances.new_full((), distances.numel())
         return RowSum(distances.sum(), rows, rows)
@@ -144,7 +148,7 @@ def row_consistency(
     >>> row_consistency(a, b).item(), row_consistency(a, b, normalize="mean").item()
     (0.5, 0.25)
     """
-    return sum_rows(a, b, distance, normalize, keys_valid, rows_valid, overlap).mean()
+    return sum_rows(row_distances(a, b, distance, normalize, keys_valid), rows_valid, overlap).mean()
 
 
 def cam_consistency(

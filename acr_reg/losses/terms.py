@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from acr_reg.alignment.pairs import AlignedPair, Heads, RowSource
 from acr_reg.alignment.plan import Block, Plan
-from acr_reg.attention.layer import LayerAttention
-from acr_reg.losses.functional import Distance, Normalize, RowSum, sum_rows
+from acr_reg.losses.functional import Distance, Normalize, RowSum, row_distances, sum_rows
 
 Term = Literal["activation", "affinity"]
 
@@ -46,14 +45,25 @@ class LayerTerms:
         rows = [(of_part[block], picked) for block, picked in self.blocks]
         return replace(self, pair=pair, blocks=rows, labels=labels)
 
-    def compare(self, term: Term, rows: Rows) -> tuple[RowSum, Tensor | None]:
-        """The sums over a term's rows, and their entropy. ``rows`` are those of the affinity term."""
-        aligned = self.pair.activation() if term == "activation" else self.pair.affinity(*rows)
+    def compare(self, terms: Collection[Term], rows: Rows) -> tuple[dict[Term, RowSum], Tensor | None]:
+        """The sums over the rows of each term, and the entropy of all rows. ``rows`` are those of the affinity term."""
+        block, picked = rows if "affinity" in terms else (None, None)
+        aligned = self.pair.rows(block, picked, "activation" in terms)
         a, b, overlap = aligned.comparable(self.heads)
-        keys_valid, counted = (aligned.keys_valid, aligned.counted) if aligned.is_partial else (None, None)
-        if term == "activation":  # one class token serves whatever classes are present
-            counted = self.labels.to(a.device) > 0 if self.labels is not None and a.shape[2] > 1 else None
-        return sum_rows(a, b, self.distance, self.normalize, keys_valid, counted, overlap), aligned.entropy
+        plan = self.pair.plan
+        keys_valid = plan.keys_valid if plan.hides_keys or (plan.is_partial and self.normalize == "mean") else None
+        distances = row_distances(a, b, self.distance, self.normalize, keys_valid)
+        sizes = [aligned.num_classes, distances.shape[2] - aligned.num_classes]
+        of_classes, of_patches = distances.split(sizes, 2)
+        weights = (None, None) if overlap is None else overlap.split(sizes, 2)
+        found: dict[Term, RowSum] = {}
+        if "activation" in terms:  # one class token serves whatever classes are present
+            present = self.labels.to(a.device) > 0 if self.labels is not None and aligned.num_classes > 1 else None
+            found["activation"] = sum_rows(of_classes, present, weights[0])
+        if "affinity" in terms:
+            counted = aligned.counted if plan.is_partial else None
+            found["affinity"] = sum_rows(of_patches, counted, weights[1])
+        return found, aligned.entropy
 
     def closed(self, term: Term, found: RowSum) -> RowSum:
         """The sum of a term's blocks, with the rows that were left out because one view does not show them."""
@@ -64,35 +74,17 @@ class LayerTerms:
         return RowSum(found.total, found.weight, found.count + groups * self.share * self.pair.plan.left_out(batch))
 
 
-class OrderedLayer:
-    """A layer that puts its keys in order once for all terms, as :class:`~acr_reg.LayerAttention` does for each."""
-
-    def __init__(self, layer: LayerAttention, order: Tensor | None) -> None:
-        self._layer, self._ordered = layer, layer.is_factored
-        if self._ordered:
-            self._layer = layer.with_keys(order)
-
-    @property
-    def stochastic(self) -> bool:
-        return self._layer.stochastic
-
-    def weights(self, queries: Tensor, keys: Tensor | None = None) -> Tensor:
-        return self._layer.weights(queries, None if self._ordered else keys)
-
-
 def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
     """The weighted sum of the layer's terms, on the graph; each term, and the entropy if it has one, detached.
 
     All maps of the layer are formed at once, and autograd keeps them for the backward pass.
     """
-    plan, (a, b), (rows,) = layer.pair.plan, layer.pair.layers, layer.blocks
-    sides = OrderedLayer(a, plan.of_image.order), OrderedLayer(b, plan.of_view.order)
-    layer = replace(layer, pair=layer.pair.of(*sides))
-    compared = {term: layer.compare(term, rows) for term in layer.weights}
-    values = {term: layer.closed(term, found).mean() for term, (found, _) in compared.items()}
+    (rows,) = layer.blocks
+    compared, entropy = layer.compare(layer.weights, rows)
+    values = {term: layer.closed(term, found).mean() for term, found in compared.items()}
     weighted = torch.stack([layer.weights[term] * value for term, value in values.items()]).sum()
     terms: dict[str, Tensor] = {term: value.detach() for term, value in values.items()}
-    return weighted, terms | mean_entropy([entropy for _, entropy in compared.values()])
+    return weighted, terms | mean_entropy([entropy])
 
 
 def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
@@ -105,7 +97,7 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
     wanted, height = max(1, round(share * count)), count // width
     start = torch.rand((), dtype=torch.float64, device="cpu").item()
     bounds = [math.floor(start + wanted * y / height) for y in range(height + 1)]
-    order = _scattered(count, plan.tokens.device).view(height, width).argsort(1)
+    order = torch.rand(height, width, device=plan.tokens.device).argsort(1)  # drawn there: none are sent
     rows: list[Rows] = []
     for block in plan.blocks:
         top, bottom = (token // width for token in block.tokens)
@@ -113,15 +105,6 @@ def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
         if bounds[bottom] > bounds[top]:
             rows.append((block, torch.cat(picked)))
     return rows, wanted / count
-
-
-def _scattered(count: int, device: torch.device) -> Tensor:
-    """``count`` numbers, all different, by Wellons' 32-bit hash of consecutive ones. They depend on the CPU's generator
-    only, so that every device samples the same rows, and none are sent there."""
-    numbers = torch.arange(count, device=device) + int(torch.randint(2**31, (), device="cpu"))
-    for shift, factor in ((16, 0x21F0AAAD), (15, 0xD35A2D97)):
-        numbers = ((numbers ^ (numbers >> shift)) * factor) & 0xFFFFFFFF
-    return numbers ^ (numbers >> 15)
 
 
 def mean_entropy(entropies: Sequence[Tensor | None]) -> dict[str, Tensor]:

@@ -252,7 +252,7 @@ def _patch_panels(
     aligned, row = AlignedPair(a, b, plan, with_entropy=False), (plan.blocks[0], (plan.tokens == token).nonzero()[0])
     layer = LayerTerms(aligned, {"affinity": 1.0}, [row], None, distance, "row", "mean", share=0)
     compared, _ = evaluate_dense(layer)
-    rows = aligned.affinity(*row)
+    rows = aligned.rows(*row)
     after = [row[0, 0, 0].cpu() for row in rows.comparable("mean")[:2]]
     keys = a.layout.key
     size = (keys.height, keys.width)

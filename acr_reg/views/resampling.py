@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -38,12 +39,12 @@ _BLOCK = 64
 
 @dataclass(frozen=True, eq=False)
 class AxisMap:
-    """Which of ``count`` source positions each target position reads along one axis, for S images.
+    """Which of ``count`` source positions each target position reads along one axis, for S images; on the CPU.
 
     ``index`` (S, target, taps) holds the positions read and ``weights`` their weights, which sum to 1; None if each
     target reads exactly one. ``valid`` (S, target) is False where the centre lies outside the part of the source that
     is shown. ``step`` (S,) is the distance between neighbouring targets, in source tokens. ``runs`` says for exact maps
-    what each of the S images reads, without asking the device.
+    what each of the S images reads.
     """
 
     count: int
@@ -138,7 +139,8 @@ class _Part:
 
 @dataclass(frozen=True, eq=False)
 class LatticeMap:
-    """Carries values from a source lattice onto a target lattice, for one view or one for each image of a batch."""
+    """Carries values from a source lattice onto a target lattice, for one view or one for each image of a batch. Its
+    tables are made on the CPU, and what is read of them is copied to its ``device`` once."""
 
     parts: tuple[_Part, ...]
     source: Lattice
@@ -147,6 +149,7 @@ class LatticeMap:
     """Whether every target centre falls on a source centre."""
     is_complete: bool
     """Whether the source shows every target centre."""
+    device: str
 
     @classmethod
     def between(cls, affines: Sequence[Affine], source: Lattice, target: Lattice, device: str) -> LatticeMap:
@@ -165,8 +168,8 @@ class LatticeMap:
                 made.append((None if len(groups) == 1 else images, y, x, transposed))
             exact = all(y.fall_on_source and x.fall_on_source for _, y, x, _ in made)
             complete = all(bool(y.valid.all()) and bool(x.valid.all()) for _, y, x, _ in made)
-            parts = tuple(_Part(i, y.axis_map(exact, device), x.axis_map(exact, device), t) for i, y, x, t in made)
-        return cls(parts, source, target, exact, complete)
+            parts = tuple(_Part(i, y.axis_map(exact), x.axis_map(exact), t) for i, y, x, t in made)
+        return cls(parts, source, target, exact, complete, device)
 
     def blur(self, there: LatticeMap) -> LatticeMap:
         """The map of the target onto itself that blurs as this map does. Only for maps that are not exact.
@@ -178,30 +181,32 @@ class LatticeMap:
         for onto, back in zip(there.parts, self.parts, strict=True):
             y, x = (back.x, back.y) if onto.transposed else (back.y, back.x)
             parts.append(_Part(onto.images, y.blur(onto.y), x.blur(onto.x), False))
-        return LatticeMap(tuple(parts), self.target, self.target, False, self.is_complete)
+        return LatticeMap(tuple(parts), self.target, self.target, False, self.is_complete, self.device)
 
     @property
     def is_permutation(self) -> bool:
         """Whether the target has the source's tokens, each once, in another order."""
         return self.is_exact and self.is_complete and len(self.source) == len(self.target)
 
-    @property
+    @cached_property
     def valid(self) -> Tensor:
         """(1 or B, target tokens) bool: whether the source shows the centre of a target token."""
-        return self._gathered(
-            [part.over_tokens(part.y.valid[:, :, None] & part.x.valid[:, None, :]) for part in self.parts]
-        )
+        return self._over_tokens(lambda part: part.y.valid[:, :, None] & part.x.valid[:, None, :])
 
     @property
     def area(self) -> Tensor:
         """(1 or B,): the number of source tokens that one target token covers."""
         return self._gathered([(part.y.step * part.x.step).abs() for part in self.parts])
 
+    @cached_property
     def index(self) -> Tensor:
         """(1 or B, target tokens): the source token that each target token coincides with. Only for exact maps."""
         width = self.source.width
-        found = [p.over_tokens(p.y.places[:, :, None] * width + p.x.places[:, None, :]) for p in self.parts]
-        return self._gathered(found)
+        return self._over_tokens(lambda part: part.y.places[:, :, None] * width + part.x.places[:, None, :])
+
+    def _over_tokens(self, pairs: Callable[[_Part], Tensor]) -> Tensor:
+        with torch.inference_mode(False):  # as in ``between``
+            return self._gathered([part.over_tokens(pairs(part)) for part in self.parts]).to(self.device)
 
     def __call__(self, maps: Tensor) -> Tensor:
         """Dense maps (..., source height, source width) -> (..., target height, target width), 0 where not shown.
@@ -223,7 +228,7 @@ class LatticeMap:
         """Token values along one dimension, ``len(source)`` of them -> ``len(target)``, 0 where not shown."""
         values = values.movedim(dim, -1)
         if self.is_exact:
-            mapped = select(values, -1, self.index())
+            mapped = select(values, -1, self.index)
             if not self.is_complete:
                 mapped = mapped.masked_fill(_beside(~self.valid, mapped), 0)
         else:
@@ -320,12 +325,12 @@ class _Positions:
         off = (self.positions - self.positions.round()).abs()
         return bool((off < _ON_LATTICE).all()) and bool(((self.step.abs() - 1).abs() < _ON_LATTICE).all())
 
-    def axis_map(self, exact: bool, device: str) -> AxisMap:
-        count, valid, step = self.source.count, self.valid.to(device), self.step.float().to(device)
+    def axis_map(self, exact: bool) -> AxisMap:
+        count, valid, step = self.source.count, self.valid, self.step.float()
         positions = self.positions.clamp(self.first, self.last)[:, :, None]
         if exact:
             index = positions.round().long()
-            return AxisMap(count, index.to(device), None, valid, step, self._runs(index[:, :, 0]))
+            return AxisMap(count, index, None, valid, step, self._runs(index[:, :, 0]))
         # The triangle filter of bilinear interpolation, widened by the shrinking factor.
         reach = self.step.abs().clamp_min(1)[:, None, None]
         tokens = (positions - reach).floor() + torch.arange(math.ceil(2 * reach.max().item()) + 2, device="cpu")

@@ -33,7 +33,7 @@ def test_aligned_rows_are_align_attention_of_the_heads(data):
     one = torch.randn(BATCH, 2, target.num_queries, target.num_keys, generator=generator(1)).double().softmax(-1)
     layers = explicit(one, target), explicit(maps, source)
     plan = plan_of(*layers, view, blur_alike=False)
-    patches = AlignedPair(*layers, plan).affinity(plan.blocks[0])
+    patches = AlignedPair(*layers, plan).rows(plan.blocks[0])
     found_a, found_b = carried_rows(patches)
     whole = align_attention(maps, view, source, target)[:, :, prefix:, prefix:]
     shown = patches.shown[:, None, :, None]

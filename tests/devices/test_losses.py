@@ -60,11 +60,12 @@ STEPS = {
     "flip for each image": Step(view=PerImage([FLIP, Identity()]), valid=True),
     "crops for each image": Step(view=CROPS, view_a=CROPS, per_image=True, cams=True),
 }
-# Copies where each step draws another view: its tables are packed into one, but not yet those of class maps and valid.
+# Copies where each step draws another view. Tables of attention are packed into one; a map of class maps or of ``valid``
+# has one of what is shown and two of weights.
 COPIES = {
     **dict.fromkeys(("two crops", "two crops, sharp"), 1),
-    "two crops, class maps, valid": 15,
-    "crops for each image": 11,
+    "two crops, class maps, valid": 9,
+    "crops for each image": 5,
 }
 CASES = [("fused", name) for name in STEPS] + [("explicit", name) for name in ("flip", "flip, valid", "two crops")]
 every_case = pytest.mark.parametrize(("kind", "name"), CASES)

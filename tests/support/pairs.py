@@ -13,7 +13,7 @@ def aligned_rows(a, b, view, valid=None, picked=None):
     ``b``."""
     plan = plan_of(a, b, view, valid)
     pair = AlignedPair(a, b, plan)
-    return pair.activation(), pair.affinity(plan.blocks[0], picked)
+    return pair.rows(None, with_classes=True), pair.rows(plan.blocks[0], picked)
 
 
 def carried_rows(rows):

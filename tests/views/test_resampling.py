@@ -45,8 +45,8 @@ def test_token_index_is_the_coordinates_moved_by_a_loop(name, grid):
         assert mapping.is_permutation
         assert mapping.valid.all()
     for token, target in enumerate(targets):
-        assert forward.index()[0, target] == token
-        assert back.index()[0, token] == target
+        assert forward.index[0, target] == token
+        assert back.index[0, token] == target
     values = noise(2, len(targets), 3)
     moved = torch.empty_like(values)
     for token, target in enumerate(targets):
@@ -141,7 +141,7 @@ def test_a_whole_token_shift_is_an_index_with_a_validity():
         token = i * 5 + j
         assert mapping.valid[0, token] == (j > 0)
         if j > 0:
-            assert mapping.index()[0, token] == i * 5 + 5 - j
+            assert mapping.index[0, token] == i * 5 + 5 - j
 
 
 def test_a_lattice_is_symmetric_to_the_precision_of_floats():

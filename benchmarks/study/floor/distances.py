@@ -35,9 +35,8 @@ def distances(
             left_out = len(tokens) - len(picked)
         pair, share = AlignedPair(a, b, plan, with_entropy=False), left_out / max(plan.num_left_out, 1)
         terms = LayerTerms(pair, {}, [(block, picked)], None, "l1", "row", "mean", share)
-        found.append(
-            [terms.closed(term, terms.compare(term, terms.blocks[0])[0]).mean() for term in ("activation", "affinity")]
-        )
+        compared, _ = terms.compare(("activation", "affinity"), terms.blocks[0])
+        found.append([terms.closed(term, rows).mean() for term, rows in compared.items()])
     activation, affinity = torch.tensor(found).mean(0).tolist()
     return Distances(activation, affinity)
 
