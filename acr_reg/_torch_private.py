@@ -97,10 +97,15 @@ def entered(mode: TorchFunctionMode) -> Iterator[None]:
     try:
         yield
     finally:
-        modes = function_modes()
-        if mode in modes:
-            last = len(modes) - 1 - modes[::-1].index(mode)
-            keep_modes([place != last for place in range(len(modes))])
+        take_off(mode)
+
+
+def take_off(mode: TorchFunctionMode) -> None:
+    """Removes a mode, its innermost entry alone, from this thread's stack, if it is there."""
+    modes = function_modes()
+    if mode in modes:
+        last = len(modes) - 1 - modes[::-1].index(mode)
+        keep_modes([place != last for place in range(len(modes))])
 
 
 def remove_hooks(module: nn.Module, is_own: Callable[[Any], bool]) -> None:

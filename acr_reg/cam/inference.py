@@ -9,8 +9,9 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
-from acr_reg._torch_private import entered, function_modes, keep_modes, shards_parameters
+from acr_reg._torch_private import entered, shards_parameters, take_off
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.class_rows import ClassRows, same_gradients
 from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
@@ -21,7 +22,7 @@ from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_a
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
-from acr_reg.tokens import Lattice
+from acr_reg.tokens import Lattice, TokenLayout
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
@@ -36,7 +37,8 @@ class GradientCam(Removable):
     The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
     model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
-    call runs one image twice more to see the layers. A training capture of the same model does not record these runs.
+    call runs one image up to three times more to see the layers. A training capture of the same model does not record
+    these runs.
 
     Args:
         model: any module that :func:`~acr_reg.capture_attention` can capture.
@@ -133,9 +135,8 @@ class GradientCam(Removable):
     def _end_capture(self) -> None:
         if self._attention is not None:
             self._attention.remove()
-        modes = function_modes()
-        if self._rows in modes:  # an interruption left it
-            keep_modes([mode is not self._rows for mode in modes])
+        if self._rows is not None:
+            take_off(self._rows)  # if an interruption left it there
         self._attention, self._rows, self._whole_graph = None, None, False
 
     def _running(self) -> AttentionCapture:
@@ -162,7 +163,7 @@ class GradientCam(Removable):
         turns: list[Turns] = []
 
         def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
-            logits = self._logits(self._running(), view, changed)
+            logits = self._logits(view, changed)
             maps = self._running().take()
             if maps.run:
                 _refuse_runs(maps.run + 1)
@@ -197,9 +198,9 @@ class GradientCam(Removable):
     def _begin(self, image: Tensor, image_size: tuple[int, int], changed: eval_mode) -> None:
         """Begins the capture, whose graph starts at the first layer used; one image shows which that is."""
         hints = {**self._hints, "image_channels": image.shape[1]}
-        # A graph from the first layer on shows which layers the model runs with one.
+        # A graph from the first layer on shows which layers the model runs with one. It need not save any tensor.
         self._attention = capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints)
-        logits = self._logits(self._attention, image, changed)
+        logits = self._logits(image, changed, saves=False)
         runs = self._attention.take_all()
         self._attention.remove()
         if not self.no_grad:  # the forward may run the encoder under no_grad, too
@@ -215,41 +216,49 @@ class GradientCam(Removable):
             self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
         )
         used = [layer for layer in maps if self.no_grad or has_graph(layer)][first:]
-        self._rows = None if self._whole_graph else ClassRows.of(used, self.query)
-        if self._rows is None:
-            return
-        # Whether it fits shows in the gradients of a score of all classes, none of which cancels another.
-        weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
-        layouts = [layer.layout for layer in used]
+        rows = None if self._whole_graph else ClassRows.of(used, self.query)
+        layouts = [layer.layout for layer in used] if rows is not None else []
+        del logits, runs, maps, used  # before another forward takes memory
+        if rows is not None:
+            self._try_rows(rows, image, layouts)
+
+    def _try_rows(self, rows: ClassRows, image: Tensor, layouts: list[TokenLayout]) -> None:
+        """Computes the gradient of these rows alone from now on, if on one image it is the ordinary one."""
+        found = []
         try:
-            ordinary = class_rows_of(layouts, gradients((logits * weights).sum(), used))
-            del logits, runs, maps, used  # before another graph takes memory
-            logits = _logits_of(self._forward(self._attention, image), 1)
-            used = [*self._attention.take()][-len(layouts) :]
-            fits = same_gradients(class_rows_of(layouts, gradients((logits * weights).sum(), used)), ordinary)
+            for self._rows in (None, rows):
+                logits = _logits_of(self._forward(image), 1)
+                # It shows in the gradients of a score of all classes, none of which cancels another.
+                weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
+                used = [*self._running().take()][-len(layouts) :]
+                found.append(class_rows_of(layouts, gradients((logits * weights).sum(), used)))
+                del logits, used
+            fits = same_gradients(found[1], found[0])
         except Exception:  # such as that of a checkpointed layer, which must run alike a second time
             fits = False
-        self._rows = self._rows if fits else None
+        self._rows = rows if fits else None
 
-    def _forward(self, attention: AttentionCapture, images: Tensor) -> Any:
-        with alone(attention), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
+    def _forward(self, images: Tensor) -> Any:
+        with alone(self._running()), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
             return self.forward(images)
 
-    def _logits(self, attention: AttentionCapture, images: Tensor, changed: eval_mode) -> Tensor:
-        """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without."""
-        attention.clear()
+    def _logits(self, images: Tensor, changed: eval_mode, saves: bool = True) -> Tensor:
+        """The logits of one forward, with a graph below ``start_layer`` if the model cannot do without. A graph that
+        ``saves`` no tensors shows which layers are on it."""
+        self._running().clear()
         if not self._whole_graph:
             try:
-                found = self._forward(attention, images)
+                with nullcontext() if saves else saved_tensors_hooks(lambda tensor: None, _refuse_backward):
+                    found = self._forward(images)
             except CaptureError:
                 raise
             except Exception:  # the model may need a graph below start_layer, as to hook its tensors
                 self._whole_graph, self._rows = True, None
-                attention.clear()
+                self._running().clear()
         if self._whole_graph:
             changed.unfreeze()
             images = images.detach().clone()  # a clone can have a gradient where an inference tensor cannot
-            found = self._forward(attention, images.requires_grad_() if images.is_floating_point() else images)
+            found = self._forward(images.requires_grad_() if images.is_floating_point() else images)
         return _logits_of(found, len(images))
 
     def _placed(self, maps: AttentionMaps, size: tuple[int, int], image_size: tuple[int, int]) -> AttentionMaps:
@@ -289,6 +298,10 @@ def _check_images(images: Tensor) -> None:
         )
     if images.ndim != 4 or not images.numel():
         raise ValueError(f"The images have shape {tuple(images.shape)}. Pass (B, bands, H, W), at least one image.")
+
+
+def _refuse_backward(saved: None) -> NoReturn:
+    raise RuntimeError("This graph saved no tensors.")  # caught: the model then gets one that does
 
 
 def _refuse_runs(count: int) -> NoReturn:

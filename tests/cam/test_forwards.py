@@ -102,7 +102,7 @@ def retains(tokens):
 
 
 def differentiates(tokens):
-    torch.autograd.grad(tokens.sum(), tokens)
+    torch.autograd.grad(tokens.square().sum(), tokens)
 
 
 def asserts(tokens):
@@ -395,6 +395,20 @@ def test_the_maps_of_a_run_are_released_when_the_next_begins():
         cam(images(), LABELS)
     assert says(error, "3 times", "forward=", "modules=")
     assert alive[-3:] == [False, False, True]
+
+
+def test_the_first_call_keeps_what_the_next_ones_keep_and_no_graph_of_all_layers():
+    model, given, alive = multihead_vit(6), [], []
+    for block in model.encoder:  # a square saves what it is given
+        block.register_forward_hook(lambda _, __, x: given.append(weakref.ref(x)) or x.square().sqrt())
+    model.head.register_forward_pre_hook(lambda *_: alive.append(sum(each() is not None for each in given)))
+    with GradientCam(model, views=[Identity()]) as cam:
+        for _ in range(2):
+            cam(images(), LABELS)
+            given.clear()
+    most = alive[-1]
+    assert len(alive) == 5 and 0 < most < 6
+    assert max(alive) == most
 
 
 # ---- what is no tensor, and a head of zeros
