@@ -10,7 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 from torch import Tensor, nn
 
-from acr_reg._torch_private import entered, function_modes, keep_modes, shards_parameters
+from acr_reg._torch_private import comes_from_shards, entered, function_modes, keep_modes, shards_parameters
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.class_rows import ClassRows, same_gradients
 from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
@@ -200,6 +200,8 @@ class GradientCam(Removable):
         # A graph from the first layer on shows which layers the model runs with one.
         self._attention = capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints)
         logits = self._logits(self._attention, image, changed)
+        if comes_from_shards(logits):  # of a part of forward that the model does not hold
+            refuse_sharded()
         runs = self._attention.take_all()
         self._attention.remove()
         if not self.no_grad:  # the forward may run the encoder under no_grad, too
