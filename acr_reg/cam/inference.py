@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from acr_reg._torch_private import entered, shards_parameters, take_off
+from acr_reg._torch_private import comes_from_shards, entered, shards_parameters, take_off
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.class_rows import ClassRows, same_gradients
 from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
@@ -201,6 +201,8 @@ class GradientCam(Removable):
         # A graph from the first layer on shows which layers the model runs with one. It need not save any tensor.
         self._attention = capture_attention(self.model, keep="all", no_grad=True, graph_from=0, **hints)
         logits = self._logits(image, changed, saves=False)
+        if comes_from_shards(logits):  # of a part of forward that the model does not hold
+            refuse_sharded()
         runs = self._attention.take_all()
         self._attention.remove()
         if not self.no_grad:  # the forward may run the encoder under no_grad, too

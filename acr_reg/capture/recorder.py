@@ -274,7 +274,7 @@ class Recorder:
 
     def clear(self) -> None:
         """Forgets the runs that this thread may take."""
-        self.log.remove(self._state.runner)
+        self.log.take(self._state.runner)
 
     def stop(self) -> None:
         state = self._state

@@ -102,7 +102,7 @@ class RunLog:
         self._forwards = forwards
         self._runs: dict[int, Run] = {}
         self._numbers = count()
-        self.taken = False  # whether any run was ever taken
+        self.taken = False  # whether any run was ever taken or cleared
         self.outside: list[str] = []  # softmaxes of passes without attention, in words
         self.without_grad = 0  # module calls under torch.no_grad that were not recorded
 
@@ -159,12 +159,6 @@ class RunLog:
         return any(self.is_elsewhere(run, runner) for run in self.waiting_for(runner))
 
     def take(self, runner: Runner) -> list[Run]:
-        """Forgets the runs that this thread may take, and returns the complete ones."""
-        taken = self.remove(runner)
-        self.taken = self.taken or bool(taken)
-        return taken
-
-    def remove(self, runner: Runner) -> list[Run]:
         """Forgets the runs that this thread may take, but for those that another thread is still in the middle of.
         Returns the complete ones."""
         waiting, taken = self.waiting_for(runner), []
@@ -181,6 +175,7 @@ class RunLog:
                 self._forget(run)
         for each in {runner, *(run.runner for run in waiting)}:
             each.started = sum(run.runner is each for run in self.runs)
+        self.taken = self.taken or bool(taken)
         return taken
 
     def clear(self) -> None:

@@ -270,18 +270,19 @@ def alone_in_a_group() -> Iterator[None]:
 def test_class_maps_of_a_part_are_refused_where_another_part_is_sharded() -> None:
     """FullyShardedDataParallel gave such a part no gradient from then on."""
     model: Any = BUILDERS["fused"](2)
-    model.head = FullyShardedDataParallel(model.head, device_id=torch.device("cpu"))
+    model.head = FullyShardedDataParallel(model.head, device_id=torch.device("cpu"), use_orig_params=True)
     x = torch.randn(2, 3, 32, 48)
 
     def gradient() -> Tensor:
         model.zero_grad()
-        model(x).sum().backward()
+        (model(x) + model(x.flip(-1))).sum().backward()  # two views
         return torch.cat([whole(parameter.grad).flatten() for parameter in model.head.parameters()])
 
     before = gradient()
     cam = GradientCam(model.encoder, forward=model, grid=(4, 6), num_prefix_tokens=1, class_tokens=[0])
     with pytest.raises(CaptureError, match="FSDP"):
         cam(x)
+    assert torch.allclose(gradient(), before)
     with capture_attention(model.encoder) as attention:
         logits, maps = model(x), attention.take().with_layout((4, 6), 1, class_tokens=1)
         with pytest.raises(CaptureError, match="FSDP"):
