@@ -314,16 +314,15 @@ class AlignedPair:
         """The aligned rows of a block of the plan's tokens, or only those ``picked`` (R,) among them; ``with_classes``
         those of the class tokens before them."""
         plan = self.plan
-        if block is None:
-            none = plan.keys_valid.new_ones(1, 0)
-            shown, counted, readings = none, none, (None, None)
-        else:
+        shown = counted = plan.keys_valid.new_ones(1, 0)
+        of_image = of_view = None
+        if block is not None:
             shown, counted = (select(each, 1, picked) for each in (block.shown, plan.counted(block)))
-            readings = block.of_image, block.of_view
+            of_image, of_view = block.of_image, block.of_view
         classes = plan.classes if with_classes else [tokens[:, :0] for tokens in plan.classes]
         unpadded = plan.unpadded or (None, None)
-        a, entropy_a = self._read(self.a, classes[0], readings[0], plan.of_image, unpadded[0], picked)
-        b, entropy_b = self._read(self.b, classes[1], readings[1], plan.of_view, unpadded[1], picked)
+        a, entropy_a = self._read(self.a, classes[0], of_image, plan.of_image, unpadded[0], picked)
+        b, entropy_b = self._read(self.b, classes[1], of_view, plan.of_view, unpadded[1], picked)
         entropy = None if entropy_a is None or entropy_b is None else (entropy_a + entropy_b) / 2
         count = classes[0].shape[1]
         return AlignedRows(a, b, count, plan.keys_valid, shown, counted, plan.is_partial, self.scale, entropy)

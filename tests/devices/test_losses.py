@@ -60,8 +60,8 @@ STEPS = {
     "flip for each image": Step(view=PerImage([FLIP, Identity()]), valid=True),
     "crops for each image": Step(view=CROPS, view_a=CROPS, per_image=True, cams=True),
 }
-# Copies where each step draws another view. Tables of attention are packed into one; a map of class maps or of ``valid``
-# has one of what is shown and two of weights.
+# Copies where each step draws another view. Tables of attention are packed into one; a map for class maps or for
+# ``valid`` has one of what is shown and two of weights.
 COPIES = {
     **dict.fromkeys(("two crops", "two crops, sharp"), 1),
     "two crops, class maps, valid": 9,
