@@ -18,7 +18,6 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 from acr_reg._tensors import at_least_float32
-from acr_reg.attention.layer import LayerAttention
 from acr_reg.capture.kernels import sdpa_arguments
 from acr_reg.tokens import TokenLayout
 
@@ -37,12 +36,11 @@ class ClassRows(TorchFunctionMode):
         self._batch, self._is_first = 0, True
 
     @classmethod
-    def of(cls, layers: Sequence[LayerAttention], query: str) -> ClassRows | None:
+    def of(cls, layouts: Sequence[TokenLayout], query: str) -> ClassRows | None:
         """None if maps of these layers read other rows too, or if the tokens beside the patches are apart."""
-        layout = layers[-1].layout
-        if query != "class" or len(layers) > 2 or any(layer.layout != layout for layer in layers):
+        if query != "class" or len(layouts) > 2 or len({*layouts}) > 1:
             return None
-        rows = _other_tokens(layout)
+        rows = _other_tokens(layouts[0])
         return None if rows is None else cls(rows)
 
     def of_batch(self, size: int) -> ClassRows:

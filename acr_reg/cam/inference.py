@@ -218,14 +218,16 @@ class GradientCam(Removable):
             self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
         )
         used = [layer for layer in maps if self.no_grad or has_graph(layer)][first:]
-        rows = None if self._whole_graph else ClassRows.of(used, self.query)
-        layouts = [layer.layout for layer in used] if rows is not None else []
+        layouts = [layer.layout for layer in used]
         del logits, runs, maps, used  # before another forward takes memory
-        if rows is not None:
-            self._try_rows(rows, image, layouts)
+        if not self._whole_graph:
+            self._try_rows(image, layouts)
 
-    def _try_rows(self, rows: ClassRows, image: Tensor, layouts: list[TokenLayout]) -> None:
-        """Computes the gradient of these rows alone from now on, if on one image it is the ordinary one."""
+    def _try_rows(self, image: Tensor, layouts: list[TokenLayout]) -> None:
+        """Computes the gradient of class rows alone from now on, if on one image it is the ordinary one."""
+        rows = ClassRows.of(layouts, self.query)
+        if rows is None:
+            return
         found = []
         try:
             for self._rows in (None, rows):
