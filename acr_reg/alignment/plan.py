@@ -42,7 +42,8 @@ class Resampling:
         shape = values.shape[:-1]
         along_x = values.reshape(len(self.second), -1, self.second.shape[2]).bmm(self.second.mT)
         each = self.first[:, None].expand(-1, shape.numel() // len(self.first), -1, -1).flatten(0, 1)
-        return each.bmm(along_x.view(len(each), each.shape[2], -1)).view(*shape, -1)
+        rows, columns = self.first.shape[1], self.second.shape[1]
+        return each.bmm(along_x.view(len(each), each.shape[2], columns)).view(*shape, rows * columns)
 
     def backwards(self, values: Tensor) -> Tensor:
         """The transposed product: (B, ..., n1 n2) -> (B, ..., m1 m2)."""

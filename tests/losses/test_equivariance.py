@@ -145,7 +145,8 @@ def agreement(a: AttentionMaps, b: AttentionMaps, view: View, valid: Tensor | No
         for rows in aligned_rows(one, other, view, valid):
             row_a, row_b, weight = rows.comparable("each")
             apart = (row_a - row_b).masked_fill(~rows.keys_valid[:, None, None], 0).abs().amax(-1)
-            compared = rows.shown[:, None] & rows.counted[:, None]
+            patches = rows.shown & rows.counted  # rows of class tokens, before them, are always compared
+            compared = F.pad(patches, (rows.num_classes, 0), value=True)[:, None]
             if weight is not None:
                 compared = compared & (weight > 1e-12)
             worst = max([worst, *apart[compared.expand_as(apart)].tolist()])
