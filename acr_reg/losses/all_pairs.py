@@ -62,9 +62,9 @@ class AllPairsConsistencyLoss(nn.Module):
             the backward pass, which second derivatives need. None forms them if all, of both views, take at most 128
             MB; it is faster where maps are small, and holds twice that where a view resamples. Explicit maps are
             compared at once.
-        block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 4 MB of maps
-            per block, 64 MB on a GPU, of whole images or of at least 64 rows of one, or 4 rows of the grid where a view
-            resamples. Blocks are whole rows of the grid.
+        block_rows: query rows per block, of all images and heads; fewer save memory, more save time. None: 16 MB of
+            maps per block, 64 MB on a GPU, of whole images or of at least 64 rows of one, or 4 rows of the grid where a
+            view resamples. Blocks are whole rows of the grid.
 
     A term without inputs (no class token, no class maps) raises if you set its weight; otherwise it is skipped, with
     one warning for the class token.
