@@ -165,18 +165,20 @@ def _finer_gain(leader: Setting, dev: dict[Setting, Group], name: str, size: int
 
 
 def _conditions(scored: dict[str, dict[str, Group]]) -> str:
-    """The change of raw mIoU on test photos from two views to each condition, in a column for each set."""
-    header, columns = ["test photos; change of raw CAM mIoU from two views without ACR"], []
+    """The change of mIoU on test photos from two views to each condition, in a column for each set."""
+    if not all({REFERENCE, "both"} <= own.keys() for own in scored.values()):
+        return NOT_RUN
+    (network,) = {own["both"].setting.network for own in scored.values()}
+    maps = NETWORKS[network].maps["raw"]
+    header, columns = [f"test photos; change of {maps} mIoU from two views without ACR"], []
     for photos, own in scored.items():
-        if not {REFERENCE, "both"} <= own.keys():
-            return NOT_RUN
         weight = own["both"].setting.weight
         single = {name: own[name].setting.weight for name in ("activation", "affinity") if name in own}
         others = [f"{name} alone {other:g}" for name, other in single.items() if other != weight]
         header.append(f"{SETS[photos].title}, weight {weight:g}" + (f" ({', '.join(others)})" if others else ""))
         columns.append({name: _gain(own[REFERENCE], own.get(name)) for name in ROWS})
-    maps = next((own["cam"].setting.cam_weight for own in scored.values() if "cam" in own), CAM_WEIGHT)
-    titles = ROWS | {"cam": f"{ROWS['cam']}, weight {_weight(maps, CAM_WEIGHT)}"}
+    cam_weight = next((own["cam"].setting.cam_weight for own in scored.values() if "cam" in own), CAM_WEIGHT)
+    titles = ROWS | {"cam": f"{ROWS['cam']}, weight {_weight(cam_weight, CAM_WEIGHT)}"}
     shown = [name for name in ROWS if any(column[name] != NOT_RUN for column in columns)]
     return table(header, [[titles[name], *(column[name] for column in columns)] for name in shown])
 
