@@ -80,11 +80,18 @@ def evaluate_dense(layer: LayerTerms) -> tuple[Tensor, dict[str, Tensor]]:
     All maps of the layer are formed at once, and autograd keeps them for the backward pass.
     """
     (rows,) = layer.blocks
-    compared, entropy = layer.compare(layer.weights, rows)
-    values = {term: layer.closed(term, found).mean() for term, found in compared.items()}
+    compared: dict[Term, RowSum] = {}
+    entropies: list[Tensor | None] = []
+    for is_weighed in (True, False):  # apart, so that a term that is only reported changes nothing of the loss
+        names = [name for name, weight in layer.weights.items() if bool(weight) is is_weighed]
+        if names:
+            found, entropy = layer.compare(names, rows)
+            compared |= found
+            entropies.append(entropy)
+    values = {term: layer.closed(term, compared[term]).mean() for term in layer.weights}
     weighted = torch.stack([layer.weights[term] * value for term, value in values.items()]).sum()
     terms: dict[str, Tensor] = {term: value.detach() for term, value in values.items()}
-    return weighted, terms | mean_entropy([entropy])
+    return weighted, terms | mean_entropy(entropies)
 
 
 def sample_rows(plan: Plan, share: float) -> tuple[list[Rows], float]:
