@@ -134,7 +134,7 @@ class _Part:
             if len(y) == 1 and maps.ndim > 3:  # each by itself: a block's backward pass writes all that it was cut from
                 along_y, along_x = along_y * max(len(maps), 1), along_x * max(len(maps), 1)
             return _for_each(_banded, maps, along_y, along_x)
-        return product(product(maps.mT, y).mT, x)
+        return _product(_product(maps.mT, y).mT, x)
 
 
 @dataclass(frozen=True, eq=False)
@@ -273,7 +273,7 @@ def _banded(maps: Tensor, y: list[_Band], x: list[_Band]) -> Tensor:
     return torch.cat([maps[..., columns.start - left : columns.stop - left] @ weights.mT for columns, weights in x], -1)
 
 
-def product(maps: Tensor, weights: Tensor) -> Tensor:
+def _product(maps: Tensor, weights: Tensor) -> Tensor:
     """Resamples the last axis of (..., source), or of (S, ..., source), by (S, target, source)."""
     if len(weights) == 1:
         return maps @ weights[0].mT
