@@ -77,8 +77,8 @@ def _ratio(value: float | None, digits: int = 2) -> str:
 def step_table(rows: Iterable[Row]) -> str:
     lines = [
         "| ViT | px | tokens | batch | step | rounds | extra CPU s (quartiles) | of published | extra MB "
-        "| of published |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| of published | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     ordered = sorted(rows, key=_case)
     in_noise = {_case(r)[:3] for r in ordered if r["variant"] == "published" and not _above_zero(r)}
@@ -89,14 +89,14 @@ def step_table(rows: Iterable[Row]) -> str:
         name = f"{NAMES[r['variant']]}{' (default)' * (r['variant'] == chosen)}"
         head = f"| {r['model'][0].upper()} | {r['size']} | {r['tokens']} | {r['batch']} | {name} |"
         if r["skipped"] is not None:
-            lines.append(f"{head} | not run: {r['skipped']} | | | |")
+            lines.append(f"{head} | not run: {r['skipped']} | | | | |")
             continue
         low, median, high = r["extra_cpu_seconds"]
         ratio = "in noise" if _case(r)[:3] in in_noise else _ratio(r["extra_cpu_over_published"])
         lines.append(
             f"{head} {r['rounds']} | {median:+.2f} ({low:.2f} to {high:.2f}) "
             f"| {ratio} | {r['extra_mb']:+.0f} "
-            f"| {_ratio(r['extra_mb_over_published'], 3)} |"
+            f"| {_ratio(r['extra_mb_over_published'], 3)} | {r.get('measured', 'earlier')} |"
         )
     return "\n".join(lines)
 

@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from typing import Any
 
 import torch
@@ -76,6 +77,7 @@ class Result:
     gradient_error: float | None = None
     gradient_cosine: float | None = None  # of a share of the rows, to all rows
     skipped: str | None = None
+    measured: str = field(default_factory=lambda: date.today().isoformat())  # rows of several days stand in one table
 
 
 def measure(config: Config) -> list[Result]:

@@ -111,6 +111,15 @@ def test_ratios_are_over_the_plain_step(monkeypatch, capsys):
     assert results["rows"].extra_mb_over_published == 0.25
 
 
+def test_the_table_says_when_a_row_was_measured(monkeypatch):
+    monkeypatch.setattr(step, "run_fresh", fake_run)
+    rows = [asdict(r) for r in step.measure(step.Config(SMALL, ("plain", "blockwise", "rows"), rounds=3, check=False))]
+    assert rows[1].pop("measured") == rows[2]["measured"]  # as rows were before they had a date
+    earlier, today = page.step_table(rows).splitlines()[2:]
+    assert earlier.endswith("| earlier |")
+    assert today.endswith(f"| {rows[2]['measured']} |")
+
+
 def test_slopes_and_plot(tmp_path):
     rows = [
         {
