@@ -225,6 +225,10 @@ def _dtensor() -> type | None:
     return _distributed("DTensor", "tensor", "_tensor")  # torch < 2.5: _tensor
 
 
+def _has_processes() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
 def shards_parameters(model: nn.Module) -> bool:
     """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs, or while a module
     runs that holds it."""
@@ -233,7 +237,7 @@ def shards_parameters(model: nn.Module) -> bool:
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    found: list[nn.Module | None] = [model] if known else []
+    found: list[nn.Module | None] = [model] if known and _has_processes() else []
     for module in found:  # it grows; nn.Module.modules() is far slower, and this runs in each step
         if module is None:
             continue
@@ -246,7 +250,7 @@ def shards_parameters(model: nn.Module) -> bool:
 
 def comes_from_shards(tensor: Tensor) -> bool:
     """Whether a module that FSDP shards, and trains, took part in making this tensor."""
-    nodes, seen = [tensor.grad_fn] if dist.is_available() and dist.is_initialized() else [], set[Any]()
+    nodes, seen = [tensor.grad_fn] if _has_processes() else [], set[Any]()
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -263,7 +267,7 @@ def comes_from_shards(tensor: Tensor) -> bool:
 
 def has_dtensors() -> bool:
     """Whether there may be DTensors in this process."""
-    return dist.is_available() and dist.is_initialized() and _dtensor() is not None
+    return _has_processes() and _dtensor() is not None
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -344,7 +348,7 @@ def _saved(node: Any) -> tuple[bool, bool]:
 
 def store_of_process_group() -> Any:
     """The store in which the processes of the default process group met; None without a group, or without a store."""
-    if not dist.is_available() or not dist.is_initialized():
+    if not _has_processes():
         return None
     from torch.distributed import distributed_c10d
 
