@@ -25,7 +25,7 @@ from acr_reg.attention.layer import LayerAttention, rows_of_block
 from acr_reg.attention.maps import AttentionMaps
 from acr_reg.cam.refinement import refuse_infinite
 from acr_reg.capture.refusals import refuse_sharded
-from acr_reg.tokens import TokenLayout, class_token_index, patch_index
+from acr_reg.tokens import class_token_index, patch_index
 
 Method = Literal["grad", "grad_s", "cam_grad", "cam_grad_s"]
 
@@ -311,14 +311,6 @@ def gradients(score: Tensor, layers: Sequence[LayerAttention], create_graph: boo
     if all(gradient is None for gradient in found):
         raise ValueError("The logits do not depend on these maps. Logits and maps must come from the same forward.")
     return [layer.batched_output(gradient) for layer, gradient in zip(layers, found, strict=True)]
-
-
-def class_rows_of(layouts: Sequence[TokenLayout], found: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The rows of the class tokens of what :func:`gradients` found."""
-    return [
-        None if gradient is None else select(gradient, 2, class_token_index(layout, str(gradient.device)))
-        for layout, gradient in zip(layouts, found, strict=True)
-    ]
 
 
 def _contribution(

@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from acr_reg._torch_private import comes_from_shards, entered, shards_parameters, take_off
 from acr_reg.attention.maps import AttentionMaps
-from acr_reg.cam.class_rows import ClassRows, same_gradients
-from acr_reg.cam.gradient import Method, Turns, class_rows_of, gradient_maps, gradients, has_graph, settle, used_layers
+from acr_reg.cam.class_rows import ClassRows
+from acr_reg.cam.gradient import Method, Turns, gradient_maps, has_graph, settle, used_layers
 from acr_reg.cam.refinement import multi_view_cam, propagated_maps
 from acr_reg.cam.settings import CamSettings
 from acr_reg.capture.evaluation import eval_mode
@@ -22,7 +22,7 @@ from acr_reg.capture.handle import AttentionCapture, Removable, alone, capture_a
 from acr_reg.capture.refusals import refuse_sharded
 from acr_reg.errors import CaptureError, LayoutError, listed, some
 from acr_reg.placement.kinds import unordered_tokens
-from acr_reg.tokens import Lattice, TokenLayout
+from acr_reg.tokens import Lattice
 from acr_reg.views.constructors import HorizontalFlip, Identity
 from acr_reg.views.view import View
 
@@ -37,8 +37,7 @@ class GradientCam(Removable):
     The model runs in eval mode, and its modes and flags are restored afterwards. Threads that make class maps of one
     model wait for each other; do not train it on another thread meanwhile. No parameter needs a gradient, so
     frozen models work. Layers below ``start_layer`` run without a graph, unless the model needs one there. The first
-    call runs one image up to three times more to see the layers. A training capture of the same model does not record
-    these runs.
+    call runs one image once more to see the layers. A training capture of the same model does not record these runs.
 
     Args:
         model: any module that :func:`~acr_reg.capture_attention` can capture.
@@ -162,7 +161,7 @@ class GradientCam(Removable):
 
         turns: list[Turns] = []
 
-        def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
+        def maps_of(view: Tensor) -> tuple[Tensor, Lattice]:
             logits = self._logits(view, changed)
             maps = self._running().take()
             if maps.run:
@@ -180,8 +179,16 @@ class GradientCam(Removable):
                     cam = torch.zeros_like(cam).scatter(1, wanted, spread)
                 made["The propagated maps"] = cam
             settle(logits, layers, turns[0], self.query, contributed, made)
-            grid = maps[-1].layout.key
-            return cam, grid
+            return cam, maps[-1].layout.key
+
+        def one_view(view: Tensor) -> tuple[Tensor, Lattice]:
+            try:
+                return maps_of(view)
+            except Exception:  # NaN where the model needs other rows, or a checkpointed layer that ran otherwise
+                if self._rows is None:
+                    raise
+            self._rows = None
+            return maps_of(view)
 
         images, changed = images.detach(), eval_mode(self.model)
         try:
@@ -218,32 +225,13 @@ class GradientCam(Removable):
             self.model, keep="last", no_grad=bool(self.no_grad), graph_from=first, **hints
         )
         used = [layer for layer in maps if self.no_grad or has_graph(layer)][first:]
-        layouts = [layer.layout for layer in used]
-        del logits, runs, maps, used  # before another forward takes memory
-        if not self._whole_graph:
-            self._try_rows(image, layouts)
-
-    def _try_rows(self, image: Tensor, layouts: list[TokenLayout]) -> None:
-        """Computes the gradient of class rows alone from now on, if on one image it is the ordinary one."""
-        rows = ClassRows.of(layouts, self.query)
-        if rows is None:
-            return
-        found = []
-        try:
-            for self._rows in (None, rows):
-                logits = _logits_of(self._forward(image), 1)
-                # It shows in the gradients of a score of all classes, none of which cancels another.
-                weights = 1 + torch.arange(logits.shape[1], device=logits.device) / logits.shape[1]
-                used = [*self._running().take()][-len(layouts) :]
-                found.append(class_rows_of(layouts, gradients((logits * weights).sum(), used)))
-                del logits, used
-            fits = same_gradients(found[1], found[0])
-        except Exception:  # such as that of a checkpointed layer, which must run alike a second time
-            fits = False
-        self._rows = rows if fits else None
+        self._rows = None if self._whole_graph else ClassRows.of([layer.layout for layer in used], self.query)
 
     def _forward(self, images: Tensor) -> Any:
-        with alone(self._running()), nullcontext() if self._rows is None else entered(self._rows.of_batch(len(images))):
+        rows = None if torch.is_anomaly_enabled() else self._rows  # which refuses NaN in a gradient
+        if rows is not None:
+            rows.batch = len(images)
+        with alone(self._running()), nullcontext() if rows is None else entered(rows):
             return self.forward(images)
 
     def _logits(self, images: Tensor, changed: eval_mode, saves: bool = True) -> Tensor:
@@ -257,7 +245,9 @@ class GradientCam(Removable):
             except CaptureError:
                 raise
             except Exception:  # the model may need a graph below start_layer, as to hook its tensors
-                self._whole_graph, self._rows = True, None
+                if self._rows is not None:  # or may not take these
+                    raise
+                self._whole_graph = True
                 self._running().clear()
         if self._whole_graph:
             changed.unfreeze()

@@ -217,8 +217,7 @@ class LatticeMap:
         precise = maps if self.is_exact else at_least_float32(maps)
         # Autocast would round products, and refuses to join tensors of float64. The meta device has none.
         with nullcontext() if maps.is_meta else torch.autocast(maps.device.type, enabled=False):
-            parts = [part(precise if part.images is None else precise[part.images]) for part in self.parts]
-            mapped = self._gathered(parts)
+            mapped = self._gathered([part(_of_images(precise, part.images)) for part in self.parts])
         if not (self.is_complete or self.is_exact):
             hidden = rearrange(~self.valid, "b (h w) -> b h w", h=self.target.height)
             mapped = mapped.masked_fill(_beside(hidden.to(mapped.device), mapped), 0)
@@ -239,8 +238,14 @@ class LatticeMap:
         """The results of all parts, in the order of the batch."""
         if len(parts) == 1:
             return parts[0]
-        order = torch.tensor([image for part in self.parts for image in part.images or ()], device="cpu")
-        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+        images = [image for part in self.parts for image in part.images or ()]
+        found = dict(zip(images, torch.cat(parts), strict=True))
+        return torch.stack([found[image] for image in sorted(found)])
+
+
+def _of_images(maps: Tensor, images: list[int] | None) -> Tensor:
+    """The maps of these images, None: of all. A list as index would be copied to the device."""
+    return maps if images is None else torch.stack([maps[image] for image in images])
 
 
 def _beside(mask: Tensor, values: Tensor) -> Tensor:

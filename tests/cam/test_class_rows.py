@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from acr_reg import GradientCam, Identity, capture_attention, class_token_gradient_cam
+from acr_reg.cam.class_rows import ClassRows
 
 WIDTH, HEADS, CLASSES = 16, 2, 3
 PATCHES = 4 * 6
@@ -70,12 +71,14 @@ def expected_maps(model, images, labels=None, start_layer=-2, method="grad", **h
 
 
 def rows_of_gradient(model, cam, images, labels=None):
-    """The maps, and the number of tokens with a gradient behind the last but one block."""
+    """The maps, and the number of tokens whose gradient within the last but one block is known and not 0."""
     found = []
-    cam(images, labels)  # which tries on one image whether the model is like this
-    hook = model.blocks[-2].mlp.register_forward_hook(
-        lambda _, __, result: result.register_hook(lambda g: found.append(int(g.flatten(0, -2).any(-1).sum()))) and None
-    )
+    cam(images, labels)  # which shows whether the model is like this
+
+    def count(gradient):
+        found.append(int((gradient.isfinite() & (gradient != 0)).any(-1).sum()))
+
+    hook = model.blocks[-2].norm2.register_forward_hook(lambda _, __, result: result.register_hook(count) and None)
     maps = cam(images, labels)
     hook.remove()
     return maps, found[0] // len(images)
@@ -186,6 +189,122 @@ def test_autocast_may_begin_after_the_first_call():
     torch.testing.assert_close(rough, expected, rtol=0.1, atol=0.05 * expected.max().item())
     with torch.autocast("cpu", torch.bfloat16), GradientCam(model, steps=0, views=[Identity()]) as cam:
         torch.testing.assert_close(cam(images), rough, rtol=0.1, atol=0.05 * expected.max().item())
+
+
+class Gated(nn.Module):
+    """Adds what ``mix`` gives, times a weight that is 0 at first, as in ReZero and LayerScale."""
+
+    def __init__(self, mix):
+        super().__init__()
+        self.mix, self.weight, self.only_in_batches = mix, nn.Parameter(torch.zeros(())), False
+
+    def forward(self, x):
+        return x if self.only_in_batches and len(x) == 1 else x + self.weight * self.mix(x)
+
+
+class GatedPool(Gated):
+    def forward(self, x):
+        return super().forward(x)[:, 0]
+
+
+def learned(value):
+    def change(model):
+        for module in model.modules():
+            if isinstance(module, Gated):
+                nn.init.constant_(module.weight, value)
+
+    return change
+
+
+def pool_patches(model):
+    model.pool = lambda x: x.mean(1)
+
+
+def mix_batches(model):
+    learned(1.0)(model)
+    for block in model.blocks:
+        block.mix.only_in_batches = True
+
+
+CHANGES = {
+    "neighbours are mixed": (lambda: {"mix": Gated(neighbours)}, learned(1.0)),
+    "the mean is added a little": (lambda: {"mix": Gated(mean_of_all)}, learned(1e-7)),
+    "patches are pooled": (lambda: {"pool": GatedPool(mean_of_all)}, learned(1.0)),
+    "patches are pooled by another rule": (dict, pool_patches),
+    "batches alone are mixed": (lambda: {"mix": Gated(neighbours)}, mix_batches),
+}
+
+
+@pytest.mark.parametrize(("options", "change"), CHANGES.values(), ids=CHANGES)
+def test_a_model_that_needs_other_tokens_only_later_has_the_right_maps(options, change):
+    model, images = Vit(**options()).double(), torch.randn(2, 3, 32, 48, dtype=torch.float64)
+    with GradientCam(model, steps=0, views=[Identity()]) as cam:
+        torch.testing.assert_close(cam(images), expected_maps(model, images))
+        change(model)
+        torch.testing.assert_close(cam(images), expected_maps(model, images), rtol=1e-12, atol=1e-12)
+
+
+def test_a_linear_layers_output_may_be_written_into():
+    model, images = Vit(), torch.randn(2, 3, 32, 48)
+    for block in model.blocks:
+        block.mlp[1] = nn.ReLU(inplace=True)
+    expected = expected_maps(model, images)
+    with GradientCam(model, steps=0, views=[Identity()]) as cam:
+        maps, found = rows_of_gradient(model, cam, images)
+    torch.testing.assert_close(maps, expected)
+    assert found == 1
+
+
+@pytest.mark.parametrize("rows", [slice(0, 2), slice(-1, None)], ids=str)
+def test_attention_knows_no_gradient_if_other_rows_of_its_output_have_one(rows):
+    query, key, value = (torch.randn(2, 3, 5, 4, requires_grad=True) for _ in range(3))
+
+    def gradients(attend, of):
+        return torch.autograd.grad(attend(query, key, value)[:, :, of].square().sum(), (query, key, value))
+
+    def of_rows(*tensors):
+        with ClassRows(rows):
+            return F.scaled_dot_product_attention(*tensors)
+
+    for ours, theirs in zip(gradients(of_rows, rows), gradients(F.scaled_dot_product_attention, rows), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    of_query, of_key, of_value = gradients(of_rows, slice(1, None))
+    unknown = torch.ones(5, dtype=torch.bool)
+    unknown[rows] = False
+    unknown[0] = False  # the first row of the output has no gradient
+    assert torch.equal(of_query.isnan().all(-1), unknown.expand(2, 3, 5))
+    assert of_key.isnan().all() and of_value.isnan().all()
+
+
+class TokensFirst(nn.Module):
+    """A linear layer within attention that runs on (N, B, d), as in torch's multi-head attention."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        return self.linear(x.transpose(0, 1)).transpose(0, 1)
+
+
+def test_linear_layers_on_tokens_before_images_spoil_nothing_for_the_others():
+    model, images = Vit(), torch.randn(2, 3, 32, 48)
+    expected = expected_maps(model, images)
+    for block in model.blocks:
+        block.qkv = TokensFirst(block.qkv)
+    with GradientCam(model, steps=0, views=[Identity()]) as cam:
+        maps, found = rows_of_gradient(model, cam, images)
+    torch.testing.assert_close(maps, expected)
+    assert found == 1
+
+
+def test_anomaly_detection_finds_none():
+    model, images = Vit(), torch.randn(2, 3, 32, 48)
+    expected = expected_maps(model, images)
+    with GradientCam(model, steps=0, views=[Identity()]) as cam:
+        with torch.autograd.set_detect_anomaly(True):
+            torch.testing.assert_close(cam(images), expected)
+        assert rows_of_gradient(model, cam, images)[1] == 1
 
 
 def test_a_head_of_zeros_tells_nothing_and_the_whole_gradient_is_computed_once_it_learned():

@@ -7,21 +7,25 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from acr_reg import (
+    AllPairsConsistencyLoss,
     GradientCam,
     HorizontalFlip,
     Identity,
     Scale,
+    attention_rollout,
     capture_attention,
+    class_attention,
     class_token_gradient_cam,
     multi_view_cam,
     normalize_cam,
     propagate_cam,
 )
 from tests.support.devices import CPU, Traffic, stand_in_devices
-from tests.support.models.plain import BUILDERS
+from tests.support.models.plain import BUILDERS, FunctionAttention, PlainEncoder
 
 IMAGES = torch.randn(2, 3, 32, 48, generator=torch.Generator().manual_seed(0))
 LABELS = {
@@ -59,11 +63,14 @@ def by_hand(device: torch.device, kind: str, labels: Tensor | None, steps: int =
 
 def by_object(device: torch.device, kind: str, labels: Tensor | None, **options: Any) -> Maps:
     images, labels = IMAGES.to(device), None if labels is None else labels.to(device)
-    with GradientCam(model_on(device, kind), **options) as cam:
+    model, runs = model_on(device, kind), list[Any]()
+    model.register_forward_hook(lambda *_: runs.append(None))
+    with GradientCam(model, **options) as cam:
         for _ in range(2):
             with Traffic() as traffic:
                 maps = cam(images, labels)
     assert maps.device == device
+    assert len(runs) == 1 + 2 * 2  # a look at one image, and both views twice: none had to be repeated
     return Maps(maps.cpu(), *traffic.counts)
 
 
@@ -118,6 +125,45 @@ def test_reads_for_class_maps_do_not_grow_with_the_classes(make: Any, reads: int
     found = of_labels(make, "fused", name)
     assert found.reads <= reads
     assert found.copies == 0
+
+
+def below_the_diagonal(queries: Tensor) -> Tensor:
+    count = queries.shape[-2]
+    return torch.ones(count, count, dtype=torch.bool, device=queries.device).tril(count // 2)
+
+
+ATTENTION: dict[str, Any] = {
+    "causal": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
+    "boolean mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, below_the_diagonal(q)),
+    "additive mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, below_the_diagonal(q).to(q)),
+}
+
+
+@pytest.mark.parametrize("kind", ATTENTION)
+def test_maps_and_loss_of_masked_attention_on_a_device_equal_those_on_the_cpu(kind: str) -> None:
+    labels = LABELS["no class" if kind == "causal" else "two classes"]  # the first token then sees itself alone
+
+    def ran(device: torch.device) -> list[Tensor]:
+        torch.manual_seed(0)
+        model = PlainEncoder(nn.Sequential(*(FunctionAttention(ATTENTION[kind]) for _ in range(2)))).to(device)
+        losses = [AllPairsConsistencyLoss(HorizontalFlip(), blockwise=each) for each in (True, False)]
+        with capture_attention(model) as attention:
+            for _ in range(2):
+                with Traffic() as traffic:
+                    logits, maps = model(IMAGES.to(device)), attention.take()
+                    found = [class_token_gradient_cam(logits, maps, labels.to(device), 0, "cam_grad", "all")]
+                    model(HorizontalFlip()(IMAGES.to(device)))
+                    other = attention.take()
+                    found += [acr(maps, other) for acr in losses]
+        assert len(traffic.reads) <= 2 + 2 and len(traffic.copies) <= 3  # of images and labels
+        found += [attention_rollout(maps), class_attention(maps)]
+        assert {each.device for each in found} == {device}
+        return [each.detach().cpu() for each in found]
+
+    here = ran(CPU)
+    with stand_in_devices() as gpu:
+        for ours, theirs in zip(here, ran(gpu), strict=True):
+            torch.testing.assert_close(theirs, ours)
 
 
 def test_maps_of_a_hosts_own_function_are_merged_where_they_lie() -> None:

@@ -31,6 +31,14 @@ def test_operation_on_two_devices_is_refused(gpu: torch.device, mix: Callable[[T
             mix(torch.ones(2, 3, device=gpu), torch.ones(2, 3, device=other))
 
 
+def test_what_is_made_on_the_cpu_like_a_tensor_of_the_device_lies_on_the_cpu(gpu: torch.device) -> None:
+    ones = torch.ones(2, 3, device=gpu)
+    for made in (torch.zeros_like(ones, device="cpu"), ones.new_zeros(2, 3, device=CPU)):
+        assert made.device == CPU
+        with pytest.raises(RuntimeError, match="got tensors on"):
+            made @ ones.mT
+
+
 def test_number_of_the_cpu_and_index_of_the_cpu_are_taken_as_cuda_takes_them(gpu: torch.device) -> None:
     ones = torch.ones(2, 3, device=gpu)
     for found in (ones * torch.tensor(2.0), ones.where(ones > 0, torch.tensor(1.0)), ones[torch.tensor([1, 0])]):

@@ -13,13 +13,17 @@ from torch import Tensor, nn
 from acr_reg import (
     AllPairsConsistencyLoss,
     AttentionCapture,
+    AttentionMaps,
+    Compose,
     Crop,
     HorizontalFlip,
     Identity,
+    Lattice,
     PerImage,
     RandomResizedCrop,
     Rotate90,
     Scale,
+    View,
     capture_attention,
 )
 from acr_reg.views.samplers import Sampler
@@ -154,3 +158,40 @@ def test_loss_on_a_device_equals_that_on_the_cpu(runs: Runs, kind: str, name: st
 def test_loss_reads_its_device_once_and_copies_nothing_to_it_after_the_first_step(runs: Runs, name: str) -> None:
     _, there = runs("fused", name)
     assert there.traffic.counts == (1, COPIES.get(name, 0)), there.traffic
+
+
+CROP = RandomResizedCrop((32, 32), (0.4, 0.6)).sample((32, 32), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    "view", [PerImage([Rotate90(), Identity()]), PerImage([Compose([Rotate90(), CROP]), CROP])], ids=["turn", "crop"]
+)
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("blockwise", [True, False])
+def test_maps_of_the_caller_turned_for_each_image_stay_on_their_device(
+    view: View, stochastic: bool, blockwise: bool
+) -> None:
+    """Several class tokens, for labels that lie on the CPU, and rows that are no probabilities."""
+    rows = torch.randn(2, 2, 2, 3 + 16, 3 + 16, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    labels, valid = torch.tensor([[1, 0, 1], [0, 1, 0]]), (torch.arange(32) < 20).expand(2, 32, 32)
+    acr = AllPairsConsistencyLoss(view, blockwise=blockwise, block_rows=5 if blockwise else None)
+
+    def step(device: torch.device) -> tuple[list[Tensor], Traffic]:
+        leaves = [(each if stochastic else 3 * each).to(device).requires_grad_() for each in rows]
+        maps = [
+            AttentionMaps.from_tensors([leaf, leaf], 3, Lattice(4, 4, (8, 8)), class_tokens=3, stochastic=stochastic)
+            for leaf in leaves
+        ]
+        of_device = valid.to(device)
+        loss = acr(*maps, labels=labels, valid=of_device)
+        with Traffic() as traffic:
+            loss = acr(*maps, labels=labels, valid=of_device)
+            loss.backward()
+        return [loss.detach().cpu(), *(leaf.grad.cpu() for leaf in leaves)], traffic
+
+    here, _ = step(CPU)
+    with stand_in_devices() as gpu:
+        there, traffic = step(gpu)
+    for ours, theirs in zip(here, there, strict=True):
+        torch.testing.assert_close(theirs, ours)
+    assert traffic.counts == (1, 1), traffic  # the labels are sent once

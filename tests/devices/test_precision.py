@@ -81,6 +81,34 @@ def test_half_precision_trains_as_float32_does(kind: str, of: str, dtype: torch.
 
 
 @half_precision
+@pytest.mark.parametrize("of", VIEWS)
+def test_a_step_whose_gradient_overflows_is_skipped_and_the_next_is_as_without_it(of: str) -> None:
+    def weights_after(factors: list[float]) -> Tensor:
+        model, images = model_and_images("fused", training=True)
+        acr = AllPairsConsistencyLoss(VIEWS[of], blockwise=of == "flip")
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with capture_attention(model) as attention:
+            for factor in factors:
+                optimizer.zero_grad()
+                with torch.autocast("cpu", torch.float16):
+                    model(images)
+                    first = attention.take()
+                    model(acr.view(images))
+                    loss = acr(first, attention.take(), scale=factor)
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+        return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+    once = weights_after([1])
+    assert torch.equal(weights_after([1, 1e30]), once)
+    twice = weights_after([1, 1])
+    assert not torch.equal(twice, once)
+    torch.testing.assert_close(weights_after([1, 1e30, 1]) - once, twice - once, rtol=0.01, atol=1e-6)
+
+
+@half_precision
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_gradient_cam_under_autocast_equals_that_in_float32(dtype: torch.dtype) -> None:
     model, images = model_and_images("fused", training=True)

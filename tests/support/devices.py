@@ -331,9 +331,10 @@ class _Functions(TorchFunctionMode):
                 return body_of(func)(*args, **kwargs)
         self._running.append((func, args, kwargs))
         try:
-            return func(*args, **kwargs)
+            found = func(*args, **kwargs)
         finally:
             self._running.pop()
+        return _inner(found) if kwargs.get("device") == CPU else found  # made like a tensor of the device
 
 
 def _to(tensor: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> Tensor:
