@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support.processes import METHOD
+
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What ``work(rank)``, a function of a module, returns on each rank: tensors, texts and numbers in containers."""
-    torch.multiprocessing.spawn(_run, (work, folder), nprocs=2)
+    torch.multiprocessing.start_processes(_run, (work, folder), nprocs=2, start_method=METHOD)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -1,0 +1,72 @@
+"""Fresh processes that need not import torch again: a server that only imported forks them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import runpy
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+from tests.support.paths import ROOT
+
+# Importing torch takes 2 s, with timm 5 s. Forking this process would take no time either, but autograd refuses to run
+# in the child of a process that ran it. Not acr_reg: the server would take it from the working folder.
+METHOD = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+FRESH = multiprocessing.get_context(METHOD)
+if METHOD == "forkserver":
+    FRESH.set_forkserver_preload(["torch.distributed.run", "torch.distributed.fsdp", "timm", "rich.progress"])
+
+
+class Program:
+    """``python ARGUMENTS`` in such a process, in the place of ``subprocess.Popen``.
+
+    ``-W error`` or nothing, then ``-m MODULE`` or the path of a script, then what it is given. A variable that is None
+    is taken out of the environment. ``stderr`` is a terminal; without it, ``communicate`` returns what was written."""
+
+    def __init__(
+        self, *arguments: object, cwd: Path = ROOT, stderr: str | None = None, **variables: str | None
+    ) -> None:
+        self._output: list[str] = []
+        self._files = [tempfile.NamedTemporaryFile("r+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
+        outputs = [self._files[0].name, stderr or self._files[1].name]
+        wanted = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
+        self._process = FRESH.Process(target=_run, args=([str(a) for a in arguments], cwd, wanted, outputs))
+        self._process.start()
+        self.wait, self.kill = self._process.join, self._process.kill
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 100) -> tuple[str, str]:
+        """Standard output and error, once the process has ended."""
+        self.wait(timeout)
+        assert self.returncode is not None, f"the process has not ended after {timeout:g} s"
+        if not self._output:
+            for file in self._files:
+                with file:
+                    file.seek(0)
+                    self._output.append(file.read())
+        out, err = self._output
+        return out, err
+
+
+def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: list[str]) -> None:
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    if arguments[:2] == ["-W", "error"]:
+        del arguments[:2]
+        warnings.simplefilter("error")
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        runpy.run_path(arguments[0], run_name="__main__")
