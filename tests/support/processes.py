@@ -5,9 +5,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import socket
 import sys
 import tempfile
 import warnings
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -24,14 +26,14 @@ class Program:
     """``python ARGUMENTS`` in such a process, in the place of ``subprocess.Popen``.
 
     ``-W error`` or nothing, then ``-m MODULE`` or the path of a script, then what it is given. A variable that is None
-    is taken out of the environment. ``stderr`` is a terminal; without it, ``communicate`` returns what was written."""
+    is taken out of the environment. ``stderr`` is the descriptor of a terminal; without it, ``communicate`` returns what was written."""
 
     def __init__(
-        self, *arguments: object, cwd: Path = ROOT, stderr: str | None = None, **variables: str | None
+        self, *arguments: object, cwd: Path = ROOT, stderr: int | None = None, **variables: str | None
     ) -> None:
         self._output: list[str] = []
-        self._files = [tempfile.NamedTemporaryFile("r+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
-        outputs = [self._files[0].name, stderr or self._files[1].name]
+        self._files = [tempfile.TemporaryFile("w+", encoding="utf-8") for _ in range(2)]  # noqa: SIM115
+        outputs = [_Handed(self._files[0].fileno()), _Handed(stderr or self._files[1].fileno())]
         wanted = {name: value for name, value in {**os.environ, **variables}.items() if value is not None}
         self._process = FRESH.Process(target=_run, args=([str(a) for a in arguments], cwd, wanted, outputs))
         self._process.start()
@@ -54,12 +56,41 @@ class Program:
         return out, err
 
 
-def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: list[str]) -> None:
+class _Handed:
+    """A descriptor of this process, which is a number of its own in the one that it is sent to."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _received, (DupFd(self.number),)
+
+
+def _received(sent: DupFd) -> int:
+    return sent.detach()
+
+
+def programs(world: int, *arguments: object, port: int = 0, **variables: str | None) -> list[Program]:
+    """As many of them, with the variables that torchrun sets; torchrun itself is one more process that loads torch."""
+    shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
+    return [Program(*arguments, **{**shared, **rank, **variables}) for rank in ranks]
+
+
+def free_port() -> int:
+    """A port of this machine at which processes can meet."""
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return int(found.getsockname()[1])
+
+
+def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: list[int]) -> None:
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(variables)
-    for number, path in enumerate(outputs, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_APPEND), number)
+    for number, output in enumerate(outputs, 1):
+        os.dup2(output, number)
+        os.close(output)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
     if arguments[:2] == ["-W", "error"]:
         del arguments[:2]

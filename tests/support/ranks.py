@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -37,13 +36,6 @@ def _run(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.save(work(rank), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port of this machine at which processes can meet."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
 
 
 def whole(tensor: Tensor) -> Tensor:
