@@ -70,11 +70,13 @@ def _received(sent: DupFd) -> int:
     return sent.detach()
 
 
-def programs(world: int, *arguments: object, port: int = 0, **variables: str | None) -> list[Program]:
+def programs(
+    world: int, *arguments: object, port: int = 0, cwd: Path = ROOT, **variables: str | None
+) -> list[Program]:
     """As many of them, with the variables that torchrun sets; torchrun itself is one more process that loads torch."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
-    return [Program(*arguments, **{**shared, **rank, **variables}) for rank in ranks]
+    return [Program(*arguments, cwd=cwd, **{**shared, **rank, **variables}) for rank in ranks]
 
 
 def free_port() -> int:
@@ -92,6 +94,7 @@ def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: li
         os.dup2(output, number)
         os.close(output)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    multiprocessing.set_start_method(None, force=True)  # this process was told to start its own as it was
     if arguments[:2] == ["-W", "error"]:
         del arguments[:2]
         warnings.simplefilter("error")
