@@ -26,7 +26,8 @@ class Program:
     """``python ARGUMENTS`` in such a process, in the place of ``subprocess.Popen``.
 
     ``-W error`` or nothing, then ``-m MODULE`` or the path of a script, then what it is given. A variable that is None
-    is taken out of the environment. ``stderr`` is the descriptor of a terminal; without it, ``communicate`` returns what was written."""
+    is taken out of the environment. ``stderr`` is the descriptor of a terminal; without it, ``communicate`` returns
+    what was written."""
 
     def __init__(
         self, *arguments: object, cwd: Path = ROOT, stderr: int | None = None, **variables: str | None
@@ -70,9 +71,7 @@ def _received(sent: DupFd) -> int:
     return sent.detach()
 
 
-def programs(
-    world: int, *arguments: object, port: int = 0, cwd: Path = ROOT, **variables: str | None
-) -> list[Program]:
+def programs(world: int, *arguments: object, port: int = 0, cwd: Path = ROOT, **variables: str | None) -> list[Program]:
     """As many of them, with the variables that torchrun sets; torchrun itself is one more process that loads torch."""
     shared = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port or free_port())}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world)]
