@@ -99,9 +99,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize(
-    "document", [page for page in DOCUMENTS if page.name not in RUN_ELSEWHERE], ids=lambda d: d.name
-)
+@pytest.mark.parametrize("document", RUN_HERE, ids=lambda document: document.name)
 def test_documents(document):
     blocks = blocks_of(document.read_text(encoding="utf-8"))
     exempt = [block for block in blocks if block.exempt]
