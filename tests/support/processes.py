@@ -9,7 +9,7 @@ import socket
 import sys
 import tempfile
 import warnings
-from multiprocessing.reduction import DupFd
+from multiprocessing import reduction
 from pathlib import Path
 
 from tests.support.paths import ROOT
@@ -25,9 +25,9 @@ if METHOD == "forkserver":
 class Program:
     """``python ARGUMENTS`` in such a process, in the place of ``subprocess.Popen``.
 
-    ``-W error`` or nothing, then ``-m MODULE`` or the path of a script, then what it is given. A variable that is None
-    is taken out of the environment. ``stderr`` is the descriptor of a terminal; without it, ``communicate`` returns
-    what was written."""
+    ``-W error`` or nothing, then ``-m MODULE``, ``-c CODE`` or the path of a script, then what it is given. A variable
+    that is None is taken out of the environment. ``stderr`` is the descriptor of a terminal; without it,
+    ``communicate`` returns what was written."""
 
     def __init__(
         self, *arguments: object, cwd: Path = ROOT, stderr: int | None = None, **variables: str | None
@@ -64,10 +64,10 @@ class _Handed:
         self.number = number
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _received, (DupFd(self.number),)
+        return _received, (reduction.DupFd(self.number),)
 
 
-def _received(sent: DupFd) -> int:
+def _received(sent: reduction.DupFd) -> int:
     return sent.detach()
 
 
@@ -97,9 +97,10 @@ def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: li
     if arguments[:2] == ["-W", "error"]:
         del arguments[:2]
         warnings.simplefilter("error")
-    if arguments[0] == "-m":
-        sys.argv = arguments[1:]
+    sys.argv = arguments[1:] if arguments[0].startswith("-") else arguments
+    if arguments[0] == "-c":
+        exec(compile(arguments[1], "<string>", "exec"), {"__name__": "__main__"})
+    elif arguments[0] == "-m":
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
-        sys.argv = arguments
         runpy.run_path(arguments[0], run_name="__main__")
