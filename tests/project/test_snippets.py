@@ -21,7 +21,7 @@ import acr_reg
 from tests.support.paths import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-# test_docs.py runs the tutorial: it draws the page's pictures from what the blocks leave.
+# test_docs.py runs the tutorial: it draws the pictures of the page from the models that its blocks train.
 RUN_HERE = [page for page in DOCUMENTS if page.name != "tutorial.md"]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 EXEMPTION = re.compile(r"<!-- not executed: \S.*-->")
