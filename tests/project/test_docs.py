@@ -1,5 +1,5 @@
-"""docs/: the reference lists every public name, messages are quoted from blocks that raise them, and the tutorial shows
-the pictures and numbers that `python -m benchmarks.pictures tutorial` made. test_snippets.py runs the blocks of the other pages."""
+"""docs/: the reference lists every public name, messages are quoted from blocks that raise them, and the tutorial runs
+and shows what `python -m benchmarks.pictures tutorial` made. test_snippets.py runs the blocks of the other pages."""
 
 from __future__ import annotations
 
