@@ -1,5 +1,6 @@
 """Test-wide settings: tests that build the package go last, and the core's tests can run without the extras."""
 
+import gc
 import os
 import re
 import signal
@@ -24,8 +25,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("packaging") is not None)
 
 
+def pytest_collection_finish() -> None:
+    """What was imported and collected stays: no pass over the garbage need look at it."""
+    gc.freeze()
+    gc.enable()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """.ci/lowest sets the variable; everywhere else a missing extra is a failure."""
+    gc.disable()
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job; tests of Ctrl-C would hang
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if os.environ.get("ACR_REG_CORE_ONLY") == "1":

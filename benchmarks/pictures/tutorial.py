@@ -32,6 +32,7 @@ from benchmarks import marked_page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "start" / "tutorial.md"
 FOLDER = PAGE.parent / "tutorial"
+BLOCK = re.compile(r"^```(python|diff)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SETTING = re.compile(r"^(PRETRAIN, .*) = ([\d, ]+)  # the pictures: ([\d, ]+)$", re.MULTILINE)
 BEGIN = marked_page.begin("pictures tutorial")
 PICTURE = re.compile(r"<!-- picture (\w+): (.*?) -->")
@@ -50,7 +51,7 @@ def run_page(short: bool) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)  # the page writes a file
         try:
-            for language, block in re.findall(r"^```(python|diff)\n(.*?)^```$", page, re.MULTILINE | re.DOTALL):
+            for language, block in BLOCK.findall(page):
                 if language == "diff":
                     block = "\n".join(line[1:] for line in block.splitlines() if not line.startswith("-"))
                 exec(compile(block, PAGE.name, "exec"), namespace)

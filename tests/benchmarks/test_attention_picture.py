@@ -2,31 +2,55 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import matplotlib  # noqa: F401  # this file is left out where the extras are not installed
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
 
-from benchmarks.pictures.attention import FOLDER, SIZE, build, main, photograph, write
+from acr_reg.demo.photos import pretrained
+from benchmarks.pictures.attention import FOLDER, SIZE, build, main, photograph
+
+SMALL = {"num_classes": 0, "depth": 2}
 
 
-def small_vit() -> torch.nn.Module:
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model for images of another size."""
+    path = tmp_path_factory.mktemp("attention") / "weights.pth"
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=SIZE, patch_size=14, depth=2, num_classes=0)
+    torch.save(timm.create_model(pretrained.NAME, img_size=70, **SMALL).state_dict(), path)
+    return path
 
 
-def test_the_picture_shows_what_the_committed_one_shows(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm, "create_model", partial(timm.create_model, depth=2))
+
+
+def test_the_command_reads_weights_and_shows_what_the_committed_picture_shows(
+    tmp_path: Path, weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A smaller model has other heads, but the photograph stands in the same place."""
-    committed = np.asarray(Image.open(FOLDER / "astronaut.png").convert("RGB")).astype(float)
-    found = np.asarray(Image.open(write(tmp_path, small_vit())).convert("RGB")).astype(float)
+    assert main(["--weights", str(weights), "--folder", str(tmp_path)]) == 0
+    assert "weights.pth, which may have seen masks" in capsys.readouterr().out
+    committed, found = (
+        np.asarray(Image.open(folder / "astronaut.png").convert("RGB")).astype(float) for folder in (FOLDER, tmp_path)
+    )
     assert committed.shape[1] == found.shape[1] == 1040
     first = (slice(80, 260), slice(12, 195))  # the panel of the photograph
     assert np.abs(committed[first] - found[first]).mean() < 6
     assert np.abs(committed[first] - committed[first].mean()).mean() > 30
     assert (FOLDER / "astronaut.png").stat().st_size < 300_000
+
+
+def test_weights_of_another_size_are_read(weights: Path) -> None:
+    name = "blocks.0.attn.qkv.weight"
+    assert torch.equal(build(weights).state_dict()[name], torch.load(weights)[name])
 
 
 def test_the_picture_of_the_readme_is_the_last_row() -> None:
@@ -41,13 +65,3 @@ def test_the_photograph_fits_the_patches() -> None:
     assert SIZE % 14 == 0
     assert photo.min() >= 0
     assert photo.max() <= 1
-
-
-def test_the_command_reads_weights_of_another_size(tmp_path: Path, capsys) -> None:
-    state = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=70).state_dict()
-    torch.save(state, tmp_path / "weights.pth")
-    model = build(tmp_path / "weights.pth")
-    assert torch.equal(model.blocks[0].attn.qkv.weight, state["blocks.0.attn.qkv.weight"])
-    assert main(["--weights", str(tmp_path / "weights.pth"), "--folder", str(tmp_path / "made")]) == 0
-    assert (tmp_path / "made" / "astronaut.png").exists()
-    assert "weights.pth, which may have seen masks" in capsys.readouterr().out

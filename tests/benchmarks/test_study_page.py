@@ -131,10 +131,15 @@ def test_the_page_says_what_the_rule_says(tmp_path: Path, quality: float, mean_a
     assert ("is above it" if above else "**not yet useful**") in whole
 
 
+@pytest.fixture(scope="module")
+def committed() -> dict[Path, dict[str, str]]:
+    return blocks(study.HERE / "results")
+
+
 @pytest.mark.parametrize("path", [STUDY, PROTOCOL, README, GUIDE], ids=lambda path: path.name)
-def test_blocks_in_pages_are_current(path: Path):
+def test_blocks_in_pages_are_current(committed: dict[Path, dict[str, str]], path: Path):
     text = current = path.read_text(encoding="utf-8")
-    for marker, block in blocks(study.HERE / "results")[path].items():
+    for marker, block in committed[path].items():
         current = filled(current, marker, block)
     assert text == current, "run python -m benchmarks.study report"
 
@@ -144,12 +149,11 @@ def test_the_appendices_are_current():
         assert (study.PAGE.parent / name).read_text(encoding="utf-8") == page, "run python -m benchmarks.study report"
 
 
-def test_blocks_hold_the_figures_of_the_results():
+def test_blocks_hold_the_figures_of_the_results(committed: dict[Path, dict[str, str]]):
     results = study.HERE / "results"
-    found = blocks(results)
-    readme, (weights, maps) = (list(found[page].values()) for page in (README, GUIDE))
+    readme, (weights, maps) = (list(committed[page].values()) for page in (README, GUIDE))
     names = ("msrc", "voc", "conditions", "views")
-    msrc, voc, conditions, views = (found[STUDY][begin("study report", name)] for name in names)
+    msrc, voc, conditions, views = (committed[STUDY][begin("study report", name)] for name in names)
     tested = {g.setting.condition: g for g in groups(results) if (g.setting.photos, g.split) == ("msrc", "test")}
     raw = {name: np.array([raw_of(record) for record in group.records.values()]) for name, group in tested.items()}
     mean = f"{raw['both'].mean():.3f} ± {raw['both'].std(ddof=1):.3f} |"

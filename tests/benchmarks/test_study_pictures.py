@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,20 +23,22 @@ from tests.support.study import SIZE, make_photos, tiny_vit
 CONDITIONS = {"two": 0.0, "both": 0.5, "misreported": 0.5}
 
 
-@pytest.fixture
-def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Places:
-    monkeypatch.setattr(timm, "create_model", tiny_vit)
-    for name in ("voc", "msrc"):
-        monkeypatch.setitem(SETS, name, replace(SETS[name], size=SIZE, epochs=1))
-        make_photos(tmp_path / "data" / SETS[name].folder, background=name == "voc")
-    state = tiny_vit("", False, SIZE, 0).state_dict()
-    np.savez(tmp_path / "weights.npz", **{name: value.numpy() for name, value in state.items()})
-    return Places(tmp_path / "data", tmp_path / "weights.npz", tmp_path / "cache")
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Places]:
+    folder = tmp_path_factory.mktemp("study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(timm, "create_model", tiny_vit)
+        for name in ("voc", "msrc"):
+            patch.setitem(SETS, name, replace(SETS[name], size=SIZE, epochs=1))
+            make_photos(folder / "data" / SETS[name].folder, background=name == "voc")
+        state = tiny_vit("", False, SIZE, 0).state_dict()
+        np.savez(folder / "weights.npz", **{name: value.numpy() for name, value in state.items()})
+        yield Places(folder / "data", folder / "weights.npz", folder / "cache")
 
 
-@pytest.fixture(params=["voc", "msrc"])
-def bench(request: pytest.FixtureRequest, places: Places, tmp_path: Path) -> Bench:
-    bench = Bench(places, tmp_path / "results", say=lambda _: None)
+@pytest.fixture(scope="module", params=["voc", "msrc"])
+def bench(request: pytest.FixtureRequest, places: Places, tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    bench = Bench(places, tmp_path_factory.mktemp("results"), say=lambda _: None)
     for condition, weight in CONDITIONS.items():
         bench.run(Cell(base(request.param, condition, weight), 0))
     return bench

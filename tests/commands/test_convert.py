@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import subprocess
 import sys
 
 import numpy as np
@@ -15,6 +14,7 @@ from acr_reg.integrations.convert import convert_cams
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from acr_reg.integrations.formats.labels import pseudo_labels
 from acr_reg.integrations.formats.masks import read_mask, save_mask
+from tests.support.processes import Program
 from tests.support.ranks import needs_gloo
 
 NAMES = ["2007_000032", "2007_000039"]
@@ -243,13 +243,6 @@ def masks(tmp_path, maps):
     return tmp_path / "masks"
 
 
-def torchrun(*arguments):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "acr_reg"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    command = [*launch, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
-
-
 def scores_of(tmp_path, masks, *more):
     evaluate = ["evaluate", "--masks", masks, "--list", tmp_path / "dev.txt", "--json", tmp_path / "scores.json"]
     assert main([str(argument) for argument in (*evaluate, *more)]) == 0
@@ -279,8 +272,10 @@ def test_two_processes_of_torchrun_make_the_labels_of_one(tmp_path, psa, maps, m
     arguments = ["--to", "labels", "--best-on", tmp_path / "dev.txt", "--masks", masks, "--classes", 21, "--workers", 1]
     (psa / "2008_000001.npy").write_bytes(b"damaged")
     assert main([str(argument) for argument in ("convert", psa, tmp_path / "one", *arguments)]) == 1
-    result = torchrun("convert", psa, tmp_path / "two", *arguments)
-    said = result.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "acr_reg"]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    process = Program(*torchrun, "convert", psa, tmp_path / "two", *arguments, **environment)
+    _, said = process.communicate(timeout=300)
     assert said.count("best threshold on") == 1
     assert said.count(f"{tmp_path / 'two'}: 4 written, 0 already there, 1 failed") == 1
     assert said.count("2008_000001 skipped") == 1

@@ -18,9 +18,9 @@ from acr_reg.integrations.formats import save_cams
 from acr_reg.integrations.scoring import resized
 from acr_reg.metrics import CamMeanIoU, LabelMeanIoU
 from tests.support.paths import ROOT
-from tests.support.ranks import free_port
+from tests.support.processes import Program, free_port, programs
 
-COMMAND = [sys.executable, "-W", "error", "-m", "acr_reg"]
+COMMAND = ["-W", "error", "-m", "acr_reg"]
 NAMES = ["2007_000032", "2007_000039", "2007_000063"]
 
 
@@ -30,10 +30,10 @@ class Result(NamedTuple):
     stderr: str
 
 
-def run_process(*arguments, **environment):
-    command = [*COMMAND, *map(str, arguments)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
-    return Result(done.returncode, done.stdout, done.stderr)
+def run_process(*arguments):
+    process = Program(*COMMAND, *arguments)
+    out, err = process.communicate()
+    return Result(process.returncode, out, err)
 
 
 @pytest.fixture
@@ -284,8 +284,7 @@ def test_maps_keyed_otherwise_raise_a_warning(data, run):
 def test_a_terminal_shows_progress(data):
     pty = pytest.importorskip("pty", reason="pseudo-terminals are for POSIX")
     ours, theirs = pty.openpty()
-    command = [*COMMAND, "evaluate", *map(str, data.options())]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=theirs)
+    process = Program(*COMMAND, "evaluate", *data.options(), stderr=theirs)
     os.close(theirs)
     shown = b""
     try:
@@ -294,7 +293,8 @@ def test_a_terminal_shows_progress(data):
     except OSError:  # how Linux reports that the other side has closed
         pass
     os.close(ours)
-    assert process.wait() == 0
+    process.communicate()
+    assert process.returncode == 0
     assert b"Scoring" in shown
     assert b"3/3" in shown
 
@@ -312,7 +312,9 @@ def test_a_missing_extra_is_named(data, run, monkeypatch, package):
 
 def test_help_needs_no_extra(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = sys.modules['PIL'] = None\n")
-    listed = run_process("--help", PYTHONPATH=str(tmp_path))
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, *COMMAND, "--help"]
+    listed = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert listed.returncode == 0
     assert all(name in listed.stdout for name in COMMANDS)
 
@@ -490,33 +492,38 @@ def test_a_pipe_cuts_no_name(data, tmp_path):
     assert "│ 170 class 168 " in result.stdout
 
 
-def run_two(arguments, **environment):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    torchrun += ["--master-port", str(free_port())]
-    command = [*torchrun, "-m", "acr_reg", "evaluate", *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+def by_torchrun(*arguments):
+    port = ["--master-port", free_port()]
+    process = Program("-m", "torch.distributed.run", "--nproc-per-node", "2", *port, "-m", "acr_reg", *arguments)
+    out, err = process.communicate()
+    return Result(process.returncode, out, err)
 
 
-@pytest.mark.parametrize("predictions", ["--cams", "--labels"])
-def test_two_processes_of_torchrun_print_one_table_with_the_same_scores(data, tmp_path, run, predictions):
+def by_two(*arguments):
+    both = programs(2, *COMMAND, *arguments)
+    outs, errs = zip(*(process.communicate() for process in both), strict=True)
+    return Result(max(process.returncode for process in both), "".join(outs), "".join(errs))
+
+
+@pytest.mark.parametrize(("run_two", "predictions"), [(by_torchrun, "--cams"), (by_two, "--labels")])
+def test_two_processes_print_one_table_with_the_same_scores(data, tmp_path, run, run_two, predictions):
     data.write_labels()
     alone, shared = tmp_path / "alone.json", tmp_path / "shared.json"
     expected = run("evaluate", *data.options(predictions=predictions), "--json", alone)
-    done = run_two([*data.options(predictions=predictions), "--json", shared])
+    done = run_two("evaluate", *data.options(predictions=predictions), "--json", shared)
     assert done.returncode == 0, done.stderr
     assert done.stdout == expected.stdout
     assert shared.read_text() == alone.read_text()
 
 
-def test_an_error_in_one_process_of_torchrun_ends_both_with_one_message(data):
+def test_an_error_in_one_of_two_processes_ends_both_with_one_message(data):
     (data.cams / f"{NAMES[1]}.npz").write_bytes(b"damaged")  # in the share of the second process
-    done = run_two(data.options())
+    done = by_two("evaluate", *data.options())
     assert done.returncode != 0
     assert done.stdout == ""
     assert len(re.findall(rf"acr_reg evaluate: error: .*{NAMES[1]}\.npz", done.stderr)) == 1
     data.list.unlink()
-    done = run_two(data.options())
+    done = by_two("evaluate", *data.options())
     assert len(re.findall(r"acr_reg evaluate: error: --list .* cannot be read", done.stderr)) == 1
 
 

@@ -1,5 +1,5 @@
-"""docs/: the reference lists every public name, messages are quoted from blocks that raise them, and the tutorial shows
-the pictures and numbers that `python -m benchmarks.pictures tutorial` made. test_snippets.py runs the blocks."""
+"""docs/: the reference lists every public name, messages are quoted from blocks that raise them, and the tutorial runs
+and shows what `python -m benchmarks.pictures tutorial` made. test_snippets.py runs the blocks of the other pages."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from PIL import Image
 
 import acr_reg
 from acr_reg.__main__ import COMMANDS
-from benchmarks.pictures.tutorial import NOT_RUN, PICTURE, SETTING, filled, quoted, write
+from benchmarks.pictures.tutorial import BLOCK, NOT_RUN, PICTURE, SETTING, filled, quoted, write
 from benchmarks.reference.commands import with_help
 from benchmarks.reference.names import with_tables
+from tests.project.test_snippets import blocks_of
 from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
@@ -92,8 +93,9 @@ def test_the_tutorial_shows_every_picture_and_no_other() -> None:
             assert len(picture.convert("RGB").getcolors(1 << 20) or ()) > 50
 
 
-def test_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
+def test_every_block_runs_and_the_pictures_and_numbers_are_made(tmp_path: Path) -> None:
     """With the page's own, short setting, whose numbers mean nothing."""
+    assert len(BLOCK.findall(TUTORIAL)) == len(blocks_of(TUTORIAL)) and ">>>" not in TUTORIAL
     table = "\n".join(quoted(write(tmp_path, short=True)))
     assert {path.name for path in tmp_path.iterdir()} == {"scenes.png", "rows.png", "cams.png", "tutorial.json"}
     page = filled(TUTORIAL, table)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import runpy
-import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
@@ -21,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from acr_reg import AllPairsConsistencyLoss, HorizontalFlip, capture_attention
 from tests.support.paths import ROOT
-from tests.support.ranks import free_port
+from tests.support.processes import programs
 
 EXAMPLES = ROOT / "docs" / "examples"
 TERMS = {"classes", "activation", "affinity", "entropy"}
@@ -157,20 +154,8 @@ def test_lightning_and_the_trainer_log_the_terms_beside_a_validation(tmp_path: P
 
 
 def test_two_processes_of_the_plain_loop_have_one_history(tmp_path: Path) -> None:
-    """They get the variables that torchrun sets, without torchrun, which is a third process that loads torch."""
-    options = ["--images", "8", "--size", "32", "--batch", "2", "--epochs", "1", "--folder", str(tmp_path / "run")]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port())}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **shared}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(EXAMPLES / "plain_loop.py"), *options],
-            env={**environment, "RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    options = ["--images", "8", "--size", "32", "--batch", "2", "--epochs", "1", "--folder", tmp_path / "run"]
+    processes = programs(2, EXAMPLES / "plain_loop.py", *options)
     try:
         (printed, error), (silence, other_error) = [process.communicate(timeout=300) for process in processes]
     finally:

@@ -7,7 +7,6 @@ import re
 import runpy
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,13 +16,14 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from torch.distributed.run import parse_args
 
 from acr_reg.__main__ import main
 from acr_reg.integrations.formats import load_cams
 from acr_reg.integrations.formats.masks import save_mask
 from tests.project.test_snippets import blocks_of
 from tests.support.paths import ROOT
-from tests.support.ranks import free_port
+from tests.support.processes import Program, free_port, programs
 
 PAGE = (ROOT / "docs" / "guides" / "many_images.md").read_text(encoding="utf-8")
 SHELL = [block.replace("\\\n", "") for block in re.findall(r"```bash\n(.*?)```", PAGE, re.S)]
@@ -90,20 +90,23 @@ def alone(project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
     return start
 
 
-def run(folder: Path, command: str, **variables: str) -> Said:
-    """Runs lines of the page in a shell whose torchrun is the one of this environment."""
-    programs = f'torchrun() {{ {shlex.quote(sys.executable)} -m torch.distributed.run "$@"; }}\n'
+def run(shell: str, **variables: str) -> str:
+    """What lines of the page print in a shell."""
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    done = subprocess.run(
-        ["bash", "-ec", programs + command],
-        cwd=folder,
-        env={**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    return Said(done.stdout, done.stderr)
+    command = ["bash", "-ec", shell]
+    return subprocess.run(command, env={**kept, **variables}, capture_output=True, text=True, check=True).stdout
+
+
+def torchrun(arguments: list[str], folder: Path) -> Program:
+    outside = dict.fromkeys(VARIABLES)
+    environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **outside}
+    return Program("-m", "torch.distributed.run", *arguments, cwd=folder, **environment)
+
+
+def ended(process: Program) -> Said:
+    said = Said(*process.communicate(timeout=300))
+    assert process.returncode == 0, said.err
+    return said
 
 
 def shown(start: str) -> str:
@@ -131,8 +134,11 @@ def test_one_process_and_several_make_the_same_maps(project: Path, alone: Callab
     by_one = {name: load_cams(project / "cams" / f"{name}.npy") for name in NAMES}
     assert [maps[19].shape for maps in by_one.values()] == [(20 + number, 30) for number in range(7)]
     fresh(project)
-    command = shown("torchrun --nproc-per-node 8 make_cams.py").replace(" 8 ", " 2 ")
-    said = run(project, command).err
+    _, *arguments = shlex.split(shown("torchrun --nproc-per-node 8 make_cams.py"))
+    started = parse_args(arguments)
+    assert (started.nproc_per_node, started.training_script) == ("8", "make_cams.py")
+    both = programs(2, started.training_script, cwd=project)
+    said = "".join([ended(process).err for process in both])
     assert said.count("cams: 7 written, 0 already there, 0 failed") == 1
     assert written(project) == EVERY
     for name, maps in by_one.items():
@@ -148,7 +154,7 @@ def test_tasks_of_an_array_make_their_shares_and_a_last_job_the_rest(project: Pa
     shell = 'python() { test "$*" = make_cams.py && env; }\n'  # prints the variables that the script would see
     variables = {"SLURM_ARRAY_TASK_COUNT": "3", "MASTER_ADDR": "left by a module of the cluster"}
     for task, count in (("0", 3), ("2", 2)):  # task 1 was lost
-        printed = run(project, shell + script, SLURM_ARRAY_TASK_ID=task, **variables).out
+        printed = run(shell + script, SLURM_ARRAY_TASK_ID=task, **variables)
         seen = dict(re.findall(rf"^({'|'.join(VARIABLES)})=(.*)$", printed, re.M))
         assert seen == {"RANK": task, "WORLD_SIZE": "3"}
         said = alone("python make_cams.py", **seen).err
@@ -167,11 +173,14 @@ def test_one_torchrun_a_machine_numbers_the_processes_of_all_machines(tmp_path: 
     (tmp_path / "make_cams.py").write_text(f"import os\nprint(*[os.environ[name] for name in {names}], flush=True)\n")
     slurm = """
     scontrol() { echo localhost; }
-    srun() { "$@" & "$@" & wait -n; wait -n; }
+    srun() { "$@"; }
+    torchrun() { printf "%s\\n" "$@"; }
     """
     small = script.replace("--nproc-per-node 8", "--nproc-per-node 1").replace(":29500", f":{free_port()}")
     variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
-    seen = [line.split() for line in run(tmp_path, slurm + small, **variables).out.splitlines()]
+    arguments = run(slurm + small, **variables).splitlines()
+    machines = [torchrun(arguments, tmp_path) for _ in range(2)]
+    seen = [ended(machine).out.split() for machine in machines]
     assert sorted((rank, world, local) for rank, world, _, local in seen) == [("0", "2", "0"), ("1", "2", "0")]
     assert len({address for _, _, address, _ in seen}) == 1
 

@@ -21,6 +21,8 @@ import acr_reg
 from tests.support.paths import ROOT
 
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+# test_docs.py runs the tutorial: it draws the pictures of the page from the models that its blocks train.
+RUN_HERE = [page for page in DOCUMENTS if page.name != "tutorial.md"]
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 EXEMPTION = re.compile(r"<!-- not executed: \S.*-->")
 
@@ -97,7 +99,7 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+@pytest.mark.parametrize("document", RUN_HERE, ids=lambda document: document.name)
 def test_documents(document):
     blocks = blocks_of(document.read_text(encoding="utf-8"))
     exempt = [block for block in blocks if block.exempt]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import importlib
-import multiprocessing
 import os
 import socket
 import subprocess
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 import acr_reg
 from acr_reg.integrations.added_lines import Added, with_added_lines
 from acr_reg.integrations.added_lines import added_lines as added_lines  # the tests take it from here
+from tests.support.processes import FRESH
 
 # ---------------------------------------------------------------- what training with the added lines must show
 
@@ -172,8 +172,7 @@ def checkout(name: str, commit: str) -> Path:
 
 def in_fresh_process(function: Callable[..., object], *arguments: object) -> object:
     """Hosts overwrite timm's registry and import modules of common names (models, utils): not in this process."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, FRESH) as pool:
         return pool.submit(function, *arguments).result()
 
 
@@ -232,8 +231,7 @@ def gradients_of_two_ranks(*calls: tuple[Any, ...]) -> list[list[list[Gradients]
         for each in free:
             each.bind(("127.0.0.1", 0))
         ports = [each.getsockname()[1] for each in free]
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(2, context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(2, FRESH) as pool:
         ranks = [pool.submit(_together_and_alone, rank, ports, calls) for rank in (0, 1)]
         found = [rank.result(timeout=900) for rank in ranks]
     return [list(of_call) for of_call in zip(*found, strict=True)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
 import warnings
 from collections.abc import Callable
@@ -16,12 +15,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support.processes import METHOD
+
 needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 
 
 def on_two_ranks(work: Callable[[int], Any], folder: Path) -> list[Any]:
     """What ``work(rank)``, a function of a module, returns on each rank: tensors, texts and numbers in containers."""
-    torch.multiprocessing.spawn(_run, (work, folder), nprocs=2)
+    torch.multiprocessing.start_processes(_run, (work, folder), nprocs=2, start_method=METHOD)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
@@ -35,13 +36,6 @@ def _run(rank: int, work: Callable[[int], Any], folder: Path) -> None:
     torch.save(work(rank), folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def free_port() -> int:
-    """A port of this machine at which processes can meet."""
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        return int(found.getsockname()[1])
 
 
 def whole(tensor: Tensor) -> Tensor:

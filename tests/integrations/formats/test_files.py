@@ -1,8 +1,6 @@
 """What every format of class maps must do: come back as it was written, with classes or without."""
 
 import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,6 +8,7 @@ import pytest
 from acr_reg.integrations import formats
 from acr_reg.integrations.formats import FORMATS, cam_format, load_cams, save_cams
 from tests.support.class_maps import assert_same_maps, in_every_format
+from tests.support.processes import Program
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".npz"])
@@ -76,8 +75,10 @@ def test_the_face_needs_pillow_for_photos_and_masks_only():
         "except ModuleNotFoundError as error: print(error.name)\n"
         "print(hasattr(formats, 'other'))"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["PIL", "False"]
+    process = Program("-c", code)
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert out.split() == ["PIL", "False"]
 
 
 @pytest.mark.parametrize("name", formats.__all__)

@@ -1,7 +1,6 @@
 """What all host files share: integrations/host.py, and the lines that their docstrings add."""
 
 import copy
-import multiprocessing
 import pickle
 import queue
 import random
@@ -22,6 +21,7 @@ from acr_reg.integrations import mctformer
 from acr_reg.integrations.added_lines import Added, add_lines, added_lines, with_added_lines
 from acr_reg.integrations.host import FeatureRecorder, HostCapture, part, unwrap
 from tests.support.mctformer import Block, Small, batches, images
+from tests.support.processes import FRESH
 
 
 @pytest.fixture
@@ -299,7 +299,7 @@ def step(model, rank):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     address = f"file://{tmp_path_factory.mktemp('gloo') / 'store'}"
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, FRESH) as pool:
         return [done.result() for done in [pool.submit(on_rank, rank, address) for rank in range(2)]]
 
 

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import multiprocessing
 import types
 from concurrent.futures import ProcessPoolExecutor
 
@@ -33,6 +32,7 @@ from tests.support.mctformer import (
     terms_under,
     train_small,
 )
+from tests.support.processes import FRESH
 
 # ---------------------------------------------------------------- the small model
 
@@ -308,7 +308,7 @@ def weaktr_gradients(folder, wrap, batch):
 def test_gradients_of_two_ranks_of_weaktr_are_the_mean_of_both(tmp_path):
     folder = checkout("hustvl/WeakTr", "3457ad3")
     alone = in_fresh_process(weaktr_on_rank, 0, folder, None)
-    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(2, FRESH) as pool:
         waiting = [pool.submit(weaktr_on_rank, rank, folder, f"file://{tmp_path / 'store'}") for rank in range(2)]
         first, second = (done.result() for done in waiting)
     assert sum(is_query_and_key(name) for name in alone[0]) == 12

@@ -1,13 +1,10 @@
 """A folder filled by several processes: killed in the middle and started again, it holds everything once."""
 
+import functools
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from datetime import timedelta
-from functools import partial
 
 import numpy as np
 import pytest
@@ -15,8 +12,8 @@ import pytest
 from acr_reg.integrations.formats import load_cams
 from acr_reg.integrations.jobs import meeting
 from acr_reg.integrations.jobs.folder import CamFolder, fill
-from tests.support.paths import ROOT
-from tests.support.ranks import free_port, needs_gloo, on_two_ranks
+from tests.support.processes import Program, free_port, programs
+from tests.support.ranks import needs_gloo, on_two_ranks
 from tests.support.shared_run import COUNT, NAMES, calls, make_photos
 
 OLD = ".001.npy.0123456789abcdef0123456789abcdef"
@@ -40,23 +37,20 @@ def started():
 
 def start(folder, processes, world, *arguments, meet=True):
     """``world`` processes, each with its RANK; they meet as under torchrun, or hear nothing of each other."""
-    for rank in range(world):
-        environment = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world)}
-        if meet:
-            environment.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port()))
-        command = [sys.executable, "-W", "error", "-m", "tests.support.shared_run", str(folder), *arguments]
-        processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True))
+    variables = {} if meet else {"MASTER_ADDR": None, "MASTER_PORT": None}
+    command = ["-W", "error", "-m", "tests.support.shared_run", folder, *arguments]
+    processes += programs(world, *command, port=port(), **variables)
     return processes[-world:]
 
 
-def port(found=[]):  # noqa: B006 - one for all processes of this test run
-    if not found:
-        found.append(free_port())
-    return found[0]
+@functools.cache
+def port():
+    """One for all processes of this test run."""
+    return free_port()
 
 
 def ended(processes):
-    errors = [process.communicate(timeout=100)[1] for process in processes]
+    errors = [process.communicate()[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), errors
     return errors
 
@@ -87,13 +81,13 @@ def test_a_killed_run_is_taken_up_again_with_nothing_lost_and_nothing_twice(fold
     first = start(folder, started, 2, "0.5")  # seconds a batch: it is killed before its end
     wait_for(5, folder)
     for rank in killed:
-        first[rank].send_signal(signal.SIGKILL)
+        first[rank].kill()
     if killed == [0]:  # the other one may end its share, and must not wait for ever
-        error = first[1].communicate(timeout=100)[1]
+        error = first[1].communicate()[1]
         assert first[1].returncode != 0
         assert "Another process of this run ended early" in error
     for process in first:
-        process.wait(timeout=100)
+        process.wait()
     done, made = whole(folder), len(calls(folder))
     assert 5 <= len(done) < COUNT
     for name in (OLD, YOUNG):
@@ -115,9 +109,8 @@ def test_a_killed_run_is_taken_up_again_with_nothing_lost_and_nothing_twice(fold
 
 
 def test_torchrun_restarts_a_killed_process(folder, started):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1"]
-    command += ["--master-port", str(port()), "-m", "tests.support.shared_run", str(folder), "0.01", "015"]
-    started.append(subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True))
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--max-restarts", "1", "--master-port", port()]
+    started.append(Program(*torchrun, "-m", "tests.support.shared_run", folder, "0.01", "015"))
     ended(started)
     assert_complete(folder)
     (written, existing, failed), other = reports(folder, 2)
@@ -168,7 +161,7 @@ def test_a_process_group_of_the_caller_is_used(tmp_path):
     (tmp_path / "ranks").mkdir()
     irn = CamFolder(tmp_path / "other format", "irn")
     fill(irn, ["a"], lambda name: ({0: np.ones((2, 2))}, None), "", False, False)
-    first, second = on_two_ranks(partial(in_group, tmp_path), tmp_path / "ranks")
+    first, second = on_two_ranks(functools.partial(in_group, tmp_path), tmp_path / "ranks")
 
     failed = {"c": "no such photo"}
     assert first["orders"] == [["d", "a", "b"], [], failed]  # each report in the order of its list

@@ -90,7 +90,8 @@ def sleep(name):
     time.sleep(60)
 
 
-def test_an_interruption_leaves_no_worker():
+def test_an_interruption_leaves_no_worker(monkeypatch):
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.5)  # s that it waits for a worker's end
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt) as kept:  # noqa: SIM117 - with its traceback, as a notebook keeps it
         with reading(NAMES, sleep, 1) as items:

@@ -7,7 +7,7 @@ import torch
 
 from acr_reg.integrations.jobs import meeting
 from acr_reg.integrations.jobs.shares import Share, process_device, share_of_run
-from tests.support.ranks import free_port
+from tests.support.processes import free_port
 
 
 @pytest.fixture
