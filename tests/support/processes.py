@@ -12,6 +12,8 @@ import warnings
 from multiprocessing import reduction
 from pathlib import Path
 
+import torch
+
 from tests.support.paths import ROOT
 
 # Importing torch takes 2 s, with timm 5 s. Forking this process would take no time either, but autograd refuses to run
@@ -93,6 +95,8 @@ def _run(arguments: list[str], cwd: Path, variables: dict[str, str], outputs: li
         os.dup2(output, number)
         os.close(output)
     sys.stdout, sys.stderr = (open(n, "w", buffering=1, encoding="utf-8", closefd=False) for n in (1, 2))  # noqa: SIM115
+    if "OMP_NUM_THREADS" in variables:  # which torch reads when it is loaded
+        torch.set_num_threads(int(variables["OMP_NUM_THREADS"]))
     multiprocessing.set_start_method(None, force=True)  # this process was told to start its own as it was
     if arguments[:2] == ["-W", "error"]:
         del arguments[:2]
