@@ -24,7 +24,7 @@ from benchmarks.study.plans import FEW
 from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, CONDITIONS, NETWORKS, SEEDS, SETS, Cell, Reading, base
 from benchmarks.study.store import FROZEN
 from benchmarks.study.views import VIEWS
-from tests.support.study import made_counts, made_record, made_results
+from tests.support.study import freeze, made_counts, made_record, made_results
 
 
 def test_the_report_shows_every_seed_and_its_own_origin(tmp_path: Path):
@@ -192,6 +192,13 @@ def test_class_tokens_have_blocks_of_their_own(tmp_path: Path):
     assert "with ACR, weight 0.17" in block and found[begin("study report", "voc")] == NOT_RUN
     assert "| mIoU, agreement | fused | fused, spread | patch | attention | gradient |" in block
     assert block.count(", 0.70 |") == 5 * 3
+    assert found[begin("study report", "class tokens class maps")] == NOT_RUN
+    freeze(folder, [Cell(base("voc", "both", 0.17, network=CLASS_TOKENS), 0)], commit=False)
+    for seed in FEW:
+        cell = Cell(base("voc", "both_cam", 0.17, 5.0, network=CLASS_TOKENS), seed)
+        write_json(folder / cell.file, made_record(cell, 0.4))
+    (row,) = blocks(tmp_path)[STUDY][begin("study report", "class tokens class maps")].splitlines()[2:]
+    assert re.fullmatch(r"\| VOC animals, ACR \| 5 \| -0\.\d+ ± 0\.\d+ \| 0\.70 to 0\.70 \| 2 \|", row)
     page = appendix(folder, "voc", network=CLASS_TOKENS)
     assert "VOC animals, class tokens and patch head" in page and "the fused map: the root" in page
 

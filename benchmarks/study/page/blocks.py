@@ -18,6 +18,7 @@ from benchmarks.study.page.tables import (
     Group,
     baseline_rows,
     cpu_of,
+    figure_of,
     groups,
     mean_ap_of,
     number,
@@ -135,7 +136,31 @@ def _class_tokens(results: Path) -> dict[str, str]:
         parts = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
         made[f"class tokens {photos}"] = "\n\n".join(parts) if kinds else NOT_SCORED
     terms = [block for block in (_conditions(scored), _finer(results, found)) if block != NOT_RUN]
+    made["class tokens class maps"] = _by_cam_weight(results, found)
     return made | {"class tokens terms": "\n\n".join(terms) or NOT_SCORED}
+
+
+def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
+    """What the term on class maps changes on dev photos, by its weight: the fused map, and how far two views agree."""
+    dev, agreement, rows = _dev(found), figure_of("raw", "agreement"), []
+    for photos, about in SETS.items():
+        leader = frozen_setting(results, photos, "both")
+        if leader is None:
+            continue
+        for without, having, weight, title in (
+            (REFERENCE, "cam", 0.0, "alone"),
+            ("both", "both_cam", leader.weight, "ACR"),
+        ):
+            before = dev.get(leader.with_condition(without, weight))
+            for cam_weight in sorted({setting.cam_weight for setting in dev if setting.condition == having}):
+                after = dev.get(leader.with_condition(having, weight, cam_weight))
+                gain = None if before is None or after is None else paired_mean(before, after, raw_of)
+                if before is not None and after is not None and gain is not None:
+                    agreed = (number(each.of_seeds(FEW).mean(agreement)[0], 2) for each in (before, after))
+                    name = f"{about.title}, {title}"
+                    rows.append([name, f"{cam_weight:g}", signed_spread(gain), " to ".join(agreed), str(gain[2])])
+    header = ["dev photos", "`cam_weight`", "change of fused mIoU", "agreement of two views", "seeds"]
+    return table(header, rows) if rows else NOT_RUN
 
 
 def _finer(results: Path, found: Sequence[Group]) -> str:
