@@ -156,7 +156,8 @@ def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
                 after = dev.get(leader.with_condition(having, weight, cam_weight))
                 gain = None if before is None or after is None else paired_mean(before, after, raw_of)
                 if before is not None and after is not None and gain is not None:
-                    agreed = (number(each.of_seeds(FEW).mean(agreement)[0], 2) for each in (before, after))
+                    shared = [seed for seed in after.records if seed in before.records]
+                    agreed = (number(each.of_seeds(shared).mean(agreement)[0], 2) for each in (before, after))
                     name = f"{about.title}, {title}"
                     rows.append([name, f"{cam_weight:g}", signed_spread(gain), " to ".join(agreed), str(gain[2])])
     header = ["dev photos", "`cam_weight`", "change of fused mIoU", "agreement of two views", "seeds"]
