@@ -142,7 +142,7 @@ def _class_tokens(results: Path) -> dict[str, str]:
 
 def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
     """What the term on class maps changes on dev photos, by its weight: the fused map, and how far two views agree."""
-    dev, agreement, rows = _dev(found), figure_of("raw", "agreement"), []
+    dev, rows = _dev(found), []
     for photos, about in SETS.items():
         leader = frozen_setting(results, photos, "both")
         if leader is None:
@@ -153,15 +153,23 @@ def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
         ):
             before = dev.get(leader.with_condition(without, weight))
             for cam_weight in sorted({setting.cam_weight for setting in dev if setting.condition == having}):
-                after = dev.get(leader.with_condition(having, weight, cam_weight))
-                gain = None if before is None or after is None else paired_mean(before, after, raw_of)
-                if before is not None and after is not None and gain is not None:
-                    shared = [seed for seed in after.records if seed in before.records]
-                    agreed = (number(each.of_seeds(shared).mean(agreement)[0], 2) for each in (before, after))
-                    name = f"{about.title}, {title}"
-                    rows.append([name, f"{cam_weight:g}", signed_spread(gain), " to ".join(agreed), str(gain[2])])
+                changes = _cam_changes(before, dev.get(leader.with_condition(having, weight, cam_weight)))
+                if changes:
+                    rows.append([f"{about.title}, {title}", f"{cam_weight:g}", *changes])
     header = ["dev photos", "`cam_weight`", "change of fused mIoU", "agreement of two views", "seeds"]
     return table(header, rows) if rows else NOT_RUN
+
+
+def _cam_changes(before: Group | None, after: Group | None) -> list[str]:
+    """The change of mIoU, the agreements and the number of seeds, over those that both have; empty without any."""
+    if before is None or after is None:
+        return []
+    gain = paired_mean(before, after, raw_of)
+    if gain is None:
+        return []
+    agreement = figure_of("raw", "agreement")
+    agreed = (one.of_seeds(other.records).mean(agreement)[0] for one, other in ((before, after), (after, before)))
+    return [signed_spread(gain), " to ".join(number(each, 2) for each in agreed), str(gain[2])]
 
 
 def _finer(results: Path, found: Sequence[Group]) -> str:
