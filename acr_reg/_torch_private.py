@@ -10,7 +10,7 @@ import types
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from itertools import chain, islice
+from itertools import chain, compress, islice
 from typing import Any
 
 import torch
@@ -58,7 +58,7 @@ def in_transform() -> bool:
 
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer."""
-    return backward_number() != -1
+    return torch._C._current_graph_task_id() != -1
 
 
 def backward_number() -> int:
@@ -77,15 +77,18 @@ def in_reentrant_checkpoint() -> bool:
 
 def function_modes() -> list[TorchFunctionMode]:
     """The modes of this thread's stack, innermost last."""
-    return [torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack())]
+    return list(map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack())))
 
 
-def keep_modes(kept: Sequence[bool]) -> None:
-    """Removes modes from this thread's stack, wherever they stand: ``kept`` says for each of them whether it stays."""
-    modes = function_modes()
-    above = [mode for mode, keep in list(zip(modes, kept, strict=True))[kept.index(False) :] if keep]
-    pops = islice(iter(torch._C._pop_torch_function_stack, None), len(modes) - kept.index(False))
-    pushes = map(torch._C._push_on_torch_function_stack, above)
+def keep_modes(modes: Sequence[TorchFunctionMode], kept: Sequence[bool]) -> None:
+    """Removes modes of this thread's stack, wherever they stand: ``kept`` says for each of ``modes``, which are all of
+    them, whether it stays."""
+    first = kept.index(False)
+    if first == len(modes) - 1:  # as in each layer
+        torch._C._pop_torch_function_stack()
+        return
+    pops = islice(iter(torch._C._pop_torch_function_stack, None), len(modes) - first)
+    pushes = map(torch._C._push_on_torch_function_stack, compress(modes[first:], kept[first:]))
     deque(chain(pops, pushes), 0)  # one step of C code, which no interruption divides
 
 
@@ -105,7 +108,7 @@ def take_off(mode: TorchFunctionMode) -> None:
     modes = function_modes()
     if mode in modes:
         last = len(modes) - 1 - modes[::-1].index(mode)
-        keep_modes([place != last for place in range(len(modes))])
+        keep_modes(modes, [place != last for place in range(len(modes))])
 
 
 def remove_hooks(module: nn.Module, is_own: Callable[[Any], bool]) -> None:
@@ -134,10 +137,8 @@ def math_kernel() -> AbstractContextManager[Any]:
     return sdpa_kernel(SDPBackend.MATH)
 
 
-def is_compiling() -> bool:
-    """Whether torch.compile or torch.export is tracing this line."""
-    public = getattr(torch.compiler, "is_compiling", None)  # torch 2.1 has only the private one
-    return bool(public() if public is not None else torch._utils.is_compiling())
+is_compiling: Callable[[], bool] = getattr(torch.compiler, "is_compiling", None) or torch._utils.is_compiling
+"""Whether torch.compile or torch.export is tracing this line. torch 2.1 has only the private function."""
 
 
 def is_faked() -> bool:
@@ -232,12 +233,14 @@ def _has_processes() -> bool:
 def shards_parameters(model: nn.Module) -> bool:
     """Whether FullyShardedDataParallel or fully_shard gathers parameters of this model while it runs, or while a module
     runs that holds it."""
+    if not _has_processes():
+        return False
     kinds = (
         _distributed("FullyShardedDataParallel", "fsdp"),
         _distributed("FSDPModule", "fsdp", "_composable.fsdp"),  # torch < 2.6: _composable.fsdp
     )
     known = tuple(filter(None, kinds))
-    found: list[nn.Module | None] = [model] if known and _has_processes() else []
+    found: list[nn.Module | None] = [model] if known else []
     for module in found:  # it grows; nn.Module.modules() is far slower, and this runs in each step
         if module is None:
             continue

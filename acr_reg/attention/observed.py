@@ -70,7 +70,7 @@ class Observed:
     @property
     def is_of_image(self) -> bool:
         """Whether any of its tokens may come from an image."""
-        return any(tokens is None or tokens.of_image for tokens in (self.queries, self.keys))
+        return self.queries is None or self.keys is None or self.queries.of_image or self.keys.of_image
 
     def is_cross(self, given_apart: bool) -> bool:
         """Whether the keys are other tokens than the queries. ``given_apart``: the module was given two tensors."""

@@ -44,9 +44,11 @@ def _code_of(function: Callable[..., Any]) -> CodeType | None:
 def _kernels() -> dict[CodeType, str]:
     """The name of each kernel that was imported, by its code."""
     found: dict[CodeType, str] = {}
-    for package in [package for package in _PACKAGES if package in sys.modules]:
-        for name in _PACKAGES[package]:
-            function = vars(sys.modules[package]).get(name)
+    for package, names in _PACKAGES.items():
+        if (module := sys.modules.get(package)) is None:
+            continue
+        for name in names:
+            function = vars(module).get(name)
             code = None if function is None else _code_of(function)
             if code is not None:
                 found.setdefault(code, getattr(function, "__name__", name))
@@ -60,13 +62,8 @@ class FunctionWatch:
         self._returned: Returned | None = None
         self._kernels: dict[CodeType, str] = {}
         self._before: Callable[..., Any] | None = None  # another profile function of this thread
-        self._frame: FrameType | None = None
+        self.inside: FrameType | None = None  # the kernel that is running
         self._arguments: dict[str, Any] = {}
-
-    @property
-    def inside(self) -> bool:
-        """Whether a kernel is running."""
-        return self._frame is not None
 
     def start(self, returned: Returned) -> None:
         """Tells ``returned`` the name, the arguments by name, and the result of every kernel from now on.
@@ -81,7 +78,7 @@ class FunctionWatch:
             sys.setprofile(self)
 
     def stop(self) -> None:
-        self._returned = self._frame = None  # whoever started it may hold this too
+        self._returned = self.inside = None  # whoever started it may hold this too
         if sys.getprofile() is self:
             before = self._before
             while isinstance(before, FunctionWatch) and before._returned is None:
@@ -94,9 +91,9 @@ class FunctionWatch:
         if self._returned is None:
             return
         if event == "call":
-            if self._frame is None and frame.f_code in self._kernels:
-                self._frame, self._arguments = frame, dict(frame.f_locals)
-        elif event == "return" and frame is self._frame:
-            arguments, self._frame, self._arguments = self._arguments, None, {}
+            if self.inside is None and frame.f_code in self._kernels:
+                self.inside, self._arguments = frame, dict(frame.f_locals)
+        elif event == "return" and frame is self.inside:
+            arguments, self.inside, self._arguments = self._arguments, None, {}
             if result is not None:  # else it raised
                 self._returned(self._kernels[frame.f_code], arguments, result)

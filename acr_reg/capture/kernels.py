@@ -161,9 +161,10 @@ def unrecordable(*tensors: Any) -> str | None:
     """Why these arguments or results of a kernel leave nothing to record, or None."""
     if in_transform():
         return "under torch.vmap or another transform of torch.func"
-    if all(is_dense(tensor) for tensor in tensors if isinstance(tensor, Tensor)):
-        return None
-    return "of nested or sparse tensors"
+    for tensor in tensors:  # a loop, because each kernel asks
+        if isinstance(tensor, Tensor) and not is_dense(tensor):
+            return "of nested or sparse tensors"
+    return None
 
 
 def is_same(a: Tensor, b: Tensor) -> bool:

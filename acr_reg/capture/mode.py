@@ -84,7 +84,7 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self._functions.inside:
+        if self._functions.inside is not None:
             return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
         if self._current.get(self._thread) is not self or (
@@ -174,16 +174,12 @@ class AttentionMode(TorchFunctionMode):
 
 def clear_modes() -> None:
     """Removes from this thread's stack the modes that an interruption left there."""
-    modes = function_modes()
-    if not modes:
-        inside_multi_head.leave()
-        return
-    watching = [mode for mode in modes if isinstance(mode, AttentionMode) and mode.is_current]
-    kept = [
-        not isinstance(mode, AttentionMode) or (mode.is_current and mode not in modes[:place])
-        for place, mode in enumerate(modes)
-    ]
+    modes, kept, watches = function_modes(), list[bool](), False
+    for place, mode in enumerate(modes):
+        current = isinstance(mode, AttentionMode) and mode.is_current
+        watches = watches or current
+        kept.append(not isinstance(mode, AttentionMode) or (current and mode not in modes[:place]))
     if not all(kept):
-        keep_modes(kept)
-    if not watching:
+        keep_modes(modes, kept)
+    if not watches:
         inside_multi_head.leave()

@@ -58,7 +58,7 @@ class Recorder:
         self._alike: set[nn.Module] = set()  # modules that attend, and modules that resemble them
         self._narrowed = False  # to these, the model, and modules that read its images
         modes: dict[int, AttentionMode] = {}  # by thread
-        self._states = ThreadStates(modes, self.images)
+        self.states = ThreadStates(modes, self.images)
         weakref.finalize(self, _remove_modes, modes)
         graph = None if graph_from is None else _weakly(self._starts_graph)
         running = _weakly(self._entries)
@@ -70,14 +70,10 @@ class Recorder:
         # Every module, until the first run is taken and shows which ones matter.
         self.hooks.watch_only(self.index.names)
 
-    @property
-    def _state(self) -> ThreadState:
-        return self._states.here()
-
     # ---- called by the hooks
 
     def entered(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], frame: FrameType) -> None:
-        state = self._state
+        state = self.states.here()
         if module not in self.index.names:
             refuse_unknown_module(module)
         if state.entries:
@@ -111,7 +107,7 @@ class Recorder:
         self._begin(state, entry, with_mode=not self._narrowed or module in self._alike)
 
     def left(self, module: nn.Module, result: Any, failed: bool) -> None:
-        state = self._state
+        state = self.states.here()
         if state.entries and state.entries[-1].module is not module:
             self._drop_interrupted(state)  # the model may have caught the interruption itself
         if not state.entries or state.entries[-1].module is not module:
@@ -159,7 +155,7 @@ class Recorder:
         entry = state.entries[-1]
         if entry.opened_mode:
             unmet = state.close_mode()
-            if not entry.recomputes:
+            if unmet and not entry.recomputes:
                 name = self.index.names[entry.module]
                 state.current.skipped += [(name, what) for what in unmet]
                 if state.current is state.coming:
@@ -184,13 +180,14 @@ class Recorder:
 
     def _entries(self) -> Sequence[Entry]:
         """The modules that run on this thread, outermost first."""
-        self._drop_interrupted(self._state)
-        return self._state.entries
+        state = self.states.here()
+        self._drop_interrupted(state)
+        return state.entries
 
     def _report(self, call: AttentionCall, within: Sequence[Entry]) -> None:
         """Notes a call under the innermost module that holds all of it."""
-        state = self._state
-        if state.innermost is None:
+        state = self.states.here()
+        if not within or state.entries[-1].recomputes:
             return
         entry, module = within[-1], within[-1].module
         if not self.index.counts(module) or not self.hooks.is_heard or is_faked():
@@ -215,18 +212,18 @@ class Recorder:
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:
-        entry = self._state.innermost
+        entry = self.states.here().innermost
         if entry is not None and self.index.counts(entry.module) and self.hooks.is_heard:
             entry.reported = True
             self._unknown_modules.add(entry.module)
-            name, current = self.index.names[entry.module], self._state.current
+            name, current = self.index.names[entry.module], self.states.here().current
             current.unknown.append((name, kernel))
-            if current is self._state.coming:
+            if current is self.states.here().coming:
                 self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
     def _starts_graph(self, tensor: torch.Tensor) -> bool:
         """Whether the graph starts at this tensor of the coming layer, or did in a pass that checkpointing repeats."""
-        state = self._state
+        state = self.states.here()
         if not torch.is_grad_enabled() or not state.entries or not self.hooks.is_heard:
             return False
         if in_backward():
@@ -238,7 +235,7 @@ class Recorder:
 
     def finish(self) -> list[Run]:
         """The runs since the last call; from then on only attention modules are watched."""
-        state = self._state
+        state = self.states.here()
         self._drop_interrupted(state)
         if self.log.keep != "all" and self.log.has_unfinished(state.runner):
             refuse_elsewhere(self.index.model)
@@ -254,7 +251,7 @@ class Recorder:
     def _narrow(self, runs: list[Run]) -> None:
         # Reentrant checkpointing must be refused in later steps too, so all modules stay watched. So they do while
         # another thread is inside one: its hook would not tell when it is left.
-        inside = self._state.entries or self._running.is_elsewhere() or self.placer.needs_more_images
+        inside = self.states.here().entries or self._running.is_elsewhere() or self.placer.needs_more_images
         if self.index.attending and not inside and not any(run.reentrant for run in runs):
             # Where no mode is on, the encoder makes nested tensors of padded ones, which could not be recorded, and its
             # layers call one kernel in place of their attention, if torch does not look for hooks before (torch 2.1).
@@ -262,22 +259,22 @@ class Recorder:
             encoders = {m for m in self.index.names if isinstance(m, fast) and self.index.counts(m)}
             self._alike = self.index.alike() | self._unknown_modules | encoders
             self._narrowed = True  # first: modules that an interruption leaves watched cost time only
-            self._state.sources = None
+            self.states.here().sources = None
             self.hooks.watch_only([self.index.model, *self.images.modules, *self._alike, *self.index.likely])
 
     def refuse_inside(self, action: str) -> None:
         """Raises if this thread is inside the forward of a captured module, of which more layers may come."""
         module = self._running.here(self.index.counts)
         # A hook of the model may ask once the model has left its forward.
-        if module is not None and (module is not self.index.model or self._state.is_inside(module)):
+        if module is not None and (module is not self.index.model or self.states.here().is_inside(module)):
             refuse_inside(module, action)
 
     def clear(self) -> None:
         """Forgets the runs that this thread may take."""
-        self.log.take(self._state.runner)
+        self.log.take(self.states.here().runner)
 
     def stop(self) -> None:
-        state = self._state
+        state = self.states.here()
         while state.entries:  # interrupted, or in the middle of a forward
             self._drop(state)
         _remove_modes(state.modes)

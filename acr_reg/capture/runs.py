@@ -210,7 +210,7 @@ class Entry:
 
     def keep(self, call: AttentionCall, name: str) -> None:
         """Notes in a call within this module, called ``name``, what the module was given."""
-        given = first_tensor(self.args, self.kwargs)
+        given = first_tensor(*self.args, *self.kwargs.values())
         call.name, call.module = name, self.module
         call.cross = call.cross or is_cross_attention(self.args, self.kwargs)
         call.input_shape = None if given is None else given.shape
@@ -281,7 +281,8 @@ class ThreadState:
     def close_mode(self) -> list[str]:
         """Leaves the mode of this thread for good. Returns descriptions of the softmaxes that met no V."""
         self.images.seen = None
-        unmet = [] if self.mode is None else self.mode.forget()
+        mode = self.mode
+        unmet = [] if mode is None else mode.forget()
         self.leave_mode()
         return unmet
 
@@ -306,7 +307,8 @@ class ThreadState:
     @property
     def current(self) -> Run:
         """The run that a call now belongs to."""
-        return self.coming if self.run is None or self.run.closed else self.run
+        run, coming = self.strand.run, self.strand.coming
+        return coming if run is None or run.closed else run
 
     @property
     def innermost(self) -> Entry | None:

@@ -60,8 +60,10 @@ def first_tensor(*values: Any) -> Tensor | None:
     """The first tensor among values, which may be tuples or dicts of tensors. Nested tensors are passed over:
     their shapes are not all numbers."""
     for value in values:
+        if is_dense(value):
+            return value
         inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
-        found = value if is_dense(value) else first_tensor(*inner) if inner else None
+        found = first_tensor(*inner) if inner else None
         if found is not None:
             return found
     return None

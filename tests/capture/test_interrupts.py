@@ -177,7 +177,7 @@ def left_behind(model: nn.Module, x: Tensor, attention: AttentionCapture, copies
     found: list[AttentionMode] = []
 
     def stop() -> None:
-        state = attention._recorder._state  # type: ignore[union-attr]
+        state = attention._recorder.states.here()  # type: ignore[union-attr]
         found.append(state.mode)
         raise KeyboardInterrupt
 

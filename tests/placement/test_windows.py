@@ -565,7 +565,7 @@ def test_nothing_is_kept_but_numbers_and_nothing_is_noted_once_few_modules_are_h
         trace = attention._recorder.placer._trace
         assert len(trace.ops) == 7
         model(torch.randn(2, 3, 64, 64))
-        assert not attention._recorder._state.run.windows.ops
+        assert not attention._recorder.states.here().run.windows.ops
         attention.take()
         assert attention._recorder.placer._trace is trace
 

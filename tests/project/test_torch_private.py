@@ -159,7 +159,7 @@ def test_keep_modes_takes_one_off_wherever_it_stands(place: int) -> None:
     for mode in modes:
         mode.__enter__()
     assert private.function_modes() == modes, note
-    private.keep_modes([i != place for i in range(3)])
+    private.keep_modes(modes, [i != place for i in range(3)])
     torch.ones(1).exp()
     assert ["exp" in mode.names for mode in modes] == [i != place for i in range(3)], note
     left = [mode for mode in modes if mode is not modes[place]]
