@@ -378,7 +378,7 @@ class ThreadState:
         """Begins a run with the images that a module is given, if its ``first`` argument is any."""
         # Images of other code's run begin a run of their own, and must not replace those of the other.
         images = ImageState() if outermost and self.is_suspended else self.images
-        if self._watch.note(module, first, images, outermost, is_root):
+        if self._watch.note(module, first, images, outermost, is_root, self.sources):
             if images is not self.images:
                 self.leave_suspended()
             self.end_run()

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from acr_reg._tensors import is_dense
+from acr_reg.placement.sources import Sources
 
 _PADDED_AT_MOST = 64  # pixels: no patch is larger
 _SHRUNK_AT_MOST = 4  # the factor by which a model may shrink its images
@@ -34,8 +35,11 @@ class ImageWatch:
         self._channels = channels  # of images with more than four, as the user says
         self.modules: set[nn.Module] = set()
         self.padding: str | None = None  # the warning to give if the model pads its images
+        self._resizes = False  # whether a run showed that what looks like padding is none
 
-    def note(self, module: nn.Module, first: Any, state: ImageState, outermost: bool, is_root: bool) -> bool:
+    def note(
+        self, module: nn.Module, first: Any, state: ImageState, outermost: bool, is_root: bool, sources: Sources | None
+    ) -> bool:
         """Notes the images if ``module`` is given any as its ``first`` argument, and returns whether it is.
 
         The outermost module reads images. So do inner modules that are given the same tensor, and a convolution over
@@ -54,14 +58,19 @@ class ImageWatch:
                 if not reads_images or (state.given is not None and not _may_be_resized(state.given, first.shape)):
                     return False
             if state.given is not None:
-                self._note_padding(state.given, first.shape)
+                self._note_padding(state.given, first, sources)
         state.seen, state.size, state.module = first, (batch, height, width), module
         return True
 
-    def _note_padding(self, given: Sequence[int], read: Sequence[int]) -> None:
-        """Notes padding to whole patches, which moves a flip's tokens. Resizing changes more pixels and moves none."""
+    def _note_padding(self, given: Sequence[int], images: Tensor, sources: Sources | None) -> None:
+        """Notes padding to whole patches, which moves a flip's tokens. Resizing moves none, and images of other sizes
+        are none: a run that is followed tells them apart. Later ones are taken for like it, or are told by the size."""
+        read = images.shape
         added = [read[i] - given[i] for i in (2, 3)]
-        if min(added) >= 0 < max(added) < _PADDED_AT_MOST:
+        if self._resizes or not min(added) >= 0 < max(added) < _PADDED_AT_MOST:
+            return
+        self._resizes = sources is not None and not sources.is_padded(images)
+        if not self._resizes:
             self.padding = (
                 f"The model pads images of {given[2]} x {given[3]} px to {read[2]} x {read[3]}, which moves tokens of "
                 f"a flip up to {max(added)} px apart. Resize or crop to whole patches."

@@ -28,6 +28,7 @@ from acr_reg.placement.places import (
     padded,
     places_of,
     slid,
+    split_places,
     summed,
     through_memory,
     unfolded,
@@ -188,6 +189,16 @@ class Sources(_KnownSources):
         self._sizes.append((self._images, (images.shape[2], images.shape[3])))
         self._images += len(images)
         self._note(images, Source(places, self._new_root(), embedded=False))
+
+    def is_padded(self, images: Tensor) -> bool:
+        """Whether images (B, C, H, W) were made of images that are followed, by adding what is no pixel of them."""
+        known = self.of(images)
+        places = None if known is None else known.places
+        if places is None or not bool((places > 0).any()):
+            return False
+        height, width = self.image_size(int(split_places(places)[0].max()))
+        _, y, x = split_places(places)
+        return not bool(((places > 0) & (y >= 0) & (y < height) & (x >= 0) & (x < width)).all())
 
     def _new_root(self) -> Roots:
         return frozenset([next(self._roots)])

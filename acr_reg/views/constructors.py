@@ -194,10 +194,9 @@ def PerImage(views: Sequence[View]) -> View:
     """
     views = _views(views, "PerImage([of_the_first, of_the_second])")
     if not views or any(view.num_images > 1 for view in views):
-        raise ValueError(
-            f"The {len(views)} views are for {[view.num_images for view in views]} images. Pass one view for each "
-            "image, as PerImage([HorizontalFlip(), Identity()])."
-        )
+        counts = [view.num_images for view in views]
+        given = f"The {len(views)} views are for {counts} images" if views else "There are 0 views"
+        raise ValueError(f"{given}. Pass one view for each image, as PerImage([HorizontalFlip(), Identity()]).")
     inputs, outputs = (
         {size for view in views if (size := getattr(view, what))} for what in ("input_size", "fixed_size")
     )

@@ -55,6 +55,10 @@ class Sampler(ABC):
         size = (images.shape[-2], images.shape[-1])
         if not per_image:
             return self.draw(size, generator)
+        if len(images) == 0:
+            raise ValueError(
+                f"The batch {tuple(images.shape)} holds no images, and per_image=True draws one view for each. Skip it."
+            )
         return PerImage([self.draw(size, generator) for _ in range(images.shape[0])])
 
 

@@ -15,10 +15,7 @@ from acr_reg import (
     VerticalFlip,
     capture_attention,
 )
-from tests.support.models.tokens import SIZE, Attention, Tokens
-
-# On images as small as these, resizing to twice the size also looks like padding.
-pytestmark = pytest.mark.filterwarnings("ignore:The model pads images")
+from tests.support.models.tokens import GRID, SIZE, Attention, Tokens
 
 VIEWS = [
     HorizontalFlip(),
@@ -70,7 +67,7 @@ def test_a_view_made_within_the_model_gives_the_maps_of_one_made_outside(view, f
         lambda x: torch.roll(x, 8, -1),
         lambda x: F.interpolate(x, scale_factor=0.5),
         lambda x: x[..., 8:, :32],
-        lambda x: F.pad(x, (8, 8, 0, 8)),
+        pytest.param(lambda x: F.pad(x, (8, 8, 0, 8)), marks=pytest.mark.filterwarnings("ignore:The model pads")),
     ],
     ids=["flipped", "rolled", "resized", "cropped", "padded"],
 )
@@ -108,3 +105,57 @@ def test_another_order_is_found_out_in_the_run_that_has_it():
             first, second = attention.take_all()
             assert first[0].why_unplaced is None
             assert "no grid" in second[0].why_unplaced
+
+
+class TwoSizes(nn.Module):
+    """Takes images of two sizes in one call, the second of as many more pixels as padding would add."""
+
+    def __init__(self, normalise):
+        super().__init__()
+        self.encoder, self.normalise = vit(), normalise
+
+    def forward(self, a, b):
+        return self.encoder(self.normalise(a)), self.encoder(self.normalise(b))
+
+
+@pytest.mark.parametrize("normalise", [lambda x: x, lambda x: (x - 0.5) / 0.2], ids=["as given", "normalised"])
+def test_images_of_two_sizes_in_one_call_are_not_taken_for_padding(normalise):
+    height, width = SIZE
+    model = TwoSizes(normalise)
+    with capture_attention(model, keep="all") as attention:
+        for _ in range(3):
+            model(images(), torch.rand(2, 3, height + 16, width + 16))
+            small, large = attention.take_all()
+            for maps, size in ((small, GRID), (large, (GRID[0] + 2, GRID[1] + 2))):
+                assert (maps[0].layout.query.height, maps[0].layout.query.width) == size
+
+
+def _into_zeros(x, extra):
+    padded = x.new_zeros(*x.shape[:2], x.shape[2] + extra, x.shape[3] + extra)
+    padded[..., : x.shape[2], : x.shape[3]] = x
+    return padded
+
+
+PADDING = {
+    "pad": lambda x, extra: F.pad(x, (0, extra, 0, extra)),
+    "around": lambda x, extra: F.pad(x, (extra // 2,) * 4, mode="reflect"),
+    "written into zeros": _into_zeros,
+    "joined": lambda x, extra: torch.cat([x, x.new_zeros(*x.shape[:3], extra)], 3),
+}
+
+
+@pytest.mark.parametrize("pad", PADDING.values(), ids=PADDING)
+def test_padding_is_told_however_the_model_adds_it(pad):
+    class Padding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.encoder = vit()
+
+        def forward(self, x):
+            return self.encoder(pad(x, 16))
+
+    model = Padding()
+    with capture_attention(model) as attention:
+        model(images())
+        with pytest.warns(UserWarning, match="The model pads images of"):
+            attention.take()

@@ -323,9 +323,11 @@ def test_the_shape_of_images_is_not_their_size():
 
 
 def test_a_view_of_each_image_of_none():
-    with pytest.raises(ValueError, match="0 views") as error:
+    with pytest.raises(ValueError, match="holds no images") as error:
         RandomApply(HorizontalFlip()).sample(IMAGES[:0], per_image=True)
-    assert says(error, "one view for each")
+    assert says(error, "(0, ", "one view for each")
+    with pytest.raises(ValueError, match="There are 0 views"):
+        PerImage([])
 
 
 @pytest.mark.parametrize(
