@@ -84,12 +84,9 @@ class AttentionMode(TorchFunctionMode):
 
     @never_traced
     def _watch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if self._functions.inside is not None:
-            return func(*args, **(kwargs or {}))
         role = ROLES.get(func) or learn_role(func)
-        if self._current.get(self._thread) is not self or (
-            role is Role.OTHER and not self._scores.followed and self.sources is None
-        ):
+        nothing_known = role is Role.OTHER and not self._scores.followed and self.sources is None
+        if nothing_known or self._functions.inside is not None or not self.is_current:
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if role is Role.FUSED:
