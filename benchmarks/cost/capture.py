@@ -3,8 +3,9 @@
     python -m benchmarks.cost capture            # ViT-S/16 at 224 px, one image; about two minutes
     python -m benchmarks.cost capture --write    # also benchmarks/cost/results/capture.json
 
-A pair is one block of forward passes without and one with the capture (and take()), in turns, so that the load of the
-machine affects both alike. Times are process CPU time. A narrow copy of the model is timed too: its forward pass is so
+A round is a block of forward passes without anything, one under a function mode of torch that only hands calls on, and
+one with the capture (and take()), in turns, so that the load of the machine affects all alike. No capture by a mode can
+cost less than that mode. Times are process CPU time. A narrow copy of the model is timed too: its forward pass is so
 short that the added work stands out of the noise. ``python -m pytest tests/capture/test_memory.py`` counts the memory
 to the byte.
 """
@@ -16,12 +17,14 @@ import platform
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from acr_reg import AttentionCapture, capture_attention
 from acr_reg.demo.record import write_json
@@ -35,14 +38,14 @@ class Config:
     image: int = 224
     batch: int = 1
     forwards: int = 1
-    pairs: int = 200
+    rounds: int = 200
     threads: int = 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """Milliseconds of process CPU time per forward pass: medians, the quartiles of the paired differences, and the
-    difference of the lower deciles, which the load of a shared machine changes least."""
+    """Milliseconds of process CPU time per forward pass: medians, the quartiles of the differences within a round, and
+    the difference of the lower deciles, which the load of a shared machine changes least."""
 
     model: str
     without: float
@@ -51,7 +54,15 @@ class Result:
     added_quartiles: tuple[float, float]
     added_percent: float
     added_in_quiet: float
+    added_by_mode: float
     largest_output_change: float
+
+
+class HandsOn(TorchFunctionMode):
+    """Sees every function, as the capture does, and does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def measure(name: str, model: nn.Module, images: Tensor, config: Config) -> Result:
@@ -61,11 +72,13 @@ def measure(name: str, model: nn.Module, images: Tensor, config: Config) -> Resu
         change = 0.0
         attention.take()  # from here on only attention modules are watched
         without: list[float] = []
+        under_mode: list[float] = []
         having: list[float] = []
-        for pair in range(config.pairs):
-            for captured in (pair % 2 == 0, pair % 2 == 1):
-                milliseconds, output = _time(model, images, attention if captured else None, config.forwards)
-                (having if captured else without).append(milliseconds)
+        kinds = [(without, None, False), (under_mode, None, True), (having, attention, False)]
+        for number in range(config.rounds):
+            for times, captured, mode in kinds[number % 3 :] + kinds[: number % 3]:
+                milliseconds, output = _time(model, images, captured, mode, config.forwards)
+                times.append(milliseconds)
                 change = max(change, (output - plain).abs().max().item())
     added = [b - a for a, b in zip(without, having, strict=True)]
     quartiles = statistics.quantiles(added, n=4)
@@ -77,17 +90,21 @@ def measure(name: str, model: nn.Module, images: Tensor, config: Config) -> Resu
         (quartiles[0], quartiles[2]),
         100 * statistics.median(added) / statistics.median(without),
         statistics.quantiles(having, n=10)[0] - statistics.quantiles(without, n=10)[0],
+        statistics.median(b - a for a, b in zip(without, under_mode, strict=True)),
         change,
     )
 
 
-def _time(model: nn.Module, images: Tensor, attention: AttentionCapture | None, forwards: int) -> tuple[float, Tensor]:
+def _time(
+    model: nn.Module, images: Tensor, attention: AttentionCapture | None, mode: bool, forwards: int
+) -> tuple[float, Tensor]:
     hooks = {} if attention is not None else _unhook(model)
     begin = time.process_time_ns()
-    for _ in range(forwards):
-        output = model(images)
-        if attention is not None:
-            attention.take()
+    with HandsOn() if mode else nullcontext():
+        for _ in range(forwards):
+            output = model(images)
+            if attention is not None:
+                attention.take()
     spent = (time.process_time_ns() - begin) / forwards / 1e6
     for module, saved in hooks.items():
         vars(module).update(saved)
@@ -105,10 +122,10 @@ def _unhook(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m benchmarks.cost capture", description="Time that the capture adds.")
-    parser.add_argument("--pairs", type=int, default=Config.pairs)
+    parser.add_argument("--rounds", type=int, default=Config.rounds)
     parser.add_argument("--write", action="store_true", help="write benchmarks/cost/results/capture.json")
     args = parser.parse_args(arguments)
-    config = Config(pairs=args.pairs)
+    config = Config(rounds=args.rounds)
     torch.manual_seed(0)
     torch.set_num_threads(config.threads)
     model = timm.create_model(config.model, num_classes=20).train()
@@ -127,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(
             f"{r.model:42} without {r.without:8.2f}  with {r.with_capture:8.2f}  added {r.added:6.2f} "
             f"(quartiles {low:.2f} to {high:.2f}; of lower deciles {r.added_in_quiet:.2f}), {r.added_percent:.1f} %; "
-            f"output change {r.largest_output_change:g}"
+            f"by a mode alone {r.added_by_mode:.2f}; output change {r.largest_output_change:g}"
         )
     if args.write:
         write_json(RESULTS / "capture.json", {"torch": torch.__version__, "config": config, "results": results})

@@ -142,14 +142,14 @@ def folder_table() -> str:
 
 def capture_table() -> str:
     lines = [
-        "| model | forward: ms | with the capture: ms | added: ms (quartiles) | added |",
-        "|---|---|---|---|---|",
+        "| model | forward: ms | with the capture: ms | added: ms (quartiles) | added | by a mode alone: ms |",
+        "|---|---|---|---|---|---|",
     ]
     for r in results("capture"):
         low, high = r["added_quartiles"]
         lines.append(
             f"| {r['model']} | {r['without']:.1f} | {r['with_capture']:.1f} "
-            f"| {r['added']:.1f} ({low:.1f} to {high:.1f}) | {r['added_percent']:.1f} % |"
+            f"| {r['added']:.1f} ({low:.1f} to {high:.1f}) | {r['added_percent']:.1f} % | {r['added_by_mode']:.1f} |"
         )
     return "\n".join(lines)
 
