@@ -135,7 +135,7 @@ def _class_tokens(results: Path) -> dict[str, str]:
         kinds = kinds_of_maps(shown) if len(shown) == 3 else None
         parts = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
         made[f"class tokens {photos}"] = "\n\n".join(parts) if kinds else NOT_SCORED
-    terms = [block for block in (_conditions(scored), _finer(results, found)) if block != NOT_RUN]
+    terms = [block for block in (_conditions(scored), _on_dev(results, found)) if block != NOT_RUN]
     made["class tokens class maps"] = _by_cam_weight(results, found)
     return made | {"class tokens terms": "\n\n".join(terms) or NOT_SCORED}
 
@@ -172,24 +172,24 @@ def _cam_changes(before: Group | None, after: Group | None) -> list[str]:
     return [signed_spread(gain), " to ".join(number(each, 2) for each in agreed), str(gain[2])]
 
 
-def _finer(results: Path, found: Sequence[Group]) -> str:
-    """The change of the fused map on dev photos of MSRC from two views to each condition, by the grid of tokens."""
-    leader = frozen_setting(results, "msrc", "both")
-    if leader is None:
-        return NOT_RUN
-    dev, sizes = _dev(found), (leader.size, FINER_SIZE)
-    rows = []
+def _on_dev(results: Path, found: Sequence[Group]) -> str:
+    """The change of the fused map on dev photos from two views to each condition, by set and grid of tokens."""
+    leaders = {photos: frozen_setting(results, photos, "both") for photos in SETS}
+    columns = [leader for leader in leaders.values() if leader is not None]
+    columns += [replace(leader, size=FINER_SIZE) for leader in columns if leader.photos == "msrc"]
+    dev, rows = _dev(found), []
     for name in (*ROWS, CONTROL):
-        gains = [_finer_gain(leader, dev, name, size) for size in sizes]
+        gains = [_gain_on_dev(leader, dev, name) for leader in columns]
         if any(gains):
             rows.append([ROWS.get(name, "control: flip not undone"), *(gain or NOT_RUN for gain in gains)])
-    header = [f"dev photos, {SEEDS[len(FEW)]}; change of fused mIoU from two views", *(f"{size} px" for size in sizes)]
+    titles = [f"{SETS[leader.photos].title}, {leader.size} px" for leader in columns]
+    header = [f"dev photos, {SEEDS[len(FEW)]}; change of fused mIoU from two views", *titles]
     return table(header, rows) if rows else NOT_RUN
 
 
-def _finer_gain(leader: Setting, dev: dict[Setting, Group], name: str, size: int) -> str | None:
+def _gain_on_dev(leader: Setting, dev: dict[Setting, Group], name: str) -> str | None:
     reference, other = (
-        dev.get(at("msrc", each, leader.weight, network=leader.network, epochs=leader.epochs, size=size))
+        dev.get(at(leader.photos, each, leader.weight, network=leader.network, epochs=leader.epochs, size=leader.size))
         for each in (REFERENCE, name)
     )
     if reference is None or other is None:
