@@ -58,7 +58,7 @@ def in_transform() -> bool:
 
 def in_backward() -> bool:
     """Whether the autograd engine is running on this thread, as when checkpointing recomputes a layer."""
-    return torch._C._current_graph_task_id() != -1
+    return backward_number() != -1
 
 
 def backward_number() -> int:

@@ -212,13 +212,14 @@ class Recorder:
             run.calls.append(call)
 
     def _report_unknown(self, kernel: str) -> None:
-        entry = self.states.here().innermost
+        state = self.states.here()
+        entry = state.innermost
         if entry is not None and self.index.counts(entry.module) and self.hooks.is_heard:
             entry.reported = True
             self._unknown_modules.add(entry.module)
-            name, current = self.index.names[entry.module], self.states.here().current
+            name, current = self.index.names[entry.module], state.current
             current.unknown.append((name, kernel))
-            if current is self.states.here().coming:
+            if current is state.coming:
                 self.log.outside.append(f"{name}: {kernel} leaves nothing to record")
 
     def _starts_graph(self, tensor: torch.Tensor) -> bool:

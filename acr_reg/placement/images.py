@@ -69,7 +69,7 @@ class ImageWatch:
         added = [read[i] - given[i] for i in (2, 3)]
         if self._resizes or not min(added) >= 0 < max(added) < _PADDED_AT_MOST:
             return
-        self._resizes = sources is not None and not sources.is_padded(images)
+        self._resizes = sources is not None and not sources.shows_padding(images)
         if not self._resizes:
             self.padding = (
                 f"The model pads images of {given[2]} x {given[3]} px to {read[2]} x {read[3]}, which moves tokens of "

@@ -190,14 +190,14 @@ class Sources(_KnownSources):
         self._images += len(images)
         self._note(images, Source(places, self._new_root(), embedded=False))
 
-    def is_padded(self, images: Tensor) -> bool:
+    def shows_padding(self, images: Tensor) -> bool:
         """Whether images (B, C, H, W) were made of images that are followed, by adding what is no pixel of them."""
         known = self.of(images)
         places = None if known is None else known.places
         if places is None or not bool((places > 0).any()):
             return False
-        height, width = self.image_size(int(split_places(places)[0].max()))
-        _, y, x = split_places(places)
+        number, y, x = split_places(places)
+        height, width = self.image_size(int(number.max()))
         return not bool(((places > 0) & (y >= 0) & (y < height) & (x >= 0) & (x < width)).all())
 
     def _new_root(self) -> Roots:

@@ -143,10 +143,7 @@ def _class_tokens(results: Path) -> dict[str, str]:
 def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
     """What the term on class maps changes on dev photos, by its weight: the fused map, and how far two views agree."""
     dev, rows = _dev(found), []
-    for photos, about in SETS.items():
-        leader = frozen_setting(results, photos, "both")
-        if leader is None:
-            continue
+    for leader in _leaders(results):
         for without, having, weight, title in (
             (REFERENCE, "cam", 0.0, "alone"),
             ("both", "both_cam", leader.weight, "ACR"),
@@ -155,9 +152,15 @@ def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
             for cam_weight in sorted({setting.cam_weight for setting in dev if setting.condition == having}):
                 changes = _cam_changes(before, dev.get(leader.with_condition(having, weight, cam_weight)))
                 if changes:
-                    rows.append([f"{about.title}, {title}", f"{cam_weight:g}", *changes])
+                    rows.append([f"{SETS[leader.photos].title}, {title}", f"{cam_weight:g}", *changes])
     header = ["dev photos", "`cam_weight`", "change of fused mIoU", "agreement of two views", "seeds"]
     return table(header, rows) if rows else NOT_RUN
+
+
+def _leaders(results: Path) -> list[Setting]:
+    """The frozen settings of ACR, of the sets that have one."""
+    frozen = (frozen_setting(results, photos, "both") for photos in SETS)
+    return [leader for leader in frozen if leader is not None]
 
 
 def _cam_changes(before: Group | None, after: Group | None) -> list[str]:
@@ -174,8 +177,7 @@ def _cam_changes(before: Group | None, after: Group | None) -> list[str]:
 
 def _on_dev(results: Path, found: Sequence[Group]) -> str:
     """The change of the fused map on dev photos from two views to each condition, by set and grid of tokens."""
-    leaders = {photos: frozen_setting(results, photos, "both") for photos in SETS}
-    columns = [leader for leader in leaders.values() if leader is not None]
+    columns = _leaders(results)
     columns += [replace(leader, size=FINER_SIZE) for leader in columns if leader.photos == "msrc"]
     dev, rows = _dev(found), []
     for name in (*ROWS, CONTROL):
