@@ -1,5 +1,6 @@
 """A KeyboardInterrupt at any line of GradientCam leaves the model as it was, and the next call works."""
 
+import gc
 from functools import partial
 
 import pytest
@@ -137,6 +138,11 @@ def partly_merged():
     return model
 
 
+def entered_and_left_again(model):
+    with eval_mode(model):
+        pass
+
+
 def entered_and_left(block):
     def run(model):
         with block(model) as entered:
@@ -166,6 +172,17 @@ def test_the_next_block_finds_the_model_as_it_was_before_an_interrupted_one(bloc
         assert not model[1].merged, where
         assert all(map(torch.equal, model.buffers(), buffers)), where
         assert block is eval_mode or model.seen is None, where
+
+
+def test_the_lines_are_not_counted_with_blocks_that_a_collection_would_remove():
+    """A test that ran before may leave them in a cycle, and the garbage collector comes when it likes."""
+    model, ended = nn.Linear(1, 1), eval_mode(nn.Linear(1, 1))
+    with ended:
+        pass
+    ended.itself = ended
+    del ended
+    for _ in each_interrupt(lambda: model, entered_and_left_again, EVALUATION):
+        gc.collect()
 
 
 def test_an_own_train_undoes_what_an_own_eval_did():
