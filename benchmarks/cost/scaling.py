@@ -33,7 +33,7 @@ PLOT = Path(__file__).resolve().parents[2] / "docs" / "explanation" / "cost.png"
 class Config:
     model: str = "tiny"
     sizes: tuple[int, ...] = (224, 320, 448, 640, 896, 1024)
-    rounds: int = 2
+    rounds: int = 5
     rounds_of_large: int = 1
     large: int = 640  # from this size on a round takes minutes: few rounds, and no warm-up, are enough
     threads: int = 1
