@@ -30,6 +30,7 @@ WEIGHT, CAM_WEIGHT = 0.5, 0.1  # the middle of the five of each: used where some
 # "both" would have been tested at more epochs with that weight alone. No test photo of the set had been scored.
 LIGHT = (0.06, 0.17)
 FEW, MORE = (0, 1), (0, 1, 2)
+FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 PAIR = (REFERENCE, "both")
 
 Planned = tuple[Setting, tuple[int, ...]]
@@ -88,11 +89,11 @@ def _class_token_tuning(photos: str) -> list[Planned]:
 def _class_token_conditions(leader: Setting) -> list[Planned]:
     """The other conditions at the frozen setting, and those of MSRC on a finer grid of tokens as well."""
     names = ("misreported", "affinity", "activation", "both_cam", "smoothing")
-    planned: list[Planned] = [(_like(leader, name), FEW) for name in names]
+    planned: list[Planned] = [(like(leader, name), FEW) for name in names]
     # The head's map takes part in the loss at no further pass, and on the demo's scenes it was this term that helped.
-    planned += [(_like(leader, name, cam_weight=each), FEW) for name in ("cam", "both_cam") for each in (1.0, 5.0)]
+    planned += [(like(leader, name, cam_weight=each), FEW) for name in ("cam", "both_cam") for each in (1.0, 5.0)]
     if leader.photos == "msrc":
-        planned += _each(leader, ("two", "both", *names), [{"size": 168}])
+        planned += _each(leader, ("two", "both", *names), [{"size": FINER_SIZE}])
     return planned
 
 
@@ -101,10 +102,10 @@ def _msrc(leader: Setting) -> list[Planned]:
     that may keep mAP, other weights, views. It was planned at 8 epochs and 0.5 until the primary contrast had been
     scored, but there the reference itself is not at its best."""
     planned: list[Planned] = [
-        (_like(leader, name), MORE) for name, kind in CONDITIONS.items() if not (kind.blur_alike or kind.blurred)
+        (like(leader, name), MORE) for name, kind in CONDITIONS.items() if not (kind.blur_alike or kind.blurred)
     ]
-    planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": 168}])
-    planned += [(_like(leader, "misreported", weight), FEW) for weight in WEIGHTS]
+    planned += _each(leader, ("two", "both", "misreported", "affinity"), [{"size": FINER_SIZE}])
+    planned += [(like(leader, "misreported", weight), FEW) for weight in WEIGHTS]
     keeping: list[dict[str, Any]] = [
         {"distance": "js"},
         {"stop_gradient": True},
@@ -113,22 +114,22 @@ def _msrc(leader: Setting) -> list[Planned]:
         {"warmup": 0.5},
     ]
     planned += _each(leader, ("both",), keeping)
-    planned += [(_like(leader, name, weight), FEW) for weight in WEIGHTS for name in ("affinity", "activation")]
-    planned += [(_like(leader, "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
+    planned += [(like(leader, name, weight), FEW) for weight in WEIGHTS for name in ("affinity", "activation")]
+    planned += [(like(leader, "cam", cam_weight=weight), FEW) for weight in CAM_WEIGHTS]
     return planned + _each(leader, ("two", "both", "misreported"), [{"view": view} for view in VIEWS if view != "flip"])
 
 
 def _voc(leader: Setting) -> list[Planned]:
     """The main conditions at the frozen setting, and "both" at the default weight."""
-    planned: list[Planned] = [(_like(leader, "affinity"), FEW), (_like(leader, "both", 0.17), FEW)]
-    return planned + [(_like(leader, name), (0,)) for name in ("smoothing", "activation", "plain")]
+    planned: list[Planned] = [(like(leader, "affinity"), FEW), (like(leader, "both", 0.17), FEW)]
+    return planned + [(like(leader, name), (0,)) for name in ("smoothing", "activation", "plain")]
 
 
-def _like(leader: Setting, condition: str, weight: float | None = None, **other: Any) -> Setting:
+def like(leader: Setting, condition: str, weight: float | None = None, **other: Any) -> Setting:
     """A condition at the leader's epochs and, unless another is given, at its weight."""
     weight = leader.weight if weight is None else weight
     return at(leader.photos, condition, weight, epochs=leader.epochs, network=leader.network, **other)
 
 
 def _each(leader: Setting, conditions: Iterable[str], others: Iterable[dict[str, Any]]) -> list[Planned]:
-    return [(_like(leader, name, **each), FEW) for each in others for name in conditions]
+    return [(like(leader, name, **each), FEW) for each in others for name in conditions]

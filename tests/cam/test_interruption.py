@@ -138,11 +138,6 @@ def partly_merged():
     return model
 
 
-def entered_and_left_again(model):
-    with eval_mode(model):
-        pass
-
-
 def entered_and_left(block):
     def run(model):
         with block(model) as entered:
@@ -176,12 +171,12 @@ def test_the_next_block_finds_the_model_as_it_was_before_an_interrupted_one(bloc
 
 def test_the_lines_are_not_counted_with_blocks_that_a_collection_would_remove():
     """A test that ran before may leave them in a cycle, and the garbage collector comes when it likes."""
-    model, ended = nn.Linear(1, 1), eval_mode(nn.Linear(1, 1))
+    model, ended = partly_merged(), eval_mode(nn.Linear(1, 1))
     with ended:
         pass
     ended.itself = ended
     del ended
-    for _ in each_interrupt(lambda: model, entered_and_left_again, EVALUATION):
+    for _ in each_interrupt(lambda: model, entered_and_left(eval_mode), EVALUATION):
         gc.collect()
 
 

@@ -22,6 +22,7 @@ from benchmarks.study.page.tables import (
     groups,
     mean_ap_of,
     number,
+    on_dev,
     paired_mean,
     propagated_of,
     raw_of,
@@ -30,7 +31,7 @@ from benchmarks.study.page.tables import (
     table,
     tested,
 )
-from benchmarks.study.plans import FEW, at
+from benchmarks.study.plans import FEW, FINER_SIZE, like
 from benchmarks.study.settings import CAM_WEIGHTS, CLASS_TOKENS, NETWORKS, REFERENCE, SETS, WEIGHTS, Setting
 from benchmarks.study.store import frozen_setting
 
@@ -57,7 +58,6 @@ SHOWN_VIEWS = {
 }
 SEEDS = {1: "one seed", 2: "two seeds", 3: "three seeds", 4: "four seeds", 5: "five seeds"}
 NOT_SCORED = "Test photos are not scored yet."
-FINER_SIZE = 168  # pixels, of MSRC's second grid of tokens
 
 
 def blocks(results: Path) -> dict[Path, dict[str, str]]:
@@ -135,14 +135,14 @@ def _class_tokens(results: Path) -> dict[str, str]:
         kinds = kinds_of_maps(shown) if len(shown) == 3 else None
         parts = [_contrast(results, photos, own), verdicts(results, found, photos), kinds or NOT_RUN]
         made[f"class tokens {photos}"] = "\n\n".join(parts) if kinds else NOT_SCORED
-    terms = [block for block in (_conditions(scored), _on_dev(results, found)) if block != NOT_RUN]
+    terms = [block for block in (_conditions(scored), _changes_on_dev(results, found)) if block != NOT_RUN]
     made["class tokens class maps"] = _by_cam_weight(results, found)
     return made | {"class tokens terms": "\n\n".join(terms) or NOT_SCORED}
 
 
 def _by_cam_weight(results: Path, found: Sequence[Group]) -> str:
     """What the term on class maps changes on dev photos, by its weight: the fused map, and how far two views agree."""
-    dev, rows = _dev(found), []
+    dev, rows = on_dev(found), []
     for leader in _leaders(results):
         for without, having, weight, title in (
             (REFERENCE, "cam", 0.0, "alone"),
@@ -175,11 +175,11 @@ def _cam_changes(before: Group | None, after: Group | None) -> list[str]:
     return [signed_spread(gain), " to ".join(number(each, 2) for each in agreed), str(gain[2])]
 
 
-def _on_dev(results: Path, found: Sequence[Group]) -> str:
+def _changes_on_dev(results: Path, found: Sequence[Group]) -> str:
     """The change of the fused map on dev photos from two views to each condition, by set and grid of tokens."""
     columns = _leaders(results)
     columns += [replace(leader, size=FINER_SIZE) for leader in columns if leader.photos == "msrc"]
-    dev, rows = _dev(found), []
+    dev, rows = on_dev(found), []
     for name in (*ROWS, CONTROL):
         gains = [_gain_on_dev(leader, dev, name) for leader in columns]
         if any(gains):
@@ -190,10 +190,7 @@ def _on_dev(results: Path, found: Sequence[Group]) -> str:
 
 
 def _gain_on_dev(leader: Setting, dev: dict[Setting, Group], name: str) -> str | None:
-    reference, other = (
-        dev.get(at(leader.photos, each, leader.weight, network=leader.network, epochs=leader.epochs, size=leader.size))
-        for each in (REFERENCE, name)
-    )
+    reference, other = (dev.get(like(leader, each, size=leader.size)) for each in (REFERENCE, name))
     if reference is None or other is None:
         return None
     gain = paired_mean(reference.of_seeds(FEW), other, raw_of)
@@ -231,7 +228,7 @@ def _views(results: Path, found: Sequence[Group]) -> str:
     leader = frozen_setting(results, "msrc", "both")
     if leader is None:
         return NOT_RUN
-    dev = _dev(found)
+    dev = on_dev(found)
     rows = []
     for view, title in SHOWN_VIEWS.items():
         setting = replace(leader, view=view)
@@ -251,7 +248,7 @@ def _views(results: Path, found: Sequence[Group]) -> str:
 def _cam_weights(results: Path, found: Sequence[Group]) -> str:
     """The change of raw mIoU on dev photos of MSRC by the weight of the class maps' term alone."""
     leader = frozen_setting(results, "msrc", REFERENCE)
-    dev = _dev(found)
+    dev = on_dev(found)
     if leader is None or leader not in dev:
         return NOT_RUN
     rows = []
@@ -265,7 +262,7 @@ def _cam_weights(results: Path, found: Sequence[Group]) -> str:
 
 def _weights(results: Path, found: Sequence[Group]) -> str:
     """The change of mAP and raw mIoU on dev photos by the weight of both terms, in columns for each set."""
-    dev, header, columns = _dev(found), ["weight of both terms"], []
+    dev, header, columns = on_dev(found), ["weight of both terms"], []
     for photos, about in SETS.items():
         leader = frozen_setting(results, photos, REFERENCE)
         reference = None if leader is None else dev.get(leader)
@@ -283,10 +280,6 @@ def _changes(reference: Group | None, dev: dict[Setting, Group], weight: float) 
     found = [paired_mean(reference, group, figure) for figure in (mean_ap_of, raw_of)]
     shown = [NOT_RUN if each is None else signed_spread(each) for each in found]
     return [*shown, "" if found[1] is None else str(found[1][2])]
-
-
-def _dev(found: Sequence[Group]) -> dict[Setting, Group]:
-    return {group.setting: group for group in found if group.split == "dev"}
 
 
 def _about(setting: Setting) -> str:

@@ -11,6 +11,7 @@ from benchmarks.study.page.tables import (
     Group,
     mean_ap_of,
     number,
+    on_dev,
     paired_mean,
     propagated_of,
     raw_of,
@@ -52,7 +53,7 @@ def causes(results: Path, found: Sequence[Group]) -> str:
     leader = frozen_setting(results, "msrc", "both")
     if leader is None:
         return NOT_RUN
-    dev = {group.setting: group for group in found if group.split == "dev"}
+    dev = on_dev(found)
     rows = []
     for view in CAUSES:
         setting = replace(leader, view=view)

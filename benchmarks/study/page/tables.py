@@ -68,6 +68,11 @@ def tested(found: Iterable[Group], photos: str) -> dict[str, Group]:
     return {g.setting.condition: g for g in found if (g.setting.photos, g.setting.size, g.split) == wanted}
 
 
+def on_dev(found: Iterable[Group]) -> dict[Setting, Group]:
+    """The dev cells by their setting."""
+    return {group.setting: group for group in found if group.split == "dev"}
+
+
 def reference_of(group: Group, among: Iterable[Group]) -> Group | None:
     """Two views without consistency, with the same photos, size, epochs, view and precision, on the same split."""
     same = ("photos", "size", "epochs", "view", "precision", "frozen", "batch_size", "rate", "head_rate")
